@@ -1,0 +1,33 @@
+"""Errors for the user: each says what happened and what to do next."""
+
+
+class LlamaTelemetryError(RuntimeError):
+    """Base class of every error that this package raises on purpose."""
+
+
+class ModelNotFoundError(LlamaTelemetryError, FileNotFoundError):
+    """No GGUF file for that name, path or "repo:file"."""
+
+
+class ModelLoadError(LlamaTelemetryError):
+    """A file is there, but it is not a model that llama.cpp can load."""
+
+
+class ServerError(LlamaTelemetryError):
+    """llama-server is missing, did not start, or did not answer."""
+
+
+class CaptureError(LlamaTelemetryError, ValueError):
+    """A capture or an edit that cannot be done as asked."""
+
+
+class WorkerCrashedError(LlamaTelemetryError):
+    """The capture worker ended; the message carries the tail of its log."""
+
+
+class GpuError(LlamaTelemetryError):
+    """A GPU or a GPU library that was asked for is not to be had."""
+
+
+class GraphistryError(LlamaTelemetryError):
+    """Graphistry refused or could not be reached; tables and offline page are still there."""

@@ -1,0 +1,103 @@
+"""One look for all five notebooks: colours with a fixed meaning, token text, and how figures get into a page."""
+
+import html
+
+import plotly.graph_objects as go
+import plotly.io as pio
+
+# Magnitudes: perceptually even. Signed values: diverging, always centred on zero. Categories: Okabe and Ito (2008),
+# distinguishable with every common colour-vision deficiency.
+MAGNITUDE = "Viridis"
+SIGNED = "RdBu_r"
+CATEGORIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
+# The same thing has the same colour everywhere.
+COLOR = {
+    "attention": CATEGORIES[0],
+    "ffn": CATEGORIES[1],
+    "residual": CATEGORIES[2],
+    "embedding": CATEGORIES[3],
+    "query": CATEGORIES[4],
+    "key": CATEGORIES[5],
+    "value": CATEGORIES[2],
+    "reference": CATEGORIES[7],
+    "baseline": CATEGORIES[7],
+    "cpu": CATEGORIES[0],
+    "gpu": CATEGORIES[2],
+}
+WIDTH = 900  # Kaggle's output column, pixels
+
+_GREY = "#808080"  # readable on white and on black alike
+TEMPLATE = go.layout.Template(
+    layout=dict(
+        colorway=list(CATEGORIES),
+        width=WIDTH,
+        height=480,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font=dict(family="system-ui, 'DejaVu Sans', sans-serif", size=13, color=_GREY),
+        title=dict(x=0, xanchor="left", font=dict(size=15)),
+        margin=dict(l=70, r=30, t=60, b=60),
+        xaxis=dict(gridcolor="rgba(128,128,128,0.2)", zerolinecolor="rgba(128,128,128,0.5)", automargin=True),
+        yaxis=dict(gridcolor="rgba(128,128,128,0.2)", zerolinecolor="rgba(128,128,128,0.5)", automargin=True),
+        hoverlabel=dict(font=dict(family="'DejaVu Sans Mono', monospace", size=12)),
+        colorscale=dict(sequential=MAGNITUDE, diverging=SIGNED),
+    )
+)
+pio.templates["llamatelemetry"] = TEMPLATE
+
+
+def setup(renderer="plotly_mimetype+notebook"):
+    """Make this theme Plotly's default and embed Plotly's script once in this notebook, so that a saved copy works
+    without a kernel and without a network."""
+    pio.templates.default = "llamatelemetry"
+    pio.renderers.default = renderer
+
+
+def token_text(piece):
+    """A token's piece so that a space, a newline, a tab and a byte piece can be told apart: ' the' -> '␣the'."""
+    if isinstance(piece, bytes):
+        try:
+            piece = piece.decode()
+        except UnicodeDecodeError:
+            return "".join(f"<0x{byte:02X}>" for byte in piece)
+    named = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "": "∅"}
+    if piece == "":
+        return named[""]
+    return "".join(named.get(char, char if char.isprintable() else f"\\x{ord(char):02x}") for char in piece)
+
+
+def token_labels(pieces):
+    """Axis labels for tokens: 'position text', unique per position and escaped for Plotly's HTML subset."""
+    return [f"{position} {html.escape(token_text(piece))}" for position, piece in enumerate(pieces)]
+
+
+def heatmap(values, x, y, *, title, x_title, y_title, unit, signed=False, zmax=None, hover=None, **layout):
+    """A heatmap in the theme.
+
+    values: (y, x) array; signed maps are centred on zero. unit: colour bar title, with its unit.
+    hover: (y, x) array of texts for the hover box, else labels and the exact value.
+    """
+    import numpy as np
+
+    values = np.asarray(values)
+    limit = zmax if zmax is not None else (float(np.nanmax(np.abs(values))) or 1.0)
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=x,
+            y=y,
+            colorscale=SIGNED if signed else MAGNITUDE,
+            zmin=-limit if signed else min(0.0, float(np.nanmin(values))),
+            zmax=limit,
+            colorbar=dict(title=dict(text=unit, side="right")),
+            text=hover,
+            hovertemplate=(
+                "%{text}<extra></extra>"
+                if hover is not None
+                else f"{y_title}: %{{y}}<br>{x_title}: %{{x}}<br>{unit}: %{{z:.5g}}<extra></extra>"
+            ),
+        ),
+        layout=dict(template=TEMPLATE, title=title, xaxis_title=x_title, yaxis_title=y_title),
+    )
+    figure.update_yaxes(autorange="reversed")
+    return figure.update_layout(**layout)
