@@ -20,7 +20,7 @@ _WHERE = {
     "scale": "capture.edits",
     "patch": "capture.edits",
     "quantize": "quantize",
-    "compare_quantizations": "quantize",
+    "compare_quantizations": "compare",
     "LlamaTelemetryError": "errors",
     "ModelNotFoundError": "errors",
     "ModelLoadError": "errors",

@@ -1,0 +1,163 @@
+"""Making quantizations with llama.cpp's own quantizer, and saying what is really inside them."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections import deque
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+
+from .errors import ModelLoadError, ModelNotFoundError
+from .expand import FLOATS, SLACK, QuantizeError, _open, expand, make_reference, written
+
+__all__ = ["QuantizeError", "quantize", "expand", "make_reference", "imatrix", "fallbacks", "tool"]
+
+# What llama-quantize takes when a row is not a multiple of 256 wide: the type that is there -> what it stands for.
+STANDS_FOR = {"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K", "Q4_0": "Q2_K or Q3_K", "IQ4_NL": "IQ1 to IQ3, or IQ4_XS"}
+
+
+def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pure=False):
+    """Quantize a GGUF file with llama-quantize, in a process of its own.
+
+    type: a type that llama-quantize knows ("Q4_K_M", "IQ3_XS", "Q8_0", ...). imatrix: a file made by imatrix().
+    tensor_types: {pattern: type}, a regular expression on tensor names each (`--tensor-type`), first match wins.
+    pure: every matrix of that one type, no mixture. `dst` appears when it is whole and not before. A source that is
+    itself quantized is taken, with a warning: the result is then no step of a ladder. Returns the path of `dst`.
+    Raises ModelNotFoundError, ModelLoadError or QuantizeError (unknown type, disk full, an importance matrix missing).
+    """
+    kinds = {t.tensor_type.name for t in _open(src).tensors if len(t.shape) > 1}
+    if kinds - {*FLOATS, "F64"}:
+        warnings.warn(f"{src} is quantized already ({', '.join(sorted(kinds))}): requantizing it is not what "
+                      f"quantizing its original to {type} would give.", stacklevel=2)
+    options = ["--allow-requantize"]
+    if pure:
+        options += ["--pure"]
+    if imatrix is not None:
+        if not Path(imatrix).is_file():
+            raise ModelNotFoundError(f"No importance matrix at {imatrix}: make one with imatrix(model, text, dst).")
+        options += ["--imatrix", str(imatrix)]
+    for pattern, kind in (tensor_types or {}).items():
+        options += ["--tensor-type", f"{pattern}={kind.lower()}"]
+    threads = str(_threads())
+    dry = _run([tool("llama-quantize"), "--dry-run", *options, str(src), type], f"quantize {src} to {type}")
+    if not (size := re.search(r"quant size\s*=\s*([\d.]+) MiB", dry)):
+        raise QuantizeError(f"llama-quantize did not say how large {dst} will be. Its last words:\n{dry[-800:]}")
+    if "will require an imatrix" in dry and imatrix is None:
+        raise QuantizeError(f"{type} needs an importance matrix: make one with imatrix(model, text, dst) and pass it.")
+    with written(dst, float(size[1]) * 2**20 + SLACK) as temporary:
+        _run([tool("llama-quantize"), *options, str(src), str(temporary), type, threads],
+             f"quantize {src} to {type}", step=r"\[\s*(\d+)/\s*(\d+)\]", bar=Path(dst).name, progress=progress)
+    return Path(dst)
+
+
+def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
+    """Compute an importance matrix (mean squared activation per input column) of a model on a text, by llama-imatrix.
+
+    text: the text itself or a path. chunks: at most so many windows of n_ctx tokens. Returns the path of `dst`.
+    Raises QuantizeError, also for a text shorter than two windows (llama-imatrix asks for that much).
+    """
+    _open(model)
+    with tempfile.TemporaryDirectory() as folder, written(dst, SLACK) as temporary:
+        if not isinstance(text, Path):
+            path = Path(folder) / "text.txt"
+            path.write_text(text, encoding="utf-8")
+        else:
+            path = text
+        # llama-imatrix chooses its format by the file's ending.
+        out = Path(folder) / "imatrix.gguf"
+        words = _run([tool("llama-imatrix"), "-m", str(model), "-f", str(path), "-o", str(out), "-c", str(n_ctx),
+                      "-b", str(n_ctx), "-t", str(_threads()), "--no-ppl", *(["--chunks", str(chunks)] if chunks else [])],
+                     f"compute an importance matrix of {model}", step=r"\[(\d+)\]", total=r"over (\d+) chunks",
+                     bar=Path(dst).name, progress=progress)
+        if not out.is_file():
+            reason = re.search(r"you need at least.*", words)
+            raise QuantizeError(f"llama-imatrix wrote nothing: {reason[0] if reason else words[-800:]}")
+        shutil.copy(out, temporary)
+    return Path(dst)
+
+
+def fallbacks(path):
+    """Tensors that are not of the type the file is named after because their rows do not fit its blocks.
+
+    DataFrame indexed by tensor name: type, instead_of, row_width, why. A k-quant or i-quant packs 256 weights of a
+    row; where a row is no multiple of 256, llama-quantize takes a type with blocks of 32, which is larger.
+    Empty for files of F32, F16, BF16 or of a type with blocks of 32.
+    """
+    import gguf
+
+    reader = _open(path)
+    field = reader.fields.get("general.file_type")
+    asked = gguf.LlamaFileType(field.contents()).name.removeprefix("MOSTLY_") if field else ""
+    rows = []
+    if "_K" in asked or asked.startswith(("IQ1", "IQ2", "IQ3", "IQ4_XS", "TQ")):
+        for t in reader.tensors:
+            width, kind = int(t.shape[0]), t.tensor_type.name
+            if len(t.shape) > 1 and width % 256 and kind in STANDS_FOR:
+                rows.append((t.name, kind, STANDS_FOR[kind], width, f"{width} is not a multiple of 256"))
+    return pd.DataFrame(rows, columns=["tensor", "type", "instead_of", "row_width", "why"]).set_index("tensor")
+
+
+def tool(name):
+    """Path of one of llama.cpp's programs: from the engine's wheel, beside LLAMA_SERVER_PATH, or on PATH."""
+    places = []
+    if spec := find_spec("llama_cpp"):
+        places.append(Path(spec.origin).parent.parent / "bin" / name)
+    if server := os.environ.get("LLAMA_SERVER_PATH"):
+        places.append(Path(server).parent / name)
+    for place in places:
+        if os.access(place, os.X_OK):
+            return str(place)
+    if found := shutil.which(name):
+        return found
+    raise QuantizeError(
+        f"{name} is not on this machine (looked in {', '.join(str(p.parent) for p in places) or 'no engine'} and on "
+        "PATH): install the engine's wheel, made by `llamatelemetry engine build`.")
+
+
+def _threads():
+    import psutil
+
+    return psutil.cpu_count(logical=False) or os.cpu_count()
+
+
+def _run(command, what, step=None, total=None, bar="", progress=False):
+    """Run a tool, with a progress bar from its own output; returns that output.
+
+    step: a regular expression whose group 1 is the step reached, and group 2 the total unless `total` finds it.
+    """
+    from tqdm.auto import tqdm
+
+    tail = deque(maxlen=400)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    try:
+        with tqdm(desc=bar, disable=not (progress and step)) as meter:
+            pending = ""
+            while chunk := process.stdout.read1(4096):  # llama-imatrix reports its steps without ending the line
+                pending += chunk.decode("utf-8", "replace")
+                *lines, pending = pending.split("\n")
+                tail.extend(lines)
+                seen = "\n".join([*lines, pending])
+                if total and (found := re.search(total, seen)):
+                    meter.total = int(found[1])
+                for found in re.finditer(step, seen) if step else ():
+                    meter.total = int(found[2]) if found.re.groups > 1 else meter.total
+                    meter.update(max(0, int(found[1]) - meter.n))
+            tail.append(pending)
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        process.stdout.close()
+    words = "\n".join(tail)
+    if code:
+        ending = f"signal {-code}" if code < 0 else f"exit status {code}"
+        error = ModelLoadError if "failed to load model" in words or "failed to read" in words else QuantizeError
+        raise error(f"Could not {what} ({ending}). Its last words:\n{words[-1200:]}")
+    return words
