@@ -1,0 +1,300 @@
+"""One slim wheel with the bindings, llama-server and the reference tools, all from one llama.cpp commit.
+
+llama-cpp-python's source distribution carries llama.cpp. pip builds it; what the wheel then holds several times or
+nobody needs (headers, CMake files, copies of libraries, other tools) is left out.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from pathlib import Path
+
+from .errors import LlamaTelemetryError
+
+VERSION = "0.3.36"  # of llama-cpp-python; its change log names the llama.cpp commit, its archive holds no git history
+COMMIT = "0c1e57098"
+TOOLS = ("llama-server", "llama-quantize", "llama-perplexity", "llama-imatrix", "llama-bench", "llama-tokenize",
+         "llama-gguf-split")
+MANIFEST = "llama_cpp/lib/engine.json"
+
+FLAGS = {
+    "LLAMA_BUILD_TOOLS": "ON",
+    "LLAMA_BUILD_SERVER": "ON",
+    "LLAMA_TOOLS_INSTALL": "ON",
+    "LLAVA_BUILD": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",  # would be downloaded
+    "LLAMA_OPENSSL": "OFF",  # llama-server answers on 127.0.0.1 only
+    "LLAMA_BUILD_NUMBER": "0",
+    "LLAMA_BUILD_COMMIT": COMMIT,
+    # A wheel cannot hold symlinks: lib.so, lib.so.0 and lib.so.0.1 would be three copies, and the copy that Python
+    # opens another library than the one that its neighbours link to.
+    "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
+    "CMAKE_INSTALL_RPATH": "$ORIGIN;$ORIGIN/../llama_cpp/lib",  # from llama_cpp/lib and from bin
+}
+
+# What a failed build's log says, and the way out.
+_REASONS = [
+    (r"No CMAKE_C(XX)?_COMPILER could be found|is not a full path to an existing compiler",
+     "No C and C++ compiler: install one (Debian, Ubuntu: apt-get install g++)."),
+    (r"Killed signal|cc1plus: out of memory|virtual memory exhausted", "Out of memory: build with --jobs 1."),
+    (r"No space left on device", "The disk is full: the build needs about 2 GB below the temporary folder ($TMPDIR)."),
+    (r"Failed to establish a new connection|Temporary failure in name resolution|Could not find a version"
+     r"|No matching distribution|Connection (refused|reset)|Read timed out|ProxyError",
+     "The package registry could not be reached: the source distribution and CMake come from there."),
+    (r"Failed to find nvcc|No CMAKE_CUDA_COMPILER|CUDA Toolkit not found", "No CUDA compiler: put nvcc on PATH."),
+    (r"unsupported GNU version|Unsupported gpu architecture|nvcc fatal",
+     "nvcc refused: check --cuda against `nvcc --list-gpu-arch`, and the compiler's version."),
+]
+
+
+class EngineBuildError(LlamaTelemetryError):
+    """The engine could not be built; the message carries the tail of the log."""
+
+
+def cache_dir() -> Path:
+    """Where built engines are kept: $LLAMATELEMETRY_CACHE, $XDG_CACHE_HOME/llamatelemetry or ~/.cache/llamatelemetry."""
+    if os.environ.get("LLAMATELEMETRY_CACHE"):
+        return Path(os.environ["LLAMATELEMETRY_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamatelemetry"
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets of this CPU as the kernel names them: -march=native code needs each that it was built with."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return sorted(set(value.split()))
+    return [platform.processor() or platform.machine()]
+
+
+def recipe(cuda: str | None = None, portable: bool = False) -> dict:
+    """Everything that decides what the build gives: version, flags, and the machine that it is for."""
+    flags = dict(FLAGS)
+    if cuda:
+        flags |= {"GGML_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": cuda}
+    if portable:
+        flags["GGML_NATIVE"] = "OFF"  # AVX2, FMA and F16C instead of all that this CPU has
+    return {
+        "llama_cpp_python": VERSION,
+        "llama_cpp_commit": COMMIT,
+        "flags": flags,
+        "tools": list(TOOLS),
+        "machine": platform.machine(),
+        "libc": "-".join(platform.libc_ver()),
+        "cpu_features": [] if portable else cpu_features(),
+        "cuda": _nvcc_release() if cuda else None,
+    }
+
+
+def key(recipe: dict) -> str:
+    """Name of the recipe's folder in the cache."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    arch = recipe["flags"].get("CMAKE_CUDA_ARCHITECTURES")
+    return f"{recipe['llama_cpp_python']}-{'cuda' + arch.replace(';', '+') if arch else 'cpu'}-{digest}"
+
+
+def cached_wheel(recipe: dict) -> Path | None:
+    """The wheel that an earlier build made of this recipe, or None."""
+    return next(iter((cache_dir() / "engine" / key(recipe)).glob("*.whl")), None)
+
+
+def installed() -> dict | None:
+    """What the installed engine was built from, or None where no llama-cpp-python is installed.
+
+    A wheel of another maker has no manifest: `tools` is then empty and `llama_cpp_commit` None.
+    """
+    try:
+        package = importlib.metadata.distribution("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    manifest = Path(package.locate_file(MANIFEST))
+    if manifest.is_file():
+        return json.loads(manifest.read_text())
+    return {"llama_cpp_python": package.version, "llama_cpp_commit": None, "tools": [], "cpu_features": [], "cuda": None}
+
+
+def build(cuda: str | None = None, out: Path | None = None, jobs: int | None = None, portable: bool = False) -> Path:
+    """Make the engine wheel, or find it in the cache, and return its path.
+
+    cuda: GPU architectures for CMake, such as "75" (T4) or "75;90"; None builds for the CPU alone.
+    out: a folder that gets a copy. jobs: compilers at a time. portable: for other CPUs than this one, too.
+    Raises EngineBuildError with the tail of the log and, where it is known, what is missing.
+    """
+    wanted = recipe(cuda, portable)
+    wheel = cached_wheel(wanted)
+    if wheel is None:
+        _check_tools(cuda)
+        folder = cache_dir() / "engine"
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / f"{key(wanted)}.lock"):
+            wheel = cached_wheel(wanted) or _build_into(folder, wanted, jobs or _default_jobs())
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        wheel = Path(shutil.copy2(wheel, out))
+    return wheel
+
+
+def install(wheel: Path) -> None:
+    """Install an engine wheel, and what it depends on, into this Python."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for options in (["--force-reinstall", "--no-deps"], []):  # the second for its dependencies
+        done = subprocess.run([*pip, *options, str(wheel)], capture_output=True, text=True)
+        if done.returncode:
+            raise EngineBuildError(f"pip could not install {wheel.name}: {done.stderr.strip()[-2000:]}")
+
+
+def _build_into(folder: Path, recipe: dict, jobs: int) -> Path:
+    log = folder / f"{key(recipe)}.log"
+    with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
+        scratch = Path(scratch)
+        _pip_wheel(recipe["flags"], scratch / "raw", log, jobs)
+        ready = scratch / "ready"
+        ready.mkdir()
+        slim(next((scratch / "raw").glob("*.whl")), ready, recipe)
+        (ready / "engine.json").write_text(json.dumps(recipe, indent=1))
+        target = folder / key(recipe)
+        shutil.rmtree(target, ignore_errors=True)
+        ready.rename(target)  # whole or not at all
+    return cached_wheel(recipe)
+
+
+def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
+    from tqdm import tqdm
+
+    command = [sys.executable, "-m", "pip", "wheel", f"llama-cpp-python=={VERSION}", "--no-deps", "--wheel-dir", str(out),
+               "--no-binary", "llama-cpp-python", "--no-cache-dir",  # pip's cache of wheels knows nothing of CMAKE_ARGS
+               "--verbose", "--disable-pip-version-check", "--no-input", "--config-settings", "cmake.verbose=false"]
+    env = os.environ | {"CMAKE_ARGS": " ".join(f"'-D{name}={value}'" for name, value in flags.items()),
+                        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), "PYTHONUNBUFFERED": "1"}
+    for name in ("FORCE_CMAKE", "SKBUILD_CMAKE_ARGS"):
+        env.pop(name, None)
+    tail = deque(maxlen=400)
+    interval = 0.5 if sys.stderr.isatty() else 15
+    bar = tqdm(desc="fetching sources", unit="file", mininterval=interval, leave=False, dynamic_ncols=True)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               errors="replace", start_new_session=True)
+    try:
+        with open(log, "w") as file, bar:
+            for line in process.stdout:
+                file.write(line)
+                tail.append(line.rstrip())
+                step = re.match(r"\s*\[(\d+)/(\d+)\]", line)
+                if step:
+                    bar.total = int(step[2])
+                    bar.set_description("compiling llama.cpp", refresh=False)
+                    bar.update(int(step[1]) - bar.n)
+                elif "Configuring CMake" in line:
+                    bar.set_description("configuring")
+        process.wait()
+    finally:
+        if process.poll() is None:  # interrupted: compilers and all
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode:
+        raise EngineBuildError(failure(tail, log))
+
+
+def failure(lines, log: Path) -> str:
+    """Message for a failed build: what is missing, where it is known, and the end of the log."""
+    text = "\n".join(lines)
+    reason = next((advice for pattern, advice in _REASONS if re.search(pattern, text)), "")
+    return f"The engine could not be built. {reason}\nLog: {log}\n...\n" + "\n".join(list(lines)[-25:])
+
+
+def slim(raw: Path, out: Path, recipe: dict) -> Path:
+    """Rewrite the wheel `raw` into the folder `out`: one set of libraries, the tools of the recipe, a manifest."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        _wheel("unpack", "--dest", scratch, str(raw))
+        root = next(Path(scratch).iterdir())
+        libs = root / "llama_cpp" / "lib"
+        for library in (root / "lib").glob("*.so*"):
+            if not (libs / library.name).exists():
+                shutil.move(library, libs)
+        for library in libs.glob("lib*-impl.so"):  # each tool's main is a library of its own
+            if library.name.removeprefix("lib").removesuffix("-impl.so") not in recipe["tools"]:
+                library.unlink()
+        for tool in (root / "bin").iterdir():
+            if tool.name not in recipe["tools"]:
+                tool.unlink()
+        for name in ("lib", "include", "share"):
+            shutil.rmtree(root / name, ignore_errors=True)
+        (root / MANIFEST).write_text(json.dumps(recipe, indent=1))
+        _check(root, recipe)
+        _wheel("pack", "--dest-dir", str(out), str(root))
+    return next(out.glob("*.whl"))
+
+
+def _check(root: Path, recipe: dict) -> None:
+    missing = [tool for tool in recipe["tools"] if not (root / "bin" / tool).is_file()]
+    if missing:
+        raise EngineBuildError(f"The build gave no {', '.join(missing)}: llama-cpp-python {VERSION} is expected.")
+    for file in [*(root / "bin").iterdir(), *(root / "llama_cpp" / "lib").glob("*.so")]:
+        if file.parent.name == "bin":
+            file.chmod(0o755)
+        linked = subprocess.run(["ldd", str(file)], capture_output=True, text=True).stdout
+        lost = [line.split()[0] for line in linked.splitlines() if "not found" in line]
+        if lost and lost != ["libcuda.so.1"]:  # the driver's, absent where a wheel is built without a GPU
+            raise EngineBuildError(f"{file.name} does not find {', '.join(lost)}.")
+
+
+def _wheel(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "wheel", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise EngineBuildError(f"wheel {arguments[0]} failed: {done.stderr.strip()[-1000:]}")
+
+
+def _check_tools(cuda: str | None) -> None:
+    for module in ("pip", "wheel"):
+        if importlib.util.find_spec(module) is None:
+            how = "python -m ensurepip" if module == "pip" else "pip install wheel"
+            raise EngineBuildError(f"Building the engine needs the Python package {module}: {how}")
+    compiler = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in compiler):
+        raise EngineBuildError(f"No C++ compiler ({' or '.join(compiler)}): install one "
+                               "(Debian, Ubuntu: apt-get install g++).")
+    if cuda and _nvcc() is None:
+        raise EngineBuildError("No CUDA compiler: put nvcc on PATH or set CUDACXX.")
+
+
+def _nvcc() -> str | None:
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def _nvcc_release() -> str | None:
+    nvcc = _nvcc()
+    if nvcc is None:
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release ([\d.]+)", text)
+    return found[1] if found else None
+
+
+def _default_jobs() -> int:
+    """As many compilers as there are cores, and 1.5 GB of free memory for each."""
+    import psutil
+
+    return max(1, min(len(os.sched_getaffinity(0)), int(psutil.virtual_memory().available / 1.5e9)))
+
+
+@contextlib.contextmanager
+def _lock(path: Path):
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another process builds this engine: waiting for it ({path.with_suffix('.log')}).", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
