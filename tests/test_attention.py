@@ -1,0 +1,329 @@
+"""Attention analysis on arrays made by hand, whose answers are known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from llamatelemetry.analysis import attention as att
+from llamatelemetry.analysis import attention_checks as checks
+from llamatelemetry.analysis import attention_compare as compare
+from llamatelemetry.analysis import attention_flow as flows
+from llamatelemetry.analysis import attention_output as output
+from llamatelemetry.analysis import attention_weights as weights
+from llamatelemetry.errors import CaptureError
+
+
+def maps(*layers):
+    """(layer, head, query, key) from a list of layers, each a list of (query, key) maps."""
+    return xr.DataArray(np.array(layers, dtype=np.float32), dims=("layer", "head", "query", "key"))
+
+
+def identity(n):
+    return np.eye(n)
+
+
+def uniform(n):
+    return np.tril(np.ones((n, n))) / np.arange(1, n + 1)[:, None]
+
+
+def previous(n):
+    a = np.eye(n, k=-1)
+    a[0, 0] = 1
+    return a
+
+
+def to_first(n):
+    return np.eye(n)[[0] * n]
+
+
+class FakeGGUF:
+    """What the weight functions read from a GGUFFile, with tensors given as arrays."""
+
+    def __init__(self, tensors, n_head, n_kv_head, head_dim, **facts):
+        self._tensors = tensors
+        self.tensors = pd.DataFrame({"type": "F32"}, index=list(tensors))
+        self.n_head, self.n_kv_head, self.head_dim, self.rope_dim = n_head, n_kv_head, head_dim, head_dim
+        self.architecture, self.norm_eps, self.rope_freq_base = "llama", 0.0, 10000.0
+        self.metadata = {"llama.attention.layer_norm_rms_epsilon": 0.0}
+        self.sliding_window = self.attn_logit_softcap = self.final_logit_softcap = None
+        self.output_name = "output.weight"
+        self.__dict__.update(facts)
+
+    def tensor(self, name):
+        return self._tensors[name]
+
+    def rows(self, name, ids):
+        return self._tensors[name][ids]
+
+
+def test_query_heads_map_to_consecutive_kv_heads():
+    assert [att.kv_head(h, 9, 3) for h in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert att.head_groups(4, 2)["heads"].tolist() == ["0, 1", "2, 3"]
+
+
+def test_masks():
+    causal = att.allowed_keys(range(3), 3)
+    assert causal.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert att.allowed_keys(range(3), 3, window=2)[2].tolist() == [False, True, True]
+    assert att.allowed_keys([2], 3).tolist() == [[True, True, True]]
+
+
+def test_window_is_measured_per_layer():
+    a = maps([uniform(4)], [previous(4)])
+    assert att.measured_window(a.sel(layer=0), 2) is None
+    assert att.measured_window(a.sel(layer=1), 2) == 2
+    assert att.measured_window(a.sel(layer=1), 4) is None  # prompt within the window: no difference
+
+
+def test_attend_with_two_heads_on_one_kv_head():
+    q = np.array([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])  # (head, token, feature)
+    k = np.array([[[1.0, 0.0], [0.0, 1.0]]])
+    v = np.array([[[1.0, 10.0], [3.0, 30.0]]])
+    steps = att.attend(q, k, v, scale=0.5)
+    assert steps["scores"].values[0].tolist() == [[1, 0], [0, 2]]
+    weight = np.exp(1) / (1 + np.exp(1))  # softmax(0, 2 * 0.5)
+    np.testing.assert_allclose(steps["attention"].values[0], [[1, 0], [1 - weight, weight]])
+    np.testing.assert_allclose(steps["attention"].values[1], uniform(2))
+    np.testing.assert_allclose(steps["head_output"].values[1], [[1, 10], [2, 20]])
+    assert np.isneginf(steps["masked"].values[0, 0, 1])
+
+
+def test_softcap_bounds_scores_and_scale_is_recovered():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 6, 4)) * 4 for _ in range(3))
+    for scale, softcap in ((0.37, None), (0.11, 5.0)):
+        steps = att.attend(q, k, v, scale=scale, softcap=softcap)
+        if softcap:
+            assert np.abs(steps["scaled"]).max() <= softcap * scale
+        assert att.fitted_scale(steps["scores"], steps["attention"], softcap) == pytest.approx(scale, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "a, entropy, distance",
+    [(identity(4), 0.0, 0.0), (previous(4), 0.0, 1.0), (to_first(4), 0.0, 3.0), (uniform(4), np.log(4), 1.5)],
+)
+def test_entropy_and_distance_of_the_last_query(a, entropy, distance):
+    a = maps([a])
+    assert float(att.entropy(a)[0, 0, -1]) == pytest.approx(entropy)
+    assert float(att.mean_distance(a)[0, 0, -1]) == pytest.approx(distance)
+
+
+def test_normalised_entropy_is_one_for_uniform_and_nan_for_a_single_key():
+    values = att.entropy(maps([uniform(5)]), normalised=True)[0, 0]
+    assert np.isnan(values[0])
+    np.testing.assert_allclose(values[1:], 1, rtol=1e-6)
+
+
+def test_positions_of_a_few_queries_come_from_the_coordinate():
+    part = maps([uniform(5)]).isel(query=[4])
+    assert att.query_positions(part).tolist() == [4]  # the last, where nothing else is known
+    part = maps([uniform(5)]).assign_coords(query=np.arange(5)).isel(query=[2])
+    assert att.query_positions(part).tolist() == [2]
+    assert float(att.mean_distance(part)[0, 0, 0]) == pytest.approx(1.0)
+
+
+def test_sink_measures():
+    a = maps([to_first(4), identity(4), uniform(4)])
+    np.testing.assert_allclose(att.sink_mass(a)[0], [1, 0, (1 / 2 + 1 / 3 + 1 / 4) / 3], rtol=1e-6)
+    # Gu et al. count the token's own query too: identity gives 1/4, uniform (1 + 1/2 + 1/3 + 1/4) / 4
+    np.testing.assert_allclose(att.key_importance(a)[0, :, 0], [1, 0.25, 25 / 48], rtol=1e-6)
+    assert att.is_sink_head(a)[0].values.tolist() == [True, False, True]
+    assert float(att.key_importance(a)[0, 1, 3]) == 1.0  # seen by one query only
+    table = att.head_table(a)
+    assert list(table["head"]) == [0, 1, 2] and table["sink"].tolist() == [True, False, True]
+    assert table["distance"].tolist() == pytest.approx([2.0, 0.0, (0.5 + 1 + 1.5) / 3])
+
+
+def test_rollout_of_two_hops_is_the_product():
+    # Half previous token, half residual, twice: 1/4 two back, 1/2 one back, 1/4 self.
+    rolled = flows.rollout(maps([previous(4)], [previous(4)]))
+    np.testing.assert_allclose(rolled[1, 3], [0, 0.25, 0.5, 0.25])
+    np.testing.assert_allclose(rolled[0, 3], [0, 0, 0.5, 0.5])
+    np.testing.assert_allclose(rolled.sum("key"), 1)
+    np.testing.assert_allclose(flows.rollout(maps([identity(3)], [identity(3)]))[1], np.eye(3))
+    np.testing.assert_allclose(  # heads are averaged before the product
+        flows.rollout(maps([identity(2), to_first(2)]))[0, 1], [0.25, 0.75]
+    )
+
+
+def test_flow_is_limited_by_the_narrowest_edge():
+    # Two layers of previous(3), query 2: token 0 by 2-1-0 (0.5), token 1 by 2-1-1 and 2-2-1 (0.5 each), 2 by 2-2-2.
+    values = flows.flow(maps([previous(3)], [previous(3)]))
+    np.testing.assert_allclose(values, np.array([0.5, 1.0, 0.5]) / 2.0)
+    np.testing.assert_allclose(flows.flow(maps([previous(3)]), query=1), [0.5, 0.5, 0])
+
+
+def test_rollout_needs_every_query():
+    with pytest.raises(ValueError, match="every query"):
+        flows.rollout(maps([uniform(3)]).isel(query=[2]))
+
+
+def test_edges():
+    edges = flows.head_edges(maps([previous(3), uniform(3)]), threshold=0.4)
+    assert edges[["src", "dst", "head"]].values.tolist() == [[1, 0, 0], [2, 1, 0], [1, 0, 1]]
+    assert edges["weight"].tolist() == [1, 1, 0.5]
+    total = flows.token_edges(edges)
+    assert total[["src", "dst", "weight", "n_heads"]].values.tolist() == [[1, 0, 1.5, 2], [2, 1, 1, 1]]
+    rolled = flows.rollout_edges(flows.rollout(maps([previous(3)], [previous(3)])), threshold=0.3)
+    assert rolled[["src", "dst"]].values.tolist() == [[1, 0], [2, 1]]
+
+
+def test_js_distance_and_moved_targets():
+    a, b = maps([identity(3), uniform(3)]), maps([previous(3), uniform(3)])
+    np.testing.assert_allclose(compare.js_distance(a, b)[0], [[0, 1, 1], [0, 0, 0]], atol=1e-7)
+    table = compare.compare_heads(a, b)
+    assert table["head"].tolist() == [0, 1]
+    assert table.loc[0, ["js_distance", "max_difference", "top_moved", "top_shift"]].tolist() == [1, 1, 1, 1]
+    assert table.loc[1, "top_moved"] == 0 and np.isnan(table.loc[1, "top_shift"])
+    moves = compare.moved_targets(a[0, 0], b[0, 0], ["a", "b", "c"])
+    assert moves[["query", "from_piece", "to_piece"]].values.tolist() == [[1, "b", "a"], [2, "c", "b"]]
+
+
+def test_js_distance_of_a_half_step():
+    from scipy.spatial.distance import jensenshannon
+
+    p, q = [0.5, 0.5], [0.9, 0.1]
+    got = compare.js_distance(maps([[p]]), maps([[q]]))
+    assert float(got[0, 0, 0]) == pytest.approx(jensenshannon(p, q, base=2))
+
+
+def test_captures_of_different_texts_are_refused():
+    with pytest.raises(ValueError, match="same text"):
+        compare.js_distance(maps([identity(3)]), maps([identity(4)]))
+
+
+def test_norms():
+    gguf = FakeGGUF({"n.weight": np.array([1.0, 2.0])}, 1, 1, 2)
+    np.testing.assert_allclose(weights.norm([[3.0, 4.0]], gguf, "n"), [[3 / 12.5**0.5, 8 / 12.5**0.5]])
+    gguf = FakeGGUF({"n.weight": np.ones(2), "n.bias": np.array([0.0, 5.0])}, 1, 1, 2, metadata={})
+    np.testing.assert_allclose(weights.norm([[3.0, 7.0]], gguf, "n"), [[-1, 6]])
+
+
+@pytest.mark.parametrize("pairing, turned", [("neighbours", [0, 1, 1, 0]), ("halves", [-1, 0, 1, 0])])
+def test_rope_turns_pairs(pairing, turned):
+    # Base 1: every pair turns by one radian a token; a quarter turn, with factors, at token 1.
+    x = np.array([[[1.0, 0, 1, 0], [1.0, 0, 1, 0]]])
+    if pairing == "neighbours":
+        x[..., 2:] = [0, -1]
+    out = weights.rope(x, 1.0, pairing, factors=2 / np.pi)
+    np.testing.assert_allclose(out[0, 0], x[0, 0])
+    np.testing.assert_allclose(out[0, 1], turned, atol=1e-12)
+
+
+def test_fitted_rope_finds_pairing_and_base():
+    x = np.random.default_rng(0).normal(size=(2, 5, 8))
+    gguf = FakeGGUF({}, 2, 2, 8, rope_freq_base=1e6)
+    for base, pairing in ((1e6, "halves"), (1e4, "neighbours")):
+        found = weights.fitted_rope(x, weights.rope(x, base, pairing), gguf)
+        assert found[:2] == (pairing, base) and found[3] < 1e-12
+
+
+def test_projections_split_fused_matrices_alike():
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(4 * 2 + 2 * 2 + 2 * 2, 6))  # 4 query heads, 2 kv heads, 2 features
+    separate = FakeGGUF(
+        {"blk.0.attn_q.weight": matrix[:8], "blk.0.attn_k.weight": matrix[8:12], "blk.0.attn_v.weight": matrix[12:]},
+        *(4, 2, 2),
+    )
+    fused = FakeGGUF({"blk.0.attn_qkv.weight": matrix}, 4, 2, 2)
+    x = rng.normal(size=(3, 6))
+    a, b = (weights.project_qkv(x, g, 0) for g in (separate, fused))
+    assert a["q"].shape == (4, 3, 2) and a["k"].shape == (2, 3, 2)
+    for name in "qkv":
+        np.testing.assert_allclose(a[name], b[name])
+    np.testing.assert_allclose(a["q"][3, 1], (x[1] @ matrix.T)[6:8])
+
+
+def test_output_projection_is_the_sum_of_heads():
+    w = np.array([[1.0, 0, 2, 0], [0, 1, 0, 3]])  # 2 embd, 2 heads of 2 features
+    gguf = FakeGGUF({"blk.0.attn_output.weight": w}, 2, 1, 2)
+    heads = np.array([[[1.0, 2.0]], [[10.0, 20.0]]])  # (head, token, feature)
+    np.testing.assert_allclose(weights.project_output(heads, gguf, 0), [[1 + 20, 2 + 60]])
+    v = xr.DataArray(np.array([[[[3.0, 4.0]]]]), dims=("layer", "kv_head", "token", "feature"))
+    norms = output.value_norms(v, gguf)
+    np.testing.assert_allclose(norms[0, :, 0], [5, np.hypot(6, 12)])
+    weighted = output.norm_weighted(maps([[[0.5]], [[1.0]]]), norms)
+    np.testing.assert_allclose(weighted[0, :, 0, 0], [2.5, np.hypot(6, 12)])
+
+
+def test_residual_shares_sum_to_one():
+    rng = np.random.default_rng(0)
+    a, f = rng.normal(size=(2, 3, 4, 5))
+    h = np.concatenate([rng.normal(size=(1, 4, 5)), np.zeros((3, 4, 5))])
+    for layer in range(3):
+        h[layer + 1] = h[layer] + a[layer] + f[layer]
+    dims = ("layer", "token", "embd")
+    shares = output.residual_shares(*(xr.DataArray(x, dims=dims) for x in (h, a, f)))
+    total = shares["attention_direct"].sum("layer") + shares["ffn_direct"].sum("layer") + shares["embedding_direct"]
+    np.testing.assert_allclose(total, 1)
+    assert float(shares["attention_share"][1, 2]) == pytest.approx(
+        np.linalg.norm(a[1, 2]) / (np.linalg.norm(a[1, 2]) + np.linalg.norm(f[1, 2]))
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_logit_parts_add_up_to_the_logit(softcap):
+    rng = np.random.default_rng(0)
+    a, f = rng.normal(size=(2, 2, 1, 4))
+    h = np.stack([np.ones((1, 4)), 1 + a[0] + f[0], 1 + a[0] + f[0] + a[1] + f[1]])
+    unembed, norm = rng.normal(size=(7, 4)), rng.normal(size=4)
+    gguf = FakeGGUF({"output.weight": unembed, "output_norm.weight": norm}, 1, 1, 4, final_logit_softcap=softcap)
+    logits = weights.rms_norm(h[-1], norm, 0) @ unembed.T
+    logits = logits if not softcap else softcap * np.tanh(logits / softcap)
+    stages = {"hidden": h, "attn_out": a, "ffn_out": f}
+    captured = {k: xr.DataArray(x, dims=("layer", "token", "embd")) for k, x in stages.items()}
+    captured["logits"] = xr.DataArray(logits, dims=("token", "vocab"))
+    table = output.logit_parts(captured, gguf, [2, 5])
+    np.testing.assert_allclose(table["total"], table["captured"])
+    np.testing.assert_allclose(table["by_layer"][0].sum(0), table.loc[0, ["attention", "ffn"]].astype(float))
+
+
+def test_sampling_chain():
+    logits = np.log([0.5, 0.25, 0.15, 0.1])
+    plain = output.sampled_probabilities(logits, temperature=1, top_k=0, top_p=1, min_p=0)
+    np.testing.assert_allclose(plain, [0.5, 0.25, 0.15, 0.1])
+    # top-p comes after top-k and sees what that left: 0.5 / 0.75 < 0.7, so both stay
+    both = output.sampled_probabilities(logits, temperature=1, top_k=2, top_p=0.7, min_p=0)
+    np.testing.assert_allclose(both, [2 / 3, 1 / 3, 0, 0])
+    one = output.sampled_probabilities(logits, temperature=1, top_k=2, top_p=0.6, min_p=0)
+    assert one.tolist() == [1, 0, 0, 0]
+    # temperature comes last: it does not change who is left
+    hot = output.sampled_probabilities(logits, temperature=100, top_k=0, top_p=0.7, min_p=0)
+    assert (hot > 0).sum() == 2 and hot[0] == pytest.approx(0.5, abs=0.01)
+    assert (output.sampled_probabilities(logits, 1, 0, 1, min_p=0.29) > 0).sum() == 3
+    assert output.sampled_probabilities(logits[::-1], temperature=0).tolist() == [0, 0, 0, 1]
+
+
+class Model:
+    architecture, n_layer, n_head, n_kv_head, n_embd, n_vocab = "llama", 3, 2, 1, 8, 3
+    pieces = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("bad", [{"LAYER": 3}, {"LAYER": -1}, {"HEAD": 2}, {"HEAD": 1.0}, {"LAYER": True}])
+def test_layer_or_head_out_of_range_names_the_parameter(bad):
+    with pytest.raises(CaptureError, match=f"{next(iter(bad))} = "):
+        checks.check_layer_head(Model, **bad)
+    checks.check_layer_head(Model, LAYER=2, HEAD=1)
+
+
+def test_prompts_too_short_or_too_long_name_the_parameter():
+    with pytest.raises(CaptureError, match="PROMPT is 1 token"):
+        checks.check_prompt([5], 10)
+    with pytest.raises(CaptureError, match="PROMPT is 8 tokens long and 3 to generate; the context holds 10"):
+        checks.check_prompt(range(8), 10, generate=3)
+    checks.check_prompt(range(8), 10, generate=2)
+
+
+def test_reference_of_another_model_names_the_parameter():
+    class Wider(Model):
+        n_embd = 16
+
+    class Renamed(Model):
+        pieces = ["a", "b", "d"]
+
+    with pytest.raises(CaptureError, match="REFERENCE_MODEL .*n_embd 16 instead of 8"):
+        checks.check_reference(Model, Wider)
+    with pytest.raises(CaptureError, match="REFERENCE_MODEL has another vocabulary"):
+        checks.check_reference(Model, Renamed)
+    checks.check_reference(Model, Model)
