@@ -1,0 +1,158 @@
+"""Runs the notebooks with papermill and keeps each as .ipynb and as one self-contained .html file."""
+
+import html
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from .errors import LlamaTelemetryError
+
+# The lab template without what it would load from the network: require.js, MathJax, Mermaid, the widget renderer.
+# Without a font that holds the radical sign Chromium leaves square roots out: the fonts of Windows, macOS, Linux.
+# The policy makes "no request" a property of the page instead of a hope about what its outputs hold.
+_TEMPLATE = """{%- extends 'index.html.j2' -%}
+{%- block html_head_js_requirejs -%}
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
+ script-src 'unsafe-inline' 'unsafe-eval' blob:; img-src data: blob:; font-src data:; media-src data:; worker-src blob:;
+ frame-src data: blob:">
+{%- endblock -%}
+{%- block jupyter_widgets -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}
+<style>math { font-family: "Cambria Math", "STIX Two Math", "Latin Modern Math", "DejaVu Math TeX Gyre", "DejaVu Sans"; }
+</style>
+{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+"""
+_REMOTE_SCRIPT = re.compile(r"<script[^>]*\ssrc=[\"']https?://[^>]*>\s*</script>", re.IGNORECASE)
+_CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])", re.DOTALL)
+_PLACE = "formula-7c1f-{}-here"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class NotebookError(LlamaTelemetryError):
+    """A cell of a notebook failed; the message names the notebook and the cell."""
+
+
+def find(folder: Path, names=()) -> list[Path]:
+    """The notebooks of a folder in order, or those whose file name starts with or contains one of `names`."""
+    every = sorted(Path(folder).glob("*.ipynb"))
+    chosen = [path for path in every if not names or any(name in path.name or name == str(path) for name in names)]
+    for name in names:
+        if not any(name in path.name or name == str(path) for path in every):
+            have = ", ".join(path.stem for path in every) or "none"
+            raise NotebookError(f"No notebook {name!r} in {folder}; there are: {have}")
+    return chosen
+
+
+def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress=True) -> Path:
+    """Execute one notebook into `out` (also its working directory) and export it; returns the executed .ipynb.
+
+    Raises NotebookError that names the cell when one fails; what was executed until then is kept and exported, too.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
+
+    path, out = Path(path).resolve(), Path(out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    executed = out / path.name
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else the kernel warns about a debugger
+    os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
+    if progress is True:
+        progress = {"desc": path.stem, "mininterval": 0.1 if sys.stderr.isatty() else 10}
+    try:
+        papermill.execute_notebook(path, executed, parameters=parameters or {}, kernel_name="python3",
+                                   language="python", cwd=out, progress_bar=progress,
+                                   config=Config({"KernelManager": {"transport": "ipc"}}))  # no open port
+    except papermill.exceptions.PapermillExecutionError as error:
+        trace = _COLOUR.sub("", "\n".join(error.traceback)).strip().splitlines()
+        first = next((line for line in error.source.splitlines() if line.strip()), "")
+        raise NotebookError(f"{path.name}, In [{error.exec_count}] ({first}): {error.ename}: {error.evalue}\n"
+                            + "\n".join("    " + line for line in trace[-15:])) from None
+    except DeadKernelError:
+        raise NotebookError(f"{path.name}, In [{_running_cell(executed)}]: the kernel died (out of memory?)") from None
+    finally:
+        if executed.is_file():
+            export_html(executed)
+    return executed
+
+
+def run_all(folder="notebooks", out="executed", names=(), parameters: dict | None = None) -> list[Path]:
+    """Run every notebook of the folder (or those named), print where each result is; NotebookError at the end."""
+    paths = find(Path(folder), names)
+    if not paths:
+        print(f"No notebooks in {folder}.")
+    failures = []
+    for path in paths:
+        start = time.monotonic()
+        try:
+            executed = run_notebook(path, out, parameters)
+            print(f"{path.name}: {time.monotonic() - start:.0f} s -> {executed.with_suffix('.html')}", flush=True)
+        except NotebookError as error:
+            failures.append(str(error))
+            print(f"FAILED {error}", file=sys.stderr, flush=True)
+    if failures:
+        raise NotebookError(f"{len(failures)} of {len(paths)} notebooks failed: "
+                            + "; ".join(failure.splitlines()[0] for failure in failures))
+    return [Path(out) / path.name for path in paths]
+
+
+def export_html(path: Path) -> Path:
+    """Write an executed notebook as one HTML file that makes no network request; formulas become MathML."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    path = Path(path)
+    notebook = nbformat.read(path, as_version=4)
+    formulas = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = take_formulas(cell.source, formulas)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "text/html" in data:
+                data["text/html"] = _REMOTE_SCRIPT.sub("", data["text/html"])
+    exporter = HTMLExporter(template_name="lab", raw_template=_TEMPLATE, embed_images=True)
+    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})
+    for number, formula in enumerate(formulas):
+        page = page.replace(_PLACE.format(number), formula)
+    target = path.with_suffix(".html")
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def take_formulas(markdown: str, formulas: list[str]) -> str:
+    """Replace $...$ and $$...$$ outside code by placeholders and append each as MathML, which browsers draw, to
+    `formulas`. (nbconvert parses inline HTML tag by tag and would close every MathML element at once.)"""
+    from latex2mathml.converter import convert
+
+    def one(match):
+        display = match[1] is not None
+        try:
+            formulas.append(convert(match[1] if display else match[2], display="block" if display else "inline"))
+        except Exception:  # LaTeX that the converter does not know is shown as it was written
+            formulas.append(f"<code>{html.escape(match[0])}</code>")
+        return _PLACE.format(len(formulas) - 1)
+
+    parts = _CODE.split(markdown)
+    return "".join(part if part.startswith("`") else _FORMULA.sub(one, part) for part in parts)
+
+
+def _running_cell(executed: Path) -> str:
+    """Number of the cell that was sent to the kernel and never answered."""
+    import nbformat
+
+    for cell in nbformat.read(executed, as_version=4).cells:
+        timing = cell.metadata.get("execution", {})
+        if timing and "shell.execute_reply" not in timing:
+            return str(cell.execution_count)
+    return "?"
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["notebooks", *sys.argv[1:]]))
