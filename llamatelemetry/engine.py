@@ -1,0 +1,344 @@
+"""InferenceEngine: the one object that a notebook holds. Text comes from llama-server, captures from the worker."""
+
+import json
+import math
+import os
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from . import gpus
+from .errors import LlamaTelemetryError, ServerError, WorkerCrashedError
+from .server import ServerManager, find_server, physical_cores
+
+DEFAULT_CTX = 4096  # tokens, where the model was trained for more: a KV cache for 128k tokens does not fit a T4
+
+
+@dataclass
+class InferResult:
+    """What infer() returns; str() is the text.
+
+    text; tokens_generated; latency_ms: wall time of the whole request; tokens_per_sec: decode speed, the prompt and
+    the token that comes out of it excluded (nan for fewer than two tokens); prompt_tokens; prompt_tokens_per_sec;
+    stop_reason: "eos", "word" (a stop sequence), "limit" (max_tokens, or the context is full) or "none";
+    stop_word: the sequence that stopped it, or ""; probabilities: DataFrame or None, see infer().
+    """
+
+    text: str
+    tokens_generated: int
+    latency_ms: float
+    tokens_per_sec: float
+    prompt_tokens: int
+    prompt_tokens_per_sec: float
+    stop_reason: str
+    stop_word: str = ""
+    probabilities: object = field(default=None, repr=False)
+
+    def __str__(self):
+        return self.text
+
+
+class InferenceEngine:
+    """One model: generated text, embeddings, tokens, and captures of what happens inside.
+
+    server_path: llama-server, else found by llamatelemetry.server.find_server(). Also a context manager.
+    Attributes: model (the GGUFFile, None before load_model), server (the ServerManager), plan (who gets which GPU).
+    """
+
+    def __init__(self, server_path=None):
+        self.server = ServerManager(server_path)
+        self.model = self.plan = self._session = None
+        self._lock = threading.RLock()  # one start, one restart, one worker at a time
+        self._in_flight = 0
+
+    # ---- loading --------------------------------------------------------------------------------------------------
+
+    def load_model(self, model, gpu_layers=None, ctx_size=None, auto_start=True, n_parallel=1, verbose=True,
+                   silent=False, tensor_split=None, **server_kwargs):
+        """Load a model; another one that was loaded is closed first. Returns self.
+
+        model: a name of the registry, a path, or "repo:file". gpu_layers: None for as many as fit, -1 all, 0 none.
+        ctx_size: tokens per request, None for 4,096 or what the model was trained for if that is less.
+        auto_start=False: no llama-server now; infer, chat and embed start it when they are first called.
+        tensor_split: "1.0,0.0" shows inference only GPU 0, "0.5,0.5" spreads the weights over both.
+        verbose: one line on the GPUs and one on the server; silent: neither, and no progress.
+        server_kwargs: threads, port, host, timeout, embeddings=True, and llama-server's other flags (flash_attn="on").
+
+        Raises ModelNotFoundError, ModelLoadError, GpuError, ServerError.
+        """
+        from .gguf import GGUFFile
+        from .models import resolve_model
+
+        self.close()
+        self.plan = gpus.plan(tensor_split)
+        opened = GGUFFile(resolve_model(model))
+        if auto_start and self.server.server_path is None:
+            self.server.server_path = find_server()
+        if verbose and not silent:
+            print(self.plan.line)
+        trained = opened.n_ctx_train or DEFAULT_CTX
+        if self.plan.split:
+            server_kwargs["tensor_split"] = self.plan.split
+        self._gpu_layers, self._verbose = gpu_layers, verbose and not silent
+        self._server_args = dict(gpu_layers=gpu_layers, ctx_size=ctx_size or min(DEFAULT_CTX, trained),
+                                 n_parallel=n_parallel, verbose=verbose, silent=silent) | server_kwargs
+        self._session_args = dict(n_ctx=ctx_size, gpu_layers=gpu_layers, env=self.plan.inference_env(),
+                                  threads=server_kwargs.get("threads") or physical_cores())
+        self.model = opened
+        if auto_start:
+            try:
+                self._start_server()
+            except BaseException:
+                self.model = None  # nothing half loaded: the next load_model begins afresh
+                raise
+        return self
+
+    def _start_server(self, **changes):
+        self._server_args |= changes
+        self.server.start_server(self.model.path, env=self.plan.inference_env(), **self._server_args)
+
+    def close(self):
+        """Stop the server and the capture worker. The engine can load again."""
+        with self._lock:
+            self.server.stop_server()
+            session, self._session = self._session, None
+            if session is not None:
+                session.close()
+            self.model = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _loaded(self):
+        if self.model is None:
+            raise LlamaTelemetryError('No model is loaded. Call load_model("smollm2-135m-Q4_1") first.')
+        return self.model
+
+    @contextmanager
+    def _serving(self, **needs):
+        """Hold a running server during one request, started or restarted with `needs` where it has not got them."""
+        with self._lock:
+            self._loaded()
+            missing = {key: value for key, value in needs.items() if self._server_args.get(key) != value}
+            if missing and self._in_flight:
+                raise ServerError("llama-server is answering another request and must be restarted for embeddings. Wait "
+                                  "for it, or call load_model(..., embeddings=True) to have both from the start.")
+            if missing or not self.server.is_running():
+                self._start_server(**missing)
+            self._in_flight += 1
+        try:
+            yield self.server
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+
+    # ---- text -----------------------------------------------------------------------------------------------------
+
+    def infer(self, prompt, max_tokens=128, temperature=0.7, top_p=0.9, top_k=40, seed=0, stop_sequences=None,
+              n_probs=0, **options):
+        """Continue `prompt` (a text, or token ids) by up to max_tokens tokens; returns an InferResult.
+
+        temperature=0 always takes the most probable token. seed: the same seed gives the same text, None a new one
+        each time. stop_sequences: texts that end the generation and are left out. n_probs=k: probabilities has, for
+        each generated token, its k most probable alternatives before temperature, top_k and top_p: position, rank
+        (0 is the most probable), id, piece, prob, logprob (nats), chosen; the chosen token is always among them.
+        options: llama-server's further sampling parameters; those that are not named are off.
+
+        Raises ServerError: empty prompt, prompt longer than the context, server gone (the next call starts it again).
+        """
+        body = _body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options)
+        with self._serving() as server:
+            started = time.perf_counter()
+            answer = server.post("/completion", body)
+            return _result(answer, 1000 * (time.perf_counter() - started))
+
+    def infer_stream(self, prompt, max_tokens=128, temperature=0.7, top_p=0.9, top_k=40, seed=0, stop_sequences=None,
+                     **options):
+        """Like infer, but a generator of pieces of text as they are generated; joined they are the text of infer.
+
+        A piece is never half a character. Leaving the loop (or closing the generator) ends the generation.
+        """
+        body = _body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, 0, options)
+        self._loaded()  # what is wrong is said at the call, not at the first piece
+        return self._pieces(body | {"stream": True})
+
+    def _pieces(self, body):
+        import requests
+
+        with self._serving() as server:
+            response = server.post("/completion", body, stream=True)
+            try:
+                for line in response.iter_lines(chunk_size=None):
+                    if not line.startswith(b"data: "):
+                        continue  # blank lines, and pings while a long prompt is processed
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise ServerError(f"llama-server: {event['error'].get('message')}")
+                    if event["content"]:
+                        yield event["content"]
+                    if event["stop"]:
+                        return
+                raise requests.ConnectionError("the stream ended early")
+            except requests.RequestException as error:
+                raise server.lost(error) from error
+            finally:
+                response.close()  # llama-server sees the closed connection and stops generating
+
+    def chat(self, messages, max_tokens=128, temperature=0.7, top_p=0.9, top_k=40, seed=0, stop_sequences=None,
+             n_probs=0, **options):
+        """Answer a conversation in the model's own chat template; parameters and result are those of infer.
+
+        messages: list of {"role": "system" | "user" | "assistant", "content": text}, or one text of the user's.
+        ServerError if the file has no chat template (a base model): use infer.
+        """
+        prompt = self.apply_template(messages)
+        return self.infer(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, **options)
+
+    def apply_template(self, messages):
+        """The text that the model's chat template makes of `messages` (see chat): what the model really reads."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if "tokenizer.chat_template" not in self._loaded().metadata:
+            raise ServerError(f"{self.model.name} has no chat template in its file: it is not a chat model. Use infer.")
+        with self._serving() as server:
+            return server.post("/apply-template", {"messages": list(messages)})["prompt"]
+
+    def embed(self, texts, pooling="mean", normalize=True):
+        """Embeddings of texts: (n, n_embd) float32 array, one row per text; a single text gives one row.
+
+        pooling: of the last layer's normalized states over the tokens: "mean", "last" or "cls" (the first).
+        normalize: to Euclidean length 1, so that products of rows are cosine similarities.
+        One llama-server does both: the first call restarts it with embeddings on, unless load_model had
+        embeddings=True. A text may be as long as a batch, 512 tokens (load_model(..., ubatch_size=2048) for more).
+        """
+        import numpy as np
+
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return np.empty((0, self._loaded().n_embd), np.float32)
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ServerError("embed takes texts that are not empty.")
+        with self._serving(embeddings=True, pooling=pooling) as server:
+            rows = server.post("/embeddings", {"content": texts, "embd_normalize": 2 if normalize else -1})
+        rows = sorted(rows, key=lambda row: row["index"])
+        return np.array([row["embedding"][0] for row in rows], np.float32)  # (n, n_embd)
+
+    def tokenize(self, text, add_special=True):
+        """DataFrame of a text's tokens: position, id, piece (bytes where a token is not whole characters).
+
+        add_special: with the tokens that the model puts first (and last). Needs no server.
+        """
+        import pandas as pd
+
+        ids = self._call("tokenize", text, add_special=add_special)
+        return pd.DataFrame({"position": range(len(ids)), "id": ids, "piece": [self.model.pieces[i] for i in ids]})
+
+    # ---- inside the model -----------------------------------------------------------------------------------------
+
+    def _call(self, name, *args, **kwargs):
+        with self._lock:
+            if self._session is None:
+                from .capture.session import CaptureSession
+
+                self._session = CaptureSession(self._loaded().path, **self._session_args)
+            try:
+                return getattr(self._session, name)(*args, **kwargs)
+            except WorkerCrashedError:
+                session, self._session = self._session, None  # the next call starts a new worker
+                session.close()
+                raise
+
+    def capture(self, text, **kwargs):
+        """Run the model over a text (or token ids) and return its tensors: llamatelemetry.capture.session.CaptureSession.capture.
+
+        stages=("attention", "hidden"), layers=None, queries=None, edits=(), generate=0, seed=0, temperature=0.0.
+        """
+        return self._call("capture", text, **kwargs)
+
+    def head_statistics(self, text, **kwargs):
+        """Statistics of every head in bounded memory, an xarray.Dataset of (layer, head): CaptureSession.head_statistics."""
+        return self._call("head_statistics", text, **kwargs)
+
+    def score(self, text, **kwargs):
+        """How well each token is predicted from those before it, a DataFrame: CaptureSession.score."""
+        return self._call("score", text, **kwargs)
+
+    def sweep(self, text, variants, **kwargs):
+        """What each of several edits does to the predictions, a DataFrame: CaptureSession.sweep."""
+        return self._call("sweep", text, variants, **kwargs)
+
+    # ---- where things are -----------------------------------------------------------------------------------------
+
+    def placement(self):
+        """Which process sits on which GPU with how much memory, as the driver reports it: llamatelemetry.gpus.placement."""
+        processes = {"notebook": os.getpid()}
+        if self.server.is_running():
+            processes["llama-server"] = self.server.pid
+        if self._session is not None:
+            processes["capture worker"] = self._session.pid
+        return gpus.placement(processes)
+
+    def fit(self, ctx_size=None, **kwargs):
+        """Does the loaded model fit, as server and capture worker together: llamatelemetry.gpus.fit."""
+        model = self._loaded()
+        return gpus.fit(model, ctx_size or self._server_args["ctx_size"], self._server_args["n_parallel"], **kwargs)
+
+
+def _body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options):
+    if not isinstance(prompt, str):
+        prompt = [int(token) for token in prompt]
+    if len(prompt) == 0:
+        raise ServerError("The prompt is empty: there is nothing to continue.")
+    if isinstance(stop_sequences, str):
+        stop_sequences = [stop_sequences]
+    return {
+        "prompt": prompt,
+        "n_predict": int(max_tokens),
+        "temperature": float(temperature),
+        "top_p": float(top_p),
+        "top_k": int(top_k),
+        "min_p": 0.0,  # llama-server's default is 0.05: a limit that nobody asked for
+        "seed": -1 if seed is None else int(seed),
+        "stop": list(stop_sequences or ()),
+        "n_probs": int(n_probs),
+        # A prompt that is partly reused is computed in other batches, whose sums round differently: same seed, other text.
+        "cache_prompt": False,
+    } | options
+
+
+def _result(answer, latency_ms):
+    times, n = answer["timings"], answer["tokens_predicted"]
+    # The first token comes out of the prompt's pass, so n tokens are n - 1 decodes.
+    speed = 1000 * (n - 1) / times["predicted_ms"] if n > 1 and times["predicted_ms"] > 0 else math.nan
+    tops = answer.get("completion_probabilities")
+    return InferResult(answer["content"], n, latency_ms, speed, answer["tokens_evaluated"],
+                       1000 * times["prompt_n"] / times["prompt_ms"] if times["prompt_ms"] > 0 else math.nan,
+                       answer.get("stop_type", "none"), answer.get("stopping_word", ""), _probabilities(tops))
+
+
+def _probabilities(tokens):
+    import pandas as pd
+
+    if not tokens:
+        return None
+    rows = []
+    for position, token in enumerate(tokens):
+        tops = token["top_logprobs"]
+        rows += [(position, rank, top, top["id"] == token["id"]) for rank, top in enumerate(tops)]
+        if not any(top["id"] == token["id"] for top in tops):
+            rows.append((position, None, token, True))  # sampled from further down: its rank is not reported
+    table = [(position, rank, top["id"], _piece(top), math.exp(top["logprob"]), top["logprob"], chosen)
+             for position, rank, top, chosen in rows]
+    return pd.DataFrame(table, columns=["position", "rank", "id", "piece", "prob", "logprob", "chosen"]).astype({"rank": "Int64"})
+
+
+def _piece(token):
+    raw = bytes(token["bytes"])
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw
