@@ -1,0 +1,276 @@
+"""What a quantization costs in output quality, measured against its reference in step, with no file of logits."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import pandas as pd
+
+from .analysis.quantization_quality import summarize
+from .errors import LlamaTelemetryError, ModelLoadError, ModelNotFoundError, WorkerCrashedError
+
+TEXT = Path(__file__).parent / "data" / "text.txt"
+
+
+class CompareError(LlamaTelemetryError, ValueError):
+    """Files or a text that cannot be compared as asked."""
+
+
+class Comparison(pd.DataFrame):
+    """The result of compare_quantizations: a DataFrame with one row per candidate, and `.tokens`.
+
+    tokens: one row per candidate and scored token: candidate, window, position (in the window), id, piece,
+    logprob_base, logprob (nats), entropy_base, kld (nats), dp, same_top, top5, top10, top_base and top (ids).
+    attempts: for each candidate, how often it was started (more than 1 where a worker died).
+    """
+
+    _metadata = ["tokens", "attempts"]
+
+
+def compare_quantizations(reference, candidates, text=None, n_ctx=512, client=None, *, max_windows=None, gpu_layers=None,
+                          threads=None, seed=0, retries=2, progress=True):
+    """Perplexity, KL divergence and top-token agreement of quantized files against a reference, on a text.
+
+    reference, candidates: paths or registry names. text: the text, a Path to one, or None for the public-domain text
+    of this package (DEFAULT: see data/text.md). n_ctx: tokens per window; the second half of each is scored, and a
+    text that ends within a window loses that remainder. max_windows: use only the first so many. gpu_layers: None
+    puts all layers on the visible GPU if the engine can use one. client: a dask.distributed Client; then each
+    candidate is a task of its own, restarted up to `retries` times if its worker dies.
+
+    Definitions are llama-perplexity's (--kl-divergence), in nats and fractions. Returns a Comparison, one row per
+    candidate in the order given, indexed by name: file, size_bytes, bits_per_weight, ppl, ppl_base, ppl_ratio,
+    kld_mean, kld_median and other percentiles, mean_dp, rms_dp, same_top, top5, top10, each mean with its *_err, and
+    intervals by window (*_low, *_high). A candidate that llama.cpp cannot load, or that crashes it, has its reason in
+    the column `error` and NaN elsewhere; the others are kept. Raises CompareError for another vocabulary or
+    architecture or too short a text, ModelNotFoundError for a file that is not there, ModelLoadError if the reference
+    or every candidate cannot be loaded.
+    """
+    reference, paths = _path(reference), [_path(c) for c in ([candidates] if isinstance(candidates, (str, Path)) else candidates)]
+    if not paths:
+        raise CompareError("No candidates were given: pass at least one path or name.")
+    if n_ctx < 4:
+        raise CompareError(f"n_ctx={n_ctx}: a window needs at least 4 tokens; llama-perplexity's default is 512.")
+    job = {"reference": str(reference), "text": load_text(text), "n_ctx": n_ctx, "max_windows": max_windows,
+           "gpu_layers": gpu_layers, "threads": threads}
+    unique = list(dict.fromkeys(str(p) for p in paths))
+    if client is None:
+        found = {}
+        for some in _groups(reference, unique):
+            found |= measure(job | {"candidates": some}, progress)
+        attempts = {p: f["attempts"] for p, f in found.items()}
+    else:
+        found, attempts = _distributed(client, job, unique, retries, progress)
+    return _result(found, attempts, [str(p) for p in paths], seed)
+
+
+def load_text(text=None):
+    """A text to measure on: None for the package's own, a Path to a file, "wikitext-2" (a download), or the text."""
+    if text is None:
+        return TEXT.read_text(encoding="utf-8")
+    if isinstance(text, Path):
+        if not text.is_file():
+            raise CompareError(f"No text at {text}.")
+        return text.read_text(encoding="utf-8")
+    if text == "wikitext-2":
+        return _wikitext()
+    return text
+
+
+def _wikitext():
+    import zipfile
+
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
+    except Exception as error:  # offline, refused, gone: the hub's client raises a different one for each
+        raise CompareError(f"WikiText-2 could not be downloaded ({error}): pass text=None for the built-in text.") from error
+    with zipfile.ZipFile(path) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("wiki.test.raw"))
+        return archive.read(name).decode("utf-8").removesuffix("\n")
+
+
+def measure(job, progress=False):
+    """Run the child process on one job; {path: {"columns", "error", "kind", "attempts", "seconds"}}.
+
+    If llama.cpp takes the process down, every unfinished candidate gets a process of its own, so that only the one
+    that does it is lost.
+    """
+    results, crash = _child(job, progress)
+    for path in job["candidates"]:
+        if path in results:
+            results[path]["attempts"] = 1
+        elif len(job["candidates"]) == 1:
+            results[path] = {"error": crash, "kind": "crash", "attempts": 1}
+        else:
+            results |= measure(job | {"candidates": [path]}, progress)
+            results[path]["attempts"] += 1
+    return results
+
+
+def _child(job, progress):
+    from tqdm.auto import tqdm
+
+    results, pieces = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        job = _settings(job) | {"folder": folder}
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job), encoding="utf-8")
+        log = Path(folder) / "log"
+        with open(log, "wb") as err:
+            process = subprocess.Popen([sys.executable, "-m", "llamatelemetry.compare_worker", str(path)],
+                                       stdout=subprocess.PIPE, stderr=err, stdin=subprocess.DEVNULL)
+        try:
+            with tqdm(desc="compare", unit="window", disable=not progress) as meter:
+                for line in process.stdout:
+                    said = json.loads(line)
+                    if "fatal" in said:
+                        _fatal(said, job)
+                    elif "windows" in said:
+                        meter.total = said["of"]
+                        meter.update(said["windows"] - meter.n)
+                    elif "failed" in said:
+                        results[said["failed"]] = {"error": _reason(said["why"], log), "kind": said["kind"]}
+                    elif "done" in said:
+                        results[said["done"]] = {"columns": _load(said["file"]), "error": None, "kind": None}
+                    elif "pieces" in said:
+                        pieces = {int(token): _text(bytes.fromhex(piece)) for token, piece in said["pieces"].items()}
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            process.stdout.close()
+        tail = log.read_text("utf-8", "replace")[-1500:]
+    for path, result in results.items():
+        if result["error"] is None:
+            result["columns"]["piece"] = [pieces[i] for i in result["columns"]["id"]]
+    ending = f"signal {-code}" if code < 0 else f"exit status {code}"
+    return results, f"llama.cpp ended with {ending}. Its last words:\n{tail}"
+
+
+def _settings(job):
+    import psutil
+
+    threads = job["threads"] or psutil.cpu_count(logical=False) or os.cpu_count()
+    return job | {"threads": threads, "gpu_layers": 999 if job["gpu_layers"] is None else job["gpu_layers"]}
+
+
+def _fatal(said, job):
+    if said["fatal"] == "text":
+        raise CompareError(f"{said['why']}: pass a longer text, or a smaller n_ctx.")
+    raise ModelLoadError(f"{said['why']} as the reference. Download or make it again.")
+
+
+def _reason(why, log):
+    """The worker's reason with what llama.cpp logged last about it."""
+    words = [line for line in log.read_text("utf-8", "replace").splitlines() if "error" in line.lower()]
+    return f"{why} ({words[-1].strip()})" if words else why
+
+
+def _load(path):
+    import numpy as np
+
+    with np.load(path) as columns:
+        return {name: columns[name] for name in columns}
+
+
+def _text(piece):
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return piece
+
+
+def _path(name):
+    if Path(name).is_file():
+        return Path(name).resolve()
+    from .models import resolve_model
+
+    return Path(resolve_model(str(name))).resolve()
+
+
+def _groups(reference, paths):
+    """Candidates that fit into memory beside the reference at once; the reference is decoded once per group."""
+    import psutil
+
+    room = 0.8 * psutil.virtual_memory().available - os.path.getsize(reference)
+    groups, used = [[]], 0
+    for path in paths:
+        size = os.path.getsize(path)
+        if groups[-1] and used + size > room:
+            groups.append([])
+            used = 0
+        groups[-1].append(path)
+        used += size
+    return groups
+
+
+def _distributed(client, job, paths, retries, progress):
+    from tqdm.auto import tqdm
+
+    futures = {p: client.submit(measure, job | {"candidates": [p]}, retries=retries, pure=False, key=f"compare-{i}-{os.urandom(4).hex()}")
+               for i, p in enumerate(paths)}
+    found, attempts = {}, {}
+    for path, future in tqdm(futures.items(), desc="compare", unit="file", disable=not progress):
+        try:
+            found |= future.result()
+        except LlamaTelemetryError:
+            raise
+        except Exception as error:  # a worker that died too often, or the scheduler's own trouble
+            found[path] = {"error": f"{type(error).__name__}: {error}", "kind": "crash"}
+        died = client.run_on_scheduler(_suspicious, key=future.key)
+        attempts[path] = died + found[path].get("attempts", 1)
+        if died:
+            warnings.warn(f"{path}: its worker died {died} time(s); it was started again elsewhere.", stacklevel=3)
+    return found, attempts
+
+
+def _suspicious(dask_scheduler, key):
+    task = dask_scheduler.tasks.get(key)
+    return int(task.suspicious) if task else 0
+
+
+def _result(found, attempts, order, seed):
+    other = [f"{p}: {f['error']}" for p, f in found.items() if f["kind"] == "other"]
+    if other:
+        raise CompareError("Not a quantization of the reference's model: " + "; ".join(other))
+    if all(f["error"] for f in found.values()):
+        crashed = any(f["kind"] == "crash" for f in found.values())
+        error = WorkerCrashedError if crashed else ModelLoadError
+        raise error("No candidate could be measured: " + "; ".join(f"{p}: {f['error']}" for p, f in found.items()))
+    rows, tables = [], []
+    for path in order:
+        row = {"name": Path(path).stem, "file": path, **_size(path), "error": found[path]["error"]}
+        if found[path]["error"] is None:
+            table = pd.DataFrame(found[path]["columns"])
+            row |= summarize(table, seed=seed)
+            tables.append(table.assign(candidate=row["name"]))
+        else:
+            warnings.warn(f"{path} was left out: {found[path]['error']}", stacklevel=3)
+        rows.append(row)
+    result = Comparison(pd.DataFrame(rows).set_index("name"))
+    result["error"] = result.pop("error")
+    object.__setattr__(result, "tokens", pd.concat(tables, ignore_index=True)[
+        ["candidate", "window", "position", "id", "piece", "logprob_base", "logprob", "entropy_base", "kld", "dp",
+         "same_top", "top5", "top10", "top_base", "top"]])
+    object.__setattr__(result, "attempts", {Path(p).stem: attempts[p] for p in order})
+    return result
+
+
+def _size(path):
+    """Size and real bits per weight, tensor data only for the latter; unknown for a file that cannot be read."""
+    import gguf
+
+    size = os.path.getsize(path) if os.path.isfile(path) else None
+    try:
+        tensors = gguf.GGUFReader(path).tensors
+    except Exception:  # a corrupt file: its row says so in `error`
+        return {"size_bytes": size, "bits_per_weight": float("nan")}
+    weights = sum(int(t.n_elements) for t in tensors)
+    return {"size_bytes": size, "bits_per_weight": 8 * sum(int(t.n_bytes) for t in tensors) / weights}
