@@ -138,7 +138,10 @@ def build(cuda: str | None = None, out: Path | None = None, jobs: int | None = N
     if wheel is None:
         _check_tools(cuda)
         folder = cache_dir() / "engine"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EngineBuildError(f"No cache folder {folder}: {error.strerror}. Set LLAMATELEMETRY_CACHE.") from None
         with _lock(folder / f"{key(wanted)}.lock"):
             wheel = cached_wheel(wanted) or _build_into(folder, wanted, jobs or _default_jobs())
     if out is not None:
@@ -283,10 +286,16 @@ def _nvcc_release() -> str | None:
 
 
 def _default_jobs() -> int:
-    """As many compilers as there are cores, and 1.5 GB of free memory for each."""
+    """As many compilers as this process may use cores (a container's share counts), with 1.5 GB of memory for each."""
     import psutil
 
-    return max(1, min(len(os.sched_getaffinity(0)), int(psutil.virtual_memory().available / 1.5e9)))
+    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
+    with contextlib.suppress(OSError, ValueError):
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return max(1, min(cores, int(memory / 1.5e9)))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,149 @@
+"""The command line: doctor, models, run, capture, engine, notebooks."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from . import __version__
+from .errors import LlamaTelemetryError
+
+
+def main(arguments=None) -> int:
+    """Run one command; errors of the package become one message on stderr and exit status 1."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except LlamaTelemetryError as error:
+        print(f"llamatelemetry: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `llamatelemetry models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="llamatelemetry", description="See inside a quantized language model while "
+                                  "llama.cpp runs it.")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name, command, text, to=commands):
+        sub = to.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    add("doctor", doctor, "Print what is on this machine and what is missing.")
+    models = add("models", list_models, "List the models known by name, and those on this machine.")
+    models.add_argument("--here", action="store_true", help="only those on this machine")
+
+    run = add("run", infer, "Continue a prompt with llama-server.")
+    run.add_argument("model", help="a name from `llamatelemetry models`, a GGUF file or repo:file")
+    run.add_argument("prompt")
+    run.add_argument("--max-tokens", type=int, default=128)
+    run.add_argument("--temperature", type=float, default=0.7)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--ctx-size", type=int)
+
+    capture = add("capture", capture_text, "Save tensors of one forward pass as a safetensors file.")
+    capture.add_argument("model")
+    capture.add_argument("text")
+    capture.add_argument("--stages", default="attention,hidden", help="comma-separated; default: %(default)s")
+    capture.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+
+    engine = commands.add_parser("engine", help="Build the engine: bindings, llama-server, tools.")
+    steps = engine.add_subparsers(required=True, metavar="STEP")
+    build = add("build", build_engine, "Make the engine wheel from source, or take it from the cache.", steps)
+    build.add_argument("--cuda", metavar="ARCH", help="GPU architectures: 75 (T4), '75;90', native")
+    build.add_argument("--portable", action="store_true", help="for other CPUs than this one, too (AVX2)")
+    build.add_argument("--jobs", type=int, help="compilers at a time; default: the cores, 1.5 GB of memory each")
+    build.add_argument("--out", type=Path, help="a folder that gets a copy of the wheel")
+    build.add_argument("--install", action="store_true", help="install the wheel into this Python")
+
+    notebooks = add("notebooks", run_notebooks, "Run notebooks and keep them as .ipynb and .html.")
+    notebooks.add_argument("names", nargs="*", help="notebooks to run, such as 12; default: all")
+    notebooks.add_argument("--folder", type=Path, default=Path("notebooks"))
+    notebooks.add_argument("--out", type=Path, default=Path("executed"))
+    notebooks.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                           help="a notebook parameter, such as -p MODEL gemma-3-1b-Q4_K_M")
+    return top
+
+
+def doctor(options):
+    from .doctor import report
+
+    return report()
+
+
+def list_models(options):
+    from .models import list_models
+
+    table = list_models()
+    if options.here:
+        table = table[table["here"]]
+    size = table["size_bytes"].map(lambda value: f"{value / 1e6:,.0f} MB", na_action="ignore").fillna("")
+    shown = {"name": table["name"], "parameters": table["parameters"].fillna(""), "here": size,
+             "repo": table["repo"].fillna("")}
+    widths = {title: max([len(title), *map(len, map(str, column))]) for title, column in shown.items()}
+    print("  ".join(f"{title:{width}}" for title, width in widths.items()).rstrip())
+    for row in zip(*shown.values(), strict=True):
+        print("  ".join(f"{value:{width}}" for value, width in zip(map(str, row), widths.values(), strict=True)).rstrip())
+
+
+def infer(options):
+    from .engine import InferenceEngine
+
+    with InferenceEngine() as engine:
+        engine.load_model(options.model, ctx_size=options.ctx_size, silent=True)
+        result = engine.infer(options.prompt, max_tokens=options.max_tokens, temperature=options.temperature,
+                              seed=options.seed)
+    print(result.text)
+    print(f"{result.tokens_generated} tokens, {result.tokens_per_sec:.1f} tokens/s", file=sys.stderr)
+
+
+def capture_text(options):
+    from .engine import InferenceEngine
+
+    if options.out.suffix != ".safetensors":
+        raise LlamaTelemetryError(f"--out {options.out}: a capture is saved as a .safetensors file")
+    if not options.out.absolute().parent.is_dir():
+        raise LlamaTelemetryError(f"--out {options.out}: there is no such folder")
+    with InferenceEngine() as engine:
+        engine.load_model(options.model, auto_start=False, silent=True)
+        capture = engine.capture(options.text, stages=tuple(filter(None, options.stages.replace(" ", "").split(","))))
+        for stage in capture.stages:
+            print(f"{stage}: " + ", ".join(f"{dim} {size}" for dim, size in capture[stage].sizes.items()))
+        capture.save(options.out)
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:,.1f} MB")
+
+
+def build_engine(options):
+    from .build import build, install
+
+    wheel = build(options.cuda, options.out, options.jobs, options.portable)
+    print(wheel)
+    if options.install:
+        install(wheel)
+    else:
+        print("The same command with --install puts it into this Python.", file=sys.stderr)
+
+
+def run_notebooks(options):
+    from .notebooks import run_all
+
+    run_all(options.folder, options.out, options.names, {name: _value(text) for name, text in options.parameters})
+
+
+def _value(text):
+    """A parameter as JSON (3, true, null, [1, 2]) where it is that, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
