@@ -4,12 +4,13 @@ Types and dequantization are the gguf package's; the header is read by gguf_head
 """
 
 import difflib
+import math
 import re
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, LlamaFileType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 
 from .errors import ModelLoadError
 from .gguf_header import Header, nbytes, split_parts
@@ -52,7 +53,10 @@ class GGUFFile:
         if total != len(self._infos):
             raise ModelLoadError(f"{self.path}: {len(self._infos)} tensors in its parts, {total} expected. "
                                  "Its parts are of different models: fetch them again.")
-        self._facts()
+        try:
+            self._facts()
+        except (TypeError, ValueError) as error:
+            raise ModelLoadError(f"{self.path}: its metadata is damaged ({error}). Fetch the file again.") from error
 
     def _other_parts(self):
         count = self.metadata.get("split.count", 0)
@@ -86,6 +90,8 @@ class GGUFFile:
             return meta.get(f"{self.architecture}.{key}", default)
 
         self.n_layer = get("block_count", 0)
+        if not 0 <= self.n_layer < 10_000:
+            raise ValueError(f"{self.n_layer} layers")
         self.n_embd = get("embedding_length", 0)
         self.n_ctx_train = get("context_length", 0)
         self.n_head_per_layer = self._per_layer(get("attention.head_count", 0))
@@ -107,6 +113,9 @@ class GGUFFile:
         self.n_expert_used = get("expert_used_count", 0)
         embedding = self._infos.get("token_embd.weight")
         self.n_vocab = len(meta.get("tokenizer.ggml.tokens", ())) or get("vocab_size", embedding[2][0] if embedding else 0)
+        tokens, types = meta.get("tokenizer.ggml.tokens", []), meta.get("tokenizer.ggml.token_type")
+        if not all(isinstance(token, str | bytes) for token in tokens) or (types and len(types) != len(tokens)):
+            raise ValueError("the vocabulary is no list of texts, each with its type")
         # Without an output matrix llama.cpp uses the token embedding for the logits: tied.
         self.output_name = "output.weight" if "output.weight" in self._infos else "token_embd.weight"
 
@@ -126,7 +135,7 @@ class GGUFFile:
 
         rows = []
         for name, (_, kind, shape, _) in self._infos.items():
-            n, size = int(np.prod(shape)), nbytes(kind, shape)
+            n, size = math.prod(shape), nbytes(kind, shape)
             layer = re.match(r"blk\.(\d+)\.", name)
             rows.append((name, kind.name, shape, n, size, 8 * size / n, int(layer[1]) if layer else None, _group(name)))
         columns = ["name", "type", "shape", "n_elements", "size_bytes", "bits_per_weight", "layer", "group"]
@@ -134,7 +143,7 @@ class GGUFFile:
 
     @cached_property
     def bits_per_weight(self):
-        elements = sum(int(np.prod(shape)) for _, _, shape, _ in self._infos.values())
+        elements = sum(math.prod(shape) for _, _, shape, _ in self._infos.values())
         return 8 * sum(nbytes(kind, shape) for _, kind, shape, _ in self._infos.values()) / elements if elements else 0.0
 
     @cached_property
@@ -157,7 +166,7 @@ class GGUFFile:
                                  else "") + ". GGUFFile.tensors lists them.")
         part, kind, shape, offset = self._infos[name]
         raw = np.frombuffer(part.buffer, np.uint8, nbytes(kind, shape), part.data + offset)
-        return raw.reshape(int(np.prod(shape[:-1])), -1), kind, shape
+        return raw.reshape(math.prod(shape[:-1]), -1), kind, shape
 
     def rows(self, name, ids=slice(None)):
         """Rows of a tensor, dequantized; only their bytes are read.
@@ -188,10 +197,13 @@ def _dequantize(raw, kind, name):
     if kind in _PLAIN:
         return raw.view(_PLAIN[kind]).astype(np.float32)
     n, width = raw.shape
+    block, size = GGML_QUANT_SIZES[kind]
+    if n == 0:
+        return np.zeros((0, width // size * block), np.float32)
     # quants works through 16 rows at a time; wider rows of whole blocks are up to 5 times faster.
     join = next(k for k in (64, 32, 16, 8, 4, 2, 1) if n % k == 0 and (k == 1 or k * width <= 1 << 16))
     try:
-        out = quants.dequantize(raw.reshape(n // join, -1), kind).reshape(n, -1)
+        out = quants.dequantize(raw.reshape(n // join, join * width), kind).reshape(n, width // size * block)
     except NotImplementedError as error:
         raise ModelLoadError(f"{name} is {kind.name}, which the installed gguf package cannot dequantize. "
                              "Upgrade it (pip install -U gguf) or use another quantization.") from error

@@ -5,6 +5,7 @@ for Gemma 3's 262,144), so only types and block sizes are taken from the gguf pa
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import math
 import mmap
 import re
 import struct
@@ -45,7 +46,7 @@ def split_parts(path):
 def nbytes(kind, shape):
     """Bytes of a tensor of this type and shape."""
     block, size = GGML_QUANT_SIZES[kind]
-    return int(np.prod(shape)) // block * size
+    return math.prod(shape) // block * size
 
 
 class Header:
@@ -65,7 +66,7 @@ class Header:
             self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self._read_header()
-        except (struct.error, IndexError, ValueError, UnicodeDecodeError) as error:
+        except (struct.error, ValueError) as error:
             raise ModelLoadError(f"{path}: the GGUF header ends early or is damaged ({error}). The file has "
                                  f"{self.size:,} bytes: fetch it again.") from error
         end = max((self.data + offset + nbytes(kind, shape) for kind, shape, offset in self.tensors.values()), default=0)
@@ -96,23 +97,34 @@ class Header:
         at = 24
         self.metadata = {}
         for _ in range(n_keys):
-            key, at = self._string(at)
+            key, at = self._name(at)
             kind, at = self._u32(at)
             self.metadata[key], at = self._value(GGUFValueType(kind), at)
         self.tensors = {}
         for _ in range(n_tensors):
-            name, at = self._string(at)
+            name, at = self._name(at)
             n_dims, at = self._u32(at)
             if n_dims > 8:
                 raise ValueError(f"tensor {name!r} with {n_dims} dimensions")
             *dims, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", self.buffer, at)
             at += 8 * n_dims + 12
-            self.tensors[name] = (GGMLQuantizationType(kind), tuple(reversed(dims)), offset)
+            kind = GGMLQuantizationType(kind)
+            if math.prod(dims) == 0 or (dims or [1])[0] % GGML_QUANT_SIZES[kind][0]:
+                raise ValueError(f"tensor {name!r} of type {kind.name} with dimensions {dims}")
+            self.tensors[name] = (kind, tuple(reversed(dims)), offset)
         align = self.metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1:
+            raise ValueError(f"an alignment of {align!r}")
         self.data = -(-at // align) * align
 
     def _u32(self, at):
         return struct.unpack_from("<I", self.buffer, at)[0], at + 4
+
+    def _name(self, at):
+        raw, at = self._string(at)
+        if isinstance(raw, bytes):
+            raise ValueError(f"a name that is no text: {raw[:40]!r}")
+        return raw, at
 
     def _string(self, at):
         length = _U64(self.buffer, at)[0]
