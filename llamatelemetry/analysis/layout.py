@@ -23,7 +23,11 @@ def check_edges(edges, n_nodes, weights=None):
 
 
 def layout(edges, n_nodes, weights=None, dims=2, seed=0):
-    """Node positions by force (see backend.layout). -> (n_nodes, dims) float32, in the unit disc or ball."""
+    """Node positions by force (see backend.layout), each connected component by itself, then packed side by side:
+    forces alone would drive unconnected parts away from each other without end.
+
+    -> (n_nodes, dims) float32, in the unit disc or ball
+    """
     import igraph
 
     edges, weights = check_edges(edges, n_nodes, weights)
@@ -31,18 +35,69 @@ def layout(edges, n_nodes, weights=None, dims=2, seed=0):
         raise ValueError(f"a layout has 2 or 3 dimensions, not {dims}")
     if n_nodes == 0:
         return np.zeros((0, dims), dtype=np.float32)
-    start = np.random.default_rng(seed).uniform(-1, 1, (n_nodes, dims)) * np.sqrt(n_nodes)
     graph = igraph.Graph(n_nodes, edges)
-    weights = None if weights is None else weights / weights.mean()
+    if weights is not None and len(weights):
+        graph.es["weight"] = weights / weights.mean()
+    parts = sorted(graph.connected_components(), key=len, reverse=True)
+    radii = np.sqrt([len(part) for part in parts])
+    centres = pack_discs(radii, dims, seed)
+    positions = np.zeros((n_nodes, dims))
     igraph.set_random_number_generator(random.Random(seed))
     try:
-        if n_nodes > DRL_ABOVE:
-            found = graph.layout_drl(weights=weights, dim=dims, seed=start.tolist())
-        else:
-            found = graph.layout_fruchterman_reingold(weights=weights, dim=dims, seed=start.tolist())
+        for part, radius, centre in zip(parts, radii, centres):
+            inside = to_unit(_force(graph.subgraph(part), dims, seed)) * radius * 0.9 if len(part) > 1 else 0.0
+            positions[part] = centre + inside
     finally:
         igraph.set_random_number_generator(random)
-    return to_unit(np.asarray(found.coords))
+    return to_unit(positions)
+
+
+def _force(graph, dims, seed):
+    """Positions of one connected component."""
+    n = graph.vcount()
+    start = (np.random.default_rng(seed).uniform(-1, 1, (n, dims)) * np.sqrt(n)).tolist()
+    weights = "weight" if "weight" in graph.es.attributes() else None
+    method = graph.layout_drl if n > DRL_ABOVE else graph.layout_fruchterman_reingold
+    return np.asarray(method(weights=weights, dim=dims, seed=start).coords)
+
+
+def pack_discs(radii, dims=2, seed=0):
+    """Centres of discs (balls) that do not overlap, the first in the middle, the others around it in the order given.
+
+    radii: (n,), descending -> (n, dims). Each tries points on growing circles, about as far out as the area of those
+    before it needs; the many small ones at the end are spread evenly instead, without trying.
+    """
+    radii = np.asarray(radii, dtype=np.float64)
+    n, rng = len(radii), np.random.default_rng(seed)
+    centres = np.zeros((n, dims))
+    turns = rng.normal(size=(64, dims))
+    turns /= np.linalg.norm(turns, axis=1, keepdims=True)  # 64 directions
+    if dims == 2:
+        angle = np.arange(64) * 2.399963229728653  # the golden angle
+        turns = np.column_stack([np.cos(angle), np.sin(angle)])
+    tail = next((i for i in range(1, n) if radii[i] <= radii[-1] and n - i > 50), n)
+    for i in range(1, tail):
+        distance = radii[0] + radii[i]
+        while True:
+            tried = turns * distance  # (64, dims)
+            gap = np.linalg.norm(tried[:, None] - centres[None, :i], axis=2) - radii[:i] - radii[i]
+            free = np.flatnonzero((gap >= -1e-9).all(axis=1))
+            if len(free):
+                centres[i] = tried[free[0]]
+                break
+            distance += radii[i]
+    if tail < n:  # a disc of equal ones, beginning outside what is placed
+        inner = (np.linalg.norm(centres[:tail], axis=1) + radii[:tail]).max()
+        order = np.arange(n - tail)
+        reach = (inner**dims + 1.6 * (order + 1) * radii[-1] ** dims * (2.0 if dims == 3 else 1.3)) ** (1 / dims)
+        if dims == 2:
+            angle = order * 2.399963229728653
+            spread = np.column_stack([np.cos(angle), np.sin(angle)])
+        else:
+            spread = rng.normal(size=(n - tail, dims))
+            spread /= np.linalg.norm(spread, axis=1, keepdims=True)
+        centres[tail:] = spread * (reach + radii[-1])[:, None]
+    return centres
 
 
 def to_unit(positions):

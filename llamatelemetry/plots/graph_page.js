@@ -1,0 +1,361 @@
+// Data: nodes 0..N-1 with x, y; edges 0..M-1, the heaviest first. Screen = world * scale + offset, in CSS pixels.
+const $ = id => document.getElementById(id);
+const X = unpack(DATA.x), Y = unpack(DATA.y), SRC = unpack(DATA.source), DST = unpack(DATA.target);
+const N = X.length, M = SRC.length, WEIGHT = DATA.weight ? unpack(DATA.weight) : null;
+const KIND = DATA.kind ? unpack(DATA.kind.codes) : new Int32Array(N);
+const LABELS = DATA.labels, LOWER = LABELS.map(text => text.toLowerCase());
+const canvas = $('canvas'), view = canvas.getContext('2d'), cache = document.createElement('canvas'), context = cache.getContext('2d');
+const BINS = 24, OWN = DATA.categories.length - 1;  // the last category colour is grey: everything without its own
+
+// Which paint each element has: an index into a list of colours.
+function ramp(share) {
+  const at = Math.max(0, Math.min(1, share)) * (DATA.ramp.length - 1), low = Math.min(Math.floor(at), DATA.ramp.length - 2);
+  const part = at - low, channel = (hex, i) => parseInt(hex.slice(1 + 2 * i, 3 + 2 * i), 16);
+  return 'rgb(' + [0, 1, 2].map(i => Math.round(channel(DATA.ramp[low], i) * (1 - part) + channel(DATA.ramp[low + 1], i) * part)) + ')';
+}
+function paints(encoding, count) {
+  const index = new Uint8Array(count);
+  if (!encoding) return {index, colors: [DATA.categories[0]]};
+  if (encoding.names) {
+    const codes = unpack(encoding.codes);
+    for (let i = 0; i < count; i++) index[i] = codes[i] < 0 || codes[i] >= OWN ? OWN : codes[i];
+    return {index, colors: [...DATA.categories.slice(0, OWN), DATA.missing]};
+  }
+  const share = unpack(encoding.share);
+  for (let i = 0; i < count; i++) index[i] = share[i] < 0 ? BINS : Math.min(BINS - 1, Math.floor(share[i] * BINS));
+  return {index, colors: [...Array.from({length: BINS}, (_, bin) => ramp((bin + 0.5) / BINS)), DATA.missing]};
+}
+const NODE = paints(DATA.color, N), EDGE = DATA.edgeColor ? paints(DATA.edgeColor, M) : null;
+const BASE = Math.max(2, Math.min(5, 90 / Math.sqrt(N)));
+const RADIUS = new Float32Array(N).fill(BASE);
+if (DATA.size) {
+  const share = unpack(DATA.size.share);
+  for (let i = 0; i < N; i++) RADIUS[i] = BASE * (0.7 + 1.8 * Math.sqrt(Math.max(0, share[i])));
+}
+// Neighbours in compressed rows, over all edges: edge numbers of node i are ADJ[START[i]] to ADJ[START[i+1]-1].
+const START = new Int32Array(N + 1), ADJ = new Int32Array(2 * M);
+for (let e = 0; e < M; e++) { START[SRC[e] + 1]++; START[DST[e] + 1]++; }
+for (let i = 0; i < N; i++) START[i + 1] += START[i];
+const fill = START.slice();
+for (let e = 0; e < M; e++) { ADJ[fill[SRC[e]]++] = e; ADJ[fill[DST[e]]++] = e; }
+
+const graph = window.graph = {
+  n: N, m: M, scale: 1, dx: 0, dy: 0, hovered: -1, selected: -1, matches: [], match: -1, minWeight: -Infinity,
+  kinds: new Set(DATA.kind ? DATA.kind.names.map((_, i) => i).concat(-1) : [0]), names: true,
+  shown: new Uint8Array(N).fill(1), shownEdges: M, shownNodes: N, drawnEdges: 0, moving: false, frames: [],
+  screen: i => [X[i] * graph.scale + graph.dx, Y[i] * graph.scale + graph.dy],
+};
+let width = 0, height = 0, margin = 0, live = new Int32Array(0), near = null, asked = false, rest = 0, last = 0;
+let dirty = true, fresh = false, cost = 30, seen = {scale: 1, dx: 0, dy: 0, at: 0};
+let colors = {};
+
+function readColors() {
+  colors = {fg: cssColor('--fg'), bg: cssColor('--bg'), line: cssColor('--muted'), accent: cssColor('--accent')};
+}
+function filter() {
+  graph.shownNodes = 0;
+  for (let i = 0; i < N; i++) graph.shownNodes += graph.shown[i] = graph.kinds.has(KIND[i]) ? 1 : 0;
+  const kept = [];
+  for (let e = 0; e < M; e++) {
+    if (WEIGHT && WEIGHT[e] < graph.minWeight) break;  // sorted
+    if (graph.shown[SRC[e]] && graph.shown[DST[e]]) kept.push(e);
+  }
+  live = Int32Array.from(kept); graph.shownEdges = kept.length;
+  if (graph.selected >= 0) select(graph.shown[graph.selected] ? graph.selected : -1);
+  dirty = true; search(); draw();
+}
+function fit() {
+  let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
+  for (let i = 0; i < N; i++) if (graph.shown[i]) {
+    x0 = Math.min(x0, X[i]); x1 = Math.max(x1, X[i]); y0 = Math.min(y0, Y[i]); y1 = Math.max(y1, Y[i]);
+  }
+  if (x0 > x1) return;
+  graph.home = graph.scale = Math.min((width - 50) / ((x1 - x0) || 1), (height - 50) / ((y1 - y0) || 1));
+  graph.dx = width / 2 - graph.scale * (x0 + x1) / 2; graph.dy = height / 2 - graph.scale * (y0 + y1) / 2;
+  dirty = true; draw();
+}
+function grow() { return Math.max(0.8, Math.min(2.5, Math.pow(graph.scale / (graph.home || 1), 0.35))); }
+
+// A full drawing goes to `cache`, with a margin around the view. While the view moves, frames show the cache, shifted
+// and scaled, and it is drawn anew as often as this machine can afford: smooth at any size, sharp at rest.
+function move() {
+  graph.moving = true; clearTimeout(rest);
+  rest = setTimeout(() => { graph.moving = false; last = 0; dirty = true; draw(); }, 140);
+  draw();
+}
+function draw() { if (!asked) { asked = true; requestAnimationFrame(frame); } }
+function frame(now) {
+  asked = false;
+  if (last) { graph.frames.push(now - last); if (fresh) cost = now - last; }
+  last = graph.moving ? now : 0;
+  const before = graph.scale / seen.scale;
+  fresh = dirty || (graph.moving && now - seen.at > Math.max(100, 4 * cost)) || before > 4 || before < 0.25;
+  if (fresh) { full(); seen = {scale: graph.scale, dx: graph.dx, dy: graph.dy, at: now}; dirty = false; }
+  const ratio = window.devicePixelRatio || 1, k = graph.scale / seen.scale;
+  view.setTransform(ratio, 0, 0, ratio, 0, 0);
+  view.fillStyle = colors.bg; view.fillRect(0, 0, width, height);
+  view.drawImage(cache, graph.dx - k * (seen.dx + margin), graph.dy - k * (seen.dy + margin), k * (width + 2 * margin), k * (height + 2 * margin));
+  marks();
+  if (graph.names) paintNames();
+  status();
+  if (graph.moving) draw();  // without a pause, so that the time between frames is what this machine needs for one
+}
+function full() {
+  const ratio = window.devicePixelRatio || 1;
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.fillStyle = colors.bg; context.fillRect(0, 0, width + 2 * margin, height + 2 * margin);
+  context.translate(margin, margin);
+  paintEdges(graph.selected >= 0 ? 0.25 : 1); paintNodes(graph.selected >= 0);
+}
+function segment(e) {
+  const x0 = X[SRC[e]] * graph.scale + graph.dx, y0 = Y[SRC[e]] * graph.scale + graph.dy;
+  const x1 = X[DST[e]] * graph.scale + graph.dx, y1 = Y[DST[e]] * graph.scale + graph.dy;
+  const w = width + margin, h = height + margin;
+  if ((x0 < -margin && x1 < -margin) || (y0 < -margin && y1 < -margin) || (x0 > w && x1 > w) || (y0 > h && y1 > h)) return false;
+  context.moveTo(x0, y0); context.lineTo(x1, y1); return true;
+}
+const CHUNK = 400;  // segments in one path: long paths cost more than their parts
+function paintEdges(dim) {
+  const dense = Math.max(0.06, Math.min(0.6, 30 / Math.sqrt(live.length + 1)));
+  let drawn = 0, style = -1, inPath = 0;
+  const groups = EDGE ? EDGE.colors.length : 1;
+  context.lineWidth = 1;
+  for (let group = 0; group < groups; group++) {
+    inPath = 0; style = -1;
+    for (let k = 0; k < live.length; k++) {
+      const e = live[k];
+      if (EDGE && EDGE.index[e] !== group) continue;
+      const level = WEIGHT ? 3 - Math.floor(4 * k / live.length) : 2;  // quarters by weight: the heavier, the darker
+      if (level !== style || inPath >= CHUNK) {
+        if (inPath) context.stroke();
+        context.beginPath(); inPath = 0; style = level;
+        context.strokeStyle = EDGE ? EDGE.colors[group] : colors.line;
+        context.globalAlpha = Math.min(1, dim * dense * (0.5 + 0.35 * level));
+      }
+      if (segment(e)) { inPath++; drawn++; }
+    }
+    if (inPath) context.stroke();
+  }
+  graph.drawnEdges = drawn;
+  if (graph.selected >= 0) {
+    context.globalAlpha = 0.9; context.strokeStyle = colors.accent; context.lineWidth = 1.4; context.beginPath();
+    for (const e of liveEdges(graph.selected)) segment(e);
+    context.stroke();
+  }
+  context.globalAlpha = 1;
+}
+function liveEdges(i) {
+  const edges = [];
+  for (let k = START[i]; k < START[i + 1]; k++) {
+    const e = ADJ[k];
+    if (graph.shown[SRC[e]] && graph.shown[DST[e]] && !(WEIGHT && WEIGHT[e] < graph.minWeight)) edges.push(e);
+  }
+  return edges;
+}
+function dot(to, i, extra) {
+  const x = X[i] * graph.scale + graph.dx, y = Y[i] * graph.scale + graph.dy, r = RADIUS[i] * grow() + extra, edge = r + margin;
+  if (x < -edge || y < -edge || x > width + edge || y > height + edge) return false;
+  to.moveTo(x + r, y); to.arc(x, y, r, 0, 6.2832); return true;
+}
+const BY_PAINT = NODE.colors.map(() => []);
+for (let i = 0; i < N; i++) BY_PAINT[NODE.index[i]].push(i);
+function paintNodes(focus) {
+  for (let pass = focus ? 0 : 1; pass < 2; pass++) {
+    BY_PAINT.forEach((members, paint) => {
+      context.fillStyle = NODE.colors[paint]; context.globalAlpha = pass ? 1 : 0.18; context.beginPath();
+      let inPath = 0;
+      for (const i of members) if (graph.shown[i] && (!focus || near.has(i) === !!pass) && dot(context, i, 0) && ++inPath >= 16) {
+        context.fill(); context.beginPath(); inPath = 0;
+      }
+      context.fill();
+    });
+  }
+  context.globalAlpha = 1;
+}
+function marks() {
+  view.lineWidth = 2; view.strokeStyle = colors.accent; view.beginPath();
+  for (const i of graph.matches) dot(view, i, 3);
+  view.stroke();
+  view.strokeStyle = colors.fg; view.beginPath();
+  for (const i of [graph.selected, graph.hovered, graph.match]) if (i >= 0) dot(view, i, 2);
+  view.stroke();
+}
+// Labels: what is pointed at, selected or found first, then the largest nodes, none over another.
+const BY_SIZE = Array.from({length: N}, (_, i) => i).sort((a, b) => RADIUS[b] - RADIUS[a] || (START[b + 1] - START[b]) - (START[a + 1] - START[a]));
+function paintNames() {
+  const boxes = [], most = graph.moving ? 25 : 60;
+  view.font = "12px system-ui, 'DejaVu Sans', sans-serif"; view.textBaseline = 'middle'; view.lineJoin = 'round';
+  view.lineWidth = 3; view.strokeStyle = colors.bg; view.fillStyle = colors.fg;
+  const place = i => {
+    if (i < 0 || !graph.shown[i] || boxes.length >= most) return;
+    const [x, y] = graph.screen(i), r = RADIUS[i] * grow();
+    if (x < 0 || y < 0 || x > width || y > height) return;
+    const text = LABELS[i].length > 28 ? LABELS[i].slice(0, 27) + '…' : LABELS[i];
+    const w = view.measureText(text).width, left = x + r + 3 + w > width ? x - r - 3 - w : x + r + 3;
+    const box = [left - 2, y - 8, left + w + 2, y + 8];
+    if (boxes.some(b => b[0] < box[2] && box[0] < b[2] && b[1] < box[3] && box[1] < b[3])) return;
+    boxes.push(box); view.strokeText(text, left, y); view.fillText(text, left, y);
+  };
+  [graph.hovered, graph.match, graph.selected].forEach(place);
+  graph.matches.slice(0, 40).forEach(place);
+  if (graph.selected >= 0) { for (const i of near) place(i); return; }
+  let tried = 0;
+  for (const i of BY_SIZE) { if (boxes.length >= most || tried > 600) break; if (graph.shown[i]) { tried++; place(i); } }
+}
+function status() {
+  const of = (some, all, what) => `${some.toLocaleString('en')} of ${all.toLocaleString('en')} ${what}`;
+  const text = `${of(graph.shownNodes, N, 'nodes')}, ${of(graph.shownEdges, M, 'edges')}; ${DATA.note}. ` +
+    'Wheel: zoom; drag: move; click: neighbours; Escape: clear.';
+  if ($('status').textContent !== text) $('status').textContent = text;
+}
+
+function nodeAt(px, py) {
+  let best = -1, least = 81;
+  for (let i = 0; i < N; i++) if (graph.shown[i]) {
+    const x = X[i] * graph.scale + graph.dx - px, y = Y[i] * graph.scale + graph.dy - py, d = x * x + y * y;
+    if (d < Math.max(least, 0) || (best < 0 && d < (RADIUS[i] * grow() + 3) ** 2)) { least = d; best = i; }
+  }
+  return best;
+}
+function describe(i) {
+  const lines = [LABELS[i]];
+  for (const [name, values] of Object.entries(DATA.details)) if (values[i] !== null) lines.push(`${name}: ${values[i]}`);
+  lines.push(`edges: ${liveEdges(i).length}`);
+  return lines.join('\n');
+}
+function hover(px, py) {
+  const i = px === null ? -1 : nodeAt(px, py), tip = $('tip');
+  if (i !== graph.hovered) { graph.hovered = i; draw(); }
+  tip.hidden = i < 0;
+  if (i < 0) return;
+  tip.textContent = describe(i);
+  tip.style.left = Math.max(0, Math.min(px + 14, width - tip.offsetWidth - 4)) + 'px';
+  tip.style.top = Math.max(0, Math.min(py + 14, height - tip.offsetHeight - 4)) + 'px';
+}
+function select(i) {
+  graph.selected = i; near = new Set(i < 0 ? [] : [i]);
+  const side = $('side'); side.hidden = i < 0; side.replaceChildren();
+  if (i >= 0) {
+    const edges = liveEdges(i).sort((a, b) => a - b), head = document.createElement('h2');
+    head.textContent = `${LABELS[i]}: ${edges.length} edge${edges.length === 1 ? '' : 's'}`; side.append(head);
+    for (const e of edges) {
+      const other = SRC[e] === i ? DST[e] : SRC[e]; near.add(other);
+      if (side.children.length > 40) continue;
+      const row = document.createElement('button'), name = document.createElement('span'), value = document.createElement('span');
+      name.textContent = (SRC[e] === i ? '→ ' : '← ') + LABELS[other]; value.textContent = WEIGHT ? format(WEIGHT[e]) : '';
+      row.append(name, value); row.onclick = () => { select(other); centre(other); }; side.append(row);
+    }
+  }
+  dirty = true; draw();
+}
+function centre(i) {
+  graph.scale = Math.max(graph.scale, 3 * graph.home);
+  graph.dx = width / 2 - X[i] * graph.scale; graph.dy = height / 2 - Y[i] * graph.scale; move();
+}
+function search() {
+  const text = $('search').value.trim().toLowerCase();
+  graph.matches = []; graph.match = -1;
+  if (text) for (let i = 0; i < N; i++) if (graph.shown[i] && LOWER[i].includes(text)) graph.matches.push(i);
+  $('found').textContent = text ? `${graph.matches.length} found` + (graph.matches.length ? ', Enter: next' : '') : '';
+  draw();
+}
+const format = value => Number(value.toPrecision(4)).toString();
+
+function zoom(factor, px, py) {
+  const scale = Math.max(graph.home / 20, Math.min(graph.home * 400, graph.scale * factor)); factor = scale / graph.scale;
+  graph.dx = px - factor * (px - graph.dx); graph.dy = py - factor * (py - graph.dy); graph.scale = scale; move();
+}
+const pointers = new Map(); let travelled = 0;
+const at = event => { const box = canvas.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; };
+canvas.addEventListener('wheel', event => {
+  event.preventDefault(); zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015)), ...at(event));
+}, {passive: false});
+canvas.addEventListener('pointerdown', event => {
+  canvas.setPointerCapture(event.pointerId); pointers.set(event.pointerId, at(event)); travelled = 0;
+  canvas.classList.add('drag');
+});
+canvas.addEventListener('pointermove', event => {
+  const now = at(event), before = pointers.get(event.pointerId);
+  if (!before) return hover(...now);
+  if (pointers.size === 1) {
+    graph.dx += now[0] - before[0]; graph.dy += now[1] - before[1];
+    travelled += Math.abs(now[0] - before[0]) + Math.abs(now[1] - before[1]); if (travelled > 4) hover(null);
+  } else if (pointers.size === 2) {
+    const other = [...pointers].find(([id]) => id !== event.pointerId)[1], distance = p => Math.hypot(p[0] - other[0], p[1] - other[1]);
+    travelled = 99; zoom(distance(now) / (distance(before) || 1), (now[0] + other[0]) / 2, (now[1] + other[1]) / 2);
+  }
+  pointers.set(event.pointerId, now); move();
+});
+for (const name of ['pointerup', 'pointercancel']) canvas.addEventListener(name, event => {
+  if (name === 'pointerup' && pointers.has(event.pointerId) && travelled <= 4) select(nodeAt(...at(event)));
+  pointers.delete(event.pointerId); canvas.classList.remove('drag');
+});
+canvas.addEventListener('pointerleave', () => hover(null));
+canvas.addEventListener('keydown', event => {
+  const step = {ArrowLeft: [40, 0], ArrowRight: [-40, 0], ArrowUp: [0, 40], ArrowDown: [0, -40]}[event.key];
+  if (step) { graph.dx += step[0]; graph.dy += step[1]; event.preventDefault(); move(); }
+  if (event.key === '+' || event.key === '-') zoom(event.key === '+' ? 1.25 : 0.8, width / 2, height / 2);
+});
+document.addEventListener('keydown', event => { if (event.key === 'Escape') { $('search').value = ''; search(); select(-1); } });
+$('search').addEventListener('input', search);
+$('search').addEventListener('keydown', event => {
+  if (event.key !== 'Enter' || !graph.matches.length) return;
+  graph.match = graph.matches[(graph.matches.indexOf(graph.match) + 1) % graph.matches.length]; centre(graph.match);
+});
+$('names').addEventListener('change', event => { graph.names = event.target.checked; draw(); });
+$('fit').addEventListener('click', fit);
+
+function legend() {
+  const box = $('legend');
+  const item = (color, text, edge) => {
+    const label = document.createElement('label'), swatch = document.createElement('span');
+    swatch.className = edge ? 'swatch edge' : 'swatch'; swatch.style.background = color; label.append(swatch, text); return label;
+  };
+  const scale = encoding => {
+    const label = document.createElement('span'), bar = document.createElement('span');
+    bar.className = 'ramp'; bar.style.background = `linear-gradient(to right, ${DATA.ramp.join(',')})`;
+    label.append(`${encoding.name} ${format(encoding.range[0])} `, bar, ` ${format(encoding.range[1])}`); box.append(label);
+  };
+  const listed = (encoding, edge) => {
+    box.append(Object.assign(document.createElement('strong'), {textContent: encoding.name}));
+    encoding.names.slice(0, OWN).forEach((name, i) => box.append(item(DATA.categories[i], name, edge)));
+    if (encoding.names.length > OWN) box.append(item(DATA.missing, `${encoding.names.length - OWN} others`, edge));
+  };
+  const same = DATA.kind && DATA.color && DATA.color.names && DATA.color.name === DATA.kind.name;
+  if (DATA.kind) {
+    box.append(Object.assign(document.createElement('strong'), {textContent: DATA.kind.name}));
+    const counts = new Map(); for (const code of KIND) counts.set(code, (counts.get(code) || 0) + 1);
+    [...DATA.kind.names, ...(counts.has(-1) ? ['none'] : [])].forEach((name, at) => {
+      const code = at < DATA.kind.names.length ? at : -1, tick = document.createElement('input');
+      const label = same ? item(code >= 0 && code < OWN ? DATA.categories[code] : DATA.missing, `${name} (${counts.get(code)})`)
+        : Object.assign(document.createElement('label'), {textContent: `${name} (${counts.get(code)})`});
+      tick.type = 'checkbox'; tick.checked = true; tick.dataset.kind = name;
+      tick.onchange = () => { if (tick.checked) graph.kinds.add(code); else graph.kinds.delete(code); filter(); };
+      label.prepend(tick); box.append(label);
+    });
+  }
+  if (DATA.color && !same) { if (DATA.color.names) listed(DATA.color); else scale(DATA.color); }
+  if (DATA.size) box.append(`area: ${DATA.size.name} ${format(DATA.size.range[0])} to ${format(DATA.size.range[1])}`);
+  if (DATA.edgeColor) { if (DATA.edgeColor.names) listed(DATA.edgeColor, true); else scale(DATA.edgeColor); }
+}
+$('title').textContent = DATA.title; $('weightname').textContent = `${DATA.weightName} ≥`;
+if (WEIGHT && M && WEIGHT[0] > WEIGHT[M - 1]) {
+  // The slider runs over ranks, so that each step removes as many edges whatever the weights' distribution.
+  $('weight').addEventListener('input', event => {
+    const at = Math.min(M - 1, Math.max(0, Math.round((1 - event.target.value / 1000) * (M - 1))));
+    graph.minWeight = event.target.value === '0' ? -Infinity : WEIGHT[at];
+    $('weightvalue').textContent = format(WEIGHT[at]); filter();
+  });
+  $('weightvalue').textContent = format(WEIGHT[M - 1]);
+} else $('weightbox').hidden = true;
+function resize() {
+  const box = $('frame').getBoundingClientRect(), ratio = window.devicePixelRatio || 1, first = !width;
+  const dx = (box.width - width) / 2, dy = (box.height - height) / 2;
+  width = box.width; height = box.height;
+  margin = Math.round(Math.min(width, height) / 4);
+  canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
+  cache.width = Math.round((width + 2 * margin) * ratio); cache.height = Math.round((height + 2 * margin) * ratio);
+  if (first) fit(); else { graph.dx += dx; graph.dy += dy; dirty = true; draw(); }
+}
+window.matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { readColors(); dirty = true; draw(); });
+readColors(); legend(); filter(); resize(); new ResizeObserver(resize).observe($('frame'));
