@@ -36,7 +36,7 @@ def compare_quantizations(reference, candidates, text=None, n_ctx=512, client=No
     """Perplexity, KL divergence and top-token agreement of quantized files against a reference, on a text.
 
     reference, candidates: paths or registry names. text: the text, a Path to one, or None for the public-domain text
-    of this package (DEFAULT: see data/text.md). n_ctx: tokens per window; the second half of each is scored, and a
+    of this package (see data/text.md). n_ctx: tokens per window; the second half of each is scored, and a
     text that ends within a window loses that remainder. max_windows: use only the first so many. gpu_layers: None
     puts all layers on the visible GPU if the engine can use one. client: a dask.distributed Client; then each
     candidate is a task of its own, restarted up to `retries` times if its worker dies.
@@ -49,7 +49,8 @@ def compare_quantizations(reference, candidates, text=None, n_ctx=512, client=No
     architecture or too short a text, ModelNotFoundError for a file that is not there, ModelLoadError if the reference
     or every candidate cannot be loaded.
     """
-    reference, paths = _path(reference), [_path(c) for c in ([candidates] if isinstance(candidates, (str, Path)) else candidates)]
+    candidates = [candidates] if isinstance(candidates, str | Path) else list(candidates)
+    reference, paths = _path(reference), [_path(candidate) for candidate in candidates]
     if not paths:
         raise CompareError("No candidates were given: pass at least one path or name.")
     if n_ctx < 4:
@@ -121,9 +122,9 @@ def _child(job, progress):
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job), encoding="utf-8")
         log = Path(folder) / "log"
-        with open(log, "wb") as err:
-            process = subprocess.Popen([sys.executable, "-m", "llamatelemetry.compare_worker", str(path)],
-                                       stdout=subprocess.PIPE, stderr=err, stdin=subprocess.DEVNULL)
+        with open(log, "wb") as err:  # stdin stays open as long as this process lives: the child ends with it
+            process = subprocess.Popen([sys.executable, "-m", "llamatelemetry.compare_worker", str(path)], env=_env(),
+                                       stdout=subprocess.PIPE, stderr=err, stdin=subprocess.PIPE)
         try:
             with tqdm(desc="compare", unit="window", disable=not progress) as meter:
                 for line in process.stdout:
@@ -145,6 +146,7 @@ def _child(job, progress):
             process.wait()
             raise
         finally:
+            process.stdin.close()
             process.stdout.close()
         tail = log.read_text("utf-8", "replace")[-1500:]
     for path, result in results.items():
@@ -152,6 +154,12 @@ def _child(job, progress):
             result["columns"]["piece"] = [pieces[i] for i in result["columns"]["id"]]
     ending = f"signal {-code}" if code < 0 else f"exit status {code}"
     return results, f"llama.cpp ended with {ending}. Its last words:\n{tail}"
+
+
+def _env():
+    from .gpus import plan
+
+    return os.environ | plan().inference_env()
 
 
 def _settings(job):
@@ -199,7 +207,10 @@ def _groups(reference, paths):
     """Candidates that fit into memory beside the reference at once; the reference is decoded once per group."""
     import psutil
 
-    room = 0.8 * psutil.virtual_memory().available - os.path.getsize(reference)
+    from .gpus import plan
+
+    free = [gpu.free_bytes for gpu in plan().inference] or [psutil.virtual_memory().available]
+    room = 0.8 * sum(free) - os.path.getsize(reference)
     groups, used = [[]], 0
     for path in paths:
         size = os.path.getsize(path)
@@ -214,8 +225,8 @@ def _groups(reference, paths):
 def _distributed(client, job, paths, retries, progress):
     from tqdm.auto import tqdm
 
-    futures = {p: client.submit(measure, job | {"candidates": [p]}, retries=retries, pure=False, key=f"compare-{i}-{os.urandom(4).hex()}")
-               for i, p in enumerate(paths)}
+    futures = {p: client.submit(measure, job | {"candidates": [p]}, retries=retries, pure=False,
+                                key=f"compare-{i}-{os.urandom(4).hex()}") for i, p in enumerate(paths)}
     found, attempts = {}, {}
     for path, future in tqdm(futures.items(), desc="compare", unit="file", disable=not progress):
         try:
@@ -264,13 +275,11 @@ def _result(found, attempts, order, seed):
 
 
 def _size(path):
-    """Size and real bits per weight, tensor data only for the latter; unknown for a file that cannot be read."""
-    import gguf
+    """Size and real bits per weight; the latter unknown for a file that cannot be read: its row says so in `error`."""
+    from .gguf import GGUFFile
 
-    size = os.path.getsize(path) if os.path.isfile(path) else None
     try:
-        tensors = gguf.GGUFReader(path).tensors
-    except Exception:  # a corrupt file: its row says so in `error`
-        return {"size_bytes": size, "bits_per_weight": float("nan")}
-    weights = sum(int(t.n_elements) for t in tensors)
-    return {"size_bytes": size, "bits_per_weight": 8 * sum(int(t.n_bytes) for t in tensors) / weights}
+        file = GGUFFile(path)
+        return {"size_bytes": file.size_bytes, "bits_per_weight": file.bits_per_weight}
+    except LlamaTelemetryError:
+        return {"size_bytes": os.path.getsize(path) if os.path.isfile(path) else None, "bits_per_weight": float("nan")}

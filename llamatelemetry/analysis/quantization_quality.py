@@ -42,8 +42,13 @@ class Reference:
     def __init__(self, logits, targets, k=10):
         self.logits, self.targets, self.k = logits, np.asarray(targets), k
         values, self.top = top_k(logits, k)  # (token, k)
-        self.p, self.lse = _softmax(logits, values[:, :1])
-        self.entropy = self.lse - np.einsum("tv,tv->t", self.p, logits)
+        shifted = logits - values[:, :1]  # (token, vocab)
+        self.p = np.exp(shifted)
+        total = self.p.sum(axis=1)  # NumPy sums rows pairwise: 1e-7, where a running float32 sum of 50,000 has 1e-4
+        self.p /= total[:, None]
+        self.lse = _lse(values, total)
+        shifted *= self.p
+        self.entropy = np.log(total.astype(np.float64)) - shifted.sum(axis=1)
         # llama-perplexity leaves out what the reference gives a log probability of -16 or less.
         self.p *= self.p > np.float32(np.exp(-16))
         self.mass = self.p.sum(axis=1, dtype=np.float64)
@@ -57,10 +62,12 @@ class Reference:
         candidate's), top_base, top (ids).
         """
         values, top = top_k(logits, self.k)
-        lse = values[:, 0].astype(np.float64) + np.log(np.exp(logits - values[:, :1]).sum(axis=1).astype(np.float64))
+        lse = _lse(values, np.exp(logits - values[:, :1]).sum(axis=1))
         logprob = _pick(logits, self.targets) - lse
         # sum p_base (log p_base - log p), the two normalizers taken out of the sum
-        kld = np.einsum("tv,tv->t", self.p, self.logits - logits).astype(np.float64) - self.mass * (self.lse - lse)
+        difference = self.logits - logits
+        difference *= self.p
+        kld = difference.sum(axis=1).astype(np.float64) - self.mass * (self.lse - lse)
         found = self.top[:, :, None] == top[:, None, :]  # (token, k, k)
         return {
             "logprob_base": self.logprob, "logprob": logprob, "entropy_base": self.entropy, "kld": kld,
@@ -70,12 +77,9 @@ class Reference:
         }
 
 
-def _softmax(logits, maximum):
-    """Probabilities (token, vocab) float32, and the log of their normalizer (token,) float64."""
-    p = np.exp(logits - maximum)
-    total = p.sum(axis=1)
-    p /= total[:, None]
-    return p, maximum[:, 0].astype(np.float64) + np.log(total.astype(np.float64))
+def _lse(values, total):
+    """Log of the sum of exponentials, float64 (token,): values (token, k) with the largest first, total of exp(x - max)."""
+    return values[:, 0].astype(np.float64) + np.log(total.astype(np.float64))
 
 
 def _pick(logits, targets):

@@ -1,0 +1,219 @@
+"""compare_quantizations against llama-perplexity of the same build, and what it does with bad input."""
+
+import os
+import re
+import subprocess
+import threading
+import time
+import warnings
+
+import numpy as np
+import psutil
+import pytest
+
+from llamatelemetry import LlamaTelemetryError, ModelLoadError, ModelNotFoundError, WorkerCrashedError
+from llamatelemetry import compare as module
+from llamatelemetry.compare import CompareError, compare_quantizations, load_text
+from llamatelemetry.compare_worker import windows
+from llamatelemetry.quantize import QuantizeError, quantize, tool
+
+N_CTX, WINDOWS = 128, 4
+NUMBER = r"\s*(-?[\d.]+)(?: ±\s*([\d.]+))?"
+# llama-perplexity keeps the reference's log probabilities in 16 bits over a range of 16 nats, or less.
+STEP = 16 / 65535
+
+
+@pytest.fixture(scope="module", params=["smollm2-135m-Q4_1", "gemma-3-270m-Q4_K_M"])
+def family(request, tmp_path_factory):
+    """A shipped model as the reference, and three quantizations made from it."""
+    from llamatelemetry import resolve_model
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        reference = resolve_model(request.param, progress=False)
+        tool("llama-perplexity")
+    except (ModelNotFoundError, QuantizeError) as error:
+        pytest.skip(str(error))
+    finally:
+        del os.environ["HF_HUB_OFFLINE"]
+    folder = tmp_path_factory.mktemp(request.param)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return reference, [quantize(reference, folder / f"{kind}.gguf", kind, progress=False)
+                           for kind in ("Q8_0", "Q4_0", "Q3_K_M")]
+
+
+def perplexity(model, text, base, *options):
+    command = [tool("llama-perplexity"), "-m", model, "-f", text, "-c", str(N_CTX), "-b", str(N_CTX * WINDOWS), "--chunks",
+               str(WINDOWS), "--kl-divergence-base", base, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def numbers(printed, label, scale=1.0):
+    found = re.search(re.escape(label) + NUMBER, printed)
+    return [float(x) * scale for x in found.groups() if x]
+
+
+@pytest.mark.slow
+def test_the_numbers_are_llama_perplexitys(family, tmp_path):
+    reference, candidates = family
+    text, base = tmp_path / "text.txt", tmp_path / "base.kld"
+    text.write_text(load_text()[2000:9000].strip())
+    ours = compare_quantizations(reference, candidates, text, n_ctx=N_CTX, max_windows=WINDOWS, progress=False)
+    first = perplexity(reference, text, base)
+    assert numbers(first, "Final estimate: PPL =")[0] == pytest.approx(ours["ppl_base"].iloc[0], rel=1e-3)
+    for path in candidates:
+        theirs = perplexity(path, text, base, "--kl-divergence")
+        row = ours.loc[path.stem]
+        assert numbers(theirs, "Mean PPL(Q)                   :") == pytest.approx([row.ppl, row.ppl_err], rel=1e-3)
+        assert numbers(theirs, "Mean PPL(Q)/PPL(base)         :") == pytest.approx(
+            [row.ppl_ratio, row.ppl_ratio_err], rel=2e-3, abs=STEP)
+        assert numbers(theirs, "Mean    KLD:") == pytest.approx([row.kld_mean, row.kld_mean_err], abs=STEP)
+        assert numbers(theirs, "Mean    Δp:", 0.01) == pytest.approx([row.mean_dp, row.mean_dp_err], abs=STEP)
+        assert numbers(theirs, "RMS Δp    :", 0.01) == pytest.approx([row.rms_dp, row.rms_dp_err], abs=STEP)
+        assert numbers(theirs, "Same top p:", 0.01) == pytest.approx(
+            [row.same_top, row.same_top_err], abs=1.01 / row.n_tokens)  # rounding can make a tie
+        for label, name in {"Maximum": "max", "99.9%  ": "p999", "99.0%  ": "p99", "95.0%  ": "p95", "90.0%  ": "p90",
+                            "Median ": "median", "10.0%  ": "p10", " 5.0%  ": "p05", " 1.0%  ": "p01", " 0.1%  ": "p001",
+                            "Minimum": "min"}.items():
+            assert numbers(theirs, f"{label} KLD:")[0] == pytest.approx(row[f"kld_{name}"], abs=STEP), label
+            assert numbers(theirs, f"{label} Δp:", 0.01)[0] == pytest.approx(row[f"dp_{name}"], abs=STEP), label
+    assert row.n_tokens == WINDOWS * (N_CTX // 2 - 1)
+
+
+@pytest.mark.slow
+def test_a_file_against_itself_is_nothing_and_windows_may_be_short(smollm2):
+    text = load_text()[:3000]
+    found = compare_quantizations(smollm2, [smollm2], text, n_ctx=96, progress=False)
+    row = found.iloc[0]
+    assert row.kld_max == row.kld_min == row.dp_max == row.dp_min == 0
+    assert row.same_top == row.top5 == row.top10 == row.ppl_ratio == 1
+    assert row.n_tokens == row.n_windows * 47 and row.n_windows > 5  # the last batch has fewer windows than the others
+    tokens = found.tokens
+    assert tokens["position"].min() == 49 and tokens["position"].max() == 95
+    said = "".join(tokens[tokens["window"] == 1]["piece"])
+    assert said in text
+
+
+@pytest.mark.slow
+def test_long_windows_are_decoded_in_steps(smollm2):
+    text = load_text()[:9000]
+    long = compare_quantizations(smollm2, [smollm2], text, n_ctx=1040, progress=False).iloc[0]  # 512 + 512 + 16 tokens
+    assert long.n_tokens == long.n_windows * 519 and long.kld_max == 0 and 2 < long.ppl < 200
+
+
+@pytest.mark.slow
+def test_a_corrupt_candidate_leaves_the_others(family, tmp_path):
+    reference, candidates = family
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(candidates[0].read_bytes()[:60_000_000])
+    with pytest.warns(UserWarning, match="cut"):
+        found = compare_quantizations(reference, [candidates[0], cut], load_text()[:4000], n_ctx=N_CTX, max_windows=1,
+                                      progress=False)
+    assert list(found.index) == [candidates[0].stem, "cut"]
+    assert "cannot load" in found.loc["cut", "error"] and np.isnan(found.loc["cut", "ppl"])
+    assert found.loc[candidates[0].stem, "error"] is None and found.loc[candidates[0].stem, "ppl"] > 1
+    with pytest.raises(ModelLoadError, match="cut"):
+        compare_quantizations(reference, cut, load_text()[:4000], n_ctx=N_CTX, progress=False)
+    with pytest.raises(ModelLoadError, match="reference"):
+        compare_quantizations(cut, reference, load_text()[:4000], n_ctx=N_CTX, progress=False)
+
+
+@pytest.mark.slow
+def test_another_model_is_refused(smollm2):
+    from llamatelemetry import resolve_model
+
+    try:
+        other = resolve_model("gemma-3-270m-Q4_K_M", progress=False)
+    except LlamaTelemetryError as error:
+        pytest.skip(str(error))
+    with pytest.raises(CompareError, match="architecture is gemma3"):
+        compare_quantizations(smollm2, [other], load_text()[:4000], n_ctx=N_CTX, progress=False)
+
+
+@pytest.mark.slow
+def test_too_short_a_text_is_refused(smollm2):
+    with pytest.raises(CompareError, match=r"tokens and a window needs 512.*smaller n_ctx"):
+        compare_quantizations(smollm2, [smollm2], "Call me Ishmael.", progress=False)
+
+
+def test_what_is_not_there_is_refused(tmp_path):
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ModelNotFoundError):
+        compare_quantizations(file, [tmp_path / "none.gguf"], "text")
+    with pytest.raises(CompareError, match="No candidates"):
+        compare_quantizations(file, [], "text")
+    with pytest.raises(CompareError, match="at least 4"):
+        compare_quantizations(file, [file], "text", n_ctx=2)
+    with pytest.raises(CompareError, match="No text"):
+        load_text(tmp_path / "none.txt")
+
+
+def test_windows_leave_out_the_remainder():
+    assert windows(np.arange(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert windows(np.arange(11), 4, 1).tolist() == [[0, 1, 2, 3]]
+    assert len(windows(np.arange(3), 4)) == 0
+
+
+def test_a_crash_costs_only_the_candidate_that_makes_it(monkeypatch):
+    """Two candidates in one process crash it; alone, only one of them does."""
+    def child(job, progress):
+        if "bad" in job["candidates"]:
+            return {}, "llama.cpp ended with signal 6"
+        return {path: {"columns": path, "error": None, "kind": None} for path in job["candidates"]}, "exit status 0"
+
+    monkeypatch.setattr(module, "_child", child)
+    found = module.measure({"candidates": ["good", "bad", "fine"]})
+    assert found["good"]["columns"] == "good" and found["fine"]["error"] is None
+    assert found["bad"]["kind"] == "crash" and "signal 6" in found["bad"]["error"]
+    assert found["good"]["attempts"] == 2
+    with pytest.raises(WorkerCrashedError, match="bad: llama.cpp ended"):
+        module._result({"bad": found["bad"]}, {}, ["bad"], 0)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client:
+            yield client
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_the_same_and_survives_a_dead_worker(family, cluster):
+    reference, candidates = family
+    if reference.stat().st_size > 150e6:
+        pytest.skip("once is enough")
+    here = compare_quantizations(reference, candidates[:2], load_text()[:6000], n_ctx=N_CTX, progress=False)
+    there = compare_quantizations(reference, candidates[:2], load_text()[:6000], n_ctx=N_CTX, client=cluster, progress=False)
+    assert here.drop(columns="file").equals(there.drop(columns="file"))
+    assert set(there.attempts.values()) == {1}
+
+    def kill_one():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for child in psutil.Process().children(recursive=True):
+                try:
+                    if "llamatelemetry.compare_worker" in child.cmdline():
+                        killed.append(child.pid)
+                        return child.parent().kill()
+                except psutil.NoSuchProcess:
+                    pass
+            time.sleep(0.05)
+
+    killed = []
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    with pytest.warns(UserWarning, match="worker died"):
+        again = compare_quantizations(reference, candidates[:2], load_text()[:6000], n_ctx=N_CTX, client=cluster,
+                                      progress=False)
+    thread.join()
+    assert here.equals(again) and sorted(again.attempts.values()) == [1, 2]
+    time.sleep(1)
+    assert killed and not psutil.pid_exists(killed[0])  # the child of a dead worker ends too
+
+
+def test_default_text_is_long_enough_and_wheel_data():
+    assert 150_000 < len(load_text()) < 200_000
+    assert module.TEXT.with_suffix(".md").is_file()
