@@ -1,6 +1,7 @@
 """The Hugging Face hub: what its cache holds, downloads with progress, resume and checksum, and why one failed."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -119,7 +120,8 @@ def _reach_hub():
     from huggingface_hub import constants
 
     local = "put the file under /kaggle/input, or give its path"
-    if constants.HF_HUB_OFFLINE:
+    # huggingface_hub reads the variable once, at its import; a user sets it when they think of it
+    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise Refused("HF_HUB_OFFLINE is set", f"unset it, {local}")
     try:  # without this, huggingface_hub retries for 24 s where there is no network
         requests.head(constants.ENDPOINT, timeout=5)

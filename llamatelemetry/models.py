@@ -20,7 +20,7 @@ def resolve_model(name=None, progress=True):
     """The path of a model's GGUF file (of a split model: of its first part).
 
     name: a path (a file, or a folder with one GGUF), a name that `list_models` shows (upper or lower case), or
-        "repo:file" of the Hugging Face hub ("repo:Q4_K_M" where one file of the repository has that in its name);
+        "repo:file" of the Hugging Face hub ("repo:Q4_K_M" where one file of the repository has that quantization);
         None is DEFAULT_MODEL.
     Looked for, in this order: a file, an installed model package, /kaggle/input (any depth), the Hugging Face cache,
     a download. The file is not read; GGUFFile does that. progress: show bars for slow steps.
@@ -86,7 +86,7 @@ def _unregistered(text, progress):
     if file and repo.count("/") == 1 and not repo.startswith((".", "/", "~")):
         return _from_hub(repo, file, progress)
     wanted = Path(text).name.casefold().removesuffix(".gguf")
-    for path in _kaggle_files():
+    for path in _kaggle_files() if "/" not in text else []:
         if path.stem.casefold() == wanted:
             return path
     if "/" in text or text.lower().endswith(".gguf"):
@@ -176,7 +176,8 @@ def _assemble(parts, checksum, target, progress):
         raise ModelLoadError(f"{target} could not be written: {error}. It needs {bar.total:,} bytes; "
                              "LLAMATELEMETRY_CACHE names another folder.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # Kaggle

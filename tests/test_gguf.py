@@ -302,6 +302,17 @@ def test_real_models(real):
 
 
 @pytest.mark.slow
+def test_real_rows_of_every_type(real):
+    """One tensor of each type (Q4_K and Q6_K among Gemma's): chosen rows equal the gguf package's, row by row."""
+    for kind, name in real.tensors.reset_index().groupby("type").name.first().items():
+        raw, _, shape = real._rows(name)
+        ids = [len(raw) - 1, 0]
+        expected = [gguf.quants.dequantize(raw[i : i + 1].copy(), gguf.GGMLQuantizationType[kind])[0] for i in ids]
+        assert np.array_equal(real.rows(name, ids), expected)
+        assert np.array_equal(real.rows(name, slice(0, 64))[:1], expected[1:])
+
+
+@pytest.mark.slow
 def test_real_models_as_the_gguf_package_reads_them(real):
     """Metadata, tensor table and bytes equal those of gguf.GGUFReader (which takes half a minute for Gemma 3)."""
     if real.architecture != "llama":
