@@ -1,0 +1,91 @@
+"""Interventions: what a capture or a score changes in the running model. llama.cpp's later nodes see every edit."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import CaptureError
+from .names import STAGES
+
+EDITABLE = tuple(name for name, stage in STAGES.items() if stage.editable)
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One change of one stage of one layer, made with `ablate_head`, `ablate_layer`, `scale` or `patch`.
+
+    values <- factor * values, or, with `values`, values <- values[...]: (token, embd) or (head, token, feature).
+    head, positions: None for all. mean: replace by the mean over positions of the unedited run instead.
+    """
+
+    stage: str
+    layer: int
+    head: int | None = None
+    positions: tuple | None = None
+    factor: float = 0.0
+    values: np.ndarray | None = None
+    mean: bool = False
+
+    def __post_init__(self):
+        if self.stage not in EDITABLE:
+            raise CaptureError(f"stage {self.stage!r} cannot be edited; these can: {', '.join(EDITABLE)}.")
+        if self.head is not None and "head" not in STAGES[self.stage].dims:
+            raise CaptureError(f"stage {self.stage!r} has no heads: leave `head` out.")
+
+
+def ablate_head(layer, head, mode="zero"):
+    """Remove one head's output before the output projection: zero it, or (mode="mean") put its mean over positions.
+
+    The mean is taken over all positions of the same text in a run without edits.
+    """
+    if mode not in ("zero", "mean"):
+        raise CaptureError(f'mode is "zero" or "mean", not {mode!r}.')
+    return Edit("attn_heads", _index(layer), head=_index(head), mean=mode == "mean")
+
+
+def ablate_layer(layer, part="both"):
+    """Remove what a layer's attention, FFN or both add to the residual stream. Returns a list of edits."""
+    stages = {"attention": ["attn_out"], "ffn": ["ffn_out"], "both": ["attn_out", "ffn_out"]}
+    if part not in stages:
+        raise CaptureError(f'part is "attention", "ffn" or "both", not {part!r}.')
+    return [Edit(stage, _index(layer)) for stage in stages[part]]
+
+
+def scale(stage, layer, factor, head=None, positions=None):
+    """Multiply a stage of a layer by a factor; `head` and `positions` restrict it."""
+    return Edit(stage, _index(layer), None if head is None else _index(head), _positions(positions), float(factor))
+
+
+def patch(stage, layer, source, positions=None, head=None):
+    """Replace a stage of a layer by what another run had there (activation patching: Meng et al. 2022).
+
+    source: a Capture that holds the stage, or an array (token, embd), or (head, token, feature) for stages by head.
+    positions: token positions to replace, the same in both runs; None for all (the texts must be equally long).
+    """
+    if isinstance(source, np.ndarray):
+        values = source
+    elif stage not in source.stages or layer not in source[stage].layer.values:
+        raise CaptureError(f"the source capture does not hold {stage!r} of layer {layer}: capture it with stages=.")
+    else:
+        values = source[stage].sel(layer=layer).values
+    values = np.ascontiguousarray(values, np.float32)
+    return Edit(stage, _index(layer), None if head is None else _index(head), _positions(positions), 1.0, values)
+
+
+def flatten(edits):
+    """A flat list of Edit from an edit, a list of edits or lists of edits."""
+    if isinstance(edits, Edit):
+        return [edits]
+    return [flat for edit in edits for flat in flatten(edit)]
+
+
+def _index(value):
+    if isinstance(value, (bool, float)) or int(value) < 0:
+        raise CaptureError(f"layer and head are counted from 0; {value!r} is not one.")
+    return int(value)
+
+
+def _positions(positions):
+    if positions is None:
+        return None
+    return tuple(int(position) for position in np.atleast_1d(positions))

@@ -1,0 +1,186 @@
+"""One model inside the worker: its graph planned once, then run with edits, copies and reducers."""
+
+import numpy as np
+
+from ..errors import CaptureError
+from .ggml import DTYPES
+from .names import GRIDS, STAGES
+from .recorder import Apply, Copy, PlanMismatch, Recorder
+from .stages import find_stages
+
+PLAN_TOKENS = 3  # enough for the graph of a prompt; recurrent models have another graph for a single token
+AFTER_LAST_ATTENTION = {"hidden", "attn_out", "ffn_out", "ffn_norm", "ffn_act", "final_norm", "logits", "router",
+                        "experts", "expert_weights"}  # fmt: skip
+
+
+class Runs:
+    def __init__(self, runtime, architecture):
+        self.runtime, self.architecture = runtime, architecture
+        self._plans = {}  # whether a single token -> Plan
+
+    @property
+    def n_layer(self):
+        return self.runtime.n_layer
+
+    def plan(self, tokens):
+        """The Plan of the graph that decodes these tokens."""
+        single = len(tokens) == 1
+        if single not in self._plans:
+            self._make_plan(tokens[:PLAN_TOKENS])
+        return self._plans[single]
+
+    def _make_plan(self, tokens):
+        graph = self.runtime.graph(tokens)
+        self._plans[len(tokens) == 1] = find_stages(graph, len(tokens), self.n_layer)
+
+    def taps(self, plan, stage, layer):
+        """The Taps of a stage of a layer, in the order of evaluation; raises CaptureError where there is none."""
+        found = plan.taps.get(stage, {}).get(layer)
+        if found is None:
+            reason = plan.why_not.get(stage) or "its graph has no node that computes it"
+            where = "" if layer is None else f"layer {layer} of "
+            raise CaptureError(f"{where}architecture {self.architecture!r} gives no stage {stage!r}: {reason}.")
+        return sorted(found, key=lambda tap: tap.index)
+
+    def layers_of(self, plan, stage, wanted=None):
+        """The layers that have a stage, [None] for one without layers; wanted: only these."""
+        if not STAGES[stage].per_layer:
+            self.taps(plan, stage, None)
+            return [None]
+        count = self.n_layer + (stage == "hidden")
+        for layer in () if wanted is None else wanted:
+            if not 0 <= layer < self.n_layer + 1:
+                raise CaptureError(f"layer {layer} is out of range: this model has layers 0 to {self.n_layer - 1}.")
+        have = plan.taps.get(stage, {})
+        layers = [layer for layer in range(count) if layer in have and (wanted is None or layer in wanted)]
+        if not layers:
+            self.taps(plan, stage, next(iter(wanted)) if wanted else 0)
+        return layers
+
+    def run(self, tokens, setup=None, *, all_logits=True, on_logits=None, sampler=None):
+        """Decode tokens in an empty context; setup(recorder, plan) adds the actions.
+
+        on_logits(logits, past): after each chunk, (n_outputs, n_vocab). sampler: its `next(logits row)` gives the
+        following token or None; each is decoded alone. Returns all tokens, those generated included.
+        """
+        try:
+            return self._run(list(tokens), setup, all_logits, on_logits, sampler)
+        except PlanMismatch:
+            self._make_plan(tokens[: self.runtime.n_batch])
+        try:
+            return self._run(list(tokens), setup, all_logits, on_logits, sampler)
+        except PlanMismatch:
+            raise CaptureError(
+                f"the graph of architecture {self.architecture!r} changes within one prompt in a way that capture does "
+                "not follow; try a prompt of at most 512 tokens."
+            ) from None
+
+    def _run(self, tokens, setup, all_logits, on_logits, sampler):
+        total = len(tokens) + (sampler.limit if sampler else 0)
+        pieces = self.runtime.pieces(tokens, total)
+        kinds = {len(piece) == 1 for _, piece in pieces} | ({True} if sampler else set())
+        recorders = {}
+        for single in kinds:
+            plan = self.plan(tokens[:1] if single else tokens)
+            recorders[single] = Recorder(self.runtime.ggml, plan)
+            if setup:
+                setup(recorders[single], plan)
+        self.runtime.open(total)
+
+        def decode(piece, past):
+            recorder = recorders[len(piece) == 1]
+            recorder.start(past, len(piece))
+            logits = self.runtime.decode(piece, past, all_logits, recorder.observe)
+            recorder.finish()
+            if on_logits:
+                on_logits(logits, past)
+            return logits
+
+        for past, piece in pieces:
+            logits = decode(piece, past)
+        while sampler and (token := sampler.next(logits[-1])) is not None:
+            logits = decode([token], len(tokens))
+            tokens.append(token)
+        return tokens
+
+    def apply(self, recorder, plan, edits, means=()):
+        """Add the actions of edits to a recorder. Edits come first: a capture shows the edited values."""
+        for edit in edits:
+            if not 0 <= edit.layer < self.n_layer + (edit.stage == "hidden"):
+                raise CaptureError(
+                    f"an edit names layer {edit.layer} of {edit.stage!r}: this model has layers 0 to {self.n_layer - 1}."
+                )
+            taps = self.taps(plan, edit.stage, edit.layer)
+            if edit.head is not None and edit.head >= taps[0].shape[0]:
+                raise CaptureError(
+                    f"an edit names head {edit.head} of layer {edit.layer}: it has heads 0 to {taps[0].shape[0] - 1}."
+                )
+            for number, tap in enumerate(taps):
+                mean = means[edit.layer][edit.head] if edit.mean else None
+                recorder.on(tap, Apply(edit, number == 0, mean))
+
+    def means(self, tokens, layers):
+        """{layer: (head, feature)} mean over positions of every head's output, for mean ablation."""
+        sums = {}
+
+        def setup(recorder, plan):
+            for layer in layers:
+                for tap in self.taps(plan, "attn_heads", layer):
+                    recorder.on(tap, lambda values, past, layer=layer: add(layer, values))
+
+        def add(layer, values):
+            sums[layer] = sums.get(layer, 0) + values.sum(0, dtype=np.float64)
+
+        self.run(tokens, setup, all_logits=False)
+        return {layer: (total / len(tokens)).astype(np.float32) for layer, total in sums.items()}
+
+    def means_for(self, tokens, edits):
+        layers = {edit.layer for edit in edits if edit.mean}
+        return self.means(tokens, sorted(layers)) if layers else {}
+
+    def capture(self, tokens, stages, arena, *, layers=None, queries=None, edits=(), sampler=None):
+        """Copy stages of a run into an arena. Returns (tokens, {stage: {layers, offset, shape, dtype}}, layer facts).
+
+        arena(n_bytes) gives a zeroed buffer.
+        """
+        means = self.means_for(tokens, edits)
+        plan = self.plan(tokens)
+        total = len(tokens) + (sampler.limit if sampler else 0)
+        rows = None if queries is None else {position: row for row, position in enumerate(queries)}
+        layout, n_bytes = {}, 0
+        for stage in stages:
+            facts = STAGES[stage]
+            kept = self.layers_of(plan, stage, layers)
+            shapes = [self.taps(plan, stage, layer)[0].shape for layer in kept]
+            widths = tuple(max(sizes) for sizes in zip(*shapes))
+            if stage in GRIDS:
+                shape = (*widths, total if rows is None else len(rows), total)
+            elif len(widths) == 2:
+                shape = (widths[0], total, widths[1])
+            else:
+                shape = (total, *widths)
+            shape = (len(kept), *shape) if facts.per_layer else shape
+            layout[stage] = {"layers": kept, "offset": n_bytes, "shape": shape, "dtype": facts.dtype,
+                             "uneven": len(set(shapes)) > 1}  # fmt: skip
+            n_bytes += -(-int(np.prod(shape)) * 4 // 64) * 64
+        memory = arena(n_bytes)
+        arrays = {
+            stage: np.ndarray(part["shape"], part["dtype"], memory, part["offset"]) for stage, part in layout.items()
+        }
+
+        cache = DTYPES[self.runtime.cache_type]
+
+        def setup(recorder, plan):
+            self.apply(recorder, plan, edits, means)
+            for stage, array in arrays.items():
+                for place, layer in enumerate(layout[stage]["layers"]):
+                    target = array[place] if STAGES[stage].per_layer else array
+                    if stage not in GRIDS and target.ndim == 3:
+                        target = target.swapaxes(0, 1)  # (token, head, feature), as the graph has it
+                    for number, tap in enumerate(self.taps(plan, stage, layer)):
+                        rounded = cache if stage in ("k", "v") else None
+                        recorder.on(tap, Copy(target, stage, number == 0, rows, rounded))
+
+        needs_all = bool(AFTER_LAST_ATTENTION & set(stages)) or bool(edits)
+        tokens = self.run(tokens, setup, all_logits=needs_all, sampler=sampler)
+        return tokens, layout, plan.layers

@@ -1,0 +1,163 @@
+"""libllama in process: a model, a context that grows with the prompt, and decoding with a callback on every node."""
+
+import ctypes
+import os
+
+import numpy as np
+
+from ..errors import CaptureError, ModelLoadError
+from .ggml import TYPE_BY_NAME, Ggml
+from .graph import Graph
+
+MIN_CTX = 512
+
+
+class Runtime:
+    """One loaded model. Only the worker process makes one: llama.cpp may abort the process it runs in."""
+
+    def __init__(self, path, *, n_ctx=None, n_ubatch=512, threads=None, gpu_layers=-1, cache_type="f16",
+                 tensor_split=None):
+        import llama_cpp
+
+        self.api, self.ggml = llama_cpp, Ggml()
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        if tensor_split:
+            self._split = (ctypes.c_float * 128)(*tensor_split)
+            params.tensor_split = self._split
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
+            raise ModelLoadError(f"llama.cpp could not load {path}; the end of its log says why.")
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self.n_layer = llama_cpp.llama_model_n_layer(self.model)
+        self.n_ctx_limit = n_ctx or llama_cpp.llama_model_n_ctx_train(self.model)
+        self.n_ubatch, self.threads = n_ubatch, threads or os.cpu_count()
+        self.cache_type = TYPE_BY_NAME[cache_type]
+        self.has_encoder = llama_cpp.llama_model_has_encoder(self.model)
+        self.has_decoder = llama_cpp.llama_model_has_decoder(self.model)
+        self.context, self.n_ctx = None, 0
+        self._observe, self._failure, self._checked = None, None, False
+        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
+
+    def tokenize(self, text, add_special=True):
+        """Token ids of a text; special tokens written out in it are parsed, as llama-server does."""
+        data = text.encode()
+        ids = (self.api.llama_token * (len(data) + 16))()
+        count = self.api.llama_tokenize(self.vocab, data, len(data), ids, len(ids), add_special, True)
+        if count < 0:
+            raise CaptureError("this model's file holds no tokenizer: pass token ids instead of a text.")
+        return list(ids[:count])
+
+    def is_end(self, token):
+        return self.api.llama_vocab_is_eog(self.vocab, token)
+
+    def check_length(self, n_tokens):
+        if n_tokens == 0:
+            raise CaptureError("the prompt is empty: give at least one token.")
+        if n_tokens > self.n_ctx_limit:
+            raise CaptureError(
+                f"the prompt has {n_tokens} tokens and the context holds {self.n_ctx_limit}: shorten the prompt or load "
+                f"the model with ctx_size={n_tokens} or more (if its training context allows)."
+            )
+
+    def _context_size(self, n_tokens):
+        return min(max(MIN_CTX, -(-n_tokens // 256) * 256), max(self.n_ctx_limit, 256))
+
+    def open(self, n_tokens):
+        """An empty context that holds n_tokens, made anew when the present one is too small."""
+        self.check_length(n_tokens)
+        if self.context and n_tokens <= self.n_ctx:
+            self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+            return
+        self.close_context()
+        params = self.api.llama_context_default_params()
+        params.n_ctx = self._context_size(n_tokens)
+        params.n_batch = params.n_ubatch = min(self.n_ubatch, params.n_ctx)
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = self.threads
+        params.flash_attn_type = 0  # the fused kernel never makes the probabilities that we are here for
+        params.type_k = params.type_v = self.cache_type
+        params.swa_full = True  # one cache cell per position, also in sliding-window layers: same results
+        params.no_perf = True
+        params.cb_eval = self._callback
+        self.context = self.api.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise ModelLoadError(f"llama.cpp could not make a context of {params.n_ctx} tokens; see its log.")
+        self.n_ctx, self.n_batch = params.n_ctx, params.n_batch
+
+    def _on_node(self, address, ask, _):
+        """ctypes swallows exceptions in callbacks: keep it, stop the computation, raise in `_run`."""
+        observe = self._observe
+        if observe is None:
+            return not ask
+        try:
+            if not self._checked:
+                self.ggml.check_layout(address)
+                self._checked = True
+            return observe(address, ask)
+        except BaseException as failure:
+            self._failure = failure
+            return ask  # asked: take the node so that the next call can stop the run
+
+    def decode(self, tokens, past=0, all_logits=True, observe=None):
+        """Decode tokens (at most one batch) after `past` others; observe(address, ask) sees every graph node.
+
+        Returns logits, (n_outputs, n_vocab) float32: llama.cpp's own memory, valid until the next call.
+        """
+        count = len(tokens)
+        batch = self.api.llama_batch_init(count, 0, 1)
+        try:
+            batch.n_tokens = count
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i] = token, past + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = all_logits or i == count - 1
+            self._observe, self._failure = observe, None
+            encoder_only = self.has_encoder and not self.has_decoder
+            run = self.api.llama_encode if encoder_only else self.api.llama_decode
+            status = run(self.context, batch)
+        finally:
+            self._observe = None
+            self.api.llama_batch_free(batch)
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if status != 0:
+            raise CaptureError(f"llama.cpp stopped while decoding (status {status}); the worker's log says why.")
+        outputs = count if all_logits else 1
+        pointer = self.api.llama_get_logits(self.context)
+        if not pointer:
+            return None
+        return np.ctypeslib.as_array(pointer, (outputs, self.n_vocab))
+
+    def pieces(self, tokens, total):
+        """[(past, tokens)]: pieces of at most one ubatch. total: tokens that the context will hold in the end."""
+        self.check_length(total)
+        size = min(self.n_ubatch, self._context_size(total))
+        return [(start, tokens[start : start + size]) for start in range(0, len(tokens), size)]
+
+    def graph(self, tokens):
+        """The compute graph for these tokens, recorded by decoding them once without stopping anywhere."""
+        self.open(len(tokens))
+        graph = Graph(self.ggml)
+
+        def record(address, ask):
+            if ask:
+                graph.add(address)
+            return False
+
+        self.decode(tokens, observe=record)
+        return graph
+
+    def close_context(self):
+        if self.context:
+            self.api.llama_free(self.context)
+            self.context = None
+
+    def close(self):
+        self.close_context()
+        if self.model:
+            self.api.llama_model_free(self.model)
+            self.model = None

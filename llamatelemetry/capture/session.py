@@ -1,0 +1,277 @@
+"""The parent's end of the capture worker: starts it, talks to it, turns its files into arrays, and cleans up."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+
+from .. import errors
+from ..errors import CaptureError, WorkerCrashedError
+from ..gguf import GGUFFile
+from .data import Capture, label, token_table
+from .edits import flatten
+from .names import STAGES
+
+
+class CaptureSession:
+    """A model loaded in a worker process of its own.
+
+    n_ctx: most tokens a text may have (default: what the model was trained with); memory is taken as needed.
+    gpu_layers: layers on the GPU, -1 for all. threads: default the physical cores. env: environment of the worker
+    (CUDA_VISIBLE_DEVICES). cache_type: "f16" as llama-server has it, "f32", or None: f32 only for a file that is F32.
+    """
+
+    def __init__(self, model_path, *, n_ctx=None, gpu_layers=None, threads=None, env=None, verbose=False,
+                 cache_type=None, n_ubatch=512, tensor_split=None):  # fmt: skip
+        self.model = model_path if isinstance(model_path, GGUFFile) else GGUFFile(model_path)
+        if cache_type is None:
+            matrices = self.model.tensors[self.model.tensors["shape"].map(len) > 1]
+            cache_type = "f32" if (matrices["type"] == "F32").all() else "f16"
+        self.cache_type, self._verbose = cache_type, verbose
+        self._folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-", dir=_roomy_folder()))
+        self._log = self._folder / "worker.log"
+        self._count = 0
+        with open(self._log, "wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "llamatelemetry.capture.worker"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=_environment(env), start_new_session=True,  # Ctrl-C is ours to handle
+            )  # fmt: skip
+        self.pid = self._process.pid
+        try:
+            self.facts = self._call(
+                "load", path=str(self.model.path), architecture=self.model.architecture, n_ctx=n_ctx,
+                n_ubatch=n_ubatch, threads=threads or psutil.cpu_count(logical=False) or os.cpu_count(),
+                gpu_layers=-1 if gpu_layers is None else gpu_layers, cache_type=cache_type, tensor_split=tensor_split,
+            )  # fmt: skip
+        except BaseException as error:
+            tail = self._tail()
+            self.close()
+            if isinstance(error, (errors.ModelLoadError, WorkerCrashedError)):
+                raise errors.ModelLoadError(f"{error}\nEnd of llama.cpp's log:\n{tail}") from None
+            raise
+
+    def tokenize(self, text, add_special=True):
+        """Token ids of a text, as llama.cpp makes them (special tokens written in the text are parsed)."""
+        return self._call("tokenize", text=text, add_special=add_special)["tokens"]
+
+    def capture(self, text_or_ids, stages=("attention", "hidden"), layers=None, queries=None, edits=(), generate=0,
+                temperature=0.0, seed=0):  # fmt: skip
+        """Run a text and return a Capture of the named stages.
+
+        text_or_ids: a text (tokenized with the model's special tokens) or token ids. layers: only these layers of
+        stages that have layers. queries: only these query positions of attention, scores and mask. edits: changes
+        made while it runs. generate: decode this many more tokens one by one, greedily at temperature 0, else drawn
+        with the seed; every stage then covers prompt and generated tokens (fewer when the model ends its text).
+        Raises CaptureError for what cannot be done, WorkerCrashedError when llama.cpp ended.
+        """
+        stages = (stages,) if isinstance(stages, str) else tuple(dict.fromkeys(stages))
+        unknown = [stage for stage in stages if stage not in STAGES]
+        if unknown or not stages:
+            raise CaptureError(f"unknown stage {unknown[:1] or stages!r}; stages are {', '.join(STAGES)}.")
+        layers = None if layers is None else sorted({int(layer) for layer in np.atleast_1d(layers)})
+        queries = None if queries is None else [int(query) for query in np.atleast_1d(queries)]
+        if generate < 0:
+            raise CaptureError(f"generate is a number of tokens, not {generate}.")
+        arena = self._file("arena")
+        try:
+            answer = self._call(
+                "capture", prompt=_prompt(text_or_ids), stages=stages, path=str(arena), layers=layers, queries=queries,
+                edits=self._pack(edits), generate=generate, temperature=temperature, seed=seed,
+            )  # fmt: skip
+            memory = np.memmap(arena, np.uint8, "c")  # the user's own copy where it is written to
+        finally:
+            arena.unlink(missing_ok=True)  # the mapping keeps the bytes until the arrays are gone
+        n_given = len(answer["tokens"]) - self._generated(answer, text_or_ids, generate)
+        tokens = self._tokens(answer["tokens"], n_given)
+        arrays = {}
+        for stage, part in answer["layout"].items():
+            array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
+            array = _crop(stage, array, len(tokens), queries)
+            arrays[stage] = label(stage, array, part["layers"], tokens, queries)
+        facts = pd.DataFrame(answer["layers"]).rename_axis("layer")
+        return Capture(arrays, tokens, self.model_facts(), facts)
+
+    def score(self, text_or_ids, edits=()):
+        """DataFrame per predicted token: position, id, piece, logprob (nats), entropy (nats), rank (0 is best), top_id,
+        top_logprob: how the model predicts each token of a text from those before it."""
+        answer = self._call("score", prompt=_prompt(text_or_ids), edits=self._pack(edits))
+        tokens = self._tokens(answer["tokens"], len(answer["tokens"])).iloc[1:].drop(columns="generated")
+        columns = {name: values for name, values in answer["table"].items() if name != "kl"}
+        return pd.concat([tokens.reset_index(drop=True), pd.DataFrame(columns)], axis=1)
+
+    def sweep(self, text_or_ids, variants, progress=True):
+        """Loss of a text under each of {name: edits}: DataFrame indexed by name.
+
+        loss: mean nats per token; loss_change: against no edits; kl: mean KL(no edits || edited) in nats;
+        top1_agreement: share of positions with the same best token. attrs["base_loss"]: the loss without edits.
+        """
+        packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
+        answer = self._call("sweep", prompt=_prompt(text_or_ids), variants=packed,
+                            progress="ablations" if progress else None)  # fmt: skip
+        table = pd.DataFrame(list(answer["rows"].values()), index=pd.Index(list(variants), name="name", tupleize_cols=False))
+        table.attrs["base_loss"] = answer["base"]["loss"]
+        return table
+
+    def head_statistics(self, text_or_ids, layers=None, patterns=None):
+        """Statistics of every head's attention over a text, streamed: memory does not grow with heads x tokens^2.
+
+        Returns an xarray.Dataset of (layer, head), means over query rows of: entropy (nats), normalized_entropy (by
+        the log of the number of keys), distance (tokens), sink (mass on the first token: Xiao et al. 2023), top (the
+        largest weight), mass (row sum); and pattern scores as TransformerLens's head detector defines them with
+        error_measure="mul" (Olsson et al. 2022): previous_token, duplicate_token, induction, and each of
+        patterns={name: [(query, key), ...]}.
+        """
+        import xarray as xr
+
+        pairs = {name: np.asarray(value).tolist() for name, value in (patterns or {}).items()}
+        layers = None if layers is None else [int(layer) for layer in np.atleast_1d(layers)]
+        answer = self._call("head_statistics", prompt=_prompt(text_or_ids), layers=layers, patterns=pairs)
+        data = {name: (("layer", "head"), np.asarray(v)) for name, v in answer["table"].items()}
+        return xr.Dataset(data, {"layer": answer["layers"]}, {"n_tokens": len(answer["tokens"])})
+
+    def time_decode(self, text_or_ids, repeat=3, all_logits=True):
+        """Seconds of each of `repeat` plain decodes: the yardstick of the benchmarks."""
+        return self._call("time_decode", prompt=_prompt(text_or_ids), repeat=repeat, all_logits=all_logits)["seconds"]
+
+    def model_facts(self):
+        model = self.model
+        return {name: getattr(model, name) for name in
+                ("name", "architecture", "n_layer", "n_head", "n_kv_head", "n_embd", "n_vocab")}  # fmt: skip
+
+    def close(self):
+        """End the worker and remove its files. Safe to call twice."""
+        process = self._process
+        if process.poll() is None:
+            process.stdin.close()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        process.stdout.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        if getattr(self, "_process", None) is not None and not sys.is_finalizing():
+            self.close()
+
+    def _tokens(self, ids, n_given):
+        pieces = self.model.pieces
+        texts = [pieces[i] if i < len(pieces) else f"<{i}>" for i in ids]
+        return token_table(ids, texts, [position >= n_given for position in range(len(ids))])
+
+    def _generated(self, answer, text_or_ids, generate):
+        if not generate:
+            return 0
+        given = self.tokenize(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
+        return len(answer["tokens"]) - len(given)
+
+    def _file(self, kind, suffix=""):
+        self._count += 1
+        path = self._folder / f"{kind}-{self._count}{suffix}"
+        path.touch()
+        return path
+
+    def _pack(self, edits):
+        """Edits as JSON; the arrays of patches go through files."""
+        rows = []
+        for edit in flatten(edits):
+            row = {name: getattr(edit, name) for name in ("stage", "layer", "head", "positions", "factor", "mean")}
+            if edit.values is not None:
+                row["values"] = str(self._file("patch", ".npy"))
+                np.save(row["values"], edit.values)
+            rows.append(row)
+        return rows
+
+    def _call(self, command, progress=None, **arguments):
+        if self._process.poll() is not None:
+            raise self._crashed()
+        bar = None
+        try:
+            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+            self._process.stdin.flush()
+            while True:
+                line = self._process.stdout.readline()
+                if not line:
+                    raise self._crashed()
+                answer = json.loads(line)
+                if "progress" not in answer:
+                    break
+                if progress:
+                    bar = bar or _bar(progress, answer["progress"][1])
+                    bar.update(answer["progress"][0] - bar.n)
+        except (BrokenPipeError, ValueError) as error:
+            raise self._crashed() from error
+        except KeyboardInterrupt:
+            self._process.kill()  # its answer must not be taken for the next command's
+            raise
+        finally:
+            if bar is not None:
+                bar.close()
+            for path in self._folder.glob("patch-*"):
+                path.unlink()
+        if "error" in answer:
+            raise getattr(errors, answer["error"], CaptureError)(answer["message"])
+        return answer["ok"]
+
+    def _crashed(self):
+        self._process.wait()
+        code = self._process.returncode
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        message = f"the capture worker ended ({how}). The next capture starts a new one. End of its log:\n{self._tail()}"
+        return WorkerCrashedError(message)
+
+    def _tail(self, n_lines=15):
+        try:
+            return "\n".join(self._log.read_text(errors="replace").splitlines()[-n_lines:])
+        except OSError:
+            return "(no log)"
+
+
+def _prompt(text_or_ids):
+    if isinstance(text_or_ids, str):
+        return text_or_ids
+    return [int(token) for token in np.asarray(text_or_ids).ravel()]
+
+
+def _crop(stage, array, n_tokens, queries):
+    """Cut off the positions kept free for tokens that were not generated because the text ended."""
+    dims = (("layer",) if STAGES[stage].per_layer else ()) + STAGES[stage].dims
+    sized = {"token", "key"} | ({"query"} if queries is None else set())
+    return array[tuple(slice(n_tokens) if dim in sized else slice(None) for dim in dims)]
+
+
+def _environment(env):
+    environment = {**os.environ, **(env or {})}
+    package = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
+    return environment
+
+
+def _roomy_folder():
+    """Shared memory where it has at least 4 GiB (containers often give 64 MiB), else the temporary folder."""
+    shared = Path("/dev/shm")
+    if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free >= 4 * 2**30:
+        return str(shared)
+    return None
+
+
+def _bar(title, total):
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=title)

@@ -1,0 +1,179 @@
+"""The child process that owns libllama. Commands come as JSON lines on stdin, answers go out as JSON lines; arrays
+cross as memory-mapped files. It ends when its parent does, and takes llama.cpp's aborts alone."""
+
+import json
+import mmap
+import os
+import queue
+import sys
+import threading
+
+import numpy as np
+
+from ..errors import CaptureError, LlamaTelemetryError, ModelLoadError
+from .edits import Edit
+from .measures import HeadStatistics, score, sweep, token_patterns
+from .runs import Runs
+
+
+class Sampler:
+    """The next token of a logits row: the best one, or drawn at a temperature from a seeded generator."""
+
+    def __init__(self, limit, temperature, seed, is_end):
+        self.limit, self._left, self._ended, self._is_end = limit, limit, False, is_end
+        self._temperature, self._random = temperature, np.random.default_rng(seed)
+
+    def next(self, logits):
+        if self._left == 0 or self._ended:
+            return None
+        self._left -= 1
+        if self._temperature > 0:
+            noise = self._random.gumbel(size=logits.shape)  # argmax of logits/T + Gumbel noise samples the softmax
+            token = int(np.argmax(logits / self._temperature + noise))
+        else:
+            token = int(np.argmax(logits))
+        self._ended = self._is_end(token)
+        return token
+
+
+class Worker:
+    def __init__(self, answer):
+        self.answer = answer
+        self.runs = self.runtime = None
+
+    def load(self, path, architecture, **options):
+        from .runtime import Runtime
+
+        self.runtime = Runtime(path, **options)
+        self.runs = Runs(self.runtime, architecture)
+        return {"n_vocab": self.runtime.n_vocab, "n_layer": self.runtime.n_layer, "n_ctx": self.runtime.n_ctx_limit,
+                "cupy": self._cupy() is not None}  # fmt: skip
+
+    def tokenize(self, text, add_special=True):
+        return {"tokens": self.runtime.tokenize(text, add_special)}
+
+    def tokens(self, prompt):
+        tokens = self.runtime.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        bad = [token for token in tokens if not 0 <= token < self.runtime.n_vocab]
+        if bad:
+            raise CaptureError(f"token id {bad[0]} is not in this model's vocabulary of {self.runtime.n_vocab}.")
+        self.runtime.check_length(len(tokens))
+        return tokens
+
+    def capture(self, prompt, stages, path, layers=None, queries=None, edits=(), generate=0, temperature=0.0, seed=0):
+        tokens = self.tokens(prompt)
+        for position in queries or ():
+            if not 0 <= position < len(tokens) + generate:
+                raise CaptureError(f"query position {position} is out of range: the text has {len(tokens)} tokens.")
+        sampler = Sampler(generate, temperature, seed, self.runtime.is_end) if generate else None
+
+        def arena(n_bytes):
+            with open(path, "r+b") as file:
+                if os.fstat(file.fileno()).st_size < n_bytes:
+                    os.posix_fallocate(file.fileno(), 0, max(n_bytes, 1))  # no space: an error now, not a crash later
+                memory = mmap.mmap(file.fileno(), max(n_bytes, 1))
+            return memory
+
+        tokens, layout, facts = self.runs.capture(
+            tokens, stages, arena, layers=layers, queries=queries, edits=edits, sampler=sampler
+        )
+        return {"tokens": tokens, "layout": layout, "layers": facts}
+
+    def score(self, prompt, edits=()):
+        tokens = self.tokens(prompt)
+        return {"tokens": tokens, "table": score(self.runs, tokens, edits).table()}
+
+    def sweep(self, prompt, variants):
+        tokens = self.tokens(prompt)
+        base, rows = sweep(self.runs, tokens, variants, lambda i, n: self.answer({"progress": [i, n]}))
+        return {"tokens": tokens, "base": base, "rows": rows}
+
+    def head_statistics(self, prompt, layers=None, patterns=None):
+        tokens = self.tokens(prompt)
+        masks = token_patterns(tokens)
+        for name, pairs in (patterns or {}).items():
+            masks[name] = np.zeros((len(tokens), len(tokens)), np.float32)
+            masks[name][tuple(np.asarray(pairs, int).reshape(-1, 2).T)] = 1
+        reducer = HeadStatistics(tokens, masks)
+
+        def setup(recorder, plan):
+            for layer in self.runs.layers_of(plan, "attention", layers):
+                for tap in self.runs.taps(plan, "attention", layer):
+                    recorder.on(tap, reducer.action(layer))
+
+        self.runs.run(tokens, setup, all_logits=False)
+        table, kept = reducer.table()
+        return {"tokens": tokens, "layers": kept, "table": {name: v.tolist() for name, v in table.items()}}
+
+    def time_decode(self, prompt, repeat=3, all_logits=True):
+        """Seconds of plain decodes without any callback action: what benchmarks compare with."""
+        import time
+
+        tokens, seconds = self.tokens(prompt), []
+        for _ in range(repeat):
+            started = time.perf_counter()
+            self.runtime.open(len(tokens))
+            for past, piece in self.runtime.pieces(tokens, len(tokens)):
+                self.runtime.decode(piece, past, all_logits)
+            seconds.append(time.perf_counter() - started)
+        return {"seconds": seconds}
+
+    @staticmethod
+    def _cupy():
+        try:
+            import cupy
+        except ImportError:
+            return None
+        return cupy
+
+
+def _edits(rows):
+    values = [np.load(row["values"]) if row.get("values") else None for row in rows]
+    return [Edit(**(row | {"values": v, "positions": row["positions"] and tuple(row["positions"])}))
+            for row, v in zip(rows, values)]  # fmt: skip
+
+
+def _commands(pipe):
+    """Lines of stdin through a thread, so that the parent's end is noticed during a long computation too."""
+    lines = queue.Queue()
+
+    def read():
+        for line in pipe:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield json.loads(lines.get())
+
+
+def main():
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to the log, not between the answers
+
+    def answer(message):
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    worker = Worker(answer)
+    for command in _commands(sys.stdin):
+        name = command.pop("command")
+        try:
+            if "edits" in command:
+                command["edits"] = _edits(command["edits"])
+            if "variants" in command:
+                command["variants"] = {name: _edits(rows) for name, rows in command["variants"].items()}
+            answer({"ok": getattr(worker, name)(**command)})
+        except (LlamaTelemetryError, ModelLoadError) as error:
+            answer({"error": type(error).__name__, "message": str(error)})
+        except OSError as error:
+            answer({"error": "CaptureError", "message": f"no room for the captured tensors: {error}"})
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            answer({"error": "CaptureError", "message": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    main()
