@@ -26,7 +26,9 @@ class GpuBackend(CpuBackend):
             )
         from . import gpus
 
-        gpus.assign_analytics()  # CUDA_VISIBLE_DEVICES must be set before anything below touches CUDA
+        # CUDA_VISIBLE_DEVICES must be set before anything below touches CUDA.
+        if gpus.assign_analytics() is None:
+            raise GpuError("RAPIDS is installed, but there is no NVIDIA GPU. Turn one on, or use backend='cpu'")
         try:
             import cudf
             import cuml

@@ -42,7 +42,8 @@ def graphistry_credentials():
     """
     key, secret = _secret(KEY_ID), _secret(SECRET)
     if bool(key) != bool(secret):
-        raise GraphistryError(f"{(SECRET if key else KEY_ID)[0]} is missing beside {(KEY_ID if key else SECRET)[0]}. {_ADD}")
+        there, missing = (KEY_ID[0], SECRET[0]) if key else (SECRET[0], KEY_ID[0])
+        raise GraphistryError(f"{there} is set, but {missing} is not. {_ADD}")
     return (key, secret) if key else None
 
 

@@ -19,7 +19,8 @@ _BODY = """
 <div class="controls">
   <input id="search" type="search" placeholder="search label" aria-label="search label" autocomplete="off">
   <span id="found" class="note" role="status"></span>
-  <label id="weightbox"><span id="weightname"></span> <input id="weight" type="range" min="0" max="1000" value="0"> <output id="weightvalue"></output></label>
+  <label id="weightbox"><span id="weightname"></span> <input id="weight" type="range" min="0" max="1000" value="0">
+  <output id="weightvalue"></output></label>
   <label><input id="names" type="checkbox" checked> labels</label>
   <button id="fit" type="button">fit</button>
 </div>
@@ -56,9 +57,9 @@ def _encode(values):
 
 
 def _cell(value):
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return None if value is None else str(value)
+    if value is None or value is pd.NA or value != value:
+        return None
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _label(text):
@@ -104,10 +105,10 @@ def graph_page(
         "weightName": "weight" if getattr(weight, "name", None) is None else str(weight.name),
         "labels": [_label(text) for text in labels],
         "color": _encode(color),
-        "kind": None if kind is None else dict(zip(("names", "codes"), _packed(categories(kind))), name=str(kind.name)),
+        "kind": None if kind is None else _encode(kind.astype(str).where(kind.notna(), None)),
         "size": _encode(size),
         "edgeColor": _encode(edge_values),
-        "details": {str(c): [_cell(v) for v in details[c].astype(object).where(details[c].notna(), None)] for c in details},
+        "details": {str(column): [_cell(value) for value in details[column].tolist()] for column in details},
         "categories": list(theme.CATEGORIES),
         "missing": MISSING,
         "ramp": list(RAMP),
@@ -121,7 +122,3 @@ def graph_page(
         style=files.joinpath("graph_page.css").read_text(encoding="utf-8"),
         height=height,
     )
-
-
-def _packed(names_and_codes):
-    return names_and_codes[0], pack(names_and_codes[1])

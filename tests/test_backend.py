@@ -1,0 +1,366 @@
+"""backend.py and analysis/layout.py: planted clusters and neighbours, numpy's answers, and what is refused."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+from sklearn.datasets import make_blobs
+from sklearn.manifold import trustworthiness
+from sklearn.metrics import adjusted_rand_score
+
+from llamatelemetry import backend as backend_module
+from llamatelemetry import gpus
+from llamatelemetry.analysis.layout import layout, pack_discs
+from llamatelemetry.backend import get_backend
+from llamatelemetry.errors import GpuError
+
+RAPIDS_HERE = all(importlib.util.find_spec(name) for name in ("cupy", "cudf", "cuml"))
+cpu = get_backend("cpu")
+
+
+@pytest.fixture
+def fresh():
+    """get_backend without what earlier tests chose."""
+    get_backend.cache_clear()
+    yield
+    get_backend.cache_clear()
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not RAPIDS_HERE, reason="no RAPIDS")])]
+)
+def backend(request):
+    return get_backend(request.param)
+
+
+def planted(per_cluster=40, clusters=4, width=32, seed=0):
+    """Clusters around random directions: (n, width) float32 and the labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(clusters), per_cluster)
+    centres = rng.normal(size=(clusters, width)) * 4
+    return (centres[labels] + rng.normal(size=(len(labels), width))).astype(np.float32), labels
+
+
+def brute_force(x, queries, k, metric, own):
+    """Neighbours by the definition, in double precision; ties by index."""
+    x, queries = x.astype(np.float64), queries.astype(np.float64)
+    if metric == "cosine":
+        unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)  # noqa: E731
+        distance = 1 - unit(queries) @ unit(x).T
+    else:
+        distance = np.linalg.norm(queries[:, None] - x[None], axis=2)
+    if own:
+        np.fill_diagonal(distance, np.inf)
+    order = np.argsort(distance, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distance, order, axis=1), order
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("with_queries", [False, True])
+def test_neighbors_are_those_of_the_definition(backend, metric, with_queries):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(150, 24)).astype(np.float32)
+    queries = rng.normal(size=(17, 24)).astype(np.float32) if with_queries else None
+    distances, indices = backend.neighbors(x, 5, metric=metric, queries=queries)
+    expected = brute_force(x, x if queries is None else queries, 5, metric, queries is None)
+    np.testing.assert_array_equal(indices, expected[1])
+    np.testing.assert_allclose(distances, expected[0], atol=2e-6)
+    assert distances.dtype == np.float32 and indices.dtype == np.int64
+
+
+def test_planted_pairs_find_each_other(backend):
+    rng = np.random.default_rng(2)
+    first = rng.normal(size=(60, 48))
+    x = np.empty((120, 48), dtype=np.float32)
+    x[0::2], x[1::2] = first, first * 3 + rng.normal(size=first.shape) * 1e-3  # same direction, other length
+    _, indices = backend.neighbors(x, 1)
+    np.testing.assert_array_equal(indices[:, 0], np.arange(120) ^ 1)
+
+
+def test_neighbors_order_ties_by_index_and_leave_out_only_the_row_itself(backend):
+    x = np.tile(np.array([[1.0, 0.0]], dtype=np.float32), (30, 1))  # 30 copies: every distance is 0
+    distances, indices = backend.neighbors(x, 3)
+    assert (distances == 0).all()
+    for row, found in enumerate(indices):
+        assert row not in found and len(set(found)) == 3
+
+
+def test_rows_of_zeros_are_far_from_every_row_that_is_not(backend):
+    x = np.array([[0, 0], [0, 0], [1, 0], [-1, 0]], dtype=np.float32)
+    distances, indices = backend.neighbors(x, 3)
+    np.testing.assert_array_equal(indices[0], [1, 2, 3])
+    np.testing.assert_allclose(distances[0], [0, 1, 1], atol=1e-6)
+    np.testing.assert_array_equal(indices[2], [0, 1, 3])
+    np.testing.assert_allclose(distances[2], [1, 1, 2], atol=1e-6)
+
+
+def test_neighbors_do_not_depend_on_the_block(backend, monkeypatch):
+    x, _ = planted()
+    whole = backend.neighbors(x, 4)
+    monkeypatch.setattr(backend_module, "_BLOCK", 7 * 13 * 33)  # 7 rows at a time
+    for a, b in zip(whole, backend.neighbors(x, 4)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_pca_is_that_of_the_covariance(backend):
+    rng = np.random.default_rng(3)
+    x = (rng.normal(size=(200, 6)) * [5, 3, 2, 1, 0.5, 0.1] + 7).astype(np.float32)
+    scores, ratio = backend.pca(x, 3)
+    values, vectors = np.linalg.eigh(np.cov(x.T.astype(np.float64)))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(6)])
+    np.testing.assert_allclose(ratio, values[:3] / values.sum(), rtol=1e-4)
+    np.testing.assert_allclose(scores, ((x - x.mean(axis=0)) @ vectors)[:, :3], atol=2e-3)
+
+
+def test_pca_of_an_orthogonal_matrix_spreads_the_variance_evenly(backend):
+    x = np.vstack([np.eye(8), -np.eye(8)]).astype(np.float32)  # centred, every direction alike
+    np.testing.assert_allclose(backend.pca(x, 8)[1], np.full(8, 1 / 8), rtol=1e-4)
+
+
+def test_kmeans_finds_planted_clusters(backend):
+    x, labels = planted()
+    found = backend.kmeans(x, 4)
+    assert adjusted_rand_score(labels, found) == 1.0 and set(found) == set(range(4))
+
+
+def test_hdbscan_finds_planted_clusters_and_noise(backend):
+    x, labels = make_blobs(n_samples=[80, 80, 80], centers=[[0, 0], [10, 0], [0, 10]], cluster_std=0.5, random_state=0)
+    x = np.vstack([x, [[60, 60], [-60, 50], [50, -70]]])
+    found = backend.hdbscan(x, min_cluster_size=10)
+    assert (found[-3:] == -1).all()
+    kept = found[:-3] >= 0
+    assert kept.mean() > 0.9 and adjusted_rand_score(labels[kept], found[:-3][kept]) == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_components", [2, 3])
+def test_umap_keeps_planted_neighbourhoods(backend, n_components):
+    x, labels = planted(per_cluster=60)
+    found = backend.umap(x, n_components, n_neighbors=10, metric="euclidean", seed=0)
+    assert found.shape == (240, n_components) and found.dtype == np.float32
+    assert adjusted_rand_score(labels, backend.hdbscan(found, min_cluster_size=20)) == 1.0
+    # Points do not keep their order inside a cluster of pure noise; the neighbourhood of its size they do keep.
+    assert trustworthiness(x, found, n_neighbors=50) > 0.95
+
+
+@pytest.mark.slow
+def test_umap_with_a_seed_repeats_itself():
+    x, _ = planted(per_cluster=15)
+    np.testing.assert_array_equal(cpu.umap(x, seed=3), cpu.umap(x, seed=3))
+    assert not np.array_equal(cpu.umap(x, seed=3), cpu.umap(x, seed=4))
+
+
+X = np.ones((10, 4), dtype=np.float32) * np.arange(10)[:, None] + np.eye(10, 4, dtype=np.float32)
+BAD = X.copy()
+BAD[3, 1] = np.nan
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda b: b.umap(X, n_neighbors=15), "needs at least 16 rows, but there are 10"),
+        (lambda b: b.neighbors(X, 10), "needs at least 11 rows"),
+        (lambda b: b.neighbors(X, 0), "at least 1"),
+        (lambda b: b.neighbors(X, 2, metric="dot"), "'cosine' or 'euclidean'"),
+        (lambda b: b.neighbors(X, 2, queries=np.ones((2, 3))), "3 wide, but x is 4 wide"),
+        (lambda b: b.neighbors(X, 2, queries=BAD), r"queries has 1 row\(s\) with NaN or infinity, the first at 3"),
+        (lambda b: b.umap(BAD, n_neighbors=3), r"1 row\(s\) with NaN or infinity, the first at 3"),
+        (lambda b: b.neighbors(BAD, 2), "NaN"),
+        (lambda b: b.pca(BAD, 2), "NaN"),
+        (lambda b: b.kmeans(BAD, 2), "NaN"),
+        (lambda b: b.hdbscan(BAD, 2), "NaN"),
+        (lambda b: b.kmeans(X, 11), "at least 11 rows"),
+        (lambda b: b.hdbscan(X, 11), "at least 11 rows"),
+        (lambda b: b.pca(X, 5), "1 to 4 components, not 5"),
+        (lambda b: b.pca(np.ones((5, 3)), 2), "no variance"),
+        (lambda b: b.kmeans(np.ones(5), 2), "matrix"),
+        (lambda b: b.pca(np.ones((0, 3)), 1), "at least one row"),
+    ],
+)
+def test_bad_input_is_refused_with_the_reason(backend, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(backend)
+
+
+# Choosing
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'auto', 'cpu' or 'gpu'"):
+        get_backend("cuda")
+
+
+def test_the_backend_is_chosen_once():
+    assert get_backend("cpu") is get_backend("cpu")
+
+
+def specs(monkeypatch, here):
+    """importlib.util.find_spec that knows only `here` of RAPIDS."""
+    real = importlib.util.find_spec
+    rapids = {"cupy", "cudf", "cuml", "cugraph"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: (name in here or None) if name in rapids else real(name))
+
+
+@pytest.mark.parametrize("here, missing", [((), "cupy, cudf, cuml"), (("cupy", "cudf"), "cuml")])
+def test_gpu_without_rapids_names_the_missing_packages(fresh, monkeypatch, here, missing):
+    specs(monkeypatch, here)
+    with pytest.raises(GpuError, match=f"{missing} not installed.*backend='cpu'"):
+        get_backend("gpu")
+    chosen = get_backend("auto")
+    assert chosen.name == "cpu" and f"{missing} not installed" in chosen.line and "\n" not in chosen.line
+
+
+def test_rapids_without_a_gpu_is_said_and_rapids_not_imported(fresh, monkeypatch):
+    specs(monkeypatch, ("cupy", "cudf", "cuml"))
+    monkeypatch.setattr(gpus, "assign_analytics", lambda: None)
+    with pytest.raises(GpuError, match="no NVIDIA GPU"):
+        get_backend("gpu")
+    assert "no NVIDIA GPU" in get_backend("auto").line
+    if not RAPIDS_HERE:
+        assert not {"cupy", "cudf", "cuml"} & set(sys.modules)
+
+
+def test_an_import_that_came_too_early_is_explained(fresh, monkeypatch):
+    def early():
+        raise GpuError("CUDA was started in this process before the GPUs were assigned (imported: torch)")
+
+    specs(monkeypatch, ("cupy", "cudf", "cuml"))
+    monkeypatch.setattr(gpus, "assign_analytics", early)
+    with pytest.raises(GpuError, match="imported: torch"):
+        get_backend("gpu")
+    assert get_backend("auto").name == "cpu" and "imported: torch" in get_backend("auto").line
+
+
+def test_rapids_is_imported_after_the_process_has_its_gpu(fresh, monkeypatch, tmp_path):
+    """Stand-ins for the three packages write down when they are imported; the last one then fails as a wrong driver
+    would."""
+    for name in ("cudf", "cuml", "cupy"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(
+            f"import pathlib; open(pathlib.Path(__file__).with_name('order'), 'a').write('{name} ')\n"
+            "__version__ = '0'\n" + ("raise RuntimeError('driver too old')\n" if name == "cupy" else "")
+        )
+
+    def assign():
+        (tmp_path / "order").write_text("assigned ")
+        return "GPU 1"
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(gpus, "assign_analytics", assign)
+    with pytest.raises(GpuError, match="does not work here: RuntimeError: driver too old"):
+        get_backend("gpu")
+    assert (tmp_path / "order").read_text().split() == ["assigned", "cudf", "cuml", "cupy"]
+    for name in ("cudf", "cuml", "cupy"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not RAPIDS_HERE, reason="no RAPIDS")
+def test_cpu_and_gpu_agree():
+    x, _ = planted(per_cluster=500, clusters=8, width=64)
+    gpu = get_backend("gpu")
+    for a, b in zip(cpu.neighbors(x, 10), gpu.neighbors(x, 10)):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(cpu.pca(x, 3)[1], gpu.pca(x, 3)[1], rtol=1e-4)
+    assert adjusted_rand_score(cpu.kmeans(x, 8), gpu.kmeans(x, 8)) == 1.0
+    ours, theirs = cpu.umap(x, metric="euclidean"), gpu.umap(x, metric="euclidean")
+    # Each map shows the neighbourhoods of the data as truly as the other; 5%: the spread between seeds.
+    assert trustworthiness(x, theirs, n_neighbors=15) >= 0.95 * trustworthiness(x, ours, n_neighbors=15)
+
+
+# Layout and centrality
+
+
+def clique(nodes):
+    return [(a, b) for a in nodes for b in nodes if a < b]
+
+
+TWO_CLIQUES = np.array(clique(range(8)) + clique(range(8, 16)) + [(0, 8)])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_layout_separates_two_cliques(backend, dims):
+    found = backend.layout(TWO_CLIQUES, 16, dims=dims, seed=0)
+    gap = np.linalg.norm(found[:8].mean(axis=0) - found[8:].mean(axis=0))
+    spread = max(np.linalg.norm(part - part.mean(axis=0), axis=1).mean() for part in (found[:8], found[8:]))
+    assert found.shape == (16, dims) and found.dtype == np.float32
+    assert gap > 2 * spread
+    assert np.linalg.norm(found, axis=1).max() == pytest.approx(1, abs=1e-5)
+
+
+def test_layout_is_repeatable_and_leaves_random_alone():
+    import random
+
+    random.seed(5)
+    before = random.getstate()
+    first = layout(TWO_CLIQUES, 16, seed=1)
+    assert random.getstate() == before
+    np.testing.assert_array_equal(first, layout(TWO_CLIQUES, 16, seed=1))
+
+
+def test_parts_without_a_connection_stay_side_by_side():
+    edges = np.array(clique(range(10)) + clique(range(10, 20)))
+    found = layout(edges, 100)  # and 80 nodes without an edge
+    parts = [found[:10], found[10:20]]
+    radii = [np.linalg.norm(part - part.mean(axis=0), axis=1).max() for part in parts]
+    assert np.linalg.norm(parts[0].mean(axis=0) - parts[1].mean(axis=0)) > sum(radii)
+    assert min(radii) > 0.1  # not squeezed to a point by what flew away
+    assert len(np.unique(found, axis=0)) == 100
+
+
+def test_layout_weights_pull():
+    path = np.array([(0, 1), (1, 2)])
+    found = layout(path, 3, weights=[10.0, 0.1])
+    assert np.linalg.norm(found[0] - found[1]) < np.linalg.norm(found[1] - found[2])
+
+
+@pytest.mark.parametrize("n_nodes", [0, 1, 5])
+def test_layout_without_edges(n_nodes):
+    found = cpu.layout(np.zeros((0, 2)), n_nodes)
+    assert found.shape == (n_nodes, 2) and np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    "edges, weights, dims, message",
+    [
+        ([(0, 3)], None, 2, "nodes 0 to 2"),
+        ([(-1, 0)], None, 2, "nodes 0 to 2"),
+        ([(0, 1)], [0.0], 2, "positive"),
+        ([(0, 1)], [np.nan], 2, "positive and finite"),
+        ([(0, 1)], [1.0, 2.0], 2, "as many weights"),
+        ([(0, 1)], None, 4, "2 or 3 dimensions"),
+    ],
+)
+def test_layout_refuses(edges, weights, dims, message):
+    with pytest.raises(ValueError, match=message):
+        cpu.layout(edges, 3, weights, dims=dims)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_packed_discs_do_not_overlap(dims):
+    radii = np.sort(np.random.default_rng(0).uniform(1, 6, 40))[::-1]
+    centres = pack_discs(radii, dims)
+    gap = np.linalg.norm(centres[:, None] - centres[None], axis=2) - radii[:, None] - radii[None]
+    assert gap[~np.eye(40, dtype=bool)].min() > -1e-9
+
+
+def test_pagerank_is_the_fixed_point(backend):
+    edges = np.array([(0, 1), (1, 2), (2, 0), (3, 0)])
+    found = backend.pagerank(edges, 5)  # node 4 has no edges: its rank goes to all
+    step = np.zeros((5, 5))
+    for a, b in edges:
+        step[b, a] = 1 / (edges[:, 0] == a).sum()
+    step[:, 4] = 1 / 5
+    rank = np.full(5, 0.2)
+    for _ in range(200):
+        rank = 0.03 + 0.85 * step @ rank
+    np.testing.assert_allclose(found, rank, atol=1e-6)
+
+
+def test_betweenness_of_a_star_and_of_a_path(backend):
+    star = np.array([(0, 1), (0, 2), (0, 3), (0, 4)])
+    np.testing.assert_allclose(backend.betweenness(star, 5), [1, 0, 0, 0, 0])
+    path = np.array([(0, 1), (1, 2), (2, 3)])
+    np.testing.assert_allclose(backend.betweenness(path, 4), [0, 2 / 3, 2 / 3, 0], rtol=1e-6)
