@@ -43,20 +43,17 @@ class GGUFFile:
         self.path = Path(path).expanduser()
         first = Header(self.path)
         self.metadata = first.metadata
-        self._parts = [first, *self._other_parts()]
-        self.size_bytes = sum(part.size for part in self._parts)
-        self._infos = {}
-        for part in self._parts:
-            for name, info in part.tensors.items():
-                self._infos[name] = (part, *info)
-        total = self.metadata.get("split.tensors.count", len(self._infos))
-        if total != len(self._infos):
-            raise ModelLoadError(f"{self.path}: {len(self._infos)} tensors in its parts, {total} expected. "
-                                 "Its parts are of different models: fetch them again.")
         try:
+            self._parts = [first, *self._other_parts()]
+            self._infos = {name: (part, *info) for part in self._parts for name, info in part.tensors.items()}
+            total = self.metadata.get("split.tensors.count", len(self._infos))
+            if total != len(self._infos):
+                raise ModelLoadError(f"{self.path}: {len(self._infos)} tensors in its parts, {total} expected. "
+                                     "Its parts are of different models: fetch them again.")
             self._facts()
         except (TypeError, ValueError) as error:
             raise ModelLoadError(f"{self.path}: its metadata is damaged ({error}). Fetch the file again.") from error
+        self.size_bytes = sum(part.size for part in self._parts)
 
     def _other_parts(self):
         count = self.metadata.get("split.count", 0)
@@ -112,8 +109,8 @@ class GGUFFile:
         self.n_expert = get("expert_count", 0)
         self.n_expert_used = get("expert_used_count", 0)
         embedding = self._infos.get("token_embd.weight")
-        self.n_vocab = len(meta.get("tokenizer.ggml.tokens", ())) or get("vocab_size", embedding[2][0] if embedding else 0)
         tokens, types = meta.get("tokenizer.ggml.tokens", []), meta.get("tokenizer.ggml.token_type")
+        self.n_vocab = len(tokens) or get("vocab_size", embedding[2][0] if embedding else 0)
         if not all(isinstance(token, str | bytes) for token in tokens) or (types and len(types) != len(tokens)):
             raise ValueError("the vocabulary is no list of texts, each with its type")
         # Without an output matrix llama.cpp uses the token embedding for the logits: tied.
@@ -144,7 +141,8 @@ class GGUFFile:
     @cached_property
     def bits_per_weight(self):
         elements = sum(math.prod(shape) for _, _, shape, _ in self._infos.values())
-        return 8 * sum(nbytes(kind, shape) for _, kind, shape, _ in self._infos.values()) / elements if elements else 0.0
+        size = sum(nbytes(kind, shape) for _, kind, shape, _ in self._infos.values())
+        return 8 * size / elements if elements else 0.0
 
     @cached_property
     def token_types(self):

@@ -69,7 +69,8 @@ class Header:
         except (struct.error, ValueError) as error:
             raise ModelLoadError(f"{path}: the GGUF header ends early or is damaged ({error}). The file has "
                                  f"{self.size:,} bytes: fetch it again.") from error
-        end = max((self.data + offset + nbytes(kind, shape) for kind, shape, offset in self.tensors.values()), default=0)
+        ends = [self.data + offset + nbytes(kind, shape) for kind, shape, offset in self.tensors.values()]
+        end = max(ends, default=0)
         if end > self.size:
             raise ModelLoadError(f"{path} is truncated: {self.size:,} bytes are there, its tensors need {end:,}. "
                                  "Fetch it again; a download that was interrupted looks like this.")

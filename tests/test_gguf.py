@@ -117,8 +117,9 @@ def test_tensor_table(tmp_path):
     ]
     g = GGUFFile(write(tmp_path / "a.gguf", tensors=tensors))
     t = g.tensors
-    assert t.loc["blk.1.attn_q.weight", ["type", "shape", "n_elements", "size_bytes", "bits_per_weight", "layer"]].tolist() \
-        == ["Q4_1", (64, 64), 4096, 2560, 5.0, 1]
+    row = t.loc["blk.1.attn_q.weight"]
+    assert (row.type, row["shape"], row.n_elements, row.size_bytes) == ("Q4_1", (64, 64), 4096, 2560)
+    assert (row.bits_per_weight, row.layer) == (5.0, 1)
     assert t.loc["blk.0.ffn_gate_exps.weight", "shape"] == (3, 8, 64)
     assert t["group"].to_dict() == {
         "token_embd.weight": "embedding", "blk.1.attn_q.weight": "attn_q", "blk.1.attn_norm.weight": "norm",
@@ -132,8 +133,9 @@ def test_tensor_table(tmp_path):
 
 @pytest.mark.parametrize("name, group", [
     ("blk.0.attn_q.bias", "attn_q"), ("blk.0.attn_qkv.weight", "attn_qkv"), ("blk.0.attn_q_norm.weight", "norm"),
-    ("blk.0.post_attention_norm.weight", "norm"), ("output_norm.weight", "norm"), ("blk.12.ffn_down.weight", "ffn_down"),
-    ("blk.0.ffn_gate_inp.weight", "other"), ("blk.0.ffn_up.3.weight", "experts"), ("blk.0.attn_output.weight", "attn_output"),
+    ("blk.0.post_attention_norm.weight", "norm"), ("output_norm.weight", "norm"),
+    ("blk.12.ffn_down.weight", "ffn_down"), ("blk.0.attn_output.weight", "attn_output"),
+    ("blk.0.ffn_gate_inp.weight", "other"), ("blk.0.ffn_up.3.weight", "experts"),
     ("blk.0.ssm_in.weight", "other"), ("output.bias", "output"), ("position_embd.weight", "embedding"),
 ])
 def test_group(name, group):
@@ -164,7 +166,7 @@ def test_rows_are_the_whole_tensors_rows(tmp_path, kind):
 
 def test_three_dimensions(tmp_path):
     weight = np.random.default_rng(2).normal(size=(3, 5, 32)).astype(np.float32)
-    g = GGUFFile(write(tmp_path / "a.gguf", tensors=[("blk.0.ffn_up_exps.weight", weight, gguf.GGMLQuantizationType.F32)]))
+    g = GGUFFile(write(tmp_path / "a.gguf", tensors=[("blk.0.ffn_up_exps.weight", weight, None)]))
     assert np.array_equal(g.tensor("blk.0.ffn_up_exps.weight"), weight)
     assert np.array_equal(g.rows("blk.0.ffn_up_exps.weight", [7])[0], weight[1, 2])
 
@@ -235,7 +237,7 @@ def test_truncated_anywhere(tmp_path):
     """Cut at any length, a file is refused with a typed error: in the header, in a key, in the tensor data."""
     whole = write(tmp_path / "whole.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"
-    for length in range(1, len(whole) - 32, 7):
+    for length in range(1, len(whole) - 32, 17):
         cut.write_bytes(whole[:length])
         with pytest.raises(ModelLoadError):
             GGUFFile(cut)
@@ -247,7 +249,7 @@ def test_flipped_bytes_never_crash(tmp_path):
     rng = np.random.default_rng(3)
     path = tmp_path / "flipped.gguf"
     refused = 0
-    for _ in range(400):
+    for _ in range(150):
         damaged = bytearray(whole)
         damaged[rng.integers(4, 700)] = rng.integers(256)
         path.write_bytes(damaged)
@@ -256,7 +258,7 @@ def test_flipped_bytes_never_crash(tmp_path):
             g.tensors, g.pieces, g.bits_per_weight
         except ModelLoadError:
             refused += 1
-    assert refused > 50
+    assert refused > 20
 
 
 def test_no_architecture(tmp_path):

@@ -396,7 +396,8 @@ def test_offline_by_the_users_wish(hub, monkeypatch):
 
 def test_list_models():
     table = list_models()
-    assert table.columns.tolist() == ["name", "parameters", "repo", "file", "quantization", "here", "path", "size_bytes"]
+    assert table.columns.tolist() == ["name", "parameters", "repo", "file", "quantization", "here", "path",
+                                      "size_bytes"]
     assert len(table) == len(REGISTRY) and not table.here.any() and table.size_bytes.isna().all()
 
 
