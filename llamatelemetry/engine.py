@@ -49,7 +49,8 @@ class InferenceEngine:
     def __init__(self, server_path=None):
         self.server = ServerManager(server_path)
         self.model = self.plan = self._session = None
-        self._lock = threading.RLock()  # one start, one restart, one worker at a time
+        self._lock = threading.RLock()  # one start or restart of the server at a time
+        self._session_lock = threading.RLock()  # one capture at a time
         self._in_flight = 0
 
     # ---- loading --------------------------------------------------------------------------------------------------
@@ -100,12 +101,12 @@ class InferenceEngine:
 
     def close(self):
         """Stop the server and the capture worker. The engine can load again."""
-        with self._lock:
+        with self._lock, self._session_lock:
             self.server.stop_server()
             session, self._session = self._session, None
+            self.model = None
             if session is not None:
                 session.close()
-            self.model = None
 
     def __enter__(self):
         return self
@@ -240,11 +241,12 @@ class InferenceEngine:
     # ---- inside the model -----------------------------------------------------------------------------------------
 
     def _call(self, name, *args, **kwargs):
-        with self._lock:
+        with self._session_lock:
+            path = self._loaded().path
             if self._session is None:
                 from .capture.session import CaptureSession
 
-                self._session = CaptureSession(self._loaded().path, **self._session_args)
+                self._session = CaptureSession(path, **self._session_args)
             try:
                 return getattr(self._session, name)(*args, **kwargs)
             except WorkerCrashedError:

@@ -304,7 +304,10 @@ class ServerManager:
                 counts = f" ({error['n_prompt_tokens']} tokens, the context holds {error.get('n_ctx')})"
             return ServerError(f"The prompt is longer than the context{counts}. Shorten it, or load the model with a "
                                "larger ctx_size.")
-        return ServerError(f"llama-server refused the request ({response.status_code}): {error.get('message')}")
+        mend = ""
+        if "physical batch size" in str(error.get("message")):
+            mend = " Shorten the text, or load the model with larger ubatch_size and batch_size."
+        return ServerError(f"llama-server refused the request ({response.status_code}): {error.get('message')}.{mend}")
 
     def __enter__(self):
         return self
