@@ -69,13 +69,6 @@ def test_masks():
     assert att.allowed_keys([2], 3).tolist() == [[True, True, True]]
 
 
-def test_window_is_measured_per_layer():
-    a = maps([uniform(4)], [previous(4)])
-    assert att.measured_window(a.sel(layer=0), 2) is None
-    assert att.measured_window(a.sel(layer=1), 2) == 2
-    assert att.measured_window(a.sel(layer=1), 4) is None  # prompt within the window: no difference
-
-
 def test_attend_with_two_heads_on_one_kv_head():
     q = np.array([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])  # (head, token, feature)
     k = np.array([[[1.0, 0.0], [0.0, 1.0]]])
@@ -89,14 +82,11 @@ def test_attend_with_two_heads_on_one_kv_head():
     assert np.isneginf(steps["masked"].values[0, 0, 1])
 
 
-def test_softcap_bounds_scores_and_scale_is_recovered():
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, 6, 4)) * 4 for _ in range(3))
-    for scale, softcap in ((0.37, None), (0.11, 5.0)):
-        steps = att.attend(q, k, v, scale=scale, softcap=softcap)
-        if softcap:
-            assert np.abs(steps["scaled"]).max() <= softcap * scale
-        assert att.fitted_scale(steps["scores"], steps["attention"], softcap) == pytest.approx(scale, rel=1e-6)
+def test_softcap_comes_before_the_scale_and_window_masks():
+    q, k = np.full((1, 3, 1), 10.0), np.full((1, 3, 1), 10.0)
+    steps = att.attend(q, k, k, scale=0.5, softcap=5.0, window=2)
+    assert steps["scaled"].values[0, 2, 0] == pytest.approx(5 * np.tanh(100 / 5) * 0.5)
+    assert steps["attention"].values[0, 2].tolist() == [0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +108,7 @@ def test_normalised_entropy_is_one_for_uniform_and_nan_for_a_single_key():
 def test_positions_of_a_few_queries_come_from_the_coordinate():
     part = maps([uniform(5)]).isel(query=[4])
     assert att.query_positions(part).tolist() == [4]  # the last, where nothing else is known
-    part = maps([uniform(5)]).assign_coords(query=np.arange(5)).isel(query=[2])
+    part = maps([uniform(5)]).assign_coords(query_position=("query", np.arange(5))).isel(query=[2])
     assert att.query_positions(part).tolist() == [2]
     assert float(att.mean_distance(part)[0, 0, 0]) == pytest.approx(1.0)
 

@@ -25,9 +25,9 @@ def head_groups(n_head, n_kv_head):
 
 
 def query_positions(attention):
-    """Position of each query: its coordinate where that is a number, else the last n_query positions. int (query,)"""
-    if "query" in attention.coords and attention["query"].dtype.kind in "iu":
-        return attention["query"].values.astype(int)
+    """Position of each query: the coordinate query_position where there is one, else the last n_query. int (query,)"""
+    if "query_position" in attention.coords:
+        return attention["query_position"].values
     n_query, n_key = attention.sizes["query"], attention.sizes["key"]
     return np.arange(n_key - n_query, n_key)
 
@@ -36,19 +36,6 @@ def allowed_keys(queries, n_key, window=None):
     """Causal mask, bool (query, key): key <= query, and with a sliding window query - key < window."""
     distance = np.asarray(queries)[:, None] - np.arange(n_key)[None, :]  # (query, key)
     return (distance >= 0) if not window else (distance >= 0) & (distance < window)
-
-
-def measured_window(attention, window):
-    """`window` if every layer and head given left all keys beyond it at exactly zero, else None (full attention).
-
-    A model may use its sliding window in some layers only, and the file does not always say in which: the weights do.
-    """
-    if not window:
-        return None
-    beyond = query_positions(attention)[:, None] - np.arange(attention.sizes["key"])[None, :] >= window
-    if not beyond.any():
-        return None  # the prompt is shorter than the window: both masks are the same
-    return window if not np.asarray(attention)[..., beyond].any() else None
 
 
 def softmax(x, axis=-1):
@@ -61,22 +48,6 @@ def softmax(x, axis=-1):
 def softcapped(scores, softcap):
     """softcap * tanh(scores / softcap), which llama.cpp applies before the scale (Gemma 2); no softcap: unchanged."""
     return scores if not softcap else softcap * np.tanh(scores / softcap)
-
-
-def fitted_scale(scores, attention, softcap=None):
-    """The factor s for which attention = softmax(s * scores), by least squares on log weights within each query.
-
-    Architectures differ (1/sqrt(head width), or a scale that the file sets, or 1 where queries come scaled), so it is
-    measured. Both (..., query, key). Returns a float.
-    """
-    a = np.asarray(attention, dtype=np.float64)
-    x = softcapped(np.asarray(scores, dtype=np.float64), softcap)
-    use = a > 1e-6  # below it, a float32 weight's logarithm is rounding
-    count = np.maximum(use.sum(-1, keepdims=True), 1)
-    y = np.log(np.where(use, a, 1.0))
-    x = np.where(use, x - np.where(use, x, 0).sum(-1, keepdims=True) / count, 0)
-    y = np.where(use, y - y.sum(-1, keepdims=True) / count, 0)
-    return float((x * y).sum() / (x * x).sum())
 
 
 def attend(q, k, v, *, scale, softcap=None, window=None):
@@ -104,10 +75,11 @@ def attend(q, k, v, *, scale, softcap=None, window=None):
     )
 
 
-def _per_head(attention, values, drop=("key",)):
+def per_head(attention, values, drop=("key",)):
     """Wrap values as a DataArray with attention's dims and coordinates, less those in drop."""
     dims = [d for d in attention.dims if d not in drop]
-    return xr.DataArray(values, dims=dims, coords={d: attention.coords[d] for d in dims if d in attention.coords})
+    coords = {name: c for name, c in attention.coords.items() if set(c.dims) <= set(dims)}
+    return xr.DataArray(values, dims=dims, coords=coords)
 
 
 def entropy(attention, normalised=False):
@@ -121,13 +93,13 @@ def entropy(attention, normalised=False):
         keys = np.minimum(query_positions(attention) + 1, attention.sizes["key"]).astype(float)
         many = np.broadcast_to(keys > 1, nats.shape)
         nats = np.divide(nats, np.log(keys), out=np.full_like(nats, np.nan), where=many)
-    return _per_head(attention, nats)
+    return per_head(attention, nats)
 
 
 def mean_distance(attention):
     """Mean distance looked back, sum over keys of weight * (query - key), in tokens. attention's dims without key."""
     distance = query_positions(attention)[:, None] - np.arange(attention.sizes["key"])[None, :]
-    return _per_head(attention, np.sum(np.asarray(attention, dtype=np.float64) * np.maximum(distance, 0), axis=-1))
+    return per_head(attention, np.sum(np.asarray(attention, dtype=np.float64) * np.maximum(distance, 0), axis=-1))
 
 
 def sink_mass(attention, n_sink=1):
@@ -136,7 +108,7 @@ def sink_mass(attention, n_sink=1):
     later = query_positions(attention) >= n_sink
     a = np.asarray(attention, dtype=np.float64)[..., later, :n_sink].sum(-1)
     mass = a.mean(-1) if later.any() else np.full(a.shape[:-1], np.nan)
-    return _per_head(attention, mass, drop=("query", "key"))
+    return per_head(attention, mass, drop=("query", "key"))
 
 
 def key_importance(attention):
@@ -145,7 +117,7 @@ def key_importance(attention):
     seen = allowed_keys(query_positions(attention), attention.sizes["key"])  # (query, key)
     received = np.sum(np.asarray(attention, dtype=np.float64) * seen, axis=-2)
     mean = np.divide(received, seen.sum(0), out=np.full_like(received, np.nan), where=seen.sum(0) > 0)
-    return _per_head(attention, mean, drop=("query",))
+    return per_head(attention, mean, drop=("query",))
 
 
 def is_sink_head(attention, threshold=SINK_THRESHOLD):

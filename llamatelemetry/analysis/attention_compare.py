@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .attention import query_positions
+from .attention import per_head, query_positions
 
 
 def js_distance(a, b):
@@ -19,8 +19,7 @@ def js_distance(a, b):
         return np.sum(np.where(x > 0, x * np.log2(np.where(x > 0, x, 1) / np.where(m > 0, m, 1)), 0), axis=-1)
 
     distance = np.sqrt(np.clip((divergence(p) + divergence(q)) / 2, 0, 1))
-    dims = [d for d in a.dims if d != "key"]
-    return xr.DataArray(distance, dims=dims, coords={d: a.coords[d] for d in dims if d in a.coords})
+    return per_head(a, distance)
 
 
 def compare_heads(a, b):

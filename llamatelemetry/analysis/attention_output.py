@@ -5,7 +5,7 @@ import pandas as pd
 import xarray as xr
 
 from .attention import kv_head, softmax
-from .attention_weights import output_weight, rms_norm
+from .attention_weights import output_weight, project_output
 
 
 def value_norms(v, gguf, progress=False):
@@ -97,3 +97,22 @@ def sampled_probabilities(logits, temperature=0.8, top_k=40, top_p=0.95, min_p=0
     out = np.zeros(len(logits))
     out[order] = softmax(logits[order] / (temperature if temperature > 0 else 1.0))
     return out
+
+
+def head_writes(attn_heads, attn_out, gguf, position=-1, progress=False):
+    """What each head writes into the residual stream at one position, and how well the heads' sum explains attn_out.
+
+    attn_heads: (layer, head, token, feature); attn_out: (layer, token, embd). Dataset: written (layer, head, embd),
+    W_O of the head times its output, before bias and post-norm; difference (layer,), relative L2 between the captured
+    attn_out and the projection of the captured heads with dequantized weights.
+    """
+    from tqdm.auto import tqdm
+
+    heads = np.asarray(attn_heads, dtype=np.float64)[:, :, [position]]  # (layer, head, 1, feature)
+    theirs = np.asarray(attn_out, dtype=np.float64)[:, position]
+    written, difference = [], []
+    for layer in tqdm(range(len(heads)), desc="W_O by head", unit="layer", disable=not progress, leave=False):
+        written.append(np.einsum("hf,hef->he", heads[layer, :, 0], output_weight(gguf, layer)).astype(np.float32))
+        mine = project_output(heads[layer], gguf, layer)[0]
+        difference.append(np.linalg.norm(mine - theirs[layer]) / (np.linalg.norm(theirs[layer]) or 1))
+    return xr.Dataset({"written": (("layer", "head", "embd"), np.stack(written)), "difference": ("layer", difference)})

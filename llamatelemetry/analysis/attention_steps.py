@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from ..errors import CaptureError
 from . import attention as att
 from . import attention_weights as weights
 
@@ -11,7 +12,7 @@ STAGES = ("hidden", "attn_norm", "q_pre", "k_pre", "q", "k", "v", "scores", "att
 # Relative differences (L2) that the runtime's own rounding explains. Float operations differ in summation order. The KV
 # cache holds keys and values in 16 bits. A matrix product with quantized weights also rounds its input to 8 bits, which
 # a product of dequantized weights in NumPy does not: that gap is the runtime's, and it is shown, not hidden.
-TOLERANCE = {"float": 1e-4, "16-bit cache": 5e-3, "16-bit weights": 1e-2, "quantized": 5e-2}
+TOLERANCE = {"float": 1e-5, "16-bit cache": 2e-3, "16-bit weights": 1e-2, "quantized": 5e-2}
 
 
 def _kernel(gguf, layer, *parts):
@@ -21,21 +22,32 @@ def _kernel(gguf, layer, *parts):
     return "float" if types == {"F32"} else "16-bit weights" if types <= {"F32", "F16", "BF16"} else "quantized"
 
 
-def layer_scale(captured, layer, softcap=None):
-    """The softmax scale of a layer, measured from its captured scores and attention (see attention.fitted_scale)."""
-    return att.fitted_scale(captured["scores"].sel(layer=layer), captured["attention"].sel(layer=layer), softcap)
+def layer_facts(captured, gguf, layer):
+    """(scale, softcap, window) of a layer's softmax, as llama.cpp's graph has them; softcap and window None if absent.
+
+    captured: a Capture, whose `layers` table says kind, scale, softcap, sliding. Raises CaptureError for a layer that is
+    not softmax attention over q and k alone.
+    """
+    facts = captured.layers.loc[layer]
+    odd = "no softmax attention" if facts["kind"] != "attention" else ""
+    odd = odd or ("position biases (ALiBi)" if facts["max_bias"] else "learned sink logits" if facts["sinks"] else "")
+    if odd:
+        raise CaptureError(
+            f"LAYER = {layer} of this {gguf.architecture} model has {odd}: its weights cannot be recomputed from q and k. "
+            "Choose another LAYER, or another MODEL."
+        )
+    return float(facts["scale"]), float(facts["softcap"]) or None, gguf.sliding_window if facts["sliding"] else None
 
 
 def check_steps(captured, gguf, layer):
     """Every step of a layer's attention, recomputed from the captured input of that step alone.
 
-    captured: maps the stages in STAGES to DataArrays (a Capture of the whole prompt); gguf: its GGUFFile.
+    captured: a Capture of the whole prompt with STAGES; gguf: its GGUFFile.
     Returns a DataFrame, one row per step: step, inputs, shape, max_difference, relative_difference (L2), kind (the
     rounding that applies), tolerance, agrees. Nothing is raised: the caller asserts.
     """
     at = {stage: captured[stage].sel(layer=layer) for stage in STAGES}
-    scale = layer_scale(captured, layer, gguf.attn_logit_softcap)
-    window = att.measured_window(at["attention"], gguf.sliding_window)
+    scale, softcap, window = layer_facts(captured, gguf, layer)
     rows = []
 
     def compare(step, inputs, mine, stage, kind):
@@ -49,14 +61,15 @@ def check_steps(captured, gguf, layer):
     parts = weights.project_qkv(at["attn_norm"], gguf, layer)
     for name, stage in (("q", "q_pre"), ("k", "k_pre"), ("v", "v")):
         compare(f"project to {name}", "attn_norm", parts[name], stage, _kernel(gguf, layer, name, "qkv"))
-    for name in ("q", "k"):
+    # YaRN mixes two rotations: not recomputed, no row.
+    for name in ("q", "k") if gguf.metadata.get(f"{gguf.architecture}.rope.scaling.type") != "yarn" else ():
         turned = weights.fitted_rope(at[f"{name}_pre"], at[name], gguf)[2]
-        compare(f"RoPE on {name}", f"{name}_pre", turned, name, "float")
-    steps = att.attend(at["q"], at["k"], at["v"], scale=scale, softcap=gguf.attn_logit_softcap, window=window)
+        compare(f"RoPE on {name}", f"{name}_pre", turned, name, "float" if name == "q" else "16-bit cache")
+    steps = att.attend(at["q"], at["k"], at["v"], scale=scale, softcap=softcap, window=window)
     # What lies behind the mask never reaches the softmax: the runtime's scores there are not compared.
     allowed = np.isfinite(steps["masked"].values)
     compare("scores q·k", "q, k", np.where(allowed, steps["scores"], at["scores"]), "scores", "16-bit cache")
-    scaled = att.softcapped(np.asarray(at["scores"], dtype=np.float64), gguf.attn_logit_softcap) * scale
+    scaled = att.softcapped(np.asarray(at["scores"], dtype=np.float64), softcap) * scale
     compare("scale, mask, softmax", "scores", att.softmax(np.where(allowed, scaled, -np.inf)), "attention", "float")
     compare("q and k to attention", "q, k", steps["attention"], "attention", "16-bit cache")
     group = [att.kv_head(h, gguf.n_head, gguf.n_kv_head) for h in range(gguf.n_head)]

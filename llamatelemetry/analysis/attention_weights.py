@@ -3,6 +3,8 @@
 `gguf` is a llamatelemetry.gguf.GGUFFile; weights come dequantized, float32, rows first: out = input @ weight.T.
 """
 
+from itertools import product
+
 import numpy as np
 
 
@@ -77,7 +79,7 @@ def project_output(head_outputs, gguf, layer):
     return out if post is None else rms_norm(out, post, gguf.norm_eps)
 
 
-def rope(x, base, pairing, factors=None, n_rot=None):
+def rope(x, base, pairing, factors=1.0, n_rot=None):
     """Rotary position embedding (Su et al. 2021): pair i of token t turns by t * base^(-2i/n_rot) / factors[i].
 
     x: (head, token, feature), token t at position t; pairing "neighbours" (2i, 2i+1: llama.cpp's NORM) or "halves"
@@ -86,7 +88,7 @@ def rope(x, base, pairing, factors=None, n_rot=None):
     out = np.array(x, dtype=np.float64)
     n_rot = n_rot or out.shape[-1]
     angle = np.arange(out.shape[1])[:, None] * base ** (-np.arange(0, n_rot, 2) / n_rot)[None, :]  # (token, pair)
-    angle = angle if factors is None else angle / factors
+    angle = angle / factors
     first, second = (
         (slice(0, n_rot, 2), slice(1, n_rot, 2))
         if pairing == "neighbours"
@@ -102,16 +104,20 @@ def fitted_rope(before, after, gguf):
     """Which RoPE turns `before` into `after` (both (head, token, feature)), of the pairings and bases a GGUF can mean.
 
     Returns (pairing, base, rotated, relative error). Gemma 3's sliding-window layers use base 10,000 whatever the file
-    says, and the file does not list them: hence the fit.
+    says, and the file does not list them: hence the fit. Its queries are also scaled after turning: a rotation keeps
+    lengths, so the ratio of lengths is that factor.
     """
-    factors = _bias(gguf, "rope_freqs.weight")
+    names = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # Llama 3, Phi 3
+    stretched = float(gguf.metadata.get(f"{gguf.architecture}.rope.scaling.factor") or 1)  # linear scaling
+    all_factors = [1.0, stretched, *(gguf.tensor(name) for name in names if name in gguf.tensors.index)]
     known = {gguf.rope_freq_base or 10000.0, 10000.0}
     known |= {float(v) for k, v in gguf.metadata.items() if k.startswith(f"{gguf.architecture}.rope.freq_base")}
     after = np.asarray(after, dtype=np.float64)
+    factor = np.linalg.norm(after) / np.linalg.norm(before)
     best = None
     for base in sorted(known):
-        for pairing in ("neighbours", "halves"):
-            turned = rope(before, base, pairing, factors, gguf.rope_dim)
+        for pairing, factors in product(("neighbours", "halves"), all_factors):
+            turned = rope(before, base, pairing, factors, gguf.rope_dim) * factor
             error = float(np.linalg.norm(turned - after) / np.linalg.norm(after))
             if best is None or error < best[3]:
                 best = (pairing, base, turned, error)

@@ -1,0 +1,153 @@
+"""Figures of notebook 12: maps of one head and of all heads, depth profiles, comparisons. All return Plotly figures."""
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from . import theme
+
+
+def _visible(values, queries):
+    """Keys after the query are not zero but absent: nan, so that they stay blank. queries: their positions."""
+    values = np.array(values, dtype=float)
+    return np.where(np.arange(values.shape[1])[None, :] > np.asarray(queries)[:, None], np.nan, values)
+
+
+def _ticks(figure, labels, axis, every=None, **where):
+    """Token labels at most 32 on an axis, so that they stay readable; hover has all of them."""
+    step = every or max(1, -(-len(labels) // 32))
+    update = figure.update_xaxes if axis == "x" else figure.update_yaxes
+    update(tickmode="array", tickvals=labels[::step], **where)
+    return figure
+
+
+def token_map(values, pieces, *, title, unit, query_pieces=None, queries=None, zmax=1.0):
+    """A (query, key) map with tokens on both axes. queries: positions of the rows where they are not all tokens."""
+    queries = np.arange(len(values)) if queries is None else np.asarray(queries)
+    columns = theme.token_labels(pieces)
+    rows = [columns[q] for q in queries]
+    figure = theme.heatmap(
+        _visible(values, queries), columns, rows, title=title, x_title="key token", y_title="query token", unit=unit,
+        zmax=zmax, height=max(320, min(760, 150 + 16 * len(rows)) if queries.size < len(columns) else 720),
+    )  # fmt: skip
+    figure.update_xaxes(tickangle=-90)
+    return _ticks(_ticks(figure, columns, "x"), rows, "y")
+
+
+def layer_head_map(values, *, title, unit, signed=False, zmax=None):
+    """One value per head: (layer, head) drawn with layers to the right and heads downwards."""
+    values = np.asarray(values).T  # (head, layer)
+    figure = theme.heatmap(
+        values, list(range(values.shape[1])), list(range(values.shape[0])), title=title, x_title="layer",
+        y_title="head", unit=unit, signed=signed, zmax=zmax, height=max(320, 150 + 18 * len(values)),
+    )  # fmt: skip
+    figure.update_xaxes(dtick=max(1, values.shape[1] // 16))
+    return figure.update_yaxes(dtick=max(1, values.shape[0] // 16))
+
+
+def depth_profile(table, columns, *, title):
+    """Values of all heads by layer, one panel per column of analysis.attention.head_table; the line is the mean.
+
+    columns: {column: axis title with unit}.
+    """
+    figure = make_subplots(rows=1, cols=len(columns), horizontal_spacing=0.1)
+    for i, (column, name) in enumerate(columns.items(), start=1):
+        figure.add_scatter(
+            x=table["layer"], y=table[column], mode="markers", marker=dict(color=theme.CATEGORIES[4], size=5),
+            name="one head", showlegend=i == 1, customdata=table["head"], row=1, col=i,
+            hovertemplate="layer %{x}, head %{customdata}: %{y:.4f}<extra></extra>",
+        )  # fmt: skip
+        mean = table.groupby("layer")[column].mean()
+        figure.add_scatter(
+            x=mean.index, y=mean, mode="lines", line=dict(color=theme.COLOR["attention"], width=3), name="mean of heads",
+            showlegend=i == 1, hovertemplate="layer %{x}, mean: %{y:.4f}<extra></extra>", row=1, col=i,
+        )  # fmt: skip
+        figure.update_yaxes(title=name, rangemode="tozero", row=1, col=i)
+        figure.update_xaxes(title="layer", row=1, col=i)
+    return figure.update_layout(template=theme.TEMPLATE, title=title, height=400, legend=dict(orientation="h", y=-0.2))
+
+
+def maps_side_by_side(maps, pieces, *, title, unit, zmax=1.0):
+    """Several (query, key) maps in one row on one scale. maps: {panel title: (query, key) values}."""
+    labels = theme.token_labels(pieces)
+    figure = make_subplots(rows=1, cols=len(maps), subplot_titles=list(maps), shared_yaxes=True, horizontal_spacing=0.03)
+    for i, values in enumerate(maps.values(), start=1):
+        figure.add_heatmap(
+            z=_visible(values, np.arange(len(labels))), x=labels, y=labels, coloraxis="coloraxis", row=1, col=i,
+            hovertemplate=f"query: %{{y}}<br>key: %{{x}}<br>{unit}: %{{z:.5f}}<extra></extra>",
+        )  # fmt: skip
+        figure.update_xaxes(title="key token", tickangle=-90, row=1, col=i)
+    every = max(1, -(-len(labels) // (48 // len(maps))))
+    _ticks(figure, labels, "x", every=every)
+    _ticks(figure, labels, "y", every=max(1, len(labels) // 32))
+    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(title="query token", col=1)
+    bar = dict(title=dict(text=unit, side="right"))
+    return figure.update_layout(
+        template=theme.TEMPLATE, title=title, height=540, margin=dict(t=90),
+        coloraxis=dict(colorscale=theme.MAGNITUDE, cmin=0, cmax=zmax, colorbar=bar),
+    )  # fmt: skip
+
+
+def token_bars(series, pieces, *, title, unit, colors=theme.CATEGORIES):
+    """Several measures of every token as grouped bars. series: {name: (token,) values}."""
+    figure = go.Figure(layout=dict(template=theme.TEMPLATE, title=title, barmode="group", height=420))
+    labels = theme.token_labels(pieces)
+    for (name, values), color in zip(series.items(), colors):
+        figure.add_bar(x=labels, y=np.asarray(values, dtype=float), name=name, marker_color=color,
+                       hovertemplate=f"%{{x}}<br>{name}: %{{y:.4f}}<extra></extra>")  # fmt: skip
+    figure.update_xaxes(title="token", tickangle=-90)
+    figure.update_yaxes(title=unit)
+    return _ticks(figure, labels, "x", every=max(1, -(-len(labels) // 64))).update_layout(
+        legend=dict(orientation="h", y=1.08, x=1, xanchor="right")
+    )
+
+
+def stacked_bars(table, *, title, x_title, unit, labels=None):
+    """Columns of a DataFrame stacked over its index, one colour per column."""
+    figure = go.Figure(layout=dict(template=theme.TEMPLATE, title=title, barmode="relative", height=420))
+    for i, column in enumerate(table.columns):
+        color = theme.COLOR.get(str(column), theme.CATEGORIES[i % 8])
+        figure.add_bar(x=labels or table.index, y=table[column], name=str(column), marker_color=color,
+                       hovertemplate=f"{x_title} %{{x}}<br>{column}: %{{y:.4f}}<extra></extra>")  # fmt: skip
+    figure.update_xaxes(title=x_title)
+    figure.update_yaxes(title=unit)
+    return figure.update_layout(legend=dict(orientation="h", y=1.08, x=1, xanchor="right"))
+
+
+def logit_build_up(parts, pieces, *, title):
+    """How the logits of chosen tokens come about: running sum of analysis.attention_output.logit_parts by layer."""
+    figure = go.Figure(layout=dict(template=theme.TEMPLATE, title=title, height=440))
+    for i, (row, piece) in enumerate(zip(parts.itertuples(), pieces)):
+        steps = np.concatenate([[row.embedding], np.asarray(row.by_layer).ravel()])  # embedding, then attention, ffn
+        where = np.concatenate([[-0.5], np.arange(len(steps) - 1) / 2])
+        what = ["embedding"] + [f"layer {n // 2} {'ffn' if n % 2 else 'attention'}" for n in range(len(steps) - 1)]
+        figure.add_scatter(
+            x=where, y=np.cumsum(steps), mode="lines", name=theme.token_text(piece), text=what,
+            line=dict(color=theme.CATEGORIES[i % 8], width=2),
+            hovertemplate="after %{text}: %{y:.3f}<extra>%{fullData.name}</extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title="layer (attention, then feed-forward)")
+    figure.update_yaxes(title="logit so far")
+    return figure
+
+
+def centrality_scatter(table, *, title):
+    """PageRank and betweenness of token positions against the attention that they receive.
+
+    table: columns position, piece, received (mean weight from later tokens), pagerank, betweenness.
+    """
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
+    names = theme.token_labels(table["piece"])
+    for i, column in enumerate(("pagerank", "betweenness"), start=1):
+        largest = table[column].rank(ascending=False) <= 3
+        figure.add_scatter(
+            x=table["received"], y=table[column], mode="markers+text", row=1, col=i, showlegend=False,
+            text=[name if big else "" for name, big in zip(names, largest)], textposition="top left", customdata=names,
+            marker=dict(color=table["position"], colorscale=theme.MAGNITUDE, size=9, showscale=i == 2,
+                        colorbar=dict(title=dict(text="position", side="right"))),
+            hovertemplate="%{customdata}<br>received: %{x:.4f}<br>" + column + ": %{y:.4f}<extra></extra>",
+        )  # fmt: skip
+        figure.update_xaxes(title="attention received, mean over heads", row=1, col=i)
+        figure.update_yaxes(title=f"{column} (share)", row=1, col=i)
+    return figure.update_layout(template=theme.TEMPLATE, title=title, height=440)
