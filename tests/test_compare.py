@@ -46,7 +46,7 @@ def family(request, tmp_path_factory):
 def perplexity(model, text, base, *options):
     command = [tool("llama-perplexity"), "-m", model, "-f", text, "-c", str(N_CTX), "-b", str(N_CTX * WINDOWS), "--chunks",
                str(WINDOWS), "--kl-divergence-base", base, *options]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
 def numbers(printed, label, scale=1.0):

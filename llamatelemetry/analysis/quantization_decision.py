@@ -1,0 +1,110 @@
+"""Which parts of a quantized model cost the answer, and which file to take. Pure functions."""
+
+import numpy as np
+import pandas as pd
+
+from .quantization_quality import Reference
+
+PARTS = {"attn_out": "attention", "ffn_out": "FFN"}
+# Tensors behind each part, as a regular expression for `--tensor-type`.
+TENSORS = {"attn_out": r"attn_(q|k|v|qkv|output)", "ffn_out": r"ffn_(up|gate|down)"}
+
+
+def kl(base, logits, targets=None):
+    """KL divergence of every position's prediction from the reference's, nats (token,). base, logits: (token, vocab)."""
+    base, logits = np.asarray(base), np.asarray(logits)
+    targets = np.zeros(len(base), int) if targets is None else targets
+    return np.concatenate([Reference(base[i:i + 8], targets[i:i + 8], k=1).compare(logits[i:i + 8])["kld"]
+                           for i in range(0, len(base), 8)])
+
+
+def causal_map(run, base, n_layer, parts=tuple(PARTS), layers=None, progress=True):
+    """What each part of each layer costs the answer, found by giving it back.
+
+    Activation patching (Meng et al. 2022, "Locating and editing factual associations in GPT") with the reference as the
+    clean run: one part's output at all positions is replaced by what the reference had there, and the KL divergence
+    from the reference's predictions is measured again. What falls is what was lost in that part, upstream changes that
+    pass through it included. run(part, layer) -> logits (token, vocab) of the quantized model, patched; run(None, None)
+    unpatched. base: the reference's logits. DataFrame: part, layer, kld (patched), fall (nats), share (of the unpatched).
+    attrs["kld"]: the unpatched mean. The first position, which sees one token, is left out.
+    """
+    from tqdm.auto import tqdm
+
+    before = kl(base[1:], run(None, None)[1:]).mean()
+    todo = [(part, layer) for layer in (range(n_layer) if layers is None else layers) for part in parts]
+    rows = []
+    for part, layer in tqdm(todo, desc="patches", disable=not progress):
+        after = kl(base[1:], run(part, layer)[1:]).mean()
+        rows.append((part, layer, after, before - after, (before - after) / before if before else 0.0))
+    table = pd.DataFrame(rows, columns=["part", "layer", "kld", "fall", "share"])
+    table.attrs["kld"] = float(before)
+    return table
+
+
+def recommend(causal, tensors, keep=8, type="Q8_0", bits=8.5):
+    """The parts to keep at higher precision: those whose repair lowers the divergence most per byte added.
+
+    causal: a causal_map; tensors: GGUFFile.tensors of the quantized file; keep: at most so many parts, and only those
+    with a positive fall. DataFrame by part and layer: fall, bytes_added, pattern (a regular expression on tensor
+    names), type; `dict(zip(r.pattern, r.type))` is quantize()'s tensor_types.
+    """
+    rows = []
+    for part, layer, fall in causal[["part", "layer", "fall"]].itertuples(index=False):
+        pattern = rf"blk\.{layer}\.{TENSORS[part]}\.weight"
+        own = tensors[tensors.index.str.fullmatch(pattern)]
+        added = float((own["n_elements"] * np.maximum(bits - own["bits_per_weight"], 0)).sum() / 8)
+        if fall > 0 and added > 0:
+            rows.append((PARTS[part], layer, fall, int(added), fall / added * 2**20, pattern, type))
+    table = pd.DataFrame(rows, columns=["part", "layer", "fall", "bytes_added", "fall_per_MiB", "pattern", "type"])
+    return table.sort_values("fall_per_MiB", ascending=False).head(keep).reset_index(drop=True)
+
+
+def control(causal, tensors, chosen, type="Q8_0", bits=8.5):
+    """As many parts of each kind as were chosen, those with the smallest fall: what the recommendation must beat."""
+    everything = recommend(causal.assign(fall=1.0), tensors, keep=len(causal), type=type, bits=bits)
+    falls = causal.assign(part=causal["part"].map(PARTS)).set_index(["part", "layer"])["fall"]
+    everything["fall"] = [falls[part, layer] for part, layer in zip(everything["part"], everything["layer"])]
+    left = everything[~everything["pattern"].isin(chosen["pattern"])].sort_values("fall")
+    parts = [left[left["part"] == part].head(n) for part, n in chosen["part"].value_counts().items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def pareto(table, cost, loss):
+    """True for rows that no other row beats in both: at most its cost and at most its loss, and one of them less.
+
+    cost, loss: columns where less is better. NaN is never on the front. Boolean Series.
+    """
+    values = table[[cost, loss]].to_numpy(dtype=float)
+    front = []
+    for row in values:
+        no_worse, better = (values <= row).all(axis=1), (values < row).any(axis=1)
+        front.append(not np.isnan(row).any() and not (no_worse & better).any())
+    return pd.Series(front, index=table.index, name="pareto")
+
+
+def decide(table, memory, limits, need="memory_bytes", loss="kld_mean", prefer="kld_mean"):
+    """Given this much memory and at most this much divergence, which file: DataFrame (memory, limit) of names.
+
+    memory: budgets in bytes; limits: largest mean KL divergence in nats. The fitting file with the least `prefer`, or
+    "none" where there is none.
+    """
+    def best(budget, limit):
+        fits = table[(table[need] <= budget) & (table[loss] <= limit)]
+        return fits[prefer].idxmin() if len(fits) else "none"
+
+    return pd.DataFrame([[best(budget, limit) for limit in limits] for budget in memory],
+                        index=pd.Index(memory, name="memory_bytes"), columns=pd.Index(limits, name="kld at most"))
+
+
+def first_divergence(base, ids):
+    """Index of the first generated token that differs, or None if one sequence is a beginning of the other."""
+    n = min(len(base), len(ids))
+    different = np.flatnonzero(np.asarray(base[:n]) != np.asarray(ids[:n]))
+    return int(different[0]) if len(different) else None
+
+
+def ladder(table, by="bits_per_weight", loss="kld_mean"):
+    """Neighbouring pairs that are out of order: more bits per weight, yet more divergence. List of (larger, smaller)."""
+    ordered = table.dropna(subset=[by, loss]).sort_values(by)
+    names = list(ordered.index)
+    return [(b, a) for a, b in zip(names, names[1:]) if ordered.loc[b, loss] > ordered.loc[a, loss]]
