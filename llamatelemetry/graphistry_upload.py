@@ -80,6 +80,8 @@ def bind_graph(client, graph):
         plot = plot.encode_point_size(graph.size)
     if graph.weight is not None:
         plot = plot.bind(edge_weight=graph.weight)
+    if graph.edge_label is not None:
+        plot = plot.bind(edge_title=graph.edge_label)
     if graph.color is not None:
         plot = plot.encode_point_color(graph.color, **_colors(nodes[graph.color]))
     if graph.edge_color is not None:
@@ -94,15 +96,15 @@ def _colors(values):
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         return dict(palette=list(RAMP), as_continuous=True)
     names = categories(values)[0]
-    mapping = {name: color for name, color in zip(names, theme.CATEGORIES)}
+    mapping = {name: color for name, color in zip(names, theme.CATEGORIES[:-1])}  # as on the page
     return dict(as_categorical=True, categorical_mapping=mapping, default_mapping=MISSING)
 
 
 def upload_graph(graph, credentials, privacy, server, protocol, saved, height):
     """Upload with `privacy`; returns a GraphistryPlot. GraphistryError names what failed and where the files are."""
-    if privacy not in ("private", "organization", "public"):
-        raise GraphistryError(f"privacy must be 'private', 'organization' or 'public', not {privacy!r}")
     here = f"Tables and page are in {saved['page'].parent}: {', '.join(path.name for path in saved.values())}"
+    if privacy not in ("private", "organization", "public"):
+        raise GraphistryError(f"privacy must be 'private', 'organization' or 'public', not {privacy!r}. {here}")
     if credentials is None:
         raise GraphistryError(f"no Graphistry credentials: {KEY_ID[0]} and {SECRET[0]} are not set. {_ADD}. {here}")
     try:

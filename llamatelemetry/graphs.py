@@ -23,8 +23,8 @@ class Graph:
 
     nodes, edges: pandas or cuDF DataFrames. node: column with unique ids; source, target: columns of edges with ids of
     nodes. color, size, label, kind: columns of nodes (colour: numbers on a scale, anything else as categories; kind:
-    what the page filters by, also the colour if there is no other). weight, edge_color: columns of edges (weight:
-    positive where the layout is computed). position: two columns of nodes, or None to compute the layout by force from
+    what the page filters by, also the colour if there is no other). weight, edge_color, edge_label: columns of edges
+    (weight: positive where the layout is computed). position: two columns of nodes, or None to compute the layout by force from
     the edges with `seed`. ValueError for tables that do not fit together; a graph without edges is one.
     """
 
@@ -43,15 +43,16 @@ class Graph:
         kind=None,
         weight=None,
         edge_color=None,
+        edge_label=None,
         position=None,
         seed=0,
     ):
         self.title, self.seed, self._given = title, seed, position
         self.node, self.source, self.target = node, source, target
         self.color, self.size, self.label, self.kind = color or kind, size, label or node, kind
-        self.weight, self.edge_color = weight, edge_color
+        self.weight, self.edge_color, self.edge_label = weight, edge_color, edge_label
         self.nodes = _plain(nodes, "nodes", [node, self.color, size, label, kind, *(position or ())])
-        self.edges = _plain(edges, "edges", [source, target, weight, edge_color])
+        self.edges = _plain(edges, "edges", [source, target, weight, edge_color, edge_label])
         self._check()
 
     def _check(self):
@@ -126,6 +127,7 @@ class Graph:
             kind=None if self.kind is None else self.nodes[self.kind],
             weight=None if self.weight is None else self.edges[self.weight],
             edge_color=None if self.edge_color is None else self.edges[self.edge_color],
+            edge_labels=None if self.edge_label is None else self.edges[self.edge_label],
             details=self.nodes[[c for c in self.nodes.columns if c not in shown]],
             note=how,
             height=height,

@@ -46,7 +46,7 @@ const graph = window.graph = {
   screen: i => [X[i] * graph.scale + graph.dx, Y[i] * graph.scale + graph.dy],
 };
 let width = 0, height = 0, margin = 0, live = new Int32Array(0), near = null, asked = false, rest = 0, last = 0;
-let dirty = true, fresh = false, cost = 30, seen = {scale: 1, dx: 0, dy: 0, at: 0};
+let dirty = true, fresh = false, touched = false, cost = 30, seen = {scale: 1, dx: 0, dy: 0, at: 0};
 let colors = {};
 
 function readColors() {
@@ -72,14 +72,14 @@ function fit() {
   if (x0 > x1) return;
   graph.home = graph.scale = Math.min((width - 50) / ((x1 - x0) || 1), (height - 50) / ((y1 - y0) || 1));
   graph.dx = width / 2 - graph.scale * (x0 + x1) / 2; graph.dy = height / 2 - graph.scale * (y0 + y1) / 2;
-  dirty = true; draw();
+  dirty = true; touched = false; draw();
 }
 function grow() { return Math.max(0.8, Math.min(2.5, Math.pow(graph.scale / (graph.home || 1), 0.35))); }
 
 // A full drawing goes to `cache`, with a margin around the view. While the view moves, frames show the cache, shifted
 // and scaled, and it is drawn anew as often as this machine can afford: smooth at any size, sharp at rest.
 function move() {
-  graph.moving = true; clearTimeout(rest);
+  graph.moving = touched = true; clearTimeout(rest);
   rest = setTimeout(() => { graph.moving = false; last = 0; dirty = true; draw(); }, 140);
   draw();
 }
@@ -242,7 +242,8 @@ function select(i) {
       const other = SRC[e] === i ? DST[e] : SRC[e]; near.add(other);
       if (side.children.length > 40) continue;
       const row = document.createElement('button'), name = document.createElement('span'), value = document.createElement('span');
-      name.textContent = (SRC[e] === i ? '→ ' : '← ') + LABELS[other]; value.textContent = WEIGHT ? format(WEIGHT[e]) : '';
+      name.textContent = (SRC[e] === i ? '→ ' : '← ') + LABELS[other];
+      value.textContent = [DATA.edgeLabels && DATA.edgeLabels[e], WEIGHT && format(WEIGHT[e])].filter(Boolean).join(' ');
       row.append(name, value); row.onclick = () => { select(other); centre(other); }; side.append(row);
     }
   }
@@ -349,13 +350,13 @@ if (WEIGHT && M && WEIGHT[0] > WEIGHT[M - 1]) {
   $('weightvalue').textContent = format(WEIGHT[M - 1]);
 } else $('weightbox').hidden = true;
 function resize() {
-  const box = $('frame').getBoundingClientRect(), ratio = window.devicePixelRatio || 1, first = !width;
+  const box = canvas.getBoundingClientRect(), ratio = window.devicePixelRatio || 1, first = !width;
   const dx = (box.width - width) / 2, dy = (box.height - height) / 2;
   width = box.width; height = box.height;
   margin = Math.round(Math.min(width, height) / 4);
   canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
   cache.width = Math.round((width + 2 * margin) * ratio); cache.height = Math.round((height + 2 * margin) * ratio);
-  if (first) fit(); else { graph.dx += dx; graph.dy += dy; dirty = true; draw(); }
+  if (first || !touched) fit(); else { graph.dx += dx; graph.dy += dy; dirty = true; draw(); }
 }
 window.matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { readColors(); dirty = true; draw(); });
 readColors(); legend(); filter(); resize(); new ResizeObserver(resize).observe($('frame'));

@@ -78,6 +78,7 @@ def graph_page(
     kind=None,
     weight=None,
     edge_color=None,
+    edge_labels=None,
     details=None,
     note="",
     height=720,
@@ -86,7 +87,8 @@ def graph_page(
 
     positions: (n, 2); pairs: (m, 2) row numbers; labels: n texts. color, kind (n,), edge_color (m,): named Series,
     numbers on the ramp, anything else as categories, the 7 most frequent with a colour each. size: (n,) numbers, as
-    area. weight: (m,) numbers, the filter and the edges' opacity. details: DataFrame of n rows for the hover box.
+    area. weight: (m,) numbers, the filter and the edges' opacity. edge_labels: (m,) texts, in the list of a clicked
+    node's neighbours. details: DataFrame of n rows for the hover box.
     """
     positions = np.asarray(positions, dtype=np.float32).reshape(-1, 2)
     pairs = np.asarray(pairs, dtype=np.int32).reshape(-1, 2)
@@ -108,6 +110,7 @@ def graph_page(
         "kind": None if kind is None else _encode(kind.astype(str).where(kind.notna(), None)),
         "size": _encode(size),
         "edgeColor": _encode(edge_values),
+        "edgeLabels": None if edge_labels is None else [_cell(value) for value in np.asarray(edge_labels, object)[order]],
         "details": {str(column): [_cell(value) for value in details[column].tolist()] for column in details},
         "categories": list(theme.CATEGORIES),
         "missing": MISSING,
