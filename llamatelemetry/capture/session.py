@@ -245,6 +245,8 @@ class CaptureSession:
 
 def _prompt(text_or_ids):
     if isinstance(text_or_ids, str):
+        if not text_or_ids:  # with a start token put before it, it would not look empty any more
+            raise CaptureError("the prompt is empty: give at least one token.")
         return text_or_ids
     return [int(token) for token in np.asarray(text_or_ids).ravel()]
 

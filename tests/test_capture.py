@@ -1,0 +1,331 @@
+"""Captures, edits and measures on a tiny model of every kind that matters, and what happens when something is wrong."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from models import IDS, tiny_model
+
+from llamatelemetry import (
+    Capture,
+    CaptureError,
+    ModelLoadError,
+    WorkerCrashedError,
+    ablate_head,
+    ablate_layer,
+    patch,
+    scale,
+)
+from llamatelemetry.capture.measures import Score, log_softmax, token_patterns
+from llamatelemetry.capture.session import CaptureSession
+
+ALL = ("attn_norm", "ffn_norm", "q", "k", "v", "q_pre", "k_pre", "scores", "attention", "mask", "attn_heads", "attn_out",
+       "ffn_out", "ffn_act", "hidden", "final_norm", "logits")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    with CaptureSession(tiny_model("gemma2", tmp_path_factory.mktemp("models")), threads=1) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def full(session):
+    return session.capture(IDS, stages=ALL)
+
+
+def test_dims_and_coordinates(full, session):
+    n, facts = len(IDS), full.model
+    assert full.attention.dims == ("layer", "head", "query", "key")
+    assert full.attention.shape == (facts.n_layer, facts.n_head, n, n)
+    assert full.k.dims == ("layer", "kv_head", "token", "feature") and full.k.sizes["kv_head"] == facts.n_kv_head
+    assert full.hidden.sizes["layer"] == facts.n_layer + 1 and list(full.hidden.layer.values) == list(range(facts.n_layer + 1))
+    assert full.logits.dims == ("token", "vocab") and full.logits.sizes["vocab"] == facts.n_vocab
+    assert full.hidden.dtype == np.float32
+    assert list(full.tokens["id"]) == IDS and list(full.attention.key.values) == list(full.tokens["piece"])
+
+
+def test_every_stage_follows_from_the_one_before(full):
+    for layer in range(full.model.n_layer):
+        facts = full.layers.loc[layer]
+        q, k, v = (full[s].sel(layer=layer).values for s in ("q", "k", "v"))
+        k, v = (np.repeat(a, len(q) // len(k), 0) for a in (k, v))
+        scores = np.einsum("hqf,hkf->hqk", q, k)
+        mask = full.mask.sel(layer=layer).values
+        allowed = np.isfinite(mask)
+        np.testing.assert_allclose(full.scores.sel(layer=layer).values[:, allowed], scores[:, allowed], atol=1e-5)
+        capped = facts.softcap * np.tanh(scores / facts.softcap) * facts.scale + mask
+        p = np.exp(capped - capped.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        np.testing.assert_allclose(full.attention.sel(layer=layer).values, p, atol=1e-6)
+        np.testing.assert_allclose(full.attn_heads.sel(layer=layer).values, p @ v, atol=1e-6)
+        after = full.hidden.sel(layer=layer) + full.attn_out.sel(layer=layer) + full.ffn_out.sel(layer=layer)
+        np.testing.assert_allclose(full.hidden.sel(layer=layer + 1).values, after.values, atol=1e-6)
+
+
+def test_sliding_window_is_in_the_mask_of_its_layers_only(full):
+    forbidden = [int(np.isneginf(full.mask.sel(layer=layer).values).sum()) for layer in range(full.model.n_layer)]
+    causal = len(IDS) * (len(IDS) - 1) // 2
+    for layer, count in enumerate(forbidden):
+        assert (count > causal) == bool(full.layers.loc[layer, "sliding"])
+    assert min(forbidden) == causal < max(forbidden)
+
+
+def test_same_text_same_capture_and_logits_untouched(session, full):
+    again = session.capture(IDS, stages=ALL)
+    for stage in ALL:
+        np.testing.assert_array_equal(again[stage].values, full[stage].values)
+    np.testing.assert_array_equal(session.capture(IDS, stages="logits").logits.values, full.logits.values)
+    other = session.capture(IDS[::-1], stages="logits")
+    assert not np.array_equal(other.logits.values, full.logits.values)
+
+
+def test_restricted_layers_and_queries(session, full):
+    part = session.capture(IDS, stages=("attention", "hidden"), layers=[1, 3], queries=[2, 20])
+    assert list(part.attention.layer.values) == [1, 3] and list(part.attention.query_position.values) == [2, 20]
+    np.testing.assert_array_equal(part.attention.values, full.attention.sel(layer=[1, 3]).values[:, :, [2, 20]])
+    np.testing.assert_array_equal(part.hidden.values, full.hidden.sel(layer=[1, 3]).values)
+
+
+def test_prompt_over_several_ubatches(tmp_path):
+    path = tiny_model("gemma2", tmp_path)
+    with CaptureSession(path, threads=1) as one, CaptureSession(path, threads=1, n_ubatch=9) as several:
+        a, b = one.capture(IDS, stages=ALL), several.capture(IDS, stages=ALL)
+        for stage in ALL:
+            if stage not in ("mask", "scores"):
+                np.testing.assert_allclose(a[stage].values, b[stage].values, atol=2e-5, err_msg=stage)
+        np.testing.assert_allclose(
+            one.head_statistics(IDS).to_array(), several.head_statistics(IDS).to_array(), atol=1e-5
+        )
+
+
+def test_generated_tokens_are_captured_as_they_come(session):
+    cap = session.capture(IDS[:10], stages=("attention", "hidden", "logits"), generate=6)
+    ids = list(cap.tokens["id"])
+    assert len(ids) <= 16 and cap.tokens["generated"].sum() == len(ids) - 10 > 0
+    assert [int(row.argmax()) for row in cap.logits.values[9:-1]] == ids[10:]  # greedy
+    whole = session.capture(ids, stages=("attention", "hidden", "logits"))
+    for stage in ("attention", "hidden", "logits"):
+        np.testing.assert_allclose(cap[stage].values, whole[stage].values, atol=1e-4)
+    drawn = [list(session.capture(IDS[:5], "logits", generate=8, temperature=2.0, seed=s).tokens["id"]) for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_zeroed_head_leaves_the_rest_of_the_layer(session, full):
+    cap = session.capture(IDS, stages=("attn_heads", "attention"), edits=[ablate_head(1, 2)])
+    heads = cap.attn_heads.sel(layer=1).values
+    assert not heads[2].any()
+    np.testing.assert_array_equal(np.delete(heads, 2, 0), np.delete(full.attn_heads.sel(layer=1).values, 2, 0))
+    np.testing.assert_array_equal(cap.attention.sel(layer=1).values, full.attention.sel(layer=1).values)
+    assert not np.array_equal(cap.attention.sel(layer=2).values, full.attention.sel(layer=2).values)
+
+
+def test_mean_ablation_puts_the_mean_of_the_unedited_run(session, full):
+    cap = session.capture(IDS, stages="attn_heads", edits=[ablate_head(2, 1, "mean"), ablate_head(0, 0)])
+    mean = full.attn_heads.sel(layer=2).values[1].mean(0)
+    np.testing.assert_allclose(cap.attn_heads.sel(layer=2).values[1], np.broadcast_to(mean, (len(IDS), len(mean))), atol=1e-6)
+
+
+def test_ablated_layer_passes_the_stream_through(session):
+    cap = session.capture(IDS, stages="hidden", edits=ablate_layer(1))
+    np.testing.assert_array_equal(cap.hidden.sel(layer=2).values, cap.hidden.sel(layer=1).values)
+
+
+def test_scale_at_positions(session, full):
+    cap = session.capture(IDS, stages="ffn_out", edits=scale("ffn_out", 0, 0.5, positions=[3, 4]))
+    expected = full.ffn_out.sel(layer=0).values.copy()
+    expected[[3, 4]] *= 0.5
+    np.testing.assert_array_equal(cap.ffn_out.sel(layer=0).values, expected)
+
+
+@pytest.mark.parametrize("stage", ["hidden", "attn_out", "ffn_out", "attn_heads", "attention", "q"])
+def test_patching_with_itself_changes_nothing(session, full, stage):
+    cap = session.capture(IDS, stages="logits", edits=[patch(stage, 1, full)])
+    np.testing.assert_allclose(cap.logits.values, full.logits.values, atol=1e-6)
+
+
+def test_patching_the_whole_stream_gives_the_source_run(session, full):
+    other = list(reversed(IDS))
+    cap = session.capture(other, stages="logits", edits=[patch("hidden", 0, full)])
+    np.testing.assert_array_equal(cap.logits.values, full.logits.values)
+    some = session.capture(other, stages="hidden", edits=[patch("hidden", 2, full, positions=[4])])
+    np.testing.assert_array_equal(some.hidden.sel(layer=2).values[4], full.hidden.sel(layer=2).values[4])
+
+
+def test_statistics_equal_those_of_the_full_capture(session, full):
+    stats = session.head_statistics(IDS, patterns={"diagonal": [(i, i) for i in range(len(IDS))]})
+    p = full.attention.values.astype(np.float64)
+    n, position = len(IDS), np.arange(len(IDS))
+    masks = token_patterns(IDS)
+    expected = {
+        "entropy": -(p * np.log(np.maximum(p, 1e-30))).sum(-1).mean(-1),
+        "sink": p[..., 0].mean(-1),
+        "distance": (p * (position[:, None] - position)).sum(-1).mean(-1),
+        "top": p.max(-1).mean(-1),
+        "diagonal": p[:, :, position, position].sum(-1) / n,
+        **{name: (p * mask).sum((-1, -2)) / n for name, mask in masks.items()},
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(stats[name].values, values, atol=1e-5, err_msg=name)
+
+
+def test_patterns_by_hand():
+    patterns = token_patterns([5, 6, 5, 6, 7])
+    assert patterns["previous_token"][2].tolist() == [0, 1, 0, 0, 0]
+    assert patterns["duplicate_token"][3].tolist() == [0, 1, 0, 0, 0]
+    assert patterns["induction"][2].tolist() == [0, 1, 0, 0, 0]  # 5 came at 0, what followed is at 1
+    assert patterns["induction"][3].tolist() == [0, 0, 1, 0, 0]
+    assert not patterns["induction"][4].any()
+
+
+def test_score_by_hand():
+    tokens = [1, 0, 2]
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [1 / 3, 1 / 3, 1 / 3]], np.float32))
+    result = Score(tokens)
+    result(logits, 0)
+    table = result.table()
+    np.testing.assert_allclose(table["logprob"], np.log([0.5, 0.7]), rtol=1e-6)
+    assert table["rank"] == [0, 0] and table["top_id"] == [0, 2]
+    np.testing.assert_allclose(table["entropy"][0], -(0.5 * np.log(0.5) + 0.5 * np.log(0.25)), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(log_softmax(logits)).sum(-1), 1, rtol=1e-6)
+
+
+def test_score_and_sweep_agree_with_captured_logits(session, full):
+    logp = log_softmax(full.logits.values)
+    table = session.score(IDS)
+    np.testing.assert_allclose(table["logprob"], logp[np.arange(len(IDS) - 1), IDS[1:]], atol=1e-5)
+    edits = [ablate_head(1, 0)]
+    edited = log_softmax(session.capture(IDS, "logits", edits=edits).logits.values)
+    rows = session.sweep(IDS, {"none": [], "head": edits, ("layer", 1): ablate_layer(1)}, progress=False)
+    kl = (np.exp(logp) * (logp - edited)).sum(-1)[:-1].mean()
+    assert rows.loc["none", "loss_change"] == 0 and rows.loc["none", "top1_agreement"] == 1
+    np.testing.assert_allclose(rows.loc["head", "kl"], kl, rtol=1e-4)
+    np.testing.assert_allclose(rows.attrs["base_loss"], -table["logprob"].mean(), rtol=1e-6)
+    assert rows["loss"].iloc[2] != rows.loc["none", "loss"]
+
+
+def test_saved_and_loaded(full, tmp_path):
+    full.save(tmp_path / "x.safetensors")
+    loaded = Capture.load(tmp_path / "x.safetensors")
+    assert loaded.stages == full.stages and vars(loaded.model) == vars(full.model)
+    for stage in ALL:
+        assert loaded[stage].equals(full[stage]), stage
+    assert loaded.tokens.equals(full.tokens)
+    (tmp_path / "bad.safetensors").write_bytes(b"not a capture")
+    with pytest.raises(CaptureError):
+        Capture.load(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(text_or_ids=""), "empty"),
+        (dict(text_or_ids=[]), "empty"),
+        (dict(text_or_ids=[1, 10**6]), "vocabulary"),
+        (dict(text_or_ids=[1] * 5000), "context"),
+        (dict(text_or_ids=IDS, stages="nonsense"), "unknown stage"),
+        (dict(text_or_ids=IDS, stages=()), "unknown stage"),
+        (dict(text_or_ids=IDS, stages="router"), "gemma2"),
+        (dict(text_or_ids=IDS, layers=[44]), "0 to 3"),
+        (dict(text_or_ids=IDS, queries=[99]), "out of range"),
+        (dict(text_or_ids=IDS, generate=-1), "generate"),
+        (dict(text_or_ids=IDS, edits=[ablate_head(9, 0)]), "layers 0 to 3"),
+        (dict(text_or_ids=IDS, edits=[ablate_head(0, 9)]), "heads 0 to 3"),
+    ],
+)
+def test_what_cannot_be_captured_is_said_and_the_next_call_works(session, full, arguments, says):
+    with pytest.raises(CaptureError, match=says):
+        session.capture(**arguments)
+    np.testing.assert_array_equal(session.capture(IDS, "logits").logits.values, full.logits.values)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda cap: scale("k", 0, 2.0),
+        lambda cap: scale("hidden", 0, 2.0, head=1),
+        lambda cap: ablate_head(-1, 0),
+        lambda cap: ablate_head(0, 0, "median"),
+        lambda cap: ablate_layer(0, "nose"),
+        lambda cap: patch("attn_out", 40, cap),
+    ],
+)
+def test_edits_that_make_no_sense(full, make):
+    with pytest.raises(CaptureError):
+        make(full)
+
+
+def test_patch_of_another_length(session, full):
+    with pytest.raises(CaptureError, match="positions"):
+        session.capture(IDS * 2, stages="logits", edits=[patch("hidden", 1, full)])
+
+
+def test_missing_stage_is_an_error_not_an_empty_array(session):
+    cap = session.capture(IDS, stages="hidden")
+    with pytest.raises(CaptureError, match="holds hidden"):
+        cap.attention
+    with pytest.raises(AttributeError):
+        cap.nonsense
+
+
+def test_killed_worker_is_reported_and_leaves_nothing(tmp_path):
+    session = CaptureSession(tiny_model("llama", tmp_path), threads=1)
+    folder = session._folder
+    os.kill(session.pid, signal.SIGKILL)
+    with pytest.raises(WorkerCrashedError, match="SIGKILL"):
+        session.capture(IDS)
+    session.close()
+    assert not folder.exists()
+
+
+def test_killed_in_the_middle_of_a_capture(tmp_path):
+    with CaptureSession(tiny_model("llama", tmp_path), threads=1) as session:
+        threading.Timer(0.3, os.kill, (session.pid, signal.SIGKILL)).start()
+        with pytest.raises(WorkerCrashedError):
+            for _ in range(10_000):
+                session.capture(IDS, ALL)
+
+
+def test_no_files_are_left_by_captures(session, full):
+    session.capture(IDS, stages="logits", edits=[patch("hidden", 0, full)])
+    assert [path.name for path in session._folder.iterdir()] == ["worker.log"]
+
+
+def test_worker_ends_with_its_parent(tmp_path):
+    import subprocess
+    import sys
+
+    path = tiny_model("llama", tmp_path)
+    code = (
+        f"from llamatelemetry.capture.session import CaptureSession; s = CaptureSession({str(path)!r}, threads=1);"
+        "print(s.pid, flush=True); import time; time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{pid}") or open(f"/proc/{pid}/stat").read().split()[2] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the worker outlived its parent by 10 s")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"just a text, renamed\n" * 99])
+def test_files_that_are_no_models(tmp_path, content):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelLoadError):
+        CaptureSession(path)
+
+
+def test_truncated_model(tmp_path):
+    path = tiny_model("llama", tmp_path)
+    path.write_bytes(path.read_bytes()[:-20_000])
+    with pytest.raises(ModelLoadError):
+        CaptureSession(path)
