@@ -20,13 +20,15 @@ run: $(VENV)/.notebooks $(VENV)/.engine $(VENV)/.model
 
 # The status is kept in a file because make's own is 2 whatever the command's was.
 test: $(VENV)/.test $(VENV)/.engine $(VENV)/.model $(VENV)/.test-models
-	@status=0; $(BIN)/python -m pytest -rs --durations=10 || status=$$?; echo $$status > $(VENV)/.pytest-status; exit $$status
+	@status=0; $(BIN)/python -m pytest -rs --durations=10 || status=$$?; \
+	    echo $$status > $(VENV)/.pytest-status; exit $$status
 
 fast: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
 
 bench: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
-	@set -e; for script in $(sort $(wildcard tests/benchmarks/bench_*.py)); do echo "$$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(sort $(wildcard tests/benchmarks/bench_*.py)); do \
+	    echo "$$script"; $(BIN)/python $$script; done
 
 clean:
 	rm -rf executed outputs build dist .pytest_cache
@@ -37,7 +39,7 @@ distclean: clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "$(PYTHON) is too old or missing: Python 3.11 or newer is needed (make PYTHON=/path/to/python3.12)"; exit 1; }
+	    { echo "$(PYTHON) is too old or missing: Python 3.11 or newer is needed (make PYTHON=python3.12)"; exit 1; }
 	@echo "Making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 

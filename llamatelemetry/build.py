@@ -1,7 +1,7 @@
-"""One slim wheel with the bindings, llama-server and the reference tools, all from one llama.cpp commit.
+"""One wheel with the bindings, llama-server and the reference tools, all from one llama.cpp commit.
 
-llama-cpp-python's source distribution carries llama.cpp. pip builds it; what the wheel then holds several times or
-nobody needs (headers, CMake files, copies of libraries, other tools) is left out.
+llama-cpp-python's source distribution carries llama.cpp. pip builds it, `slim` takes out what is there several times,
+and the result is kept in a cache for every checkout on this machine.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class EngineBuildError(LlamaTelemetryError):
 
 
 def cache_dir() -> Path:
-    """Where built engines are kept: $LLAMATELEMETRY_CACHE, $XDG_CACHE_HOME/llamatelemetry or ~/.cache/llamatelemetry."""
+    """$LLAMATELEMETRY_CACHE, $XDG_CACHE_HOME/llamatelemetry or ~/.cache/llamatelemetry."""
     if os.environ.get("LLAMATELEMETRY_CACHE"):
         return Path(os.environ["LLAMATELEMETRY_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamatelemetry"
@@ -123,7 +123,8 @@ def installed() -> dict | None:
     manifest = Path(package.locate_file(MANIFEST))
     if manifest.is_file():
         return json.loads(manifest.read_text())
-    return {"llama_cpp_python": package.version, "llama_cpp_commit": None, "tools": [], "cpu_features": [], "cuda": None}
+    return {"llama_cpp_python": package.version, "llama_cpp_commit": None, "flags": {}, "tools": [], "cpu_features": [],
+            "cuda": None}
 
 
 def build(cuda: str | None = None, out: Path | None = None, jobs: int | None = None, portable: bool = False) -> Path:
@@ -160,6 +161,8 @@ def install(wheel: Path) -> None:
 
 
 def _build_into(folder: Path, recipe: dict, jobs: int) -> Path:
+    from .slim import slim
+
     log = folder / f"{key(recipe)}.log"
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
         scratch = Path(scratch)
@@ -177,8 +180,9 @@ def _build_into(folder: Path, recipe: dict, jobs: int) -> Path:
 def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
     from tqdm import tqdm
 
-    command = [sys.executable, "-m", "pip", "wheel", f"llama-cpp-python=={VERSION}", "--no-deps", "--wheel-dir", str(out),
-               "--no-binary", "llama-cpp-python", "--no-cache-dir",  # pip's cache of wheels knows nothing of CMAKE_ARGS
+    # Without pip's cache: its wheels are not keyed by CMAKE_ARGS.
+    command = [sys.executable, "-m", "pip", "wheel", f"llama-cpp-python=={VERSION}", "--no-deps", "--wheel-dir",
+               str(out), "--no-binary", "llama-cpp-python", "--no-cache-dir",
                "--verbose", "--disable-pip-version-check", "--no-input", "--config-settings", "cmake.verbose=false"]
     env = os.environ | {"CMAKE_ARGS": " ".join(f"'-D{name}={value}'" for name, value in flags.items()),
                         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), "PYTHONUNBUFFERED": "1"}
@@ -215,48 +219,6 @@ def failure(lines, log: Path) -> str:
     text = "\n".join(lines)
     reason = next((advice for pattern, advice in _REASONS if re.search(pattern, text)), "")
     return f"The engine could not be built. {reason}\nLog: {log}\n...\n" + "\n".join(list(lines)[-25:])
-
-
-def slim(raw: Path, out: Path, recipe: dict) -> Path:
-    """Rewrite the wheel `raw` into the folder `out`: one set of libraries, the tools of the recipe, a manifest."""
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        _wheel("unpack", "--dest", scratch, str(raw))
-        root = next(Path(scratch).iterdir())
-        libs = root / "llama_cpp" / "lib"
-        for library in (root / "lib").glob("*.so*"):
-            if not (libs / library.name).exists():
-                shutil.move(library, libs)
-        for library in libs.glob("lib*-impl.so"):  # each tool's main is a library of its own
-            if library.name.removeprefix("lib").removesuffix("-impl.so") not in recipe["tools"]:
-                library.unlink()
-        for tool in (root / "bin").iterdir():
-            if tool.name not in recipe["tools"]:
-                tool.unlink()
-        for name in ("lib", "include", "share"):
-            shutil.rmtree(root / name, ignore_errors=True)
-        (root / MANIFEST).write_text(json.dumps(recipe, indent=1))
-        _check(root, recipe)
-        _wheel("pack", "--dest-dir", str(out), str(root))
-    return next(out.glob("*.whl"))
-
-
-def _check(root: Path, recipe: dict) -> None:
-    missing = [tool for tool in recipe["tools"] if not (root / "bin" / tool).is_file()]
-    if missing:
-        raise EngineBuildError(f"The build gave no {', '.join(missing)}: llama-cpp-python {VERSION} is expected.")
-    for file in [*(root / "bin").iterdir(), *(root / "llama_cpp" / "lib").glob("*.so")]:
-        if file.parent.name == "bin":
-            file.chmod(0o755)
-        linked = subprocess.run(["ldd", str(file)], capture_output=True, text=True).stdout
-        lost = [line.split()[0] for line in linked.splitlines() if "not found" in line]
-        if lost and lost != ["libcuda.so.1"]:  # the driver's, absent where a wheel is built without a GPU
-            raise EngineBuildError(f"{file.name} does not find {', '.join(lost)}.")
-
-
-def _wheel(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "wheel", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise EngineBuildError(f"wheel {arguments[0]} failed: {done.stderr.strip()[-1000:]}")
 
 
 def _check_tools(cuda: str | None) -> None:

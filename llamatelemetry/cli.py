@@ -90,7 +90,8 @@ def list_models(options):
     widths = {title: max([len(title), *map(len, map(str, column))]) for title, column in shown.items()}
     print("  ".join(f"{title:{width}}" for title, width in widths.items()).rstrip())
     for row in zip(*shown.values(), strict=True):
-        print("  ".join(f"{value:{width}}" for value, width in zip(map(str, row), widths.values(), strict=True)).rstrip())
+        cells = zip(map(str, row), widths.values(), strict=True)
+        print("  ".join(f"{value:{width}}" for value, width in cells).rstrip())
 
 
 def infer(options):

@@ -53,7 +53,7 @@ def _engine():
     version, commit = engine["llama_cpp_python"], engine["llama_cpp_commit"]
     text = f"llama-cpp-python {version}"
     text += f", llama.cpp {commit}" if commit else ", not built by `llamatelemetry engine build`"
-    cuda = engine["flags"].get("CMAKE_CUDA_ARCHITECTURES") if "flags" in engine else None
+    cuda = engine["flags"].get("CMAKE_CUDA_ARCHITECTURES")
     text += f", CUDA {engine['cuda']} for sm_{cuda}" if cuda else ", CPU" if commit else ""
     if version.partition("+")[0] != build.VERSION:
         yield Finding("engine", "missing", f"{text}: captures need {build.VERSION}", ENGINE_STEP)

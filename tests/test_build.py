@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from llamatelemetry import build
+from llamatelemetry.slim import slim
 
 pytest.importorskip("wheel", reason="the package wheel is not installed")
 
@@ -30,7 +31,8 @@ def raw_wheel(folder, tools=build.TOOLS):
     """A wheel laid out as scikit-build-core leaves it: libraries twice, headers, tools nobody asked for."""
     root = folder / "tree" / f"llama_cpp_python-{build.VERSION}"
     files = {f"llama_cpp/lib/{name}.so": "" for name in LIBRARIES}
-    files |= {f"lib/{name}.so": "" for name in (*LIBRARIES, "libllama-common", "libllama-tts-impl", "libllama-server-impl")}
+    files |= {f"lib/{name}.so": "" for name in (*LIBRARIES, "libllama-common", "libllama-tts-impl",
+                                                "libllama-server-impl")}
     files |= {f"bin/{tool}": "" for tool in (*tools, "llama-tts")}
     files |= {"llama_cpp/__init__.py": "", "include/llama.h": "", "lib/cmake/llama/llama-config.cmake": "",
               "lib/pkgconfig/llama.pc": ""}
@@ -59,7 +61,7 @@ def test_slim_keeps_one_set_of_libraries_and_the_tools(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     recipe = build.recipe(portable=True)
-    wheel = build.slim(raw_wheel(tmp_path), out, recipe)
+    wheel = slim(raw_wheel(tmp_path), out, recipe)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         info = f"llama_cpp_python-{build.VERSION}.dist-info"
@@ -78,7 +80,7 @@ def test_slim_refuses_a_build_without_a_tool(tmp_path):
     out.mkdir()
     with pytest.raises(build.EngineBuildError, match="no llama-perplexity"):
         tools = [tool for tool in build.TOOLS if tool != "llama-perplexity"]
-        build.slim(raw_wheel(tmp_path, tools), out, build.recipe(portable=True))
+        slim(raw_wheel(tmp_path, tools), out, build.recipe(portable=True))
 
 
 def test_key_follows_what_decides_the_build(monkeypatch):
@@ -140,8 +142,8 @@ def test_two_builds_at_once_compile_once(tmp_path, cache, monkeypatch, capsys):
 
 
 def test_a_failed_build_leaves_no_wheel_and_says_why(tmp_path, cache, monkeypatch):
-    fake = script(tmp_path / "python", "echo '[1/3] one'\necho 'c++: fatal error: Killed signal terminated program cc1plus'\n"
-                                       "exit 1\n")
+    fake = script(tmp_path / "python",
+                  "echo '[1/3] one'\necho 'c++: fatal error: Killed signal terminated program cc1plus'\nexit 1\n")
     monkeypatch.setattr(build, "_check_tools", lambda cuda: None)
     monkeypatch.setattr(sys, "executable", fake)
     with pytest.raises(build.EngineBuildError, match="--jobs 1") as caught:
@@ -206,6 +208,7 @@ def test_installed_engine_runs(llama_server):
     if engine is None or not engine["tools"]:
         pytest.skip("the installed engine is not ours")
     folder = Path(llama_server).parent
-    said = subprocess.run([folder / "llama-server", "--version"], capture_output=True, text=True, env={"PATH": os.defpath})
+    said = subprocess.run([folder / "llama-server", "--version"], capture_output=True, text=True,
+                          env={"PATH": os.defpath})  # no LD_LIBRARY_PATH
     assert said.returncode == 0 and engine["llama_cpp_commit"][:7] in said.stdout + said.stderr
     assert all(os.access(folder / tool, os.X_OK) for tool in engine["tools"])

@@ -62,8 +62,10 @@ def test_doctor_without_an_engine_gives_the_next_step(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("engine, expected", [
-    ({"llama_cpp_python": "0.3.1", "llama_cpp_commit": None, "cpu_features": []}, "captures need " + build.VERSION),
-    ({"llama_cpp_python": build.VERSION, "llama_cpp_commit": "abc", "cpu_features": ["avx99"]}, "with avx99"),
+    ({"llama_cpp_python": "0.3.1", "llama_cpp_commit": None, "flags": {}, "cpu_features": []},
+     "captures need " + build.VERSION),
+    ({"llama_cpp_python": build.VERSION, "llama_cpp_commit": "abc", "flags": {}, "cpu_features": ["avx99"]},
+     "with avx99"),
 ])
 def test_doctor_refuses_an_engine_that_will_not_do(engine, expected, monkeypatch):
     monkeypatch.setattr(build, "installed", lambda: engine)
@@ -73,8 +75,8 @@ def test_doctor_refuses_an_engine_that_will_not_do(engine, expected, monkeypatch
 
 def test_doctor_accepts_the_wheel_of_another_maker(monkeypatch):
     version = build.VERSION + "+cu121"
-    monkeypatch.setattr(build, "installed", lambda: {"llama_cpp_python": version, "llama_cpp_commit": None, "tools": [],
-                                                     "cpu_features": [], "cuda": None})
+    monkeypatch.setattr(build, "installed", lambda: {"llama_cpp_python": version, "llama_cpp_commit": None, "flags": {},
+                                                     "tools": [], "cpu_features": [], "cuda": None})
     assert next(iter(doctor._engine())).state == "ok"
 
 
@@ -173,7 +175,7 @@ def test_a_page_with_a_figure_makes_no_request(tmp_path, page):
                       "from llamatelemetry.plots import theme; theme.setup()\nimport plotly.graph_objects as go",
                       "go.Figure(go.Heatmap(z=[[A, 2], [3, 4]])).show()",
                       "from llamatelemetry.plots.page import Page\n"
-                      "Page('t', '<h1 id=h></h1>', 'document.getElementById(\"h\").textContent = DATA.a', {'a': 'ran'})")
+                      "Page('t', '<p id=h></p>', 'document.getElementById(\"h\").textContent=DATA.a', {'a': 'ran'})")
     executed = run_notebook(source, tmp_path / "out", progress=False)
     requests, errors = [], []
     page.on("request", lambda request: requests.append(request.url))
