@@ -1,0 +1,214 @@
+"""Every architecture that llama.cpp's own generator of tiny random models makes: what capture finds, what holds.
+
+`make architectures` builds the generator (`tests/test-llama-archs.cpp` of the pinned llama.cpp) against the engine's
+libraries, makes the models and writes the coverage table for the guide. Each model is checked in a process of its own.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+N_TOKENS = 9
+TOLERANCE = 1e-4
+STAGES_SHOWN = ("attention", "q", "k", "v", "attn_heads", "attn_out", "ffn_out", "hidden", "final_norm", "logits", "router")
+
+
+def build_generator(folder, sdist=None):
+    """Compile the generator against the installed engine; returns its path."""
+    import llama_cpp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "test-llama-archs"
+    if program.exists():
+        return program
+    if sdist is None:
+        from llamatelemetry.build import download_source
+
+        sdist = download_source(folder)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "source", filter="data")
+    source = next((folder / "source").glob("*/vendor/llama.cpp"))
+    libraries = Path(llama_cpp.__file__).parent / "lib"
+    includes = [f"-I{source / name}" for name in ("include", "ggml/include", "src", "common", "vendor")]
+    command = ["g++", "-O1", "-std=c++17", *includes, str(source / "tests/test-llama-archs.cpp"), "-o", str(program),
+               f"-L{libraries}", "-lllama", "-lllama-common", "-lggml", "-lggml-base", "-lggml-cpu",
+               f"-Wl,-rpath,{libraries}"]  # fmt: skip
+    subprocess.run(command, check=True)
+    shutil.rmtree(folder / "source")
+    return program
+
+
+def make_models(program, folder, seed=0):
+    """The generator's models; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = subprocess.run([str(program), "-s", str(seed), "-o", f"{folder}/"], capture_output=True, text=True)
+    models = sorted(folder.glob("*.gguf"))
+    if not models:
+        raise SystemExit(f"the generator made no models:\n{log.stdout[-2000:]}{log.stderr[-2000:]}")
+    return models
+
+
+def check(path):
+    """Capture everything of one model and compare it with what its own graph implies."""
+    from llamatelemetry.capture.names import STAGES
+    from llamatelemetry.capture.runs import Runs
+    from llamatelemetry.capture.runtime import Runtime
+    from llamatelemetry.capture.stages import missing
+    from llamatelemetry.gguf import GGUFFile
+
+    facts = GGUFFile(path)
+    runtime = Runtime(str(path), threads=2, cache_type="f32")
+    runs = Runs(runtime, facts.architecture)
+    tokens = np.random.default_rng(1).integers(0, runtime.n_vocab, N_TOKENS).tolist()
+    plain = _plain_logits(runtime, tokens)
+    plan = runs.plan(tokens)
+    stages = [stage for stage in STAGES if plan.taps.get(stage)]
+    memory = {}
+
+    def arena(n_bytes):
+        memory["bytes"] = np.zeros(n_bytes, np.uint8)
+        return memory["bytes"]
+
+    _, layout, layers = runs.capture(tokens, stages, arena)
+    arrays = {
+        stage: np.ndarray(part["shape"], part["dtype"], memory["bytes"], part["offset"])
+        for stage, part in layout.items()
+    }
+    have = {stage: part["layers"] for stage, part in layout.items()}
+    result = {
+        "model": Path(path).stem, "architecture": facts.architecture, "n_layer": runtime.n_layer,
+        "kinds": [layer["kind"] for layer in layers],
+        "missing": {stage: missing(plan, stage, runtime.n_layer) for stage in STAGES_SHOWN},
+        "why_not": plan.why_not, "invariants": {},
+    }  # fmt: skip
+    holds = result["invariants"]
+    if plain is not None and "logits" in arrays:
+        holds["logits identical"] = 0.0 if np.array_equal(plain, arrays["logits"]) else float(np.abs(plain - arrays["logits"]).max())
+    holds["residual sums"] = _residual(arrays, have, runtime.n_layer)
+    holds["softmax rows"] = _rows(arrays, have, layers)
+    holds["scores = q.k"] = _scores(arrays, have)
+    holds["heads = attention.v"] = _heads(arrays, have)
+    holds["finite"] = 0.0 if all(np.isfinite(a).all() for s, a in arrays.items() if s not in ("mask",)) else 1.0
+    holds["output weights"] = _output(arrays, facts)
+    return result
+
+
+def _plain_logits(runtime, tokens):
+    runtime.open(len(tokens))
+    logits = runtime.decode(tokens)
+    return None if logits is None else logits.copy()
+
+
+def _relative(difference, like):
+    return float(np.abs(difference).max() / max(1e-6, np.abs(like).max()))
+
+
+def _residual(arrays, have, n_layer):
+    """max |hidden[l+1] - hidden[l] - attn_out[l] - ffn_out[l]| over max |hidden|, where the graph has that sum."""
+    worst = None
+    for layer in range(n_layer):
+        added = [arrays[s][have[s].index(layer)] for s in ("attn_out", "ffn_out") if layer in have.get(s, ())]
+        if not added or layer not in have["hidden"] or layer + 1 not in have["hidden"]:
+            continue
+        before, after = (arrays["hidden"][have["hidden"].index(number)] for number in (layer, layer + 1))
+        worst = max(worst or 0.0, _relative(after - before - sum(added), after))
+    return worst
+
+
+def _rows(arrays, have, layers):
+    """Rows of attention sum to 1 (to at most 1 with an attention sink) and are 0 where the mask forbids."""
+    if "attention" not in arrays:
+        return None
+    worst = 0.0
+    for place, layer in enumerate(have["attention"]):
+        p = arrays["attention"][place]
+        error = p.sum(-1) - 1
+        worst = max(worst, float((np.maximum(error, 0) if layers[layer].get("sinks") else np.abs(error)).max()))
+        if layer in have.get("mask", ()):
+            mask = arrays["mask"][have["mask"].index(layer)]
+            worst = max(worst, float(np.abs(p[:, np.isneginf(mask)]).max(initial=0)))
+    return worst
+
+
+def _grouped(arrays, have, stage, layer, heads):
+    values = arrays[stage][have[stage].index(layer)]
+    return np.repeat(values, heads // len(values), 0) if heads % len(values) == 0 else None
+
+
+def _scores(arrays, have):
+    worst = None
+    for place, layer in enumerate(have.get("scores", ())):
+        if layer in have.get("q", ()) and layer in have.get("k", ()):
+            q = arrays["q"][have["q"].index(layer)]
+            k = _grouped(arrays, have, "k", layer, len(q))
+            if k is not None and k.shape[-1] == q.shape[-1]:
+                ours = np.einsum("hqf,hkf->hqk", q, k)
+                allowed = arrays["attention"][have["attention"].index(layer)] > 0
+                theirs = arrays["scores"][place]
+                worst = max(worst or 0.0, _relative((ours - theirs)[allowed], theirs[allowed]))
+    return worst
+
+
+def _heads(arrays, have):
+    worst = None
+    for place, layer in enumerate(have.get("attn_heads", ())):
+        if layer in have.get("v", ()):
+            p, theirs = arrays["attention"][have["attention"].index(layer)], arrays["attn_heads"][place]
+            v = _grouped(arrays, have, "v", layer, len(p))
+            if v is not None and v.shape[-1] == theirs.shape[-1]:
+                worst = max(worst or 0.0, _relative(p @ v - theirs, theirs))
+    return worst
+
+
+def _output(arrays, facts):
+    """final_norm times the output matrix equals the logits, up to the file's own scale and soft-cap."""
+    if "final_norm" not in arrays or "logits" not in arrays:
+        return None
+    ours = arrays["final_norm"] @ facts.tensor(facts.output_name).T
+    theirs = arrays["logits"]
+    cap = facts.final_logit_softcap
+    if cap:
+        theirs = cap * np.arctanh(np.clip(theirs / cap, -0.999999, 0.999999))
+    if ours.shape != theirs.shape:
+        return None
+    scale = float((ours * theirs).sum() / max(1e-12, (ours * ours).sum()))  # a logit scale is one number
+    return _relative(ours * scale - theirs, theirs)
+
+
+def check_apart(path):
+    """`check` in a process of its own: a crash of llama.cpp is a row of the table, not the end of the run."""
+    run = subprocess.run([sys.executable, __file__, "--one", str(path)], capture_output=True, text=True, timeout=300,
+                         env=None)  # fmt: skip
+    last = run.stdout.strip().splitlines()[-1:] or [""]
+    if run.returncode == 0 and last[0].startswith("{"):
+        return json.loads(last[0])
+    return {"model": Path(path).stem, "error": (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one")
+    parser.add_argument("--models", type=Path, help="folder of generated models, kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(check(options.one)))
+        return
+    from tqdm import tqdm
+
+    models = [path for path in sorted(options.models.glob("*.gguf")) if options.only in path.stem]
+    rows = [check_apart(path) for path in tqdm(models)]
+    options.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What every benchmark prints beside its figures, and where it stores them."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("llama-cpp-python", "numpy", "scikit-learn", "umap-learn", "transformers", "torch", "cupy-cuda13x",
+            "cuml-cu13", "cudf-cu13")  # fmt: skip
+
+
+def hardware():
+    """Processor, memory, GPU and versions of this run."""
+    facts = {
+        "date": date.today().isoformat(),
+        "cpu": _cpu(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        facts["gpu"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        facts["gpu"] = "none"
+    return facts
+
+
+def _cpu():
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def report(name, rows, out=None):
+    """Print rows (list of dicts) as a table under the hardware, and store both as JSON."""
+    import pandas as pd
+
+    facts = hardware()
+    print("\n".join(f"{key}: {value}" for key, value in facts.items()), file=sys.stderr)
+    print(pd.DataFrame(rows).to_string(index=False))
+    path = Path(out) if out else RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"benchmark": name, "hardware": facts, "rows": rows}, indent=1) + "\n")
+    print(f"stored in {path}", file=sys.stderr)
+
+
+def memory_of(pid):
+    """Resident memory in MiB of a process and its children, now (shared pages counted once, by PSS, where possible)."""
+    total = 0
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.AccessDenied, psutil.NoSuchProcess, AttributeError):
+            pass
+    return total / 2**20
