@@ -142,13 +142,14 @@ def take_formulas(markdown: str, formulas: list[str]) -> str:
 
 
 def _running_cell(executed: Path) -> str:
-    """Number of the cell that was sent to the kernel and never answered."""
+    """Number of the first cell that the kernel never answered."""
     import nbformat
 
-    for cell in nbformat.read(executed, as_version=4).cells:
-        timing = cell.metadata.get("execution", {})
-        if timing and "shell.execute_reply" not in timing:
-            return str(cell.execution_count)
+    cells = nbformat.read(executed, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+    for number, cell in enumerate(code, start=1):
+        if "shell.execute_reply" not in cell.metadata.get("execution", {}):
+            return str(number)
     return "?"
 
 
