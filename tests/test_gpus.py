@@ -1,0 +1,312 @@
+"""Who gets which GPU, with recorded drivers of two T4s, one and none; and what fits, against llama.cpp's own figures."""
+
+import os
+import re
+import types
+from dataclasses import dataclass
+
+import pandas as pd
+import pytest
+
+from llamatelemetry import GpuError, gpus
+from llamatelemetry.fit import compute_bytes, fit, kv_bytes, sliding_layers, weight_bytes
+
+T4 = 15360 * 2**20
+
+
+class Driver:
+    """What pynvml answers on a machine, as recorded: names, UUIDs, and (pid, bytes) per GPU."""
+
+    NVMLError = type("NVMLError", (Exception,), {})
+
+    def __init__(self, count, processes=(), error=None):
+        self.count, self.processes, self.error = count, dict(processes), error
+
+    def nvmlDeviceGetCount(self):
+        return self.count
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetName(self, index):
+        return "Tesla T4"
+
+    def nvmlDeviceGetUUID(self, index):
+        return f"GPU-{index}a3b5c7d-0000-1111-2222-333344445555"
+
+    def nvmlDeviceGetMemoryInfo(self, index):
+        return types.SimpleNamespace(total=T4, free=14913 * 2**20)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, index):
+        if self.error:
+            raise self.NVMLError(self.error)
+        return [types.SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes.get(index, ())]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(2) makes this a machine with two T4s."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "_before", None)
+    monkeypatch.setattr(gpus, "_cuda_uuids", lambda: None)
+
+    def make(count, processes=(), error=None):
+        driver = Driver(count, processes, error) if count is not None else None
+        monkeypatch.setattr(gpus, "_nvml", lambda: driver)
+        return [driver.nvmlDeviceGetUUID(index) for index in range(count or 0)]
+
+    return make
+
+
+@pytest.mark.parametrize("split", [None, "1.0,0.0", "1", [1, 0]])
+def test_two_gpus(machine, split):
+    first, second = machine(2)
+    plan = gpus.plan(split)
+    assert plan.inference_env() == {"CUDA_VISIBLE_DEVICES": first} and plan.split is None
+    assert plan.analytics_env() == {"CUDA_VISIBLE_DEVICES": second}
+    assert plan.line == ("GPUs: inference on GPU 0 (Tesla T4, 15,360 MiB); "
+                         "analytics on GPU 1 (Tesla T4, 15,360 MiB).")
+
+
+def test_both_for_inference(machine):
+    first, second = machine(2)
+    plan = gpus.plan("0.5,0.5")
+    assert plan.inference_env() == {"CUDA_VISIBLE_DEVICES": f"{first},{second}"} and plan.split == "0.5,0.5"
+    assert plan.analytics.uuid == second and "shared with inference" in plan.line
+
+
+def test_the_second_for_inference(machine):
+    first, second = machine(2)
+    plan = gpus.plan("0,1")
+    assert plan.inference_env() == {"CUDA_VISIBLE_DEVICES": second} and plan.analytics.uuid == first
+
+
+def test_one_gpu_is_shared(machine):
+    (only,) = machine(1)
+    plan = gpus.plan("1.0,0.0")
+    assert plan.inference_env() == plan.analytics_env() == {"CUDA_VISIBLE_DEVICES": only} and "share it" in plan.line
+
+
+@pytest.mark.parametrize("count", [None, 0])
+@pytest.mark.parametrize("split", [None, "1.0,0.0", "0.5,0.5"])
+def test_no_gpu(machine, count, split):
+    machine(count)
+    plan = gpus.plan(split)
+    assert plan.inference_env() == plan.analytics_env() == {} and plan.split is None
+    assert "run on the CPU" in plan.line and gpus.assign_analytics() is None
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize("split", ["", "a,b", "0,0", "-1,2", "nan", 5, "inf"])
+def test_a_split_that_is_none(machine, split):
+    machine(2)
+    with pytest.raises(GpuError, match="tensor_split"):
+        gpus.plan(split)
+
+
+def test_more_gpus_than_there_are(machine):
+    machine(1)
+    with pytest.raises(GpuError, match="only 1 is visible"):
+        gpus.plan("0.5,0.5")
+
+
+@pytest.mark.parametrize("shown, indices", [
+    ("0", [0]), ("1", [1]), ("1,0", [1, 0]), ("GPU-1a3b", [1]), ("0,7,1", [0]), ("", []), ("-1", []), ("0,0", [0]),
+])
+def test_cuda_visible_devices_is_respected(machine, monkeypatch, shown, indices):
+    machine(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert [gpu.index for gpu in gpus.visible_gpus()] == indices
+    assert [gpu.index for gpu in gpus.plan().inference] == indices[:1]
+    if not indices:
+        assert "hides every GPU" in gpus.plan().line
+
+
+# ---- analytics ----------------------------------------------------------------------------------------------------
+
+
+def test_assign_analytics(machine, monkeypatch):
+    first, second = machine(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert gpus.assign_analytics().uuid == second
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == second
+    # What this process is shown now does not narrow what inference gets, however often it is called.
+    assert gpus.plan().inference_env() == {"CUDA_VISIBLE_DEVICES": first}
+    assert gpus.assign_analytics().uuid == second
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # but the user's own later word does
+    assert gpus.plan().inference_env() == {"CUDA_VISIBLE_DEVICES": second}
+
+
+def test_cudf_first_is_refused(machine, monkeypatch):
+    """The predecessor's order: cuDF imported first, so CUDA shows both GPUs and takes the first."""
+    first, second = machine(2)
+    monkeypatch.setattr(gpus, "_cuda_uuids", lambda: [first, second])
+    monkeypatch.setitem(gpus.sys.modules, "cudf", types.ModuleType("cudf"))
+    with pytest.raises(GpuError, match=r"imported: cudf.*GPU 0 .*belongs on GPU 1.*Restart the kernel.*first cell"):
+        gpus.assign_analytics()
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_cuda_already_on_the_right_gpu(machine, monkeypatch):
+    _, second = machine(2)
+    monkeypatch.setattr(gpus, "_cuda_uuids", lambda: [second])
+    assert gpus.assign_analytics().uuid == second
+
+
+def test_a_context_that_the_driver_reports(machine):
+    machine(2, {0: [(os.getpid(), 300 * 2**20)]})
+    with pytest.raises(GpuError, match="GPU 0"):
+        gpus.assign_analytics()
+
+
+def test_cuda_is_asked_without_being_started():
+    assert gpus._cuda_uuids() is None  # nothing in the tests has started CUDA
+
+
+# ---- placement ----------------------------------------------------------------------------------------------------
+
+
+def test_placement(machine):
+    me, parent = os.getpid(), os.getppid()
+    machine(2, {0: [(parent, 1200 * 2**20)], 1: [(me, None)]})
+    table = gpus.placement({"notebook": me, "llama-server": parent, "capture worker": 1})
+    assert table["gpu"].tolist()[:2] == [1, 0] and table["gpu"].isna().tolist() == [False, False, True]
+    assert table["memory_mib"].tolist()[1] == 1200 and pd.isna(table["memory_mib"][0])
+    assert "does not report memory" in table["note"][0] and table["note"][2] == "no context on a GPU"
+    assert table["gpu_name"][0] == "Tesla T4"
+
+
+def test_placement_across_two_gpus(machine):
+    machine(2, {0: [(1, 100 * 2**20)], 1: [(1, 200 * 2**20)]})
+    assert gpus.placement({"llama-server": 1})["memory_mib"].tolist() == [100, 200]
+
+
+@pytest.mark.parametrize("count, processes, error, note", [
+    (None, {}, None, "no GPU: on the CPU"),
+    (2, {}, "Insufficient Permissions", "does not list processes: Insufficient Permissions"),
+    (2, {0: [(2**22 + 17, 5)]}, None, "not proven.*cannot see"),
+])
+def test_placement_that_the_driver_does_not_tell(machine, count, processes, error, note):
+    machine(count, processes, error)
+    table = gpus.placement({"notebook": os.getpid()})
+    assert re.search(note, table["note"][0]) and table["gpu"].isna().all() and table["memory_mib"].isna().all()
+
+
+# ---- what fits ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class File:
+    """A model of 10 layers, 4 heads of 16, 2 kv heads, 1,000 tokens; 8 bits per weight."""
+
+    name: str = "tiny"
+    architecture: str = "llama"
+    n_layer: int = 10
+    n_head: int = 4
+    n_kv_head: int = 2
+    n_embd: int = 64
+    n_ff: int = 128
+    n_vocab: int = 1000
+    head_dim: int = 16
+    head_dim_v: int = 16
+    sliding_window: int | None = None
+    bits_per_weight: float = 8.5
+    output_name: str = "output.weight"
+    metadata: dict = None
+    weights: int = 64_000_000
+
+    @property
+    def tensors(self):
+        names = ["token_embd.weight", "blk.0.ffn_up.weight", "output.weight"][: 3 if self.output_name[0] == "o" else 2]
+        return pd.DataFrame({"size_bytes": [10_000_000, self.weights, 10_000_000][: len(names)]}, index=names)
+
+
+def test_weights():
+    assert weight_bytes(File()) == 74_000_000  # on a GPU the embedding stays behind
+    assert weight_bytes(File(), gpu=False) == 84_000_000
+    assert weight_bytes(File(output_name="token_embd.weight")) == 74_000_000  # unless it also makes the logits
+
+
+def test_kv_cache():
+    per_token = 10 * 2 * (16 + 16) * 2  # layers, kv heads, key and value, two bytes
+    assert kv_bytes(File(), 4096) == 4096 * per_token
+    assert kv_bytes(File(), 4096, n_parallel=3) == 3 * 4096 * per_token
+    assert kv_bytes(File(), 300) == 512 * per_token  # padded to 256
+    # Gemma 3: five sliding layers, then one that sees everything; 10 layers have 9 and 1.
+    gemma = File(architecture="gemma3", sliding_window=512, metadata={})
+    assert sliding_layers(gemma) == [True] * 5 + [False] + [True] * 4
+    assert kv_bytes(gemma, 4096) == (9 * 1024 + 4096) * per_token // 10
+    assert kv_bytes(gemma, 4096, swa_full=True) == 4096 * per_token
+
+
+@pytest.mark.parametrize("architecture, pattern, slides", [
+    ("gemma2", None, [True, False] * 5),
+    ("gemma3", 3, [True, True, False] * 3 + [True]),
+    ("gpt-oss", [False] * 4 + [True] * 6, [False] * 4 + [True] * 6),
+    ("phi3", None, [False] * 10),
+    ("unheard-of", None, [False] * 10),
+])
+def test_sliding_layers(architecture, pattern, slides):
+    key = f"{architecture}.attention.sliding_window_pattern"
+    file = File(architecture=architecture, sliding_window=128, metadata={key: pattern} if pattern else {})
+    assert sliding_layers(file) == slides
+
+
+def test_compute_buffers():
+    file = File(n_vocab=50_000)
+    assert compute_bytes(file, 512) == 6 * 512 * 512 + 4 * 512 * 3 * (64 + 128)  # one output: a layer is the peak
+    # Every token's logits: the end is the peak, the layers' memory is used again.
+    assert compute_bytes(file, 512, n_outputs=512, flash=False) == 4 * 512 * 512 + 4 * 512 * 50_000 + 8 * 512 * 64
+    # Scores of all heads where attention is not fused.
+    assert compute_bytes(file, 8192, flash=False) == 4 * 512 * 8192 + 4 * 512 * 3 * 192 + 8 * 512 * 8192 * 4
+
+
+@pytest.mark.slow
+def test_fit_is_what_the_worker_takes(smollm2):
+    """Figures of llama.cpp's log for SmolLM2, all logits asked for, attention not fused: 98.3 MiB at 512 and 1,024
+    tokens, 99.4 at 2,048."""
+    from llamatelemetry import GGUFFile
+
+    model = GGUFFile(smollm2)
+    for ctx_size, measured in ((512, 98.25), (1024, 98.25), (2048, 99.38)):
+        assert measured <= compute_bytes(model, ctx_size, n_outputs=512, flash=False) / 2**20 <= measured + 5
+
+
+def test_it_fits():
+    found = fit(File(), 1024, memory_bytes=2**31, gpu=True)
+    assert found.fits and str(found).startswith("tiny fits") and len(found.table) == 2
+    assert found.table["total"].sum() * 2**20 == pytest.approx(found.need_bytes)
+    one = fit(File(), 1024, memory_bytes=2**31, gpu=True, capture=False)
+    assert one.table["process"].tolist() == ["llama-server"] and one.need_bytes < found.need_bytes
+    # On the CPU both processes map one copy of the file.
+    assert fit(File(), 1024, memory_bytes=2**31, gpu=False).table["weights"].tolist()[1] == 0
+
+
+def test_what_would_fit():
+    need = fit(File(weights=4 * 2**30), 65536, memory_bytes=1, gpu=True).need_bytes
+    found = fit(File(weights=4 * 2**30), 65536, memory_bytes=int(0.95 * need), gpu=True)
+    assert not found.fits
+    shorter = int(re.search(r"ctx_size=(\d+)", str(found))[1])
+    assert fit(File(weights=4 * 2**30), shorter, memory_bytes=int(0.95 * need), gpu=True).fits
+    assert "auto_start=False" in str(found) and "the Q6_K quantization" in str(found)
+    assert "choose a smaller one" in str(fit(File(), 65536, memory_bytes=10, gpu=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ctx_size", [512, 4096])
+def test_fit_is_what_llama_server_takes(smollm2, llama_server, ctx_size):
+    """Weights and KV cache exactly, compute buffers from above and within 25 MiB, by its own log."""
+    from llamatelemetry import GGUFFile, ServerManager
+
+    model = GGUFFile(smollm2)
+    with ServerManager(llama_server) as manager:
+        manager.start_server(smollm2, ctx_size=ctx_size, silent=True, warmup=False)
+        log = manager.log_tail(10**6)
+
+    def mib(pattern):
+        return float(re.search(pattern + r"\s*=\s*([\d.]+) MiB", log)[1])
+
+    assert weight_bytes(model, gpu=False) / 2**20 == pytest.approx(mib("CPU_Mapped model buffer size"), abs=0.02)
+    assert kv_bytes(model, ctx_size) / 2**20 == pytest.approx(mib("CPU KV buffer size"), abs=0.02)
+    measured = mib("CPU compute buffer size")
+    assert measured <= compute_bytes(model, ctx_size) / 2**20 <= measured + 25
