@@ -55,7 +55,7 @@ def compute_bytes(gguf, ctx_size, n_ubatch=512, n_outputs=1, flash=True):
     attention is not fused) and what the end needs (logits): the allocator gives the same memory to both."""
     batch = min(n_ubatch, ctx_size)
     n_ff = max(gguf.n_ff, gguf.n_embd)
-    activations = 4 * batch * (3 * gguf.n_embd + 3 * n_ff)
+    activations = 4 * batch * (4 * gguf.n_embd + 3 * n_ff)
     mask = (6 if flash else 4) * batch * ctx_size  # 32 bit, and a 16-bit copy for fused attention
     scores = 0 if flash else 2 * 4 * batch * ctx_size * gguf.n_head
     logits = 4 * n_outputs * gguf.n_vocab + 8 * batch * gguf.n_embd

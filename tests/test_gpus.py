@@ -254,11 +254,11 @@ def test_sliding_layers(architecture, pattern, slides):
 
 def test_compute_buffers():
     file = File(n_vocab=50_000)
-    assert compute_bytes(file, 512) == 6 * 512 * 512 + 4 * 512 * 3 * (64 + 128)  # one output: a layer is the peak
+    assert compute_bytes(file, 512) == 6 * 512 * 512 + 4 * 512 * (4 * 64 + 3 * 128)  # one output: a layer is the peak
     # Every token's logits: the end is the peak, the layers' memory is used again.
     assert compute_bytes(file, 512, n_outputs=512, flash=False) == 4 * 512 * 512 + 4 * 512 * 50_000 + 8 * 512 * 64
     # Scores of all heads where attention is not fused.
-    assert compute_bytes(file, 8192, flash=False) == 4 * 512 * 8192 + 4 * 512 * 3 * 192 + 8 * 512 * 8192 * 4
+    assert compute_bytes(file, 8192, flash=False) == 4 * 512 * 8192 + 4 * 512 * (4 * 64 + 3 * 128) + 8 * 512 * 8192 * 4
 
 
 @pytest.mark.slow
