@@ -1,0 +1,212 @@
+"""Sentences under the embedding figures: each says what its numbers say, computed, never fixed."""
+
+import numpy as np
+
+
+def _quoted(pieces, limit=6):
+    return ", ".join(repr(piece) for piece in list(pieces)[:limit])
+
+
+def words_sentence(table):
+    """table: `word_table`."""
+    skipped = table.attrs.get("skipped", [])
+    text = f"{len(table)} words in {table.category.nunique()} categories are one token each"
+    if not skipped:
+        return text + "; none had to be left out."
+    return text + f"; left out, because this vocabulary splits them: {', '.join(skipped)}."
+
+
+def norm_sentence(norms, kinds):
+    norms, kinds = np.asarray(norms), np.asarray(kinds)
+    names = [name for name in dict.fromkeys(kinds.tolist()) if (kinds == name).sum() >= 5] or list(dict.fromkeys(kinds))
+    medians = {name: float(np.median(norms[kinds == name])) for name in names}
+    low, high = min(medians, key=medians.get), max(medians, key=medians.get)
+    text = (f"Norms run from {norms.min():.3g} to {norms.max():.3g}, with median {np.median(norms):.3g} and a spread "
+            f"(standard deviation over mean) of {100 * norms.std() / norms.mean():.1f} %.")
+    if low == high:
+        return text
+    return text + (f" Of kinds with five tokens or more, {low!r} has the smallest median ({medians[low]:.3g}), "
+                   f"{high!r} the largest ({medians[high]:.3g}).")
+
+
+def spectrum_sentence(rank, rank_centred, rank_random, values, width):
+    """Effective ranks of the matrix, the centred one and a random one; values: singular values as stored."""
+    energy = np.asarray(values) ** 2 / np.sum(np.asarray(values) ** 2)
+    half = int(np.searchsorted(np.cumsum(energy), 0.5)) + 1
+    return (f"The effective rank is {rank:.0f} of {width} ({rank_centred:.0f} without the mean row, {rank_random:.0f} for a "
+            f"random matrix of this shape). The first direction holds {100 * energy[0]:.1f} % of the squared norm, and "
+            f"{half} of {width} directions hold half of it.")
+
+
+def anisotropy_sentence(value, raw, centred, n):
+    """value: exact over all pairs; raw, centred: cosines of random pairs."""
+    error = np.std(raw) / np.sqrt(len(raw))
+    return (f"Two different tokens have a mean cosine of {value:.3f} over all {n * (n - 1) // 2:,} pairs (random sample: "
+            f"{np.mean(raw):.3f} ± {error:.3f}); without the mean row it is {np.mean(centred):.3f}. "
+            f"{100 * np.mean(np.asarray(raw) > 0):.0f} % of random pairs point the same way (cosine above 0), "
+            f"{100 * np.mean(np.asarray(centred) > 0):.0f} % after centring.")
+
+
+def projection_sentence(kept, k, variance, what):
+    """kept: {view: mean share of the k nearest neighbours kept}; variance: share that 3 principal components hold."""
+    best = max(kept, key=kept.get)
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in kept.items())
+    return (f"Of each token's {k} nearest neighbours among these {what}, the three dimensions keep: {shares}. Distances "
+            f"are read best in {best}; three principal components hold {100 * variance:.0f} % of the variance.")
+
+
+def clusters_sentence(table):
+    """table: `cluster_agreement`."""
+    purity = table.loc[("categories", "purity")]
+    parts = [f"{100 * purity.value:.0f} % of a word's nearest neighbours share its category "
+             f"(shuffled labels: {100 * purity.shuffled:.0f} %)."]
+    for name in [grouping for grouping in dict.fromkeys(table.index.get_level_values(0)) if grouping != "categories"]:
+        row = table.loc[(name, "adjusted Rand")]
+        noise = f", {100 * row.noise:.0f} % noise" if row.noise else ""
+        if np.isnan(row.value):
+            parts.append(f"{name} finds {row.clusters:.0f} cluster(s){noise}: nothing to compare with the categories.")
+            continue
+        above = "above" if row.value > row.shuffled_p95 else "not above"
+        parts.append(f"{name} finds {row.clusters:.0f} clusters{noise}, adjusted Rand index {row.value:.2f}, {above} "
+                     f"95 % of shuffles ({row.shuffled_p95:.2f}).")
+    return " ".join(parts)
+
+
+def contingency_sentence(table, name):
+    """table: `contingency`: which categories one cluster holds nearly alone, and which are spread most."""
+    found = table[[cluster for cluster in table.columns if cluster >= 0]]
+    if not found.shape[1]:
+        return f"{name} calls every word noise."
+    pure = [category for category, row in found.iterrows()
+            if row.max() >= 0.9 * table.loc[category].sum() and row.max() >= 0.9 * found[row.idxmax()].sum()]
+    spread = (found.max(axis=1) / table.sum(axis=1)).sort_values()
+    return (f"{name}: one cluster holds nine tenths of a category and little else for {len(pure)} of {len(table)} categories"
+            + (f" ({', '.join(pure)})" if pure else "") + f"; the largest share of {spread.index[0]!r} in one cluster is "
+            f"{100 * spread.iloc[0]:.0f} %, the smallest of all.")
+
+
+def whole_sentence(kept, k, n, kinds, points, sample):
+    """kept: mean share of the k nearest neighbours that the map of all n tokens keeps; points: (n, 3) map; sample: ids."""
+    kinds, points = np.asarray(kinds), np.asarray(points, np.float64)
+    spread = {kind: float(np.linalg.norm(points[kinds == kind] - points[kinds == kind].mean(axis=0), axis=1).mean())
+              for kind in sorted(set(kinds.tolist())) if (kinds == kind).sum() >= 20}
+    text = (f"The map of {n:,} tokens keeps {100 * kept:.0f} % of the {k} nearest neighbours (over {len(sample):,} tokens).")
+    if len(spread) > 1:
+        text += f" Closest together are tokens of kind {min(spread, key=spread.get)!r}, widest apart {max(spread, key=spread.get)!r}."
+    return text
+
+
+def pairs_sentence(cosines, texts, labels):
+    """The closest pair of sentences, and the closest of two topics. cosines: (n, n)"""
+    labels = np.asarray(labels)
+    upper = np.triu(np.ones_like(cosines, bool), 1)
+    across = upper & (labels[:, None] != labels)
+    first, other = (np.unravel_index(np.where(mask, cosines, -np.inf).argmax(), cosines.shape) for mask in (upper, across))
+    return (f"Closest: {texts[first[0]]!r} and {texts[first[1]]!r} ({cosines[first]:.2f}). Closest of two topics: "
+            f"{texts[other[0]]!r} ({labels[other[0]]}) and {texts[other[1]]!r} ({labels[other[1]]}), {cosines[other]:.2f}.")
+
+
+def network_sentence(edges, n_nodes, parts, threshold):
+    """edges: `neighbor_edges`; parts: `components`."""
+    if not len(edges):
+        return f"No pair reaches a cosine of {threshold:g}: lower the threshold."
+    alone = n_nodes - len(set(edges.src) | set(edges.dst))
+    return (f"{n_nodes:,} tokens, {len(edges):,} edges of cosine {edges.cosine.min():.2f} to {edges.cosine.max():.2f}; "
+            f"{100 * edges.mutual.mean():.0f} % are mutual. The largest connected part has "
+            f"{np.bincount(parts).max():,} tokens; {alone:,} have no edge at threshold {threshold:g}.")
+
+
+def central_sentence(statistics, pieces):
+    """statistics: `token_statistics`."""
+    order = np.argsort(statistics.mean_cosine.to_numpy())
+    low, high = order[:5], order[::-1][:5]
+    return (f"Most central (mean cosine to all others up to {statistics.mean_cosine.max():.3f}): "
+            f"{_quoted(pieces[i] for i in high)}. Farthest from the rest (down to {statistics.mean_cosine.min():.3f}): "
+            f"{_quoted(pieces[i] for i in low)}.")
+
+
+def isolated_sentence(cosine, pieces, ids):
+    """cosine: (n,) of each sampled token to its nearest neighbour in the whole vocabulary."""
+    order = np.argsort(cosine)[:5]
+    return (f"Among {len(ids):,} sampled tokens the nearest neighbour has a median cosine of {np.median(cosine):.2f}; "
+            f"most isolated (from {np.min(cosine):.2f}): {_quoted(pieces[ids[i]] for i in order)}.")
+
+
+def unused_sentence(table, norms):
+    """table: `unused_tokens`; norms: (vocabulary,)."""
+    if not len(table):
+        return ("Nothing here tells an unused token: none is marked in the file, no two rows are equal, none is zero, and "
+                "there is no impossible byte to compare with.")
+    close = table[table.why == "as close to those"]
+    known = len(table) - len(close)
+    text = f"{known:,} tokens are known to be unused by their row, their byte or the file"
+    text += (f"; {len(close):,} more lie within cosine {close.score.min():.2f} of those, for example {_quoted(close.piece)}."
+             if len(close) else "; no other token is as close to those.")
+    return text + (f" Their norm has median {table.norm.median():.3g}; the vocabulary's is {np.median(norms):.3g}, so the "
+                   f"norm alone {'would' if _apart(table.norm, norms) else 'would not'} tell them.")
+
+
+def _apart(some, every):
+    """Whether the middle half of `some` lies outside the middle 98 % of `every`."""
+    low, high = np.percentile(every, [1, 99])
+    return np.quantile(some, 0.75) < low or np.quantile(some, 0.25) > high
+
+
+def analogy_sentence(table):
+    first, without = (table["rank"] == 1).mean(), (table["rank_without"] == 1).mean()
+    text = (f"Of {len(table)} questions, {100 * first:.0f} % have the expected token first (median rank "
+            f"{table['rank'].median():.0f}); without the offset, {100 * without:.0f} % (median rank "
+            f"{table['rank_without'].median():.0f}).")
+    worse = table[table["rank"] > table["rank_without"]]
+    if len(worse):
+        text += f" The offset makes {len(worse)} worse, most {worse.loc[worse['rank'].idxmax(), 'd']!r}."
+    if table.attrs.get("skipped"):
+        text += f" {len(table.attrs['skipped'])} left out: a word is not one token."
+    return text
+
+
+def senses_sentence(table, what="the sense of a word"):
+    """table: `separation_by_layer`."""
+    best = int(table.separation.idxmax())
+    above = table.index[table.separation > table.shuffled_p95]
+    if not len(above):
+        return f"At no layer does {what} separate better than 95 % of shuffled labels do."
+    return (f"Separation by {what} goes from {table.separation.iloc[0]:.2f} at layer {table.index[0]} to its largest, "
+            f"{table.separation[best]:.2f}, at layer {best}, and is {table.separation.iloc[-1]:.2f} at the last. It is first "
+            f"above 95 % of shuffled labels at layer {above[0]} and is so at {len(above)} of {len(table)} layers. There "
+            f"(layer {best}), {100 * table.agreement[best]:.0f} % of nearest neighbours agree; shuffled, "
+            f"{100 * table.agreement_shuffled[best]:.0f} %.")
+
+
+def plane_sentence(planes, senses):
+    """planes: {layer: (scores, shares)}: in which of the panels the two senses lie farthest apart, in units of their
+    own spread."""
+    names = list(dict.fromkeys(senses))
+    ratios = {}
+    for layer, (scores, _) in planes.items():
+        parts = [scores[np.asarray(senses) == name] for name in names[:2]]
+        spread = np.sqrt(np.mean([part.var(axis=0).sum() for part in parts]))
+        ratios[layer] = float(np.linalg.norm(parts[0].mean(axis=0) - parts[1].mean(axis=0)) / spread) if spread else 0.0
+    best = max(ratios, key=ratios.get)
+    return (f"Distance of {names[0]!r} from {names[1]!r} in these planes, over their own spread: "
+            + ", ".join(f"layer {layer} {ratio:.1f}" for layer, ratio in ratios.items())
+            + (f"; farthest apart at layer {best}." if ratios[best] else ": not apart anywhere."))
+
+
+def topics_sentence(row, first):
+    """row: one row of `separation_by_layer`, for sentence embeddings; first: the same at layer 0."""
+    above = "above" if row.separation > row.shuffled_p95 else "not above"
+    return (f"Sentence embeddings of one topic are closer by {row.separation:.2f} than of different ones, {above} 95 % of "
+            f"shuffled topics ({row.shuffled_p95:.2f}); the mean of the bare token embeddings gives {first.separation:.2f}. "
+            f"{100 * row.agreement:.0f} % have their nearest sentence in their own topic (shuffled: "
+            f"{100 * row.agreement_shuffled:.0f} %).")
+
+
+def precision_sentence(table, k, reference, other):
+    """table: `precision`; reference, other: how the two are called."""
+    if table.relative_error.max() == 0:
+        return f"All {len(table):,} rows are the same in {reference} and {other}: the embedding has one type in both."
+    return (f"Rows of {other} have a cosine of {table.cosine.mean():.5f} to {reference} on average, {table.cosine.min():.5f} "
+            f"at worst, and differ by {100 * table.relative_error.mean():.2f} % of their norm. Of each token's {k} nearest "
+            f"neighbours {100 * table.overlap.mean():.0f} % stay; {100 * (table.overlap == 1).mean():.0f} % of tokens keep "
+            f"all {k}.")
