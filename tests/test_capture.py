@@ -289,9 +289,27 @@ def test_killed_in_the_middle_of_a_capture(tmp_path):
                 session.capture(IDS, ALL)
 
 
-def test_no_files_are_left_by_captures(session, full):
-    session.capture(IDS, stages="logits", edits=[patch("hidden", 0, full)])
-    assert [path.name for path in session._folder.iterdir()] == ["worker.log"]
+def test_captures_leave_at_most_the_arenas_that_are_used_again(tmp_path):
+    with CaptureSession(tiny_model("llama", tmp_path), threads=1) as session:
+        kept = [session.capture(IDS, stages="hidden") for _ in range(5)]
+        values = [cap.hidden.values.copy() for cap in kept]
+        session.capture(IDS[::-1], stages="hidden", edits=[patch("hidden", 0, kept[0])])
+        for cap, before in zip(kept, values):  # a living capture is never written into
+            np.testing.assert_array_equal(cap.hidden.values, before)
+        del kept, cap
+        session.capture(IDS, stages="attention")
+        names = sorted(path.name.split("-")[0] for path in session._folder.iterdir())
+        assert names.count("arena") <= 2 and set(names) <= {"arena", "worker.log"}
+        folder = session._folder
+    assert not folder.exists()
+
+
+def test_arenas_are_used_again_without_a_trace(tmp_path):
+    with CaptureSession(tiny_model("gemma2", tmp_path), threads=1, n_ubatch=9) as session:
+        first = session.capture(IDS, stages="attention").attention.values.copy()
+        for _ in range(3):  # every one writes other values into the arena of the one before
+            session.capture(IDS[::-1], stages=("hidden", "logits", "attention"))
+        np.testing.assert_array_equal(session.capture(IDS, stages="attention").attention.values, first)
 
 
 def test_worker_ends_with_its_parent(tmp_path):

@@ -61,9 +61,12 @@ class Ggml:
         self.op_desc = _function(library, "ggml_op_desc", text, pointer)
         self.get_name = _function(library, "ggml_get_name", pointer, pointer)
         self.nbytes = _function(library, "ggml_nbytes", size, pointer)
+        self.buffer_name = _function(library, "ggml_backend_buffer_name", text, pointer)
         self.is_host = _function(library, "ggml_backend_buffer_is_host", ctypes.c_bool, pointer)
         self.version = _function(library, "ggml_version", text)
         self._host = {}  # buffer address -> whether its memory can be read in place
+        self._on_cuda = {}
+        self.device = None  # a Device where CuPy can look at CUDA tensors in place
 
     def check_layout(self, address):
         """Raise CaptureError unless a live tensor's name and size are where `Tensor` says they are."""
@@ -82,17 +85,25 @@ class Ggml:
             self._host[buffer] = bool(buffer) and bool(self.is_host(buffer))
         return self._host[buffer]
 
-    def array(self, address, offset=None, ne=None, nb=None, scratch=None):
-        """A tensor's data as a NumPy array, slowest dimension first.
+    def on_device(self, buffer):
+        """Whether a buffer's memory is CUDA's and CuPy is there to address it."""
+        if self.device is None:
+            return False
+        if buffer not in self._on_cuda:
+            self._on_cuda[buffer] = self.buffer_name(buffer).startswith(b"CUDA") and not self.on_host(buffer)
+        return self._on_cuda[buffer]
 
-        In place where the memory is the host's: valid (and writable) only inside the callback. Otherwise a copy in
-        `scratch` (a Scratch), valid until the scratch is used again. offset, ne, nb: another layout of the same bytes.
+    def array(self, address, layout=None, scratch=None):
+        """A tensor's data, slowest dimension first. layout: (offset, ne, nb), another view of the same bytes.
+
+        In place, valid and writable only inside the callback: a NumPy array where the memory is the host's, a CuPy
+        array where it is CUDA's and CuPy is there. Otherwise a copy in `scratch`, valid until that is used again.
         """
         tensor = Tensor.from_address(address)
         dtype = DTYPES[tensor.type]
-        ne = tuple(tensor.ne) if ne is None else ne
-        nb = tuple(tensor.nb) if nb is None else nb
-        offset = offset or 0
+        offset, ne, nb = layout or (0, tuple(tensor.ne), tuple(tensor.nb))
+        if self.on_device(tensor.buffer):
+            return self.device.array(tensor, offset, dtype, ne, nb)
         span = sum((n - 1) * b for n, b in zip(ne, nb)) + dtype.itemsize
         if self.on_host(tensor.buffer):
             raw = (ctypes.c_char * span).from_address(tensor.data + offset)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..errors import CaptureError
+from .recorder import on_host
 
 ROWS = 64  # logits rows worked on at a time: bounded memory for vocabularies of 262 thousand
 KEEP_LIMIT = 4 * 2**30  # bytes of log-probabilities kept for KL divergences
@@ -92,66 +93,78 @@ def sweep(runs, tokens, variants, progress):
 class HeadStatistics:
     """Sums over query rows of every head's attention, taken from the tensor where it lies.
 
-    patterns: {name: (n_token, n_token) weights}; a pattern's score is the sum of attention times weight over the sum
-    of attention, which is what TransformerLens's head detector computes with error_measure="mul".
+    patterns: {name: [(query, key), ...]}; a pattern's score is the attention on those pairs over all attention, which
+    is what TransformerLens's head detector computes with error_measure="mul".
     """
 
-    BLOCK = 2**22  # attention weights worked on at a time
+    BLOCK = 2**22  # attention weights worked on at a time on the CPU
 
-    def __init__(self, tokens, patterns, xp=np):
-        self.n, self.xp = len(tokens), xp
-        self.patterns = {name: xp.asarray(weights, xp.float32) for name, weights in patterns.items()}
+    def __init__(self, tokens, pairs, device=None):
+        self.n, self.tokens, self.device = len(tokens), tokens, device
+        self.pairs = {name: np.asarray(value, int).reshape(-1, 2) for name, value in pairs.items()}
         self.sums = {}  # layer -> {measure: (head,)}
-        self.rows = np.zeros(0)
+        self._detect = None if device else token_patterns(tokens)
+        self._on_device = {}  # layer -> (head, measure), fetched once at the end
+        self._ids = None
 
     def action(self, layer):
         def reduce(values, past):
             sums = self.sums.setdefault(layer, {})
-            n_head, n_query, _ = values.shape
-            block = max(1, self.BLOCK // (n_head * min(self.n, past + n_query)))
-            for start in range(0, n_query, block):
-                stop = min(start + block, n_query)
-                rows = values[:, start:stop, : min(past + stop, self.n)]
-                for name, total in self._reduce(rows, past + start).items():
-                    sums[name] = sums.get(name, 0) + total
+            for name, pairs in self.pairs.items():
+                here = pairs[(pairs[:, 0] >= past) & (pairs[:, 0] < past + values.shape[1])]
+                on_pairs = values[:, here[:, 0] - past, here[:, 1]].sum(-1) if len(here) else np.zeros(len(values))
+                sums[name] = sums.get(name, 0) + on_host(on_pairs)
+            if isinstance(values, np.ndarray):
+                self._on_host(sums, values, past)
+            else:
+                if self._ids is None:
+                    self._ids = self.device.cupy.asarray(self.tokens, np.int32)
+                total = self.device.row_sums(values, past, self._ids)
+                self._on_device[layer] = self._on_device.get(layer, 0) + total
 
         return reduce
 
-    def _reduce(self, p, first):
+    def _on_host(self, sums, values, past):
+        n_head, n_query, _ = values.shape
+        block = max(1, self.BLOCK // (n_head * min(self.n, past + n_query)))
+        for start in range(0, n_query, block):
+            stop = min(start + block, n_query)
+            rows = values[:, start:stop, : min(past + stop, self.n)]
+            for name, total in self._rows(rows, past + start).items():
+                sums[name] = sums.get(name, 0) + total
+
+    def _rows(self, p, first):
         """Sums over the rows of p (head, query, key); the first query is at position `first`."""
-        xp = self.xp
         n_query, n_key = p.shape[1:]
-        query = xp.arange(first, first + n_query, dtype=xp.float32)
-        key = xp.arange(n_key, dtype=xp.float32)
+        query = np.arange(first, first + n_query, dtype=np.float32)
         mass = p.sum(-1)  # (head, query): 1, or less with an attention sink
-        log = xp.log(xp.maximum(p, 1e-30))
-        entropy = -xp.einsum("hqk,hqk->hq", p, log)
-        distance = query * mass - p @ key
-        available = xp.log(xp.maximum(query, 1) + 1)
+        entropy = -np.einsum("hqk,hqk->hq", p, np.log(np.maximum(p, 1e-30)))
+        flat = p.reshape(len(p), -1)
         sums = {
             "mass": mass.sum(-1),
             "entropy": entropy.sum(-1),
-            "normalized_entropy": (entropy / available).sum(-1),
-            "distance": distance.sum(-1),
+            "normalized_entropy": (entropy / np.log(np.maximum(query, 1) + 1)).sum(-1),
+            "distance": (query * mass - p @ np.arange(n_key, dtype=np.float32)).sum(-1),
             "sink": p[:, :, 0].sum(-1),
             "top": p.max(-1).sum(-1),
         }
-        flat = p.reshape(len(p), -1)
-        for name, weights in self.patterns.items():
+        for name, weights in (self._detect or token_patterns(self.tokens)).items():
             sums[name] = flat @ weights[first : first + n_query, :n_key].reshape(-1)
-        return {name: value.get() if hasattr(value, "get") else value for name, value in sums.items()}
+        return sums
 
     def table(self):
         """{measure: (layer, head)} and the layers; patterns over the attention's sum, the rest over the rows."""
+        from .device import MEASURES
+
+        for layer, totals in self._on_device.items():
+            self.sums[layer] |= dict(zip(MEASURES, on_host(totals).T))
         layers = sorted(self.sums)
-        names = list(self.sums[layers[0]])
         heads = max(len(self.sums[layer]["mass"]) for layer in layers)
-        out = {name: np.full((len(layers), heads), np.nan) for name in names}
+        patterns = set(self.pairs) | {"previous_token", "duplicate_token", "induction"}
+        out = {name: np.full((len(layers), heads), np.nan) for name in self.sums[layers[0]]}
         for row, layer in enumerate(layers):
-            for name in names:
-                sums = self.sums[layer]
-                total = sums["mass"] if name in self.patterns else self.n
-                out[name][row, : len(sums[name])] = sums[name] / total
+            for name, values in self.sums[layer].items():
+                out[name][row, : len(values)] = values / (self.sums[layer]["mass"] if name in patterns else self.n)
         return out, layers
 
 

@@ -52,25 +52,36 @@ class Recorder:
         if tap.source is not None:
             address = tensor.src[tap.source]
             tensor = Tensor.from_address(address)
-        offset, ne, nb = tap.view or (0, None, None)
-        if ne is not None:
+        layout = None
+        if tap.view is not None:
+            offset, ne, nb = tap.view
             ne = tuple(self._count if dim == tap.token_dim else size for dim, size in enumerate(ne))
-        values = self.ggml.array(address, offset, ne, nb, self._scratch)
+            layout = offset, ne, nb
+        values = self.ggml.array(address, layout, self._scratch)
         if tap.grid:
             values = values.reshape(values.shape[-1 - tap.grid :])
         elif tap.view is None:
             values = values.reshape((self._count, *tap.shape))
-        if action(values, self._past) and not self.ggml.on_host(tensor.buffer):
-            self.ggml.write(address, self._scratch.last, offset)
+        changed = action(values, self._past)
+        if not isinstance(values, np.ndarray):
+            self.ggml.device.synchronize()
+        elif changed and not self.ggml.on_host(tensor.buffer):
+            self.ggml.write(address, self._scratch.last, layout[0] if layout else 0)
+
+
+def on_host(values):
+    """A NumPy array of values that may be CuPy's."""
+    return values if isinstance(values, np.ndarray) else values.get()
 
 
 class Copy:
     """Copies one stage of one layer into its place in a capture. Several taps of a stage add up."""
 
-    def __init__(self, target, stage, first, queries=None, rounded=None):
+    def __init__(self, target, stage, first, queries=None, rounded=None, device=None):
         """target: (token, ...) or (..., query, key), the whole text; queries: {position: row} or None for all;
-        rounded: the cache's number format, in which attention sees keys and values."""
+        rounded: the cache's number format, in which attention sees keys and values; device: for CuPy's values."""
         self.target, self.stage, self.first, self.queries, self.rounded = target, stage, first, queries, rounded
+        self._device = device
 
     def __call__(self, values, past):
         if self.stage in GRIDS:
@@ -80,20 +91,34 @@ class Copy:
         if self.rounded:
             values = values.astype(self.rounded)
         if self.first:
+            self._store(place, values)
+        else:
+            place += on_host(values)
+
+    def _store(self, place, values):
+        if isinstance(values, np.ndarray):
             place[...] = values
         else:
-            place += values
+            self._device.to_host(place, values)
 
     def _grid(self, values, past):
         n_query = values.shape[-2]
         n_key = min(values.shape[-1], self.target.shape[-1])
         heads = (slice(len(values)),) if values.ndim == 3 else ()
         if self.queries is None:
-            self.target[(*heads, slice(past, past + n_query), slice(n_key))] = values[..., :n_key]
-            return
-        for position, row in self.queries.items():
-            if past <= position < past + n_query:
-                self.target[(*heads, row, slice(n_key))] = values[..., position - past, :n_key]
+            rows, chosen = slice(past, past + n_query), slice(None)
+        else:
+            here = [(row, position - past) for position, row in self.queries.items() if 0 <= position - past < n_query]
+            if not here:
+                return
+            rows, chosen = map(list, zip(*here))
+        place = self.target[(*heads, rows)]
+        if self.queries is None:
+            self._store(place[..., :n_key], values[..., :n_key])
+            place[..., n_key:] = 0  # keys that came after these queries' part of the text
+        else:
+            self.target[(*heads, rows, slice(n_key))] = on_host(values[..., chosen, :n_key])
+            self.target[(*heads, rows, slice(n_key, None))] = 0
 
 
 class Apply:
@@ -111,7 +136,12 @@ class Apply:
             return False
         if edit.head is not None:
             target = target[:, edit.head]
-        target[rows] = self._new(target[rows], rows + past)
+        new = self._new(on_host(target[rows]), rows + past)
+        if not isinstance(values, np.ndarray):
+            import cupy
+
+            new = cupy.asarray(new)
+        target[rows] = new
         return True
 
     def _new(self, old, positions):

@@ -5,7 +5,7 @@ import numpy as np
 from ..errors import CaptureError
 from .ggml import DTYPES
 from .names import GRIDS, STAGES
-from .recorder import Apply, Copy, PlanMismatch, Recorder
+from .recorder import Apply, Copy, PlanMismatch, Recorder, on_host
 from .stages import find_stages
 
 PLAN_TOKENS = 3  # enough for the graph of a prompt; recurrent models have another graph for a single token
@@ -129,7 +129,7 @@ class Runs:
                     recorder.on(tap, lambda values, past, layer=layer: add(layer, values))
 
         def add(layer, values):
-            sums[layer] = sums.get(layer, 0) + values.sum(0, dtype=np.float64)
+            sums[layer] = sums.get(layer, 0) + on_host(values.sum(0, dtype=np.float64))
 
         self.run(tokens, setup, all_logits=False)
         return {layer: (total / len(tokens)).astype(np.float32) for layer, total in sums.items()}
@@ -168,7 +168,10 @@ class Runs:
             stage: np.ndarray(part["shape"], part["dtype"], memory, part["offset"]) for stage, part in layout.items()
         }
 
-        cache = DTYPES[self.runtime.cache_type]
+        for stage, array in arrays.items():
+            if layout[stage]["uneven"]:  # layers of different widths: what a layer does not have is not a number
+                array.fill(np.nan if array.dtype.kind == "f" else -1)
+        cache, device = DTYPES[self.runtime.cache_type], self.runtime.ggml.device
 
         def setup(recorder, plan):
             self.apply(recorder, plan, edits, means)
@@ -179,7 +182,7 @@ class Runs:
                         target = target.swapaxes(0, 1)  # (token, head, feature), as the graph has it
                     for number, tap in enumerate(self.taps(plan, stage, layer)):
                         rounded = cache if stage in ("k", "v") else None
-                        recorder.on(tap, Copy(target, stage, number == 0, rows, rounded))
+                        recorder.on(tap, Copy(target, stage, number == 0, rows, rounded, device))
 
         needs_all = bool(AFTER_LAST_ATTENTION & set(stages)) or bool(edits)
         tokens = self.run(tokens, setup, all_logits=needs_all, sampler=sampler)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from ..gguf import GGUFFile
 from .data import Capture, label, token_table
 from .edits import flatten
 from .names import STAGES
+
+KEPT_ARENAS, KEPT_BYTES = 2, 2**30  # memory that stays taken between captures, at most
 
 
 class CaptureSession:
@@ -38,7 +41,7 @@ class CaptureSession:
         self.cache_type, self._verbose = cache_type, verbose
         self._folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-", dir=_roomy_folder()))
         self._log = self._folder / "worker.log"
-        self._count = 0
+        self._count, self._free = 0, []
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "llamatelemetry.capture.worker"],
@@ -81,15 +84,17 @@ class CaptureSession:
         queries = None if queries is None else [int(query) for query in np.atleast_1d(queries)]
         if generate < 0:
             raise CaptureError(f"generate is a number of tokens, not {generate}.")
-        arena = self._file("arena")
+        arena = self._free.pop() if self._free else self._file("arena")
         try:
             answer = self._call(
                 "capture", prompt=_prompt(text_or_ids), stages=stages, path=str(arena), layers=layers, queries=queries,
                 edits=self._pack(edits), generate=generate, temperature=temperature, seed=seed,
             )  # fmt: skip
             memory = np.memmap(arena, np.uint8, "c")  # the user's own copy where it is written to
-        finally:
-            arena.unlink(missing_ok=True)  # the mapping keeps the bytes until the arrays are gone
+        except BaseException:
+            arena.unlink(missing_ok=True)
+            raise
+        weakref.finalize(memory, self._release, self._free, arena)
         n_given = len(answer["tokens"]) - self._generated(answer, text_or_ids, generate)
         tokens = self._tokens(answer["tokens"], n_given)
         arrays = {}
@@ -180,6 +185,14 @@ class CaptureSession:
             return 0
         given = self.tokenize(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
         return len(answer["tokens"]) - len(given)
+
+    @staticmethod
+    def _release(free, arena):
+        """Once no array looks at an arena any more, the next capture writes into it: its pages are there already."""
+        if len(free) < KEPT_ARENAS and arena.exists() and arena.stat().st_size <= KEPT_BYTES:
+            free.append(arena)
+        else:
+            arena.unlink(missing_ok=True)
 
     def _file(self, kind, suffix=""):
         self._count += 1

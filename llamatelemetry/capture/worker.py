@@ -11,8 +11,9 @@ import threading
 import numpy as np
 
 from ..errors import CaptureError, LlamaTelemetryError, ModelLoadError
+from .device import open_device
 from .edits import Edit
-from .measures import HeadStatistics, score, sweep, token_patterns
+from .measures import HeadStatistics, score, sweep
 from .runs import Runs
 
 
@@ -40,14 +41,17 @@ class Worker:
     def __init__(self, answer):
         self.answer = answer
         self.runs = self.runtime = None
+        self._arenas = {}  # path -> mapped memory, kept while its file is used again
 
     def load(self, path, architecture, **options):
         from .runtime import Runtime
 
         self.runtime = Runtime(path, **options)
         self.runs = Runs(self.runtime, architecture)
+        if self.runtime.api.llama_supports_gpu_offload() and options.get("gpu_layers") != 0:
+            self.runtime.ggml.device = open_device()
         return {"n_vocab": self.runtime.n_vocab, "n_layer": self.runtime.n_layer, "n_ctx": self.runtime.n_ctx_limit,
-                "cupy": self._cupy() is not None}  # fmt: skip
+                "cupy": self.runtime.ggml.device is not None}  # fmt: skip
 
     def tokenize(self, text, add_special=True):
         return {"tokens": self.runtime.tokenize(text, add_special)}
@@ -68,16 +72,33 @@ class Worker:
         sampler = Sampler(generate, temperature, seed, self.runtime.is_end) if generate else None
 
         def arena(n_bytes):
-            with open(path, "r+b") as file:
-                if os.fstat(file.fileno()).st_size < n_bytes:
-                    os.posix_fallocate(file.fileno(), 0, max(n_bytes, 1))  # no space: an error now, not a crash later
-                memory = mmap.mmap(file.fileno(), max(n_bytes, 1))
-            return memory
+            return self._arena(path, max(n_bytes, 1))
 
         tokens, layout, facts = self.runs.capture(
             tokens, stages, arena, layers=layers, queries=queries, edits=edits, sampler=sampler
         )
         return {"tokens": tokens, "layout": layout, "layers": facts}
+
+    def _arena(self, path, n_bytes):
+        """The file's memory, at least n_bytes. Pages that were used before are not cleared: they are cheap."""
+        device = self.runtime.ggml.device
+        for known in [known for known in self._arenas if not os.path.exists(known)]:
+            self._drop(known)
+        memory = self._arenas.get(path)
+        if memory is None or len(memory) < n_bytes:
+            self._drop(path)
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, n_bytes)  # no space is an error now, not a crash later
+                memory = mmap.mmap(file.fileno(), n_bytes)
+            self._arenas[path] = memory
+            if device:
+                device.pin(np.frombuffer(memory, np.uint8).ctypes.data, n_bytes)
+        return memory
+
+    def _drop(self, path):
+        memory = self._arenas.pop(path, None)
+        if memory is not None and self.runtime.ggml.device:
+            self.runtime.ggml.device.unpin(np.frombuffer(memory, np.uint8).ctypes.data)
 
     def score(self, prompt, edits=()):
         tokens = self.tokens(prompt)
@@ -90,11 +111,10 @@ class Worker:
 
     def head_statistics(self, prompt, layers=None, patterns=None):
         tokens = self.tokens(prompt)
-        masks = token_patterns(tokens)
         for name, pairs in (patterns or {}).items():
-            masks[name] = np.zeros((len(tokens), len(tokens)), np.float32)
-            masks[name][tuple(np.asarray(pairs, int).reshape(-1, 2).T)] = 1
-        reducer = HeadStatistics(tokens, masks)
+            if any(not 0 <= key <= query < len(tokens) for query, key in pairs):
+                raise CaptureError(f"pattern {name!r} has a (query, key) pair outside of the text's {len(tokens)} tokens.")
+        reducer = HeadStatistics(tokens, patterns or {}, self.runtime.ggml.device)
 
         def setup(recorder, plan):
             for layer in self.runs.layers_of(plan, "attention", layers):
@@ -117,14 +137,6 @@ class Worker:
                 self.runtime.decode(piece, past, all_logits)
             seconds.append(time.perf_counter() - started)
         return {"seconds": seconds}
-
-    @staticmethod
-    def _cupy():
-        try:
-            import cupy
-        except ImportError:
-            return None
-        return cupy
 
 
 def _edits(rows):

@@ -1,0 +1,129 @@
+"""Tensors where they lie on a CUDA device, through CuPy in the worker: looked at in place, cropped there, copied once.
+
+llama.cpp and CuPy share the device's primary context, so CuPy can address llama.cpp's tensors. The scheduler has
+synchronized before a callback; whoever reads or writes here must be done before the callback returns (`synchronize`).
+"""
+
+import numpy as np
+
+# One block per (query, head): everything about a row of attention in one pass over it. out: (head, query, 9).
+_ROWS = r"""
+extern "C" __global__ void rows(const float* p, const int* token, float* out, int n_query, int n_key, long row_stride,
+                                long head_stride, int past) {
+  const int q = blockIdx.x, h = blockIdx.y, position = past + q;
+  const float* row = p + h * head_stride + q * row_stride;
+  float s[7] = {0, 0, 0, 0, 0, 0, 0};
+  const int own = token[position];
+  for (int k = threadIdx.x; k <= position && k < n_key; k += blockDim.x) {
+    const float w = row[k];
+    s[0] += w;
+    if (w > 0) s[1] -= w * logf(w);
+    s[2] += w * (position - k);
+    s[3] = fmaxf(s[3], w);
+    if (k == position - 1) s[4] += w;
+    if (k < position && token[k] == own) s[5] += w;
+    if (k > 0 && token[k - 1] == own) s[6] += w;
+  }
+  __shared__ float part[32][7];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  for (int m = 0; m < 7; m++) {
+    float v = s[m];
+    for (int o = 16; o; o >>= 1) {
+      const float other = __shfl_down_sync(0xffffffffu, v, o);
+      v = m == 3 ? fmaxf(v, other) : v + other;
+    }
+    if (lane == 0) part[warp][m] = v;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float* target = out + (h * (long)n_query + q) * 9;
+    for (int m = 0; m < 7; m++) {
+      float v = part[0][m];
+      for (int w = 1; w < blockDim.x / 32; w++) v = m == 3 ? fmaxf(v, part[w][m]) : v + part[w][m];
+      target[m] = v;
+    }
+    target[7] = target[1] / logf(fmaxf(position, 1.f) + 1.f);
+    target[8] = row[0];
+  }
+}
+"""
+MEASURES = ("mass", "entropy", "distance", "top", "previous_token", "duplicate_token", "induction",
+            "normalized_entropy", "sink")  # fmt: skip
+
+
+def open_device():
+    """A Device, or None where CuPy or a CUDA device is missing."""
+    try:
+        import cupy
+
+        if cupy.cuda.runtime.getDeviceCount() < 1:
+            return None
+    except Exception:  # CuPy raises its own errors where the driver is missing or too old
+        return None
+    return Device(cupy)
+
+
+class Device:
+    def __init__(self, cupy):
+        self.cupy = cupy
+        self._kernel = None
+        self._pinned = {}  # address -> bytes
+        self._number = {}  # llama.cpp buffer -> CUDA device number
+
+    def array(self, tensor, offset, dtype, ne, nb):
+        """A tensor's memory as a cupy.ndarray, slowest dimension first; in place, valid inside the callback."""
+        cupy = self.cupy
+        span = sum((n - 1) * b for n, b in zip(ne, nb)) + dtype.itemsize
+        if tensor.buffer not in self._number:
+            self._number[tensor.buffer] = cupy.cuda.runtime.pointerGetAttributes(tensor.data).device
+        number = self._number[tensor.buffer]
+        if number != cupy.cuda.runtime.getDevice():
+            cupy.cuda.runtime.setDevice(number)
+        memory = cupy.cuda.UnownedMemory(tensor.data + offset, span, self, number)
+        return cupy.ndarray(ne[::-1], dtype, cupy.cuda.MemoryPointer(memory, 0), strides=nb[::-1])
+
+    def synchronize(self):
+        self.cupy.cuda.get_current_stream().synchronize()
+
+    def pin(self, address, n_bytes):
+        """Page-lock host memory once, so that copies into it run at the bus's speed."""
+        if self._pinned.get(address, 0) < n_bytes:
+            try:
+                self.cupy.cuda.runtime.hostRegister(address, n_bytes, 0)
+                self._pinned[address] = n_bytes
+            except self.cupy.cuda.runtime.CUDARuntimeError:  # a limit on locked memory: copies are slower, not wrong
+                pass
+
+    def unpin(self, address):
+        if self._pinned.pop(address, 0):
+            self.cupy.cuda.runtime.hostUnregister(address)
+
+    def to_host(self, target, values):
+        """Copy a device array into a NumPy array of its shape: put in order on the device, then one copy."""
+        order = sorted(range(target.ndim), key=lambda axis: -target.strides[axis])
+        target = target.transpose(order)
+        self._copy(target, self.cupy.ascontiguousarray(values.transpose(order).astype(target.dtype, copy=False)))
+
+    def _copy(self, target, values):
+        runtime, stream = self.cupy.cuda.runtime, self.cupy.cuda.get_current_stream().ptr
+        if target.flags.c_contiguous:
+            runtime.memcpyAsync(target.ctypes.data, values.data.ptr, values.nbytes, runtime.memcpyDeviceToHost, stream)
+        elif target.ndim == 2 and target.strides[1] == target.itemsize:
+            width = target.shape[1] * target.itemsize
+            runtime.memcpy2DAsync(target.ctypes.data, target.strides[0], values.data.ptr, width, width,
+                                  target.shape[0], runtime.memcpyDeviceToHost, stream)  # fmt: skip
+        else:
+            for part, rows in zip(target, values):
+                self._copy(part, rows)
+
+    def row_sums(self, values, past, tokens):
+        """{measure: (head,) float64} sums over the query rows of attention (head, query, key) on the device."""
+        cupy = self.cupy
+        if self._kernel is None:
+            self._kernel = cupy.RawKernel(_ROWS, "rows")
+        n_head, n_query, n_key = values.shape
+        out = cupy.empty((n_head, n_query, len(MEASURES)), np.float32)
+        strides = [np.int64(stride // 4) for stride in values.strides]
+        self._kernel((n_query, n_head), (256,), (values, tokens, out, np.int32(n_query), np.int32(n_key), strides[1],
+                                                 strides[0], np.int32(past)))  # fmt: skip
+        return out.sum(1, dtype=np.float64)
