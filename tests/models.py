@@ -108,8 +108,8 @@ def layout(architecture, size):
         if with_bias:
             tensors.append((f"{name}.bias", shape[:-1], 0.0, 0.2))
 
-    def norm(name, width=embd, with_bias=size.get("layer_norm", False), mean=1.0):
-        tensors.append((f"{name}.weight", (width,), mean, 0.1))
+    def norm(name, width=embd, with_bias=size.get("layer_norm", False), mean=1.0, std=0.1):
+        tensors.append((f"{name}.weight", (width,), mean, std))
         if with_bias:
             tensors.append((f"{name}.bias", (width,), 0.0, 0.1))
 
@@ -142,7 +142,7 @@ def layout(architecture, size):
             weight(f"{blk}.attn_output", embd, q_width, with_bias=bias or size.get("out_bias", False))
         if size.get("post_norm"):
             norm(f"{blk}.post_attention_norm")
-            norm(f"{blk}.post_ffw_norm", mean=0.3)
+            norm(f"{blk}.post_ffw_norm", mean=0.1, std=0.02)
         if not size.get("parallel"):
             norm(f"{blk}.{size['norm2']}")
         if size.get("experts"):
