@@ -19,13 +19,13 @@ from .plots.graph_page import graph_page
 
 
 class Graph:
-    """A graph of two tables.
+    """A graph of two tables, pandas or cuDF DataFrames.
 
-    nodes, edges: pandas or cuDF DataFrames. node: column with unique ids; source, target: columns of edges with ids of
-    nodes. color, size, label, kind: columns of nodes (colour: numbers on a scale, anything else as categories; kind:
-    what the page filters by, also the colour if there is no other). weight, edge_color, edge_label: columns of edges
-    (weight: positive where the layout is computed). position: two columns of nodes, or None to compute the layout by force from
-    the edges with `seed`. ValueError for tables that do not fit together; a graph without edges is one.
+    node: column of nodes with unique ids; source, target: columns of edges with such ids. color, size, label, kind:
+    columns of nodes (color: numbers on a scale, anything else as categories; kind: what the page filters by, and the
+    colour if there is no other). weight, edge_color, edge_label: columns of edges (weight: positive where the layout is
+    computed). position: two columns of nodes, or None to compute the layout by force from the edges with `seed`.
+    ValueError for tables that do not fit together; a graph without edges is one.
     """
 
     def __init__(

@@ -27,9 +27,10 @@ def fresh():
     get_backend.cache_clear()
 
 
-@pytest.fixture(
-    params=["cpu", pytest.param("gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not RAPIDS_HERE, reason="no RAPIDS")])]
-)
+needs_rapids = [pytest.mark.gpu, pytest.mark.skipif(not RAPIDS_HERE, reason="no RAPIDS on this machine")]
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=needs_rapids)])
 def backend(request):
     return get_backend(request.param)
 
@@ -200,7 +201,8 @@ def specs(monkeypatch, here):
     """importlib.util.find_spec that knows only `here` of RAPIDS."""
     real = importlib.util.find_spec
     rapids = {"cupy", "cudf", "cuml", "cugraph"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: (name in here or None) if name in rapids else real(name))
+    find = lambda name: (name in here or None) if name in rapids else real(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", find)
 
 
 @pytest.mark.parametrize("here, missing", [((), "cupy, cudf, cuml"), (("cupy", "cudf"), "cuml")])

@@ -126,7 +126,8 @@ def test_saved_tables_come_back(tmp_path):
     nodes["raw"] = [b"\xff", b" x", "text", None, "y"]  # pieces that are bytes
     graph = Graph(nodes, edges, label="raw")
     saved = graph.save(tmp_path / "new", "g-1.0")
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["g-1.0.edges.parquet", "g-1.0.html", "g-1.0.nodes.parquet"]
+    written = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert written == ["g-1.0.edges.parquet", "g-1.0.html", "g-1.0.nodes.parquet"]
     back = pd.read_parquet(saved["nodes"])
     pd.testing.assert_frame_equal(back.drop(columns=["raw", "x", "y"]), nodes.drop(columns="raw"), check_dtype=False)
     assert back["raw"].tolist()[:3] == ["<0xFF>", "␣x", "text"] and back["raw"].isna().tolist()[3]
@@ -174,7 +175,8 @@ def opened(page, graph_or_page, tmp_path):
 def colors_on(page):
     """How many pixels of each colour the canvas shows."""
     return page.evaluate(
-        """() => { const c = document.getElementById('canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        """() => { const c = document.getElementById('canvas');
+        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
         const count = {}; for (let i = 0; i < d.length; i += 4) {
           const k = '#' + [d[i], d[i+1], d[i+2]].map(v => v.toString(16).padStart(2, '0')).join('').toUpperCase();
           count[k] = (count[k] || 0) + 1; } return count; }"""
@@ -229,7 +231,7 @@ def test_a_kind_can_be_taken_away(page, tmp_path):
 def test_the_weight_filter_keeps_the_heavier_edges(page, tmp_path):
     opened(page, small(), tmp_path)
     for value, kept in ((0, 4), (400, 3), (1000, 1)):
-        page.evaluate(f"() => {{ const s = document.getElementById('weight'); s.value = {value}; s.dispatchEvent(new Event('input')); }}")
+        page.evaluate(f"() => {{ const s = $('weight'); s.value = {value}; s.dispatchEvent(new Event('input')); }}")
         assert page.evaluate("graph.shownEdges") == kept
     assert page.inner_text("#weightvalue") == "0.9" and page.evaluate("graph.shownNodes") == 5
 

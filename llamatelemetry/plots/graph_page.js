@@ -4,14 +4,17 @@ const X = unpack(DATA.x), Y = unpack(DATA.y), SRC = unpack(DATA.source), DST = u
 const N = X.length, M = SRC.length, WEIGHT = DATA.weight ? unpack(DATA.weight) : null;
 const KIND = DATA.kind ? unpack(DATA.kind.codes) : new Int32Array(N);
 const LABELS = DATA.labels, LOWER = LABELS.map(text => text.toLowerCase());
-const canvas = $('canvas'), view = canvas.getContext('2d'), cache = document.createElement('canvas'), context = cache.getContext('2d');
+const canvas = $('canvas'), view = canvas.getContext('2d');
+const cache = document.createElement('canvas'), context = cache.getContext('2d');
 const BINS = 24, OWN = DATA.categories.length - 1;  // the last category colour is grey: everything without its own
 
 // Which paint each element has: an index into a list of colours.
 function ramp(share) {
-  const at = Math.max(0, Math.min(1, share)) * (DATA.ramp.length - 1), low = Math.min(Math.floor(at), DATA.ramp.length - 2);
+  const at = Math.max(0, Math.min(1, share)) * (DATA.ramp.length - 1);
+  const low = Math.min(Math.floor(at), DATA.ramp.length - 2);
   const part = at - low, channel = (hex, i) => parseInt(hex.slice(1 + 2 * i, 3 + 2 * i), 16);
-  return 'rgb(' + [0, 1, 2].map(i => Math.round(channel(DATA.ramp[low], i) * (1 - part) + channel(DATA.ramp[low + 1], i) * part)) + ')';
+  const mixed = i => Math.round(channel(DATA.ramp[low], i) * (1 - part) + channel(DATA.ramp[low + 1], i) * part);
+  return `rgb(${[0, 1, 2].map(mixed)})`;
 }
 function paints(encoding, count) {
   const index = new Uint8Array(count);
@@ -94,7 +97,8 @@ function frame(now) {
   const ratio = window.devicePixelRatio || 1, k = graph.scale / seen.scale;
   view.setTransform(ratio, 0, 0, ratio, 0, 0);
   view.fillStyle = colors.bg; view.fillRect(0, 0, width, height);
-  view.drawImage(cache, graph.dx - k * (seen.dx + margin), graph.dy - k * (seen.dy + margin), k * (width + 2 * margin), k * (height + 2 * margin));
+  view.drawImage(cache, graph.dx - k * (seen.dx + margin), graph.dy - k * (seen.dy + margin),
+    k * (width + 2 * margin), k * (height + 2 * margin));
   marks();
   if (graph.names) paintNames();
   status();
@@ -111,7 +115,8 @@ function segment(e) {
   const x0 = X[SRC[e]] * graph.scale + graph.dx, y0 = Y[SRC[e]] * graph.scale + graph.dy;
   const x1 = X[DST[e]] * graph.scale + graph.dx, y1 = Y[DST[e]] * graph.scale + graph.dy;
   const w = width + margin, h = height + margin;
-  if ((x0 < -margin && x1 < -margin) || (y0 < -margin && y1 < -margin) || (x0 > w && x1 > w) || (y0 > h && y1 > h)) return false;
+  if (Math.max(x0, x1) < -margin || Math.max(y0, y1) < -margin) return false;
+  if (Math.min(x0, x1) > w || Math.min(y0, y1) > h) return false;
   context.moveTo(x0, y0); context.lineTo(x1, y1); return true;
 }
 const CHUNK = 400;  // segments in one path: long paths cost more than their parts
@@ -153,7 +158,8 @@ function liveEdges(i) {
   return edges;
 }
 function dot(to, i, extra) {
-  const x = X[i] * graph.scale + graph.dx, y = Y[i] * graph.scale + graph.dy, r = RADIUS[i] * grow() + extra, edge = r + margin;
+  const x = X[i] * graph.scale + graph.dx, y = Y[i] * graph.scale + graph.dy;
+  const r = RADIUS[i] * grow() + extra, edge = r + margin;
   if (x < -edge || y < -edge || x > width + edge || y > height + edge) return false;
   to.moveTo(x + r, y); to.arc(x, y, r, 0, 6.2832); return true;
 }
@@ -164,7 +170,8 @@ function paintNodes(focus) {
     BY_PAINT.forEach((members, paint) => {
       context.fillStyle = NODE.colors[paint]; context.globalAlpha = pass ? 1 : 0.18; context.beginPath();
       let inPath = 0;
-      for (const i of members) if (graph.shown[i] && (!focus || near.has(i) === !!pass) && dot(context, i, 0) && ++inPath >= 16) {
+      for (const i of members) {
+        if (!graph.shown[i] || (focus && near.has(i) !== !!pass) || !dot(context, i, 0) || ++inPath < 16) continue;
         context.fill(); context.beginPath(); inPath = 0;
       }
       context.fill();
@@ -181,7 +188,8 @@ function marks() {
   view.stroke();
 }
 // Labels: what is pointed at, selected or found first, then the largest nodes, none over another.
-const BY_SIZE = Array.from({length: N}, (_, i) => i).sort((a, b) => RADIUS[b] - RADIUS[a] || (START[b + 1] - START[b]) - (START[a + 1] - START[a]));
+const degree = i => START[i + 1] - START[i];
+const BY_SIZE = Array.from({length: N}, (_, i) => i).sort((a, b) => RADIUS[b] - RADIUS[a] || degree(b) - degree(a));
 function paintNames() {
   const boxes = [], most = graph.moving ? 25 : 60;
   view.font = "12px system-ui, 'DejaVu Sans', sans-serif"; view.textBaseline = 'middle'; view.lineJoin = 'round';
@@ -200,7 +208,10 @@ function paintNames() {
   graph.matches.slice(0, 40).forEach(place);
   if (graph.selected >= 0) { for (const i of near) place(i); return; }
   let tried = 0;
-  for (const i of BY_SIZE) { if (boxes.length >= most || tried > 600) break; if (graph.shown[i]) { tried++; place(i); } }
+  for (const i of BY_SIZE) {
+    if (boxes.length >= most || tried > 600) break;
+    if (graph.shown[i]) { tried++; place(i); }
+  }
 }
 function status() {
   const of = (some, all, what) => `${some.toLocaleString('en')} of ${all.toLocaleString('en')} ${what}`;
@@ -208,155 +219,3 @@ function status() {
     'Wheel: zoom; drag: move; click: neighbours; Escape: clear.';
   if ($('status').textContent !== text) $('status').textContent = text;
 }
-
-function nodeAt(px, py) {
-  let best = -1, least = 81;
-  for (let i = 0; i < N; i++) if (graph.shown[i]) {
-    const x = X[i] * graph.scale + graph.dx - px, y = Y[i] * graph.scale + graph.dy - py, d = x * x + y * y;
-    if (d < Math.max(least, 0) || (best < 0 && d < (RADIUS[i] * grow() + 3) ** 2)) { least = d; best = i; }
-  }
-  return best;
-}
-function describe(i) {
-  const lines = [LABELS[i]];
-  for (const [name, values] of Object.entries(DATA.details)) if (values[i] !== null) lines.push(`${name}: ${values[i]}`);
-  lines.push(`edges: ${liveEdges(i).length}`);
-  return lines.join('\n');
-}
-function hover(px, py) {
-  const i = px === null ? -1 : nodeAt(px, py), tip = $('tip');
-  if (i !== graph.hovered) { graph.hovered = i; draw(); }
-  tip.hidden = i < 0;
-  if (i < 0) return;
-  tip.textContent = describe(i);
-  tip.style.left = Math.max(0, Math.min(px + 14, width - tip.offsetWidth - 4)) + 'px';
-  tip.style.top = Math.max(0, Math.min(py + 14, height - tip.offsetHeight - 4)) + 'px';
-}
-function select(i) {
-  graph.selected = i; near = new Set(i < 0 ? [] : [i]);
-  const side = $('side'); side.hidden = i < 0; side.replaceChildren();
-  if (i >= 0) {
-    const edges = liveEdges(i).sort((a, b) => a - b), head = document.createElement('h2');
-    head.textContent = `${LABELS[i]}: ${edges.length} edge${edges.length === 1 ? '' : 's'}`; side.append(head);
-    for (const e of edges) {
-      const other = SRC[e] === i ? DST[e] : SRC[e]; near.add(other);
-      if (side.children.length > 40) continue;
-      const row = document.createElement('button'), name = document.createElement('span'), value = document.createElement('span');
-      name.textContent = (SRC[e] === i ? '→ ' : '← ') + LABELS[other];
-      value.textContent = [DATA.edgeLabels && DATA.edgeLabels[e], WEIGHT && format(WEIGHT[e])].filter(Boolean).join(' ');
-      row.append(name, value); row.onclick = () => { select(other); centre(other); }; side.append(row);
-    }
-  }
-  dirty = true; draw();
-}
-function centre(i) {
-  graph.scale = Math.max(graph.scale, 3 * graph.home);
-  graph.dx = width / 2 - X[i] * graph.scale; graph.dy = height / 2 - Y[i] * graph.scale; move();
-}
-function search() {
-  const text = $('search').value.trim().toLowerCase();
-  graph.matches = []; graph.match = -1;
-  if (text) for (let i = 0; i < N; i++) if (graph.shown[i] && LOWER[i].includes(text)) graph.matches.push(i);
-  $('found').textContent = text ? `${graph.matches.length} found` + (graph.matches.length ? ', Enter: next' : '') : '';
-  draw();
-}
-const format = value => Number(value.toPrecision(4)).toString();
-
-function zoom(factor, px, py) {
-  const scale = Math.max(graph.home / 20, Math.min(graph.home * 400, graph.scale * factor)); factor = scale / graph.scale;
-  graph.dx = px - factor * (px - graph.dx); graph.dy = py - factor * (py - graph.dy); graph.scale = scale; move();
-}
-const pointers = new Map(); let travelled = 0;
-const at = event => { const box = canvas.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; };
-canvas.addEventListener('wheel', event => {
-  event.preventDefault(); zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015)), ...at(event));
-}, {passive: false});
-canvas.addEventListener('pointerdown', event => {
-  canvas.setPointerCapture(event.pointerId); pointers.set(event.pointerId, at(event)); travelled = 0;
-  canvas.classList.add('drag');
-});
-canvas.addEventListener('pointermove', event => {
-  const now = at(event), before = pointers.get(event.pointerId);
-  if (!before) return hover(...now);
-  if (pointers.size === 1) {
-    graph.dx += now[0] - before[0]; graph.dy += now[1] - before[1];
-    travelled += Math.abs(now[0] - before[0]) + Math.abs(now[1] - before[1]); if (travelled > 4) hover(null);
-  } else if (pointers.size === 2) {
-    const other = [...pointers].find(([id]) => id !== event.pointerId)[1], distance = p => Math.hypot(p[0] - other[0], p[1] - other[1]);
-    travelled = 99; zoom(distance(now) / (distance(before) || 1), (now[0] + other[0]) / 2, (now[1] + other[1]) / 2);
-  }
-  pointers.set(event.pointerId, now); move();
-});
-for (const name of ['pointerup', 'pointercancel']) canvas.addEventListener(name, event => {
-  if (name === 'pointerup' && pointers.has(event.pointerId) && travelled <= 4) select(nodeAt(...at(event)));
-  pointers.delete(event.pointerId); canvas.classList.remove('drag');
-});
-canvas.addEventListener('pointerleave', () => hover(null));
-canvas.addEventListener('keydown', event => {
-  const step = {ArrowLeft: [40, 0], ArrowRight: [-40, 0], ArrowUp: [0, 40], ArrowDown: [0, -40]}[event.key];
-  if (step) { graph.dx += step[0]; graph.dy += step[1]; event.preventDefault(); move(); }
-  if (event.key === '+' || event.key === '-') zoom(event.key === '+' ? 1.25 : 0.8, width / 2, height / 2);
-});
-document.addEventListener('keydown', event => { if (event.key === 'Escape') { $('search').value = ''; search(); select(-1); } });
-$('search').addEventListener('input', search);
-$('search').addEventListener('keydown', event => {
-  if (event.key !== 'Enter' || !graph.matches.length) return;
-  graph.match = graph.matches[(graph.matches.indexOf(graph.match) + 1) % graph.matches.length]; centre(graph.match);
-});
-$('names').addEventListener('change', event => { graph.names = event.target.checked; draw(); });
-$('fit').addEventListener('click', fit);
-
-function legend() {
-  const box = $('legend');
-  const item = (color, text, edge) => {
-    const label = document.createElement('label'), swatch = document.createElement('span');
-    swatch.className = edge ? 'swatch edge' : 'swatch'; swatch.style.background = color; label.append(swatch, text); return label;
-  };
-  const scale = encoding => {
-    const label = document.createElement('span'), bar = document.createElement('span');
-    bar.className = 'ramp'; bar.style.background = `linear-gradient(to right, ${DATA.ramp.join(',')})`;
-    label.append(`${encoding.name} ${format(encoding.range[0])} `, bar, ` ${format(encoding.range[1])}`); box.append(label);
-  };
-  const listed = (encoding, edge) => {
-    box.append(Object.assign(document.createElement('strong'), {textContent: encoding.name}));
-    encoding.names.slice(0, OWN).forEach((name, i) => box.append(item(DATA.categories[i], name, edge)));
-    if (encoding.names.length > OWN) box.append(item(DATA.missing, `${encoding.names.length - OWN} others`, edge));
-  };
-  const same = DATA.kind && DATA.color && DATA.color.names && DATA.color.name === DATA.kind.name;
-  if (DATA.kind) {
-    box.append(Object.assign(document.createElement('strong'), {textContent: DATA.kind.name}));
-    const counts = new Map(); for (const code of KIND) counts.set(code, (counts.get(code) || 0) + 1);
-    [...DATA.kind.names, ...(counts.has(-1) ? ['none'] : [])].forEach((name, at) => {
-      const code = at < DATA.kind.names.length ? at : -1, tick = document.createElement('input');
-      const label = same ? item(code >= 0 && code < OWN ? DATA.categories[code] : DATA.missing, `${name} (${counts.get(code)})`)
-        : Object.assign(document.createElement('label'), {textContent: `${name} (${counts.get(code)})`});
-      tick.type = 'checkbox'; tick.checked = true; tick.dataset.kind = name;
-      tick.onchange = () => { if (tick.checked) graph.kinds.add(code); else graph.kinds.delete(code); filter(); };
-      label.prepend(tick); box.append(label);
-    });
-  }
-  if (DATA.color && !same) { if (DATA.color.names) listed(DATA.color); else scale(DATA.color); }
-  if (DATA.size) box.append(`area: ${DATA.size.name} ${format(DATA.size.range[0])} to ${format(DATA.size.range[1])}`);
-  if (DATA.edgeColor) { if (DATA.edgeColor.names) listed(DATA.edgeColor, true); else scale(DATA.edgeColor); }
-}
-$('title').textContent = DATA.title; $('weightname').textContent = `${DATA.weightName} ≥`;
-if (WEIGHT && M && WEIGHT[0] > WEIGHT[M - 1]) {
-  // The slider runs over ranks, so that each step removes as many edges whatever the weights' distribution.
-  $('weight').addEventListener('input', event => {
-    const at = Math.min(M - 1, Math.max(0, Math.round((1 - event.target.value / 1000) * (M - 1))));
-    graph.minWeight = event.target.value === '0' ? -Infinity : WEIGHT[at];
-    $('weightvalue').textContent = format(WEIGHT[at]); filter();
-  });
-  $('weightvalue').textContent = format(WEIGHT[M - 1]);
-} else $('weightbox').hidden = true;
-function resize() {
-  const box = canvas.getBoundingClientRect(), ratio = window.devicePixelRatio || 1, first = !width;
-  const dx = (box.width - width) / 2, dy = (box.height - height) / 2;
-  width = box.width; height = box.height;
-  margin = Math.round(Math.min(width, height) / 4);
-  canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
-  cache.width = Math.round((width + 2 * margin) * ratio); cache.height = Math.round((height + 2 * margin) * ratio);
-  if (first || !touched) fit(); else { graph.dx += dx; graph.dy += dy; dirty = true; draw(); }
-}
-window.matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { readColors(); dirty = true; draw(); });
-readColors(); legend(); filter(); resize(); new ResizeObserver(resize).observe($('frame'));

@@ -1,6 +1,7 @@
 """A graph as one self-contained page on a canvas: zoom, pan, hover, search, filters by kind and by edge weight.
 
-The script is graph_page.js; `window.graph` in the page is its state, for tests and for whoever opens the console.
+The script is graph_page.js and graph_page_ui.js; `window.graph` in the page is its state, for tests and for whoever
+opens the console.
 """
 
 from importlib import resources
@@ -110,7 +111,7 @@ def graph_page(
         "kind": None if kind is None else _encode(kind.astype(str).where(kind.notna(), None)),
         "size": _encode(size),
         "edgeColor": _encode(edge_values),
-        "edgeLabels": None if edge_labels is None else [_cell(value) for value in np.asarray(edge_labels, object)[order]],
+        "edgeLabels": None if edge_labels is None else [_cell(text) for text in np.asarray(edge_labels, object)[order]],
         "details": {str(column): [_cell(value) for value in details[column].tolist()] for column in details},
         "categories": list(theme.CATEGORIES),
         "missing": MISSING,
@@ -120,7 +121,7 @@ def graph_page(
     return Page(
         title,
         _BODY,
-        files.joinpath("graph_page.js").read_text(encoding="utf-8"),
+        "".join(files.joinpath(name).read_text(encoding="utf-8") for name in ("graph_page.js", "graph_page_ui.js")),
         data,
         style=files.joinpath("graph_page.css").read_text(encoding="utf-8"),
         height=height,

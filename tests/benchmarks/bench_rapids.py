@@ -1,0 +1,159 @@
+"""Whole-vocabulary UMAP, neighbours, clusters, layouts: RAPIDS against scikit-learn, umap-learn, igraph on one host.
+
+    python tests/benchmarks/bench_rapids.py                    # the embedded model; without RAPIDS 10,000 rows
+    python tests/benchmarks/bench_rapids.py --gguf model.gguf  # its token embedding, dequantized
+    python tests/benchmarks/bench_rapids.py --npy matrix.npy --rows 50000 --out results/
+
+Each library is warmed on a few rows first (imports, compilers, CUDA start), and that time is printed by itself. Then
+every task runs once per backend on the same rows. Prints a table with hardware and versions and writes it as JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from llamatelemetry.backend import get_backend  # noqa: E402
+from llamatelemetry.errors import GpuError  # noqa: E402
+
+K, CLUSTERS, SAMPLE, GRAPH_NODES = 10, 50, 5000, 5000
+PACKAGES = ("numpy", "pandas", "scikit-learn", "umap-learn", "igraph", "cupy-cuda13x", "cupy-cuda12x", "cuml-cu13")
+PACKAGES += ("cuml-cu12", "cudf-cu13", "cudf-cu12", "cugraph-cu12")
+
+
+def matrix(args):
+    """The rows to work on, float32, and what they are."""
+    if args.npy:
+        return np.load(args.npy).astype(np.float32)[: args.rows], Path(args.npy).name
+    from llamatelemetry.gguf import GGUFFile
+    from llamatelemetry.models import resolve_model
+
+    file = GGUFFile(args.gguf or resolve_model("smollm2-135m-Q4_1"))
+    return file.rows("token_embd.weight", slice(0, args.rows or file.n_vocab)), f"{file.name}, token_embd.weight"
+
+
+def hardware():
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    return f"{model or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def versions():
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def knn_edges(indices):
+    """The k-nearest-neighbour graph's edges among the first GRAPH_NODES rows. (n, k) -> (m, 2), each once"""
+    head = indices[:GRAPH_NODES]
+    edges = np.column_stack([np.repeat(np.arange(len(head)), head.shape[1]), head.ravel()])
+    edges = edges[edges[:, 1] < len(head)]
+    return np.unique(np.sort(edges, axis=1), axis=0)
+
+
+def tasks(x, given):
+    """{task: function of a backend}; what earlier tasks of the CPU left is in `given`, so that both get the same."""
+    return {
+        f"{K} nearest neighbours, exact": lambda b: b.neighbors(x, K)[1],
+        "UMAP 3-D, seed 0": lambda b: b.umap(x, 3, seed=0),
+        "UMAP 3-D, no seed": lambda b: b.umap(x, 3, seed=None),
+        "PCA 50": lambda b: b.pca(x, min(50, *x.shape))[0],
+        f"k-means {CLUSTERS}": lambda b: b.kmeans(x, CLUSTERS),
+        "HDBSCAN of the UMAP map": lambda b: b.hdbscan(given["UMAP 3-D, seed 0"], 30),
+        f"layout of the neighbour graph, {min(GRAPH_NODES, len(x))} nodes": lambda b: b.layout(
+            knn_edges(given[f"{K} nearest neighbours, exact"]), min(GRAPH_NODES, len(x))
+        ),
+    }
+
+
+def agreement(task, x, cpu, gpu):
+    """How far the two results say the same, as a sentence."""
+    from sklearn.manifold import trustworthiness
+    from sklearn.metrics import adjusted_rand_score
+
+    pick = np.random.default_rng(0).choice(len(x), min(SAMPLE, len(x)), replace=False)
+    if "neighbours, exact" in task:
+        return f"{(cpu == gpu).mean():.6f} of the neighbours equal"
+    if task.startswith("UMAP"):
+        scores = [trustworthiness(x[pick], found[pick], n_neighbors=15, metric="cosine") for found in (cpu, gpu)]
+        return f"trustworthiness {scores[0]:.4f} (CPU), {scores[1]:.4f} (GPU)"
+    if task.startswith("PCA"):
+        return f"largest difference {np.abs(cpu - gpu).max() / np.abs(cpu).max():.1e} of the largest score"
+    if task.startswith(("k-means", "HDBSCAN")):
+        return f"adjusted Rand {adjusted_rand_score(cpu, gpu):.3f}"
+    return ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--gguf", help="model file")
+    source.add_argument("--npy", help="matrix saved by numpy")
+    parser.add_argument("--rows", type=int, help="only the first rows")
+    parser.add_argument("--tasks", default="", help="only tasks whose name contains one of these, comma-separated")
+    parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path)
+    args = parser.parse_args()
+
+    backends, missing = [get_backend("cpu")], ""
+    try:
+        backends.append(get_backend("gpu"))
+    except GpuError as error:
+        missing = str(error)
+    if missing and args.rows is None:
+        args.rows = 10_000  # no ratio without a GPU: only to show that the CPU half runs
+    x, what = matrix(args)
+    report = {
+        "matrix": what, "shape": x.shape, "hardware": hardware(), "versions": versions(), "no_gpu": missing,
+        "backends": {b.name: b.line for b in backends}, "date": time.strftime("%Y-%m-%d"), "tasks": {},
+    }
+    print(f"{what}: {x.shape[0]} x {x.shape[1]}\n{hardware()}\n" + "\n".join(b.line for b in backends))
+    print(" ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    print(f"no GPU half: {missing}" if missing else "")
+    for b in backends:
+        start = time.perf_counter()
+        small = x[:2000]
+        b.neighbors(small, K), b.umap(small, 3), b.umap(small, 3, seed=None), b.pca(small, 5), b.kmeans(small, 5)
+        b.hdbscan(small[:, :3], 30)
+        report[f"warm_up_{b.name}_s"] = time.perf_counter() - start
+        print(f"warm-up {b.name}: {report[f'warm_up_{b.name}_s']:.1f} s")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"rapids_{'gpu' if len(backends) == 2 else 'cpu'}_{x.shape[0]}x{x.shape[1]}.json"
+    given, wanted = {}, [part for part in args.tasks.split(",") if part]
+    print(f"\n{'task':44} {'CPU s':>9} {'GPU s':>9} {'ratio':>7}  agreement")
+    for task, run in tasks(x, given).items():
+        if wanted and not any(part in task for part in wanted):
+            continue
+        row, found = {}, []
+        for b in backends:
+            start = time.perf_counter()
+            try:
+                found.append(run(b))
+            except (ImportError, KeyError) as error:  # a library or an earlier task that is not here
+                row["skipped"] = f"{type(error).__name__}: {error}"
+                break
+            row[b.name] = time.perf_counter() - start
+        if found:
+            given[task] = found[0]
+        if len(found) == 2:
+            row["ratio"], row["agreement"] = row["cpu"] / row["gpu"], agreement(task, x, *found)
+        report["tasks"][task] = row
+        cells = [f"{row[name]:.2f}" if name in row else "-" for name in ("cpu", "gpu", "ratio")]
+        said = row.get("agreement", row.get("skipped", ""))
+        print(f"{task:44} {cells[0]:>9} {cells[1]:>9} {cells[2]:>7}  {said}", flush=True)
+        path.write_text(json.dumps(report, indent=1))  # after every task: a run that is cut off keeps what it has
+    print(f"\nwritten to {path.name}")
+
+
+if __name__ == "__main__":
+    main()
