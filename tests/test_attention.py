@@ -153,10 +153,16 @@ def test_edges():
     edges = flows.head_edges(maps([previous(3), uniform(3)]), threshold=0.4)
     assert edges[["src", "dst", "head"]].values.tolist() == [[1, 0, 0], [2, 1, 0], [1, 0, 1]]
     assert edges["weight"].tolist() == [1, 1, 0.5]
-    total = flows.token_edges(edges)
-    assert total[["src", "dst", "weight", "n_heads"]].values.tolist() == [[1, 0, 1.5, 2], [2, 1, 1, 1]]
     rolled = flows.rollout_edges(flows.rollout(maps([previous(3)], [previous(3)])), threshold=0.3)
     assert rolled[["src", "dst"]].values.tolist() == [[1, 0], [2, 1]]
+
+
+def test_token_nodes_rank_the_token_that_all_look_at():
+    from llamatelemetry.backend import get_backend
+
+    nodes = flows.token_nodes(maps([to_first(4), uniform(4)]), list("abcd"), get_backend("cpu"))
+    assert nodes["received"].tolist() == pytest.approx([(1 + 1 / 2 + 1 + 1 / 3 + 1 + 1 / 4) / 6, (1 / 3 + 1 / 4) / 4, 1 / 8, 0])
+    assert nodes["pagerank"].idxmax() == 0 and nodes["pagerank"].sum() == pytest.approx(1)
 
 
 def test_js_distance_and_moved_targets():

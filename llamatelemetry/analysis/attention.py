@@ -141,3 +141,16 @@ def head_table(attention):
         }
     )
     return table.to_dataframe()[list(table.data_vars)].reset_index()
+
+
+def generated_split(attention, n_prompt):
+    """Attention of each generated token, mean over layers and heads, by target: DataFrame indexed by position with
+    columns first token, rest of prompt, generated (before it), itself; rows sum to 1. n_prompt: tokens of the prompt."""
+    positions = query_positions(attention)
+    mean = np.asarray(attention, dtype=np.float64).mean(tuple(range(attention.ndim - 2)))  # (query, key)
+    rows = {}
+    for row, position in zip(mean, positions):
+        if position >= n_prompt:
+            rows[position] = (row[0], row[1:n_prompt].sum(), row[n_prompt:position].sum(), row[position])
+    names = ["first token", "rest of prompt", "generated", "itself"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("position")

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from .attention import SINK_THRESHOLD, query_positions
+from .attention import SINK_THRESHOLD
+from .attention_output import first_shares
 
 
 def _name(piece):
@@ -43,13 +44,12 @@ def depth_finding(table):
 def sink_finding(table):
     """How many heads are sinks. table: head_table."""
     rate, by_layer = table["sink"].mean(), table.groupby("layer")["sink"].mean()
-    first = by_layer[by_layer > 0.5].index
-    where = f"from layer {first[0]} on some layer has it in more than half of its heads" if len(first) else (
-        "no layer has it in more than half of its heads"
-    )
+    most = by_layer[by_layer > 0.5].index
+    where = f"more than half of a layer's heads in {len(most)} of {len(by_layer)} layers"
+    where += f", the first of them layer {most[0]}" if len(most) else ""
     return (
         f"{table['sink'].sum()} of {len(table)} heads ({rate:.0%}) give the first token more than {SINK_THRESHOLD} on "
-        f"average (Gu et al. 2024); {where}. Later tokens give it {table['sink_mass'].mean():.0%} of their attention, "
+        f"average (Gu et al. 2024): {where}. Later tokens give it {table['sink_mass'].mean():.0%} of their attention, "
         "mean over heads."
     )
 
@@ -68,12 +68,11 @@ def weighted_finding(raw, weighted, norms, pieces):
 
 def weighted_layers_finding(attention, weighted):
     """The same over all heads: (layer, head, query, key)."""
-    shares = np.asarray(weighted) / np.asarray(weighted).sum(-1, keepdims=True)
-    raw = np.asarray(attention)[..., 1:, 0].mean()
+    raw, moved = first_shares(attention, weighted)
     return (
-        f"Over all heads the first token receives {raw:.0%} of the attention but {shares[..., 1:, 0].mean():.0%} of the "
-        "moved length (Kobayashi et al. 2020): raw weights "
-        + ("overstate" if raw > shares[..., 1:, 0].mean() else "understate")
+        f"Over all heads the first token receives {raw:.0%} of the attention and {moved:.0%} of the moved length: raw "
+        "weights "
+        + ("overstate" if raw > moved else "understate")
         + " its part in what heads write."
     )
 
@@ -81,13 +80,18 @@ def weighted_layers_finding(attention, weighted):
 def rollout_finding(rolled, flow, mean, pieces):
     """Rollout, flow and mean attention of the last query: (key,) each, sums 1."""
     parts = {name: np.asarray(x) for name, x in (("rollout", rolled), ("flow", flow), ("mean attention", mean))}
-    said = ", ".join(f"{_name(pieces[x.argmax()])} (position {x.argmax()}, {x.max():.2f}) by {n}" for n, x in parts.items())
+    first = ", ".join(f"{x[0]:.3f} by {name}" for name, x in parts.items())
+    others = {name: 1 + int(x[1:].argmax()) for name, x in parts.items()}
+    said = ", ".join(f"{_name(pieces[i])} (position {i}, {parts[n][i]:.3f}) by {n}" for n, i in others.items())
     order = np.corrcoef(*(np.argsort(np.argsort(parts[n])) for n in ("rollout", "flow")))[0, 1]
-    return f"The last token draws most on {said}. Rollout and flow rank the tokens with a correlation of {order:.2f}."
+    return (
+        f"The last token draws on the first {first}; on another token most: {said}. Rollout and flow rank the tokens with "
+        f"a rank correlation of {order:.2f}."
+    )
 
 
 def generated_finding(split):
-    """Where generated tokens look. split: DataFrame from generated_split."""
+    """Where generated tokens look. split: attention.generated_split."""
     mean = split.mean()
     return (
         f"The {len(split)} generated tokens give {mean['first token']:.0%} of their attention to the first token, "
@@ -95,21 +99,6 @@ def generated_finding(split):
         f"and {mean['itself']:.0%} to themselves, mean over all layers and heads; the last one gives the prompt after its "
         f"first token {split['rest of prompt'].iloc[-1]:.0%}."
     )
-
-
-def generated_split(attention, n_prompt):
-    """Attention of each generated token, mean over layers and heads, by target: DataFrame indexed by position with
-    columns first token, rest of prompt, generated (before it), itself; rows sum to 1. n_prompt: tokens of the prompt."""
-    import pandas as pd
-
-    positions = query_positions(attention)
-    mean = np.asarray(attention, dtype=np.float64).mean(tuple(range(attention.ndim - 2)))  # (query, key)
-    rows = {}
-    for row, position in zip(mean, positions):
-        if position >= n_prompt:
-            rows[position] = (row[0], row[1:n_prompt].sum(), row[n_prompt:position].sum(), row[position])
-    names = ["first token", "rest of prompt", "generated", "itself"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("position")
 
 
 def residual_finding(shares, position=-1):

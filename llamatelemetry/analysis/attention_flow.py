@@ -86,7 +86,24 @@ def rollout_edges(rolled, threshold=0.05):
     )
 
 
-def token_edges(edges):
-    """Edges summed over layers and heads: DataFrame src, dst, weight (sum), n_heads. For centralities of positions."""
-    grouped = edges.groupby(["src", "dst"], as_index=False)["weight"]
-    return grouped.agg(["sum", "size"]).rename(columns={"sum": "weight", "size": "n_heads"}).reset_index(drop=True)
+def token_nodes(attention, pieces, backend):
+    """One row per token position, for graphs: position, piece, received (mean weight from the later tokens that
+    may see it, over all heads), pagerank and betweenness of the directed graph of edges query -> key whose mean weight
+    is above 1 / n_token, more than an even share.
+
+    attention: (layer, head, query, key) of all tokens; backend: backend.get_backend(...). Sources: PageRank, Page et al.
+    1999; betweenness, Freeman 1977.
+    """
+    mean = np.asarray(attention, dtype=np.float64).mean((0, 1))  # (query, key)
+    n = len(mean)
+    edges = np.argwhere(np.tril(mean, -1) > 1 / n)  # (edge, 2)
+    later = np.tril(np.ones((n, n)), -1)
+    return pd.DataFrame(
+        {
+            "position": range(n),
+            "piece": pieces,
+            "received": (mean * later).sum(0) / np.maximum(later.sum(0), 1),
+            "pagerank": backend.pagerank(edges, n),
+            "betweenness": backend.betweenness(edges, n, directed=True),
+        }
+    )

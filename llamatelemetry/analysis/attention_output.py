@@ -31,6 +31,12 @@ def norm_weighted(attention, norms):
     return xr.DataArray(values, dims=attention.dims, coords=attention.coords)
 
 
+def first_shares(attention, weighted):
+    """The first token's share of what later tokens attend to: of the weight, and of the moved length. Two floats."""
+    raw, moved = np.asarray(attention, dtype=np.float64), np.asarray(weighted)
+    return float(raw[..., 1:, 0].mean()), float((moved[..., 0] / moved.sum(-1))[..., 1:].mean())
+
+
 def residual_shares(hidden, attn_out, ffn_out):
     """Who writes the residual stream. hidden: (layer 0..n, token, embd); attn_out, ffn_out: (layer, token, embd).
 
