@@ -1,0 +1,80 @@
+"""Notebook 12 from end to end: what it writes is what the model did, and bad parameters stop it by name."""
+
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from llamatelemetry import Capture
+from llamatelemetry.notebooks import NotebookError, run_notebook
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "12-gguf-attention-mechanism-explorer.ipynb"
+
+
+def test_cells_are_short_and_clean():
+    notebook = nbformat.read(NOTEBOOK, 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.metadata.get("tags") for cell in code[:2]] == [["parameters"], ["setup"]]
+    for cell in code:
+        assert cell.outputs == [] and cell.execution_count is None
+        if "setup" not in cell.metadata.get("tags", []):
+            assert len([line for line in cell.source.splitlines() if line.strip()]) <= 15, cell.source
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, smollm2, llama_server):
+    folder = tmp_path_factory.mktemp("notebook12")
+    parameters = {"MODEL": str(smollm2), "OUTPUT_DIR": str(folder / "out")}
+    executed = run_notebook(NOTEBOOK, folder, parameters, progress=False)
+    return nbformat.read(executed, 4), folder / "out"
+
+
+@pytest.mark.slow
+def test_exports_are_the_capture(run, engine):
+    _, out = run
+    saved = Capture.load(out / "prompt.safetensors")
+    again = engine.capture(saved.tokens["id"].tolist(), stages=("attention", "logits"))
+    np.testing.assert_allclose(saved.attention, again.attention, atol=1e-5)
+    np.testing.assert_allclose(saved.logits, again.logits, atol=1e-3)
+    generated = Capture.load(out / "generated.safetensors")
+    assert generated.tokens["generated"].sum() == 12
+    assert generated.attention.shape[-1] == len(saved.tokens) + 12
+    heads = pd.read_parquet(out / "heads.parquet")
+    assert len(heads) == 270
+    last = saved.attention.values[18, 6, 1:, 0].mean()
+    assert heads.query("layer == 18 and head == 6")["sink_mass"].item() == pytest.approx(last, abs=1e-5)
+    changes = pd.read_parquet(out / "changes.parquet")
+    reference = Capture.load(out / "reference.safetensors")
+    difference = np.abs(reference.attention.values - saved.attention.values).max()
+    assert changes["max_difference"].max() == pytest.approx(difference, abs=1e-6) and difference > 0
+    for page in ("steps", "views", "next-token", "graph"):
+        assert (out / f"{page}.html").stat().st_size < 5_000_000
+    assert pd.read_parquet(out / "steps.parquet")["agrees"].all()
+
+
+@pytest.mark.slow
+def test_every_figure_has_a_sentence(run):
+    notebook, _ = run
+    for cell in notebook.cells:
+        kinds = [kind for output in cell.get("outputs", []) for kind in output.get("data", {})]
+        if "application/vnd.plotly.v1+json" in kinds:
+            text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+            assert len(text) > 60 and "nan" not in text.lower().split(), cell.source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"LAYER": 30}, r"LAYER = 30: the model has 30 layers, 0 to 29"),
+        ({"HEAD": -1}, r"HEAD = -1: the model has 9 heads, 0 to 8"),
+        ({"PROMPT": "Hello"}, r"PROMPT is 1 token\(s\) long"),
+        ({"CONTEXT": 32}, r"PROMPT is 32 tokens long and 12 to generate; the context holds 32"),
+    ],
+)
+def test_bad_parameters_stop_the_notebook_by_name(tmp_path, smollm2, parameters, message):
+    with pytest.raises(NotebookError, match=message):
+        run_notebook(NOTEBOOK, tmp_path, {"MODEL": str(smollm2), **parameters}, progress=False)
