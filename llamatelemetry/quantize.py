@@ -15,7 +15,7 @@ import pandas as pd
 from .errors import ModelLoadError, ModelNotFoundError
 from .expand import FLOATS, SLACK, QuantizeError, _open, expand, make_reference, written
 
-__all__ = ["QuantizeError", "quantize", "expand", "make_reference", "imatrix", "fallbacks", "tool"]
+__all__ = ["QuantizeError", "quantize", "quantizations", "expand", "make_reference", "imatrix", "fallbacks", "tool"]
 
 # What llama-quantize takes when a row is not a multiple of 256 wide: the type that is there -> what it stands for.
 STANDS_FOR = {"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K", "Q4_0": "Q2_K or Q3_K", "IQ4_NL": "IQ1 to IQ3, or IQ4_XS"}
@@ -53,6 +53,27 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
         _run([tool("llama-quantize"), *options, str(src), str(temporary), type, threads],
              f"quantize {src} to {type}", step=r"\[\s*(\d+)/\s*(\d+)\]", bar=Path(dst).name, progress=progress)
     return Path(dst)
+
+
+def quantizations(reference, wanted, folder, imatrix=None, progress=True):
+    """A file for each of `wanted`: {name: path}. A type ("Q4_K_M") is made from `reference` into `folder`, unless a file
+    made after the reference is there already; anything else is a path or a registry name and taken as it is."""
+    import gguf
+
+    from .models import resolve_model
+
+    types = {t.name.removeprefix("MOSTLY_").removeprefix("ALL_") for t in gguf.LlamaFileType}
+    files = {}
+    for name in wanted:
+        if str(name).upper() not in types:
+            path = Path(resolve_model(name))
+            files[path.stem] = path
+            continue
+        path = Path(folder) / f"{name}{'-imatrix' if imatrix else ''}.gguf"
+        if not path.is_file() or path.stat().st_mtime < Path(reference).stat().st_mtime:
+            quantize(reference, path, name, imatrix=imatrix, progress=progress)
+        files[path.stem] = path
+    return files
 
 
 def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):

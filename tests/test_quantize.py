@@ -1,0 +1,206 @@
+"""Making files: expanded, stand-in, quantized; and what is left behind when that fails."""
+
+import shutil
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+
+from llamatelemetry import ModelLoadError, ModelNotFoundError
+from llamatelemetry import expand as module
+from llamatelemetry.expand import QuantizeError, expand, make_reference
+from llamatelemetry.quantize import fallbacks, imatrix, quantizations, quantize, tool
+
+KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+
+
+def write(path, kinds, width=64, file_type=None, extra=()):
+    """A small GGUF with one matrix of each type, a vector, and metadata of several kinds."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("general.name", "Tiny")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "é", "<0x0A>"])
+    writer.add_array("tokenizer.ggml.scores", [0.5, -1.0, 2.0])
+    writer.add_float32("llama.rope.freq_base", 1e5)
+    if file_type is not None:
+        writer.add_uint32("general.file_type", int(file_type))
+    for key, value in extra:
+        writer.add_uint16(key, value)
+    rng = np.random.default_rng(0)
+    for i, kind in enumerate(kinds):
+        values = rng.normal(size=(6, width)).astype(np.float32)
+        qtype = gguf.GGMLQuantizationType[kind]
+        data = gguf.quants.quantize(values, qtype)
+        writer.add_tensor(f"blk.{i}.attn_q.weight", data, raw_dtype=None if kind == "F32" else qtype)
+    writer.add_tensor("output_norm.weight", np.arange(width, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def weights(path):
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("kind, tolerance", [("F32", 0), ("F16", 2**-11), ("BF16", 2**-8)])
+def test_expand_keeps_weights_and_metadata(tmp_path, kind, tolerance):
+    source = write(tmp_path / "in.gguf", KINDS, file_type=gguf.LlamaFileType.MOSTLY_Q4_1)
+    result = expand(source, tmp_path / "new" / "out.gguf", kind, progress=False)
+    before, after = gguf.GGUFReader(source), gguf.GGUFReader(result)
+    for key, field in before.fields.items():
+        if not key.startswith("GGUF.") and key != "general.file_type":
+            assert after.fields[key].contents() == field.contents() and after.fields[key].types == field.types, key
+    assert after.fields["general.file_type"].contents() == {"F32": 0, "F16": 1, "BF16": 32}[kind]
+    assert {t.tensor_type.name for t in after.tensors if len(t.shape) > 1} == {kind}
+    assert next(t for t in after.tensors if t.name == "output_norm.weight").tensor_type.name == "F32"
+    for name, values in weights(source).items():
+        np.testing.assert_allclose(weights(result)[name], values, rtol=tolerance, atol=0)
+    assert [p.name for p in result.parent.iterdir()] == ["out.gguf"]
+
+
+def test_expand_goes_block_by_block(tmp_path, monkeypatch):
+    source = write(tmp_path / "in.gguf", ["Q4_1"])
+    whole = expand(source, tmp_path / "whole.gguf", progress=False).read_bytes()
+    monkeypatch.setattr(module, "ROWS", 4)  # 6 rows: a full block and a part
+    assert expand(source, tmp_path / "blocks.gguf", progress=False).read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_the_step_of_k_quants_is_their_grid(kind):
+    """gguf-py reads k-quants and does not write them: random blocks, with a scale of 0.5 for all of them."""
+    qtype = gguf.GGMLQuantizationType[kind]
+    raw = np.random.default_rng(1).integers(0, 256, (6, gguf.GGML_QUANT_SIZES[qtype][1])).astype(np.uint8)
+    half = np.array([0.5], np.float16).view(np.uint8)
+    if kind == "Q6_K":
+        raw[:, -2:] = half
+    else:
+        raw[:, :4] = np.tile(half, 2)
+    values = gguf.quants.dequantize(raw, qtype)
+    steps = module._steps(SimpleNamespace(name="x", data=raw, tensor_type=qtype), 0, 6)
+    block = 16 if kind == "Q6_K" else 32
+    values, steps = values.reshape(-1, block), steps.reshape(-1, block)
+    assert (steps == steps[:, :1]).all()
+    used = steps[:, 0] > 0
+    gaps = np.diff(np.sort(values[used], axis=1), axis=1) / steps[used, 1:]
+    np.testing.assert_allclose(gaps, np.round(gaps), atol=2e-3)
+    assert np.round(gaps[gaps > 0.5]).min() == 1  # and on no coarser one
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_is_one_step_wide(tmp_path, kind):
+    source, name = write(tmp_path / "in.gguf", [kind]), "blk.0.attn_q.weight"
+    result = make_reference(source, tmp_path / "out.gguf", seed=3, progress=False)
+    step = module._steps(gguf.GGUFReader(source).tensors[0], 0, 6)
+    gaps = np.diff(np.sort(weights(source)[name][0, :32])) / step[0, 0]
+    np.testing.assert_allclose(gaps, np.round(gaps), atol=2e-3)  # the step is the grid that the weights lie on
+    share = (weights(result)[name] - weights(source)[name]) / step
+    assert np.abs(share).max() <= 0.5001 and share.std() == pytest.approx(1 / np.sqrt(12), rel=0.15)
+    np.testing.assert_array_equal(weights(result)["output_norm.weight"], weights(source)["output_norm.weight"])
+    assert gguf.GGUFReader(result).fields["general.name"].contents().endswith("not the original")
+    again = make_reference(source, tmp_path / "again.gguf", seed=3, progress=False)
+    other = make_reference(source, tmp_path / "other.gguf", seed=4, progress=False)
+    assert again.read_bytes() == result.read_bytes() and (weights(other)[name] != weights(result)[name]).any()
+
+
+def test_what_cannot_be_expanded(tmp_path):
+    source = write(tmp_path / "in.gguf", KINDS)
+    with pytest.raises(QuantizeError, match="use quantize"):
+        expand(source, tmp_path / "out.gguf", "Q8_0")
+    with pytest.raises(ModelNotFoundError, match="list_models"):
+        expand(tmp_path / "none.gguf", tmp_path / "out.gguf")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(source.read_bytes()[:200])
+    with pytest.raises(ModelLoadError, match="not a readable GGUF"):
+        expand(broken, tmp_path / "out.gguf")
+    part = write(tmp_path / "part.gguf", ["F32"], extra=[("split.count", 2)])
+    with pytest.raises(QuantizeError, match="one of 2 parts"):
+        expand(part, tmp_path / "out.gguf")
+    unknown = tmp_path / "tq.gguf"
+    write(unknown, ["TQ2_0"], width=256)
+    with pytest.raises(QuantizeError, match="TQ2_0: make_reference.. knows"):
+        make_reference(unknown, tmp_path / "out.gguf", progress=False)
+    assert not (tmp_path / "out.gguf").exists() and not list(tmp_path.glob(".*partial"))
+
+
+def test_a_full_disk_is_seen_beforehand(tmp_path, monkeypatch):
+    source = write(tmp_path / "in.gguf", KINDS)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(QuantizeError, match="0.00 GB free"):
+        expand(source, tmp_path / "out.gguf", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.gguf"]
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path):
+    """A file size limit stands in for the full disk: writing fails half way, in a process of its own."""
+    source = write(tmp_path / "in.gguf", ["Q8_0"] * 40, width=4096)
+    script = (
+        "import resource, signal, sys\n"
+        "from llamatelemetry.expand import QuantizeError, expand\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "try:\n    expand(sys.argv[1], sys.argv[2], progress=False)\n"
+        "except QuantizeError as error:\n    print(error)\n")
+    done = subprocess.run([sys.executable, "-c", script, source, tmp_path / "out.gguf"], capture_output=True, text=True)
+    assert "Could not write" in done.stdout and "Nothing was left behind" in done.stdout, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["in.gguf"]
+
+
+def test_fallbacks_are_named(tmp_path):
+    narrow = write(tmp_path / "narrow.gguf", ["Q5_0", "Q8_0", "F32"], width=96,
+                   file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    table = fallbacks(narrow)
+    assert table[["type", "instead_of", "row_width"]].values.tolist() == [["Q5_0", "Q4_K", 96], ["Q8_0", "Q6_K", 96]]
+    wide = write(tmp_path / "wide.gguf", ["Q5_0"], width=256, file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    plain = write(tmp_path / "plain.gguf", ["Q8_0"], width=96, file_type=gguf.LlamaFileType.MOSTLY_Q8_0)
+    assert len(fallbacks(wide)) == len(fallbacks(plain)) == 0
+
+
+def test_a_missing_tool_is_explained(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(QuantizeError, match="llama-nonsense is not on this machine.*engine build"):
+        tool("llama-nonsense")
+
+
+@pytest.mark.slow
+def test_llama_quantize(smollm2, tmp_path):
+    reference = make_reference(smollm2, tmp_path / "reference.gguf", progress=False)
+    files = quantizations(reference, ["Q8_0", "Q4_K_M"], tmp_path, progress=False)
+    assert len(fallbacks(files["Q4_K_M"])) == 181 and len(fallbacks(files["Q8_0"])) == 0
+    assert (fallbacks(files["Q4_K_M"])["type"] == "Q5_0").sum() == 166
+    before = files["Q8_0"].stat().st_mtime_ns
+    assert quantizations(reference, ["Q8_0"], tmp_path, progress=False)["Q8_0"].stat().st_mtime_ns == before
+    mixed = quantize(reference, tmp_path / "mixed.gguf", "Q4_0", progress=False,
+                     tensor_types={r"blk\.3\.ffn_(up|gate|down)\.weight": "Q8_0"})
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(mixed).tensors}
+    assert kinds["blk.3.ffn_up.weight"] == "Q8_0" and kinds["blk.4.ffn_up.weight"] == "Q4_0"
+    with pytest.raises(QuantizeError, match="importance matrix"):
+        quantize(reference, tmp_path / "no.gguf", "IQ2_XXS", progress=False)
+    with pytest.raises(QuantizeError, match="invalid ftype|Could not quantize"):
+        quantize(reference, tmp_path / "no.gguf", "Q3_NONSENSE", progress=False)
+    with pytest.warns(UserWarning, match="quantized already"):
+        quantize(smollm2, tmp_path / "again.gguf", "Q8_0", progress=False)
+    assert not (tmp_path / "no.gguf").exists() and not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.slow
+def test_importance_matrix(smollm2, tmp_path):
+    from llamatelemetry.compare import load_text
+
+    made = imatrix(smollm2, load_text()[:4000], tmp_path / "imatrix.gguf", n_ctx=128, chunks=2, progress=False)
+    names = {t.name for t in gguf.GGUFReader(made).tensors}
+    assert any("blk.0.attn_q.weight" in name for name in names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = quantize(smollm2, tmp_path / "plain.gguf", "Q4_0", progress=False)
+        weighed = quantize(smollm2, tmp_path / "weighed.gguf", "Q4_0", imatrix=made, progress=False)
+    assert plain.stat().st_size < weighed.stat().st_size + 10_000 and plain.read_bytes() != weighed.read_bytes()
+    with pytest.raises(QuantizeError, match="at least"):
+        imatrix(smollm2, "Call me Ishmael.", tmp_path / "short.gguf", progress=False)
+    with pytest.raises(ModelNotFoundError, match="imatrix"):
+        quantize(smollm2, tmp_path / "no.gguf", "Q4_0", imatrix=tmp_path / "none.gguf", progress=False)
+    assert not (tmp_path / "short.gguf").exists()
