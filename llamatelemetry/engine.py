@@ -1,42 +1,17 @@
 """InferenceEngine: the one object that a notebook holds. Text comes from llama-server, captures from the worker."""
 
 import json
-import math
 import os
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from . import gpus
+from .completion import InferResult, as_result, request_body  # noqa: F401  InferResult is public here
 from .errors import LlamaTelemetryError, ServerError, WorkerCrashedError
 from .server import ServerManager, find_server, physical_cores
 
 DEFAULT_CTX = 4096  # tokens, where the model was trained for more: a KV cache for 128k tokens does not fit a T4
-
-
-@dataclass
-class InferResult:
-    """What infer() returns; str() is the text.
-
-    text; tokens_generated; latency_ms: wall time of the whole request; tokens_per_sec: decode speed, the prompt and
-    the token that comes out of it excluded (nan for fewer than two tokens); prompt_tokens; prompt_tokens_per_sec;
-    stop_reason: "eos", "word" (a stop sequence), "limit" (max_tokens, or the context is full) or "none";
-    stop_word: the sequence that stopped it, or ""; probabilities: DataFrame or None, see infer().
-    """
-
-    text: str
-    tokens_generated: int
-    latency_ms: float
-    tokens_per_sec: float
-    prompt_tokens: int
-    prompt_tokens_per_sec: float
-    stop_reason: str
-    stop_word: str = ""
-    probabilities: object = field(default=None, repr=False)
-
-    def __str__(self):
-        return self.text
 
 
 class InferenceEngine:
@@ -89,6 +64,8 @@ class InferenceEngine:
                                   threads=server_kwargs.get("threads") or physical_cores(),
                                   tensor_split=gpus.parse_split(self.plan.split) if self.plan.split else None)
         self.model = opened
+        if not silent and not (found := self.fit(server=auto_start)).fits:
+            print(found)  # not an error: llama.cpp may leave layers in the machine's memory, and captures come later
         if auto_start:
             try:
                 self._start_server()
@@ -128,8 +105,8 @@ class InferenceEngine:
             self._loaded()
             missing = {key: value for key, value in needs.items() if self._server_args.get(key) != value}
             if missing and self._in_flight:
-                raise ServerError("llama-server is answering another request and must be restarted for embeddings. Wait "
-                                  "for it, or call load_model(..., embeddings=True) to have both from the start.")
+                raise ServerError("llama-server is answering another request and must be restarted for embeddings. "
+                                  "Wait for it, or call load_model(..., embeddings=True) to have both at once.")
             if missing or not self.server.is_running():
                 self._start_server(**missing)
             self._in_flight += 1
@@ -153,11 +130,11 @@ class InferenceEngine:
 
         Raises ServerError: empty prompt, prompt longer than the context, server gone (the next call starts it again).
         """
-        body = _body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options)
+        body = request_body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options)
         with self._serving() as server:
             started = time.perf_counter()
             answer = server.post("/completion", body)
-            return _result(answer, 1000 * (time.perf_counter() - started))
+            return as_result(answer, 1000 * (time.perf_counter() - started))
 
     def infer_stream(self, prompt, max_tokens=128, temperature=0.7, top_p=0.9, top_k=40, seed=0, stop_sequences=None,
                      **options):
@@ -165,7 +142,7 @@ class InferenceEngine:
 
         A piece is never half a character. Leaving the loop (or closing the generator) ends the generation.
         """
-        body = _body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, 0, options)
+        body = request_body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, 0, options)
         self._loaded()  # what is wrong is said at the call, not at the first piece
         return self._pieces(body | {"stream": True})
 
@@ -257,14 +234,14 @@ class InferenceEngine:
                 raise
 
     def capture(self, text, **kwargs):
-        """Run the model over a text (or token ids) and return its tensors: llamatelemetry.capture.session.CaptureSession.capture.
+        """Run the model over a text (or token ids) and return its tensors, a Capture: see CaptureSession.capture.
 
         stages=("attention", "hidden"), layers=None, queries=None, edits=(), generate=0, seed=0, temperature=0.0.
         """
         return self._call("capture", text, **kwargs)
 
     def head_statistics(self, text, **kwargs):
-        """Statistics of every head in bounded memory, an xarray.Dataset of (layer, head): CaptureSession.head_statistics."""
+        """Statistics of every head in bounded memory, a Dataset of (layer, head): CaptureSession.head_statistics."""
         return self._call("head_statistics", text, **kwargs)
 
     def score(self, text, **kwargs):
@@ -278,7 +255,7 @@ class InferenceEngine:
     # ---- where things are -----------------------------------------------------------------------------------------
 
     def placement(self):
-        """Which process sits on which GPU with how much memory, as the driver reports it: llamatelemetry.gpus.placement."""
+        """Which process sits on which GPU with how much memory, as the driver reports it: see gpus.placement."""
         processes = {"notebook": os.getpid()}
         if self.server.is_running():
             processes["llama-server"] = self.server.pid
@@ -287,62 +264,13 @@ class InferenceEngine:
         return gpus.placement(processes)
 
     def fit(self, ctx_size=None, **kwargs):
-        """Does the loaded model fit, as server and capture worker together: llamatelemetry.gpus.fit."""
-        model = self._loaded()
+        """Does the loaded model fit, as server and capture worker together: see llamatelemetry.fit.fit.
+
+        What our own processes hold on the GPU already counts as there.
+        """
+        model, table = self._loaded(), self.placement()
+        if self.plan.inference and kwargs.get("memory_bytes") is None:
+            held = table.loc[table["process"] != "notebook", "memory_mib"].fillna(0).sum()
+            kwargs["memory_bytes"] = int(held * 2**20) + min(gpu.free_bytes for gpu in gpus.list_gpus()
+                                                             if gpu.uuid in {g.uuid for g in self.plan.inference})
         return gpus.fit(model, ctx_size or self._server_args["ctx_size"], self._server_args["n_parallel"], **kwargs)
-
-
-def _body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options):
-    if not isinstance(prompt, str):
-        prompt = [int(token) for token in prompt]
-    if len(prompt) == 0:
-        raise ServerError("The prompt is empty: there is nothing to continue.")
-    if isinstance(stop_sequences, str):
-        stop_sequences = [stop_sequences]
-    return {
-        "prompt": prompt,
-        "n_predict": int(max_tokens),
-        "temperature": float(temperature),
-        "top_p": float(top_p),
-        "top_k": int(top_k),
-        "min_p": 0.0,  # llama-server's default is 0.05: a limit that nobody asked for
-        "seed": -1 if seed is None else int(seed),
-        "stop": list(stop_sequences or ()),
-        "n_probs": int(n_probs),
-        # A prompt that is partly reused is computed in other batches, whose sums round differently: same seed, other text.
-        "cache_prompt": False,
-    } | options
-
-
-def _result(answer, latency_ms):
-    times, n = answer["timings"], answer["tokens_predicted"]
-    # The first token comes out of the prompt's pass, so n tokens are n - 1 decodes.
-    speed = 1000 * (n - 1) / times["predicted_ms"] if n > 1 and times["predicted_ms"] > 0 else math.nan
-    tops = answer.get("completion_probabilities")
-    return InferResult(answer["content"], n, latency_ms, speed, answer["tokens_evaluated"],
-                       1000 * times["prompt_n"] / times["prompt_ms"] if times["prompt_ms"] > 0 else math.nan,
-                       answer.get("stop_type", "none"), answer.get("stopping_word", ""), _probabilities(tops))
-
-
-def _probabilities(tokens):
-    import pandas as pd
-
-    if not tokens:
-        return None
-    rows = []
-    for position, token in enumerate(tokens):
-        tops = token["top_logprobs"]
-        rows += [(position, rank, top, top["id"] == token["id"]) for rank, top in enumerate(tops)]
-        if not any(top["id"] == token["id"] for top in tops):
-            rows.append((position, None, token, True))  # sampled from further down: its rank is not reported
-    table = [(position, rank, top["id"], _piece(top), math.exp(top["logprob"]), top["logprob"], chosen)
-             for position, rank, top, chosen in rows]
-    return pd.DataFrame(table, columns=["position", "rank", "id", "piece", "prob", "logprob", "chosen"]).astype({"rank": "Int64"})
-
-
-def _piece(token):
-    raw = bytes(token["bytes"])
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw

@@ -179,8 +179,8 @@ def assign_analytics(chosen=None):
     others = [] if seen is None or seen[:1] == [gpu.uuid] else [g for g in list_gpus() if g.uuid in seen]
     others = others or [g for g in list_gpus() if g.uuid != gpu.uuid and os.getpid() in _processes(g)[0]]
     if others:
-        guilty = [name for name in ("cudf", "cuml", "cugraph", "cupy", "rmm", "torch", "numba.cuda", "tensorflow", "jax")
-                  if name in sys.modules]
+        users = ("cudf", "cuml", "cugraph", "cupy", "rmm", "torch", "numba.cuda", "tensorflow", "jax")
+        guilty = [name for name in users if name in sys.modules]
         raise GpuError(f"CUDA was started in this process before the GPUs were assigned"
                        f"{' (imported: ' + ', '.join(guilty) + ')' if guilty else ''}: it sits on "
                        f"{' and '.join(map(str, others))}, analytics belongs on {gpu}. Restart the kernel and make "

@@ -6,8 +6,9 @@ thread, holds the read end of a pipe whose other end only the parent has, and ki
 If this process itself is killed, the kernel kills the command, because here the thread rule does no harm.
 
 It is started as a plain script (`python -I -S guard.py GRACE FOLDER COMMAND...`), so it imports nothing of the package:
-stdin is the parent's pipe (a byte asks for a polite stop, end of file means that the parent is gone), stdout takes one
-line with the command's process id, stderr is the command's log. FOLDER ("" for none) is removed when the parent is gone.
+stdin is the parent's pipe (a byte asks for a polite stop, end of file means that the parent is gone), stdout takes
+one line with the command's process id, stderr is the command's log. FOLDER ("" for none) is removed when the parent
+is gone.
 """
 
 import os

@@ -41,7 +41,8 @@ def find_server(path=None):
             return file.resolve()
     if on_path := shutil.which("llama-server"):
         return Path(on_path).resolve()
-    raise ServerError(f"No llama-server: not in LLAMA_SERVER_PATH, not beside the installed engine, not on PATH. {_MEND}")
+    raise ServerError("No llama-server: not in LLAMA_SERVER_PATH, not beside the installed engine, not on PATH. "
+                      + _MEND)
 
 
 def physical_cores():
@@ -78,8 +79,8 @@ class ServerManager:
     """One llama-server, owned by this process and dead with it.
 
     server_path: llama-server, else where find_server() finds one, at the first start.
-    Attributes once started: url, host, port, pid, model_path, log (its log file), offload (what its log says about layers on
-    the GPU, "" where it says nothing).
+    Attributes once started: url, host, port, pid, model_path, log (its log file), offload (what its log says about
+    layers on the GPU, "" where it says nothing).
     """
 
     def __init__(self, server_path=None):

@@ -1,4 +1,4 @@
-"""What the tests share: the embedded model, engines, a browser, and a check that nothing of ours outlives the session."""
+"""What the tests share: the embedded model, engines, a browser, a check that nothing of ours outlives the session."""
 
 import os
 import shutil

@@ -11,6 +11,7 @@ import pytest
 
 from llamatelemetry import (InferenceEngine, LlamaTelemetryError, ModelLoadError, ModelNotFoundError, ServerError,
                             WorkerCrashedError)
+from llamatelemetry import completion
 from llamatelemetry import engine as module
 
 PROMPT = "The capital of France is"
@@ -28,11 +29,11 @@ def test_nothing_is_loaded(call):
 def test_result_is_its_text():
     answer = {"content": "ab", "tokens_predicted": 3, "tokens_evaluated": 5, "stop_type": "eos",
               "timings": {"predicted_ms": 100.0, "prompt_ms": 50.0, "prompt_n": 5}}
-    result = module._result(answer, 170.0)
+    result = completion.as_result(answer, 170.0)
     assert str(result) == result.text == "ab" and result.latency_ms == 170.0
     assert result.tokens_per_sec == 20  # the first of three tokens comes out of the prompt: two decodes in 0.1 s
     assert result.prompt_tokens_per_sec == 100
-    assert np.isnan(module._result(answer | {"tokens_predicted": 1}, 1.0).tokens_per_sec)
+    assert np.isnan(completion.as_result(answer | {"tokens_predicted": 1}, 1.0).tokens_per_sec)
 
 
 def test_probabilities_keep_the_sampled_token():
@@ -40,16 +41,18 @@ def test_probabilities_keep_the_sampled_token():
     def token(i, logprob, raw):
         return {"id": i, "logprob": logprob, "bytes": list(raw)}
 
-    table = module._probabilities([token(7, -3.0, b" z") | {"top_logprobs": [token(1, -0.5, b"\xf0\x9f")]}])
+    table = completion._probabilities([token(7, -3.0, b" z") | {"top_logprobs": [token(1, -0.5, b"\xf0\x9f")]}])
     assert table["id"].tolist() == [1, 7] and table["chosen"].tolist() == [False, True]
     assert table["piece"].tolist() == [b"\xf0\x9f", " z"]
-    assert table["prob"].tolist() == pytest.approx(np.exp([-0.5, -3.0])) and table["rank"].isna().tolist() == [False, True]
+    assert table["prob"].tolist() == pytest.approx(np.exp([-0.5, -3.0]))
+    assert table["rank"].isna().tolist() == [False, True]
 
 
 def test_zero_is_a_seed():
-    body = module._body("x", 1, 0.7, 0.9, 40, 0, None, 0, {})
-    assert body["seed"] == 0 and module._body("x", 1, 0.7, 0.9, 40, None, None, 0, {})["seed"] == -1
-    assert module._body("x", 1, 0.7, 0.9, 40, 0, "END", 0, {"min_p": 0.1}) == body | {"stop": ["END"], "min_p": 0.1}
+    body = completion.request_body("x", 1, 0.7, 0.9, 40, 0, None, 0, {})
+    assert body["seed"] == 0 and completion.request_body("x", 1, 0.7, 0.9, 40, None, None, 0, {})["seed"] == -1
+    other = completion.request_body("x", 1, 0.7, 0.9, 40, 0, "END", 0, {"min_p": 0.1})
+    assert other == body | {"stop": ["END"], "min_p": 0.1}
 
 
 class Session:

@@ -1,4 +1,4 @@
-"""Who gets which GPU, with recorded drivers of two T4s, one and none; and what fits, against llama.cpp's own figures."""
+"""Who gets which GPU, with recorded drivers of two T4s, one and none; what fits, against llama.cpp's own figures."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""llama-server's life: found, started, watched, stopped. A small script stands in for it where its work is not needed."""
+"""llama-server's life: found, started, watched, stopped. A script stands in for it where its work is not needed."""
 
 import http.server
 import os
@@ -200,7 +200,8 @@ def guarded(tmp_path, before="", after="time.sleep(60)"):
     folder = tmp_path / "folder"
     folder.mkdir()
     script = (f"import os, time, threading\nfrom llamatelemetry import guard\n{before}\n"
-              f"g, pid = guard.popen(['/bin/sleep', '60'], open({str(folder / 'log')!r}, 'wb'), folder={str(folder)!r})\n"
+              f"log = open({str(folder / 'log')!r}, 'wb')\n"
+              f"g, pid = guard.popen(['/bin/sleep', '60'], log, folder={str(folder)!r})\n"
               f"print(g.pid, pid, flush=True)\n{after}")
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     return parent, *map(int, parent.stdout.readline().split()), folder
@@ -280,7 +281,8 @@ def test_start_and_stop(smollm2, llama_server, scratch, capsys):
 def test_kernel_killed(smollm2, llama_server):
     """What a user's kernel restart does at its worst: SIGKILL, no clean-up of any kind."""
     script = ("import sys, time\nfrom llamatelemetry import ServerManager\nm = ServerManager(sys.argv[1])\n"
-              "m.start_server(sys.argv[2], ctx_size=512, silent=True)\nprint(m.pid, m.log.parent, flush=True)\ntime.sleep(60)")
+              "m.start_server(sys.argv[2], ctx_size=512, silent=True)\n"
+              "print(m.pid, m.log.parent, flush=True)\ntime.sleep(60)")
     kernel = subprocess.Popen([sys.executable, "-c", script, llama_server, smollm2], stdout=subprocess.PIPE, text=True)
     pid, folder = kernel.stdout.readline().split()
     assert alive(int(pid)) and Path(folder).exists()
