@@ -21,7 +21,7 @@ from .data import Capture, label, token_table
 from .edits import flatten
 from .names import STAGES
 
-KEPT_ARENAS, KEPT_BYTES = 2, 2**30  # memory that stays taken between captures, at most
+KEPT_ARENAS, KEPT_SHARE = 2, 8  # arenas kept between captures, each at most 1/8 of what its folder has free
 
 
 class CaptureSession:
@@ -189,10 +189,12 @@ class CaptureSession:
     @staticmethod
     def _release(free, arena):
         """Once no array looks at an arena any more, the next capture writes into it: its pages are there already."""
-        if len(free) < KEPT_ARENAS and arena.exists() and arena.stat().st_size <= KEPT_BYTES:
-            free.append(arena)
-        else:
-            arena.unlink(missing_ok=True)
+        if len(free) < KEPT_ARENAS and arena.exists():
+            room = shutil.disk_usage(arena.parent).free
+            if arena.stat().st_size * KEPT_SHARE <= room:
+                free.append(arena)
+                return
+        arena.unlink(missing_ok=True)
 
     def _file(self, kind, suffix=""):
         self._count += 1

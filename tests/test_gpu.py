@@ -1,0 +1,138 @@
+"""What only an NVIDIA GPU can show: CUDA captures against the CPU's, placement, and memory given back.
+
+CI has no GPU; the last real run is in tests/benchmarks/results/gpu_tests.txt.
+"""
+
+import time
+
+import numpy as np
+import psutil
+import pytest
+from models import IDS, tiny_model
+
+from llamatelemetry import InferenceEngine, ablate_head, patch, scale
+from llamatelemetry.capture.session import CaptureSession
+
+pytestmark = pytest.mark.gpu
+STAGES = ("attn_norm", "ffn_norm", "q", "k", "v", "q_pre", "k_pre", "scores", "attention", "attn_heads", "attn_out",
+          "ffn_out", "ffn_act", "hidden", "final_norm", "logits")  # fmt: skip
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cuda():
+    """Skips unless there is a GPU and an engine built for it."""
+    from llamatelemetry.gpus import list_gpus
+
+    if not list_gpus():
+        pytest.skip("no NVIDIA GPU on this machine")
+    import llama_cpp
+
+    if not llama_cpp.llama_supports_gpu_offload():
+        pytest.skip("the engine was built without CUDA: `llamatelemetry engine build --cuda ARCH`")
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gemma3", "qwen3", "phi3"])
+def pair(request, tmp_path_factory):
+    """The same F32 file on the GPU and on the CPU."""
+    path = tiny_model(request.param, tmp_path_factory.mktemp("models"))
+    with CaptureSession(path) as gpu, CaptureSession(path, env=NO_GPU, gpu_layers=0) as cpu:
+        yield gpu, cpu
+
+
+def relative(a, b):
+    """Root mean square of the difference over that of b. ggml lets cuBLAS round F32 factors to TF32 (10 bits)."""
+    return np.sqrt(np.mean((a - b) ** 2) / max(np.mean(b**2), 1e-18))
+
+
+def test_every_stage_equals_the_cpus(pair):
+    gpu, cpu = (session.capture(IDS, (*STAGES, "mask")) for session in pair)
+    worst = {stage: float(relative(gpu[stage].values, cpu[stage].values)) for stage in STAGES if stage != "scores"}
+    allowed = np.isfinite(cpu.mask.values)[:, None]  # scores of masked pairs are never used
+    a, b = (np.where(allowed, cap.scores.values, 0) for cap in (gpu, cpu))
+    worst["scores"] = float(relative(a, b))
+    assert max(worst.values()) < 1e-3, worst
+
+
+def test_logits_are_the_same_bits_with_and_without_capture(pair):
+    gpu, _ = pair
+    alone = gpu.capture(IDS, "logits").logits.values
+    np.testing.assert_array_equal(gpu.capture(IDS, STAGES).logits.values, alone)
+    np.testing.assert_array_equal(-gpu.score(IDS)["logprob"].mean(), gpu.sweep(IDS, {"none": []}, False).attrs["base_loss"])
+
+
+@pytest.mark.parametrize("edit", ["head", "mean", "scale", "patch"])
+def test_edits_do_what_they_do_on_the_cpu(pair, edit):
+    source = pair[1].capture(IDS[::-1], "hidden")
+    edits = {"head": ablate_head(1, 2), "mean": ablate_head(1, 2, "mean"), "scale": scale("ffn_out", 0, 0.25, positions=[3]),
+             "patch": patch("hidden", 1, source, positions=[5, 6])}[edit]  # fmt: skip
+    gpu, cpu = (session.capture(IDS, ("logits", "attn_heads"), edits=edits) for session in pair)
+    assert relative(gpu.logits.values, cpu.logits.values) < 1e-3
+    assert relative(gpu.logits.values, pair[0].capture(IDS, "logits").logits.values) > 1e-3
+
+
+def test_statistics_on_the_device_equal_the_cpus(pair):
+    options = {"patterns": {"some": [(3, 1), (20, 4), (27, 27)]}}
+    gpu, cpu = (session.head_statistics(IDS, **options) for session in pair)
+    for name in cpu:
+        np.testing.assert_allclose(gpu[name].values, cpu[name].values, atol=2e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_several_ubatches_and_generation(architecture, tmp_path):
+    path = tiny_model(architecture, tmp_path)
+    with CaptureSession(path) as one, CaptureSession(path, n_ubatch=9) as several:
+        a, b = (session.capture(IDS, STAGES, generate=4) for session in (one, several))
+        for stage in set(STAGES) - {"scores"}:
+            assert relative(a[stage].values, b[stage].values) < 1e-3, stage
+        part = several.capture(IDS, "attention", queries=[2, 20], layers=[1])
+        whole = several.capture(IDS, "attention")
+        np.testing.assert_array_equal(part.attention.values[0], whole.attention.sel(layer=1).values[:, [2, 20]])
+
+
+def test_without_cupy_the_tensors_are_copied_and_equal(tmp_path, monkeypatch):
+    path = tiny_model("gemma2", tmp_path)
+    blocked = tmp_path / "no_cupy"
+    (blocked / "cupy").mkdir(parents=True)
+    (blocked / "cupy" / "__init__.py").write_text("raise ImportError('blocked by a test')")
+    monkeypatch.setenv("PYTHONPATH", str(blocked))
+    with CaptureSession(path) as without:
+        assert not without.facts["cupy"]
+        copied, sums = without.capture(IDS, STAGES, edits=ablate_head(0, 1)), without.head_statistics(IDS)
+    monkeypatch.undo()
+    with CaptureSession(path) as session:
+        assert session.facts["cupy"]
+        looked, reduced = session.capture(IDS, STAGES, edits=ablate_head(0, 1)), session.head_statistics(IDS)
+    for stage in STAGES:
+        np.testing.assert_array_equal(copied[stage].values, looked[stage].values, err_msg=stage)
+    np.testing.assert_allclose(reduced.to_array(), sums.to_array(), atol=1e-5)
+
+
+def test_quantized_kernels_agree_within_two_percent(smollm2):
+    text = "The capital of France is Paris, and the capital of Italy is Rome."
+    with CaptureSession(smollm2) as gpu, CaptureSession(smollm2, env=NO_GPU, gpu_layers=0) as cpu:
+        a, b = (session.capture(text, ("attention", "hidden", "logits")) for session in (gpu, cpu))
+    for stage in ("attention", "hidden", "logits"):
+        rms = np.sqrt(np.mean((a[stage].values - b[stage].values) ** 2) / np.mean(b[stage].values ** 2))
+        assert rms < 2e-2, (stage, rms)
+
+
+def test_server_and_worker_sit_on_the_gpu_and_give_it_back(smollm2):
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    before = pynvml.nvmlDeviceGetMemoryInfo(handle).used
+    with InferenceEngine() as engine:
+        engine.load_model(smollm2, silent=True)
+        engine.infer("Hello", max_tokens=4)
+        engine.capture("Hello", stages="hidden")
+        table = engine.placement()
+        print(table.to_string())
+        during = pynvml.nvmlDeviceGetMemoryInfo(handle).used
+        assert during - before > 100 * 2**20
+    deadline = time.monotonic() + 10
+    while (after := pynvml.nvmlDeviceGetMemoryInfo(handle).used) > before + 2**20 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert after <= before + 2**20
+    assert not [p for p in psutil.Process().children(recursive=True) if "llama" in " ".join(p.cmdline())]
