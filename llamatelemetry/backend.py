@@ -15,7 +15,7 @@ from .analysis import layout as graph_layout
 from .errors import GpuError
 
 _EXTRA = 8  # candidates beyond k that are ranked again in double precision
-_BLOCK = 1 << 26  # elements of the largest temporary in `neighbors`
+_BLOCK = 1 << 24  # elements of the largest temporary in `neighbors`
 
 
 @lru_cache(maxsize=None)
@@ -116,7 +116,8 @@ class CpuBackend:
 
     def neighbors(self, x, k, metric="cosine", queries=None, progress=False):
         """The k nearest rows of x, exact: candidates from the library, ranked again in double precision, so that CPU
-        and GPU agree; equal distances are ordered by index. Memory is bounded at any n.
+        and GPU agree; equal distances are ordered by index (of more than k + 8 equal ones, any). Memory is bounded at
+        any n.
 
         x: (n, width); queries: (m, width), or None for the rows of x, each without itself.
         metric: "cosine" (1 - cosine; rows of zeros: 1 from all others) or "euclidean".
