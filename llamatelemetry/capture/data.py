@@ -82,8 +82,9 @@ class Capture:
         pieces = [bytes.fromhex(p) if raw else p for p, raw in zip(rows["piece"], rows["bytes"])]
         tokens = token_table(rows["id"], pieces, rows["generated"])
         layers = pd.DataFrame(facts["layers"]).set_index("layer")
+        known = piece_array(tokens)
         labelled = {
-            name: label(name, array, facts["coords"][name].get("layer"), tokens, facts["positions"][name])
+            name: label(name, array, facts["coords"][name].get("layer"), known, facts["positions"][name])
             for name, array in arrays.items()
         }
         return cls(labelled, tokens, facts["model"], layers)
@@ -98,17 +99,26 @@ def token_table(ids, pieces, generated):
     return pd.DataFrame({"position": range(len(ids)), "id": ids, "piece": pieces, "generated": generated})
 
 
-def label(stage, array, layers, tokens, queries=None):
-    """A DataArray with the stage's dims: `layer` numbers, pieces on token, query and key, their positions beside."""
+def label(stage, array, layers, pieces, queries=None):
+    """A DataArray with the stage's dims: `layer` numbers, pieces on token, query and key, their positions beside.
+
+    pieces: object array of the tokens' pieces (`piece_array`).
+    """
     import xarray as xr
 
     facts = STAGES[stage]
     dims = (("layer",) if facts.per_layer else ()) + facts.dims
+    coords = {"layer": list(layers)} if facts.per_layer else {}
+    for dim in dims:
+        if dim in ("token", "query", "key"):
+            chosen = np.arange(len(pieces)) if dim != "query" or queries is None else np.asarray(queries)
+            coords[dim] = (dim, pieces[chosen])
+            coords[f"{dim}_position"] = (dim, chosen)
+    return xr.DataArray(array, dims=dims, coords=coords, name=stage, attrs={"positions": queries} if queries else {})
+
+
+def piece_array(tokens):
+    """The pieces of a token table as an object array (text, or bytes where a piece is not UTF-8)."""
     pieces = np.empty(len(tokens), object)
     pieces[:] = tokens["piece"].tolist()
-    coords = {"layer": list(layers)} if facts.per_layer else {}
-    for dim in {"token", "query", "key"} & set(dims):
-        chosen = np.arange(len(tokens)) if dim != "query" or queries is None else np.asarray(queries)
-        coords[dim] = (dim, pieces[chosen])
-        coords[f"{dim}_position"] = (dim, chosen)
-    return xr.DataArray(array, dims=dims, coords=coords, name=stage, attrs={"positions": queries} if queries else {})
+    return pieces

@@ -12,6 +12,15 @@ from .graph import Graph
 MIN_CTX = 512
 
 
+DEBUG = 1
+
+
+def _log(level, text, _):
+    """llama.cpp's log without its debug lines: with a callback in place CUDA writes some at every node."""
+    if level != DEBUG:
+        os.write(2, text)
+
+
 class Runtime:
     """One loaded model. Only the worker process makes one: llama.cpp may abort the process it runs in."""
 
@@ -20,6 +29,8 @@ class Runtime:
         import llama_cpp
 
         self.api, self.ggml = llama_cpp, Ggml()
+        self._log = llama_cpp.llama_log_callback(_log)
+        llama_cpp.llama_log_set(self._log, None)
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers

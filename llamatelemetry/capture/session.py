@@ -17,7 +17,7 @@ import psutil
 from .. import errors
 from ..errors import CaptureError, WorkerCrashedError
 from ..gguf import GGUFFile
-from .data import Capture, label, token_table
+from .data import Capture, label, piece_array, token_table
 from .edits import flatten
 from .names import STAGES
 
@@ -97,11 +97,11 @@ class CaptureSession:
         weakref.finalize(memory, self._release, self._free, arena)
         n_given = len(answer["tokens"]) - self._generated(answer, text_or_ids, generate)
         tokens = self._tokens(answer["tokens"], n_given)
-        arrays = {}
+        arrays, pieces = {}, piece_array(tokens)
         for stage, part in answer["layout"].items():
             array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
             array = _crop(stage, array, len(tokens), queries)
-            arrays[stage] = label(stage, array, part["layers"], tokens, queries)
+            arrays[stage] = label(stage, array, part["layers"], pieces, queries)
         facts = pd.DataFrame(answer["layers"]).rename_axis("layer")
         return Capture(arrays, tokens, self.model_facts(), facts)
 
