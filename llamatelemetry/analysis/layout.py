@@ -45,8 +45,8 @@ def layout(edges, n_nodes, weights=None, dims=2, seed=0):
     igraph.set_random_number_generator(random.Random(seed))
     try:
         for part, radius, centre in zip(parts, radii, centres):
-            inside = to_unit(_force(graph.subgraph(part), dims, seed)) * radius * 0.9 if len(part) > 1 else 0.0
-            positions[part] = centre + inside
+            inside = _into_disc(_force(graph.subgraph(part), dims, seed)) if len(part) > 1 else 0.0
+            positions[part] = centre + 0.9 * radius * inside
     finally:
         igraph.set_random_number_generator(random)
     return to_unit(positions)
@@ -59,6 +59,17 @@ def _force(graph, dims, seed):
     weights = "weight" if "weight" in graph.es.attributes() else None
     method = graph.layout_drl if n > DRL_ABOVE else graph.layout_fruchterman_reingold
     return np.asarray(method(weights=weights, dim=dims, seed=start).coords)
+
+
+def _into_disc(positions):
+    """Positions in the unit disc by their 95th percentile; the few farther out are drawn in, so that a stray chain does
+    not shrink all the rest. (n, dims) -> (n, dims), at most 1.1 from the centre."""
+    positions = positions - positions.mean(axis=0)
+    distance = np.linalg.norm(positions, axis=1, keepdims=True)
+    distance, scale = np.maximum(distance, 1e-12), np.percentile(distance, 95) or 1.0
+    share = distance / scale
+    drawn = np.where(share > 1, 1 + 0.1 * np.tanh((share - 1) / 0.5), share)
+    return positions / distance * drawn
 
 
 def pack_discs(radii, dims=2, seed=0):

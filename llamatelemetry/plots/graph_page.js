@@ -29,7 +29,7 @@ function paints(encoding, count) {
   return {index, colors: [...Array.from({length: BINS}, (_, bin) => ramp((bin + 0.5) / BINS)), DATA.missing]};
 }
 const NODE = paints(DATA.color, N), EDGE = DATA.edgeColor ? paints(DATA.edgeColor, M) : null;
-const BASE = Math.max(2, Math.min(5, 90 / Math.sqrt(N)));
+const BASE = Math.max(1.6, Math.min(4.5, 55 / Math.sqrt(N)));  // CSS pixels
 const RADIUS = new Float32Array(N).fill(BASE);
 if (DATA.size) {
   const share = unpack(DATA.size.share);
