@@ -1,4 +1,4 @@
-"""A token embedding matrix: which token is which word, norms, anisotropy, spectrum, centrality, unused tokens, analogies.
+"""A token embedding matrix: words, norms, anisotropy, spectrum, centrality, unused tokens, analogies.
 
 Everything here takes the matrix as (vocabulary, width) float32, one row per token id, and works in blocks of rows.
 """
@@ -19,7 +19,7 @@ class EmbeddingError(LlamaTelemetryError, ValueError):
 def check_rows(matrix):
     """The matrix itself, or EmbeddingError: not two-dimensional, fewer than two rows, NaN or infinity (ids named)."""
     if np.ndim(matrix) != 2 or len(matrix) < 2:
-        raise EmbeddingError(f"An embedding matrix is (vocabulary, width) with two rows or more, not {np.shape(matrix)}.")
+        raise EmbeddingError(f"Embeddings are (vocabulary, width) with two rows or more, not {np.shape(matrix)}.")
     for start, block in blocks(matrix):
         bad = start + np.flatnonzero(~np.isfinite(block).all(axis=1))
         if len(bad):

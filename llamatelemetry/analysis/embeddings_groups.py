@@ -1,4 +1,4 @@
-"""Groups of embeddings: clusters against categories, neighbourhoods, k-NN networks, and two precisions of the same rows.
+"""Groups of embeddings: clusters against categories, neighbourhoods, k-NN networks, two precisions of the same rows.
 
 Neighbour indices come from `backend.neighbors`; every agreement is shown beside what shuffled labels give.
 """

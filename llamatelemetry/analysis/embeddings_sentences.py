@@ -32,17 +32,17 @@ def norm_sentence(norms, kinds):
 def spectrum_sentence(rank, rank_centred, rank_random, values, width):
     """Effective ranks of the matrix, the centred one and a random one; values: singular values as stored."""
     energy = np.asarray(values) ** 2 / np.sum(np.asarray(values) ** 2)
-    half = int(np.searchsorted(np.cumsum(energy), 0.5)) + 1
-    return (f"The effective rank is {rank:.0f} of {width} ({rank_centred:.0f} without the mean row, {rank_random:.0f} for a "
-            f"random matrix of this shape). The first direction holds {100 * energy[0]:.1f} % of the squared norm, and "
-            f"{half} of {width} directions hold half of it.")
+    most = int(np.searchsorted(np.cumsum(energy), 0.9)) + 1
+    return (f"The effective rank is {rank:.0f} of {width} ({rank_centred:.0f} without the mean row, {rank_random:.0f} "
+            f"for a random matrix of this shape). The first direction holds {100 * energy[0]:.1f} % of the squared "
+            f"norm, and {most} of {width} directions hold 90 % of it.")
 
 
 def anisotropy_sentence(value, raw, centred, n):
     """value: exact over all pairs; raw, centred: cosines of random pairs."""
     error = np.std(raw) / np.sqrt(len(raw))
-    return (f"Two different tokens have a mean cosine of {value:.3f} over all {n * (n - 1) // 2:,} pairs (random sample: "
-            f"{np.mean(raw):.3f} ± {error:.3f}); without the mean row it is {np.mean(centred):.3f}. "
+    return (f"Two different tokens have a mean cosine of {value:.3f} over all {n * (n - 1) // 2:,} pairs (random "
+            f"sample: {np.mean(raw):.3f} ± {error:.3f}); without the mean row it is {np.mean(centred):.3f}. "
             f"{100 * np.mean(np.asarray(raw) > 0):.0f} % of random pairs point the same way (cosine above 0), "
             f"{100 * np.mean(np.asarray(centred) > 0):.0f} % after centring.")
 
@@ -51,8 +51,9 @@ def projection_sentence(kept, k, variance, what):
     """kept: {view: mean share of the k nearest neighbours kept}; variance: share that 3 principal components hold."""
     best = max(kept, key=kept.get)
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in kept.items())
-    return (f"Of each token's {k} nearest neighbours among these {what}, the three dimensions keep: {shares}. Distances "
-            f"are read best in {best}; three principal components hold {100 * variance:.0f} % of the variance.")
+    return (f"Of each token's {k} nearest neighbours among these {what}, the three dimensions keep: {shares}. "
+            f"Neighbourhoods are read best in {best}; three principal components hold "
+            f"{100 * variance:.0f} % of the variance.")
 
 
 def clusters_sentence(table):
@@ -80,30 +81,43 @@ def contingency_sentence(table, name):
     pure = [category for category, row in found.iterrows()
             if row.max() >= 0.9 * table.loc[category].sum() and row.max() >= 0.9 * found[row.idxmax()].sum()]
     spread = (found.max(axis=1) / table.sum(axis=1)).sort_values()
-    return (f"{name}: one cluster holds nine tenths of a category and little else for {len(pure)} of {len(table)} categories"
-            + (f" ({', '.join(pure)})" if pure else "") + f"; the largest share of {spread.index[0]!r} in one cluster is "
-            f"{100 * spread.iloc[0]:.0f} %, the smallest of all.")
+    named = f" ({', '.join(pure)})" if pure else ""
+    return (f"{name}: for {len(pure)} of {len(table)} categories{named} one cluster holds nine tenths of its words and "
+            f"little else. Spread most is {spread.index[0]!r}: {100 * spread.iloc[0]:.0f} % of its words "
+            "are in one cluster.")
 
 
 def whole_sentence(kept, k, n, kinds, points, sample):
-    """kept: mean share of the k nearest neighbours that the map of all n tokens keeps; points: (n, 3) map; sample: ids."""
+    """kept: mean share of the k nearest neighbours that the map of all n tokens keeps; points: (n, 3); sample: ids."""
     kinds, points = np.asarray(kinds), np.asarray(points, np.float64)
     spread = {kind: float(np.linalg.norm(points[kinds == kind] - points[kinds == kind].mean(axis=0), axis=1).mean())
               for kind in sorted(set(kinds.tolist())) if (kinds == kind).sum() >= 20}
-    text = (f"The map of {n:,} tokens keeps {100 * kept:.0f} % of the {k} nearest neighbours (over {len(sample):,} tokens).")
-    if len(spread) > 1:
-        text += f" Closest together are tokens of kind {min(spread, key=spread.get)!r}, widest apart {max(spread, key=spread.get)!r}."
-    return text
+    text = f"The map of {n:,} tokens keeps {100 * kept:.0f} % of the {k} nearest neighbours of {len(sample):,} tokens."
+    if len(spread) < 2:
+        return text
+    return text + (f" Tokens of kind {min(spread, key=spread.get)!r} lie closest to their own centre, those of kind "
+                   f"{max(spread, key=spread.get)!r} farthest from it.")
 
 
 def pairs_sentence(cosines, texts, labels):
     """The closest pair of sentences, and the closest of two topics. cosines: (n, n)"""
     labels = np.asarray(labels)
     upper = np.triu(np.ones_like(cosines, bool), 1)
+    a, b = np.unravel_index(np.where(upper, cosines, -np.inf).argmax(), cosines.shape)
     across = upper & (labels[:, None] != labels)
-    first, other = (np.unravel_index(np.where(mask, cosines, -np.inf).argmax(), cosines.shape) for mask in (upper, across))
-    return (f"Closest: {texts[first[0]]!r} and {texts[first[1]]!r} ({cosines[first]:.2f}). Closest of two topics: "
-            f"{texts[other[0]]!r} ({labels[other[0]]}) and {texts[other[1]]!r} ({labels[other[1]]}), {cosines[other]:.2f}.")
+    c, d = np.unravel_index(np.where(across, cosines, -np.inf).argmax(), cosines.shape)
+    return (f"Closest: {texts[a]!r} and {texts[b]!r} ({cosines[a, b]:.2f}). Closest of two topics: {texts[c]!r} "
+            f"({labels[c]}) and {texts[d]!r} ({labels[d]}), {cosines[c, d]:.2f}.")
+
+
+def hubs_sentence(neighbors, pieces):
+    """neighbors: (n, k) indices; pieces: (n,). Hubs (Radovanovic et al. 2010): rows that many have as a neighbour."""
+    named = np.bincount(np.asarray(neighbors).ravel(), minlength=len(pieces))
+    order = np.argsort(-named, kind="stable")
+    top = max(len(pieces) // 100, 1)
+    return (f"{100 * named[order[:top]].sum() / named.sum():.0f} % of all places in the neighbour lists go to "
+            f"{top:,} of {len(pieces):,} tokens, most ({named[order[0]]:,}) to {pieces[order[0]]!r}; "
+            f"{(named == 0).sum():,} tokens are nobody's neighbour.")
 
 
 def network_sentence(edges, n_nodes, parts, threshold):
@@ -135,15 +149,15 @@ def isolated_sentence(cosine, pieces, ids):
 def unused_sentence(table, norms):
     """table: `unused_tokens`; norms: (vocabulary,)."""
     if not len(table):
-        return ("Nothing here tells an unused token: none is marked in the file, no two rows are equal, none is zero, and "
-                "there is no impossible byte to compare with.")
+        return ("Nothing here tells an unused token: none is marked in the file, no two rows are equal, none is zero, "
+                "and there is no impossible byte to compare with.")
     close = table[table.why == "as close to those"]
     known = len(table) - len(close)
     text = f"{known:,} tokens are known to be unused by their row, their byte or the file"
-    text += (f"; {len(close):,} more lie within cosine {close.score.min():.2f} of those, for example {_quoted(close.piece)}."
-             if len(close) else "; no other token is as close to those.")
-    return text + (f" Their norm has median {table.norm.median():.3g}; the vocabulary's is {np.median(norms):.3g}, so the "
-                   f"norm alone {'would' if _apart(table.norm, norms) else 'would not'} tell them.")
+    text += (f"; {len(close):,} more are as close to those as a cosine of {close.score.min():.2f}, for example "
+             f"{_quoted(close.piece)}." if len(close) else "; no other token is as close to those.")
+    return text + (f" Their norm has median {table.norm.median():.3g}, the vocabulary's {np.median(norms):.3g}: the "
+                   f"norm alone {'would' if _apart(table.norm, np.delete(norms, table.id)) else 'would not'} tell them.")
 
 
 def _apart(some, every):
@@ -168,14 +182,25 @@ def analogy_sentence(table):
 def senses_sentence(table, what="the sense of a word"):
     """table: `separation_by_layer`."""
     best = int(table.separation.idxmax())
-    above = table.index[table.separation > table.shuffled_p95]
+    above = table.index[table.separation > table.shuffled_p95 + 1e-9]  # equal rows differ by rounding
     if not len(above):
         return f"At no layer does {what} separate better than 95 % of shuffled labels do."
+    last = f"and is {table.separation.iloc[-1]:.2f} at the last" if best != table.index[-1] else "the last"
     return (f"Separation by {what} goes from {table.separation.iloc[0]:.2f} at layer {table.index[0]} to its largest, "
-            f"{table.separation[best]:.2f}, at layer {best}, and is {table.separation.iloc[-1]:.2f} at the last. It is first "
-            f"above 95 % of shuffled labels at layer {above[0]} and is so at {len(above)} of {len(table)} layers. There "
-            f"(layer {best}), {100 * table.agreement[best]:.0f} % of nearest neighbours agree; shuffled, "
+            f"{table.separation[best]:.2f}, at layer {best}, {last}. It is above 95 % of shuffled labels at "
+            f"{len(above)} of {len(table)} layers, first at layer {above[0]}. At layer {best}, "
+            f"{100 * table.agreement[best]:.0f} % of nearest neighbours agree; shuffled, "
             f"{100 * table.agreement_shuffled[best]:.0f} %.")
+
+
+def control_sentence(table, control):
+    """table, control: `separation_by_layer` at the word and at the token before it."""
+    best = int(control.separation.idxmax())
+    more = table.index[table.separation > control.separation]
+    return (f"The token before the word, which carries the sentence but not the word, reaches "
+            f"{control.separation[best]:.2f} at layer {best}; the word separates more than that token at "
+            f"{len(more)} of {len(table)} layers"
+            + (f", first at layer {more[0]}." if len(more) else "."))
 
 
 def plane_sentence(planes, senses):
@@ -196,17 +221,17 @@ def plane_sentence(planes, senses):
 def topics_sentence(row, first):
     """row: one row of `separation_by_layer`, for sentence embeddings; first: the same at layer 0."""
     above = "above" if row.separation > row.shuffled_p95 else "not above"
-    return (f"Sentence embeddings of one topic are closer by {row.separation:.2f} than of different ones, {above} 95 % of "
-            f"shuffled topics ({row.shuffled_p95:.2f}); the mean of the bare token embeddings gives {first.separation:.2f}. "
-            f"{100 * row.agreement:.0f} % have their nearest sentence in their own topic (shuffled: "
-            f"{100 * row.agreement_shuffled:.0f} %).")
+    return (f"llama-server's embeddings: sentences of one topic are closer by {row.separation:.2f} than of different "
+            f"ones, {above} 95 % of shuffled topics ({row.shuffled_p95:.2f}); bare token embeddings give "
+            f"{first.separation:.2f}. {100 * row.agreement:.0f} % have their nearest sentence in their own topic "
+            f"(shuffled: {100 * row.agreement_shuffled:.0f} %).")
 
 
 def precision_sentence(table, k, reference, other):
     """table: `precision`; reference, other: how the two are called."""
     if table.relative_error.max() == 0:
         return f"All {len(table):,} rows are the same in {reference} and {other}: the embedding has one type in both."
-    return (f"Rows of {other} have a cosine of {table.cosine.mean():.5f} to {reference} on average, {table.cosine.min():.5f} "
-            f"at worst, and differ by {100 * table.relative_error.mean():.2f} % of their norm. Of each token's {k} nearest "
-            f"neighbours {100 * table.overlap.mean():.0f} % stay; {100 * (table.overlap == 1).mean():.0f} % of tokens keep "
-            f"all {k}.")
+    return (f"Rows of {other} have a cosine of {table.cosine.mean():.5f} to {reference} on average and of "
+            f"{table.cosine.min():.5f} at worst, and differ by {100 * table.relative_error.mean():.2f} % of their "
+            f"norm. Of each token's {k} nearest neighbours {100 * table.overlap.mean():.0f} % stay; "
+            f"{100 * (table.overlap == 1).mean():.0f} % of tokens keep all {k}.")

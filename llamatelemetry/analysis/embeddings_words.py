@@ -6,8 +6,8 @@ In SENSES the word stands at the end: a causal model knows only what came before
 CATEGORIES = {name: words.split() for name, words in {
     "animals": "cat dog horse cow pig sheep goat lion tiger bear wolf fox rabbit mouse elephant monkey snake frog bird "
                "eagle duck chicken fish shark whale bee ant spider butterfly deer",
-    "colours": "red blue green yellow orange purple pink brown black white grey gray gold silver violet crimson scarlet "
-               "turquoise magenta beige maroon teal indigo",
+    "colours": "red blue green yellow orange purple pink brown black white grey gray gold silver violet crimson "
+               "scarlet turquoise magenta beige maroon teal indigo",
     "numbers": "one two three four five six seven eight nine ten eleven twelve thirteen fifteen sixteen twenty thirty "
                "forty fifty sixty ninety hundred thousand million billion",
     "countries": "France Germany Spain Italy England Scotland Ireland Poland Russia China Japan India Brazil Mexico "
@@ -15,8 +15,8 @@ CATEGORIES = {name: words.split() for name, words in {
                  "Nigeria Vietnam Thailand",
     "food": "bread cheese butter milk rice pasta pizza soup salad meat beef pork sugar salt pepper honey apple banana "
             "lemon tomato potato onion garlic carrot cake chocolate coffee tea wine beer",
-    "body": "head hair face eye ear nose mouth lip tongue neck shoulder arm elbow wrist hand finger thumb chest stomach "
-            "hip leg knee ankle foot toe skin bone heart lung brain",
+    "body": "head hair face eye ear nose mouth lip tongue neck shoulder arm elbow wrist hand finger thumb chest "
+            "stomach hip leg knee ankle foot toe skin bone heart lung brain",
     "professions": "doctor nurse teacher lawyer engineer farmer soldier pilot chef baker artist writer singer actor "
                    "dancer carpenter mechanic scientist professor journalist architect dentist surgeon priest judge "
                    "accountant secretary librarian photographer electrician",
@@ -79,9 +79,11 @@ SENTENCES = {
 ANALOGIES = [
     ("man", "king", "woman", "queen"), ("man", "brother", "woman", "sister"), ("man", "actor", "woman", "actress"),
     ("father", "son", "mother", "daughter"), ("France", "Paris", "Germany", "Berlin"),
-    ("France", "Paris", "Italy", "Rome"), ("France", "Paris", "Japan", "Tokyo"), ("France", "French", "Spain", "Spanish"),
+    ("France", "Paris", "Italy", "Rome"), ("France", "Paris", "Japan", "Tokyo"),
+    ("France", "French", "Spain", "Spanish"),
     ("Germany", "German", "Italy", "Italian"), ("cat", "cats", "dog", "dogs"), ("house", "houses", "car", "cars"),
     ("walk", "walked", "jump", "jumped"), ("go", "went", "take", "took"), ("big", "bigger", "small", "smaller"),
     ("good", "best", "bad", "worst"), ("he", "his", "she", "her"), ("slow", "slowly", "quick", "quickly"),
-    ("one", "first", "two", "second"), ("possible", "impossible", "known", "unknown"), ("play", "playing", "work", "working"),
+    ("one", "first", "two", "second"), ("possible", "impossible", "known", "unknown"),
+    ("play", "playing", "work", "working"),
 ]

@@ -152,8 +152,8 @@ def separation_figure(tables, *, title, points=None):
                            hovertemplate="layer %{x}: %{y:.3f}<extra>shuffled</extra>")
     for name, (layer, *values) in (points or {}).items():
         for column, value in enumerate(values, 1):
-            figure.add_scatter(x=[layer], y=[value], mode="markers", name=name, showlegend=column == 1, row=1, col=column,
-                               legendgroup=name, marker=dict(symbol="star", size=13, color=CATEGORIES[5]),
+            figure.add_scatter(x=[layer], y=[value], mode="markers", name=name, showlegend=column == 1, row=1,
+                               col=column, legendgroup=name, marker=dict(symbol="star", size=13, color=CATEGORIES[5]),
                                hovertemplate="%{y:.3f}<extra>" + name + "</extra>")
     figure.update_xaxes(title="layer (0 is the embedding)")
     figure.update_yaxes(title="same minus different label (cosine)", row=1, col=1)
@@ -175,11 +175,13 @@ def sense_figure(planes, senses, texts, *, title):
         for number, sense in enumerate(dict.fromkeys(senses.tolist())):
             here = senses == sense
             figure.add_scatter(x=scores[here, 0], y=scores[here, 1], mode="markers", name=sense, legendgroup=sense,
-                               showlegend=place == 0, text=texts[here], row=place // columns + 1, col=place % columns + 1,
-                               marker=dict(size=10, color=CATEGORIES[number], symbol=("circle", "diamond")[number % 2]),
+                               showlegend=place == 0, text=texts[here], row=place // columns + 1,
+                               col=place % columns + 1, marker=dict(size=10, color=CATEGORIES[number],
+                                                                      symbol=("circle", "diamond")[number % 2]),
                                hovertemplate="%{text}<extra>" + sense + "</extra>")
     figure.update_xaxes(showticklabels=False, title="PC 1").update_yaxes(showticklabels=False, title="PC 2")
-    return figure.update_layout(template=TEMPLATE, title=title, height=60 + 300 * rows, legend=dict(orientation="h", y=-0.1))
+    return figure.update_layout(template=TEMPLATE, title=title, height=60 + 300 * rows,
+                                legend=dict(orientation="h", y=-0.1))
 
 
 def precision_figure(table, *, title, other):
@@ -190,8 +192,8 @@ def precision_figure(table, *, title, other):
     low = float(table.cosine.min())
     edges = np.linspace(low, 1, 51) if 1 - low > 1e-9 else np.array([1 - 1e-9, 1 + 1e-9])
     count = np.histogram(table.cosine.clip(edges[0], edges[-1]), edges)[0]
-    figure.add_bar(x=(edges[:-1] + edges[1:]) / 2, y=count, width=np.diff(edges), marker_color=COLOR["embedding"], row=1,
-                   col=1, hovertemplate="cosine %{x:.5f}: %{y} tokens<extra></extra>")
+    figure.add_bar(x=(edges[:-1] + edges[1:]) / 2, y=count, width=np.diff(edges), row=1, col=1,
+                   marker_color=COLOR["embedding"], hovertemplate="cosine %{x:.5f}: %{y} tokens<extra></extra>")
     kept, tokens = np.unique(table.overlap.round(4), return_counts=True)
     figure.add_bar(x=kept, y=tokens, width=0.8 / max(k, 1), marker_color=CATEGORIES[0], row=1, col=2,
                    hovertemplate="%{x:.0%} kept: %{y} tokens<extra></extra>")
