@@ -1,0 +1,243 @@
+"""One or two sentences under each figure of notebook 14, computed from the numbers that the figure shows."""
+
+import numpy as np
+
+from .layers import MASSIVE_RATIO, MASSIVE_VALUE
+
+
+def name(piece):
+    return repr(piece) if isinstance(piece, str) else f"bytes {piece.hex(' ')}"
+
+
+def norm_sentence(table):
+    """table: norm_table."""
+    peak, n = table["first"].idxmax(), table.index[-1]
+    ratio = table["first"] / table["median"]
+    return (
+        f"The median length of the other tokens goes from {table['median'].iloc[0]:.3g} at the embedding to "
+        f"{table['median'].iloc[-1]:.3g} after layer {n - 1}, {table['median'].iloc[-1] / table['median'].iloc[0]:.0f} "
+        f"times. The first token is longest before layer {peak} ({table['first'].max():.3g}, {ratio[peak]:.0f} times the "
+        f"others' median there) and ends at {ratio.iloc[-1]:.1f} times."
+        if peak < n else
+        f"The median length of the other tokens goes from {table['median'].iloc[0]:.3g} at the embedding to "
+        f"{table['median'].iloc[-1]:.3g} after the last layer; the first token grows to the end, where it is "
+        f"{ratio.iloc[-1]:.1f} times as long as their median."
+    )  # fmt: skip
+
+
+def massive_sentence(table, quantiles):
+    """table: massive_activations; quantiles: magnitude_quantiles."""
+    last = quantiles.iloc[-1]
+    tail = (f"Among the later tokens the largest value after the last layer is {last[1.0] / last[0.5]:.0f} times the "
+            "median magnitude.")
+    if table.empty:
+        return f"No value is above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of its layer. {tail}"
+    top = table.iloc[0]
+    where = sorted(set(table["position"]))
+    layers = sorted(set(table["layer"]))
+    shown = ", ".join(map(str, where[:6])) + (" and others" if len(where) > 6 else "")
+    return (
+        f"Massive activations (above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of their layer) stand at "
+        f"position{'s' if len(where) > 1 else ''} {shown}, in {len(set(table['dim']))} of the dimensions, from layer state "
+        f"{layers[0]} to {layers[-1]}. The largest relative to its layer is {top['value']:.4g} in dimension "
+        f"{int(top['dim'])} of state {int(top['layer'])}, {top['ratio']:.0f} times the median. {tail}"
+    )
+
+
+def sparsity_sentence(table):
+    """table: ffn_sparsity."""
+    low, high = table["needed"].idxmin(), table["needed"].idxmax()
+    exact = table["zero"].mean()
+    zeros = "No neuron is exactly 0" if exact == 0 else f"{exact:.1%} of the values are exactly 0"
+    return (
+        f"{zeros}; {table['small'].mean():.0%} are below 1 % of their token's largest. In the most concentrated layer "
+        f"({low}) {table.loc[low, 'needed']:.1%} of the neurons hold 90 % of the sum of squares, in the broadest ({high}) "
+        f"{table.loc[high, 'needed']:.1%}; a single neuron holds up to {table['largest'].max():.0%} (layer "
+        f"{table['largest'].idxmax()})."
+    )
+
+
+def contribution_sentence(data):
+    """data: contributions."""
+    later = data.isel(token=slice(1, None)).median("token", skipna=True)
+    parts = []
+    for part in data["part"].values:
+        values = later["relative"].sel(part=part).values
+        if np.isfinite(values).any():
+            layer = int(np.nanargmax(values))
+            parts.append(f"{part} adds most in layer {layer} ({values[layer]:.2g} of the stream's length), in the median "
+                         f"layer {np.nanmedian(values):.2g}")
+    against = (later["cosine"] < 0).sum("layer")
+    signs = " and ".join(f"{int(against.sel(part=p))} for {p}" for p in data["part"].values)
+    return f"Of the later tokens, {'; '.join(parts)}. The addition points against the stream in {signs} of {later.sizes['layer']} layers."
+
+
+def projection_sentence(table, piece):
+    """table: projection of one token; piece: that token."""
+    parts = table[["attention", "ffn"]].stack()
+    layer, part = parts.idxmax()
+    half = int((table["cumulative"] >= 0.5).to_numpy().nonzero()[0][0]) if (table["cumulative"] >= 0.5).any() else None
+    said = f"Half of it is there after layer {half}. " if half is not None else ""
+    sums = table[["attention", "ffn"]].sum()
+    return (
+        f"Along the final state of {name(piece)}, attention writes {sums['attention']:.0%}, the feed-forward blocks "
+        f"{sums['ffn']:.0%}, the embedding {table.attrs['embedding']:.0%}. {said}The largest single part is {part} of layer "
+        f"{layer} ({parts.max():.0%})."
+    )
+
+
+def norms_sentence(table):
+    """table: norm_impact."""
+    said = []
+    for part, rows in table.groupby(level="part"):
+        rows = rows.droplevel("part")
+        turn = rows["cosine"].idxmin()
+        text = f"before {part} the direction changes most in layer {turn} (cosine {rows['cosine'].min():.2f})"
+        if rows["silenced"].notna().any():
+            layer = rows["silenced"].idxmax()
+            text += f" and up to {rows['silenced'].max():.1%} of the dimensions are silenced (layer {layer})"
+        said.append(text)
+    known = table["error"].dropna()
+    check = (f"Recomputed with the file's weights the norms are off by at most {known.max():.1e}." if len(known) else
+             "No tensor of the file reproduces the captured norms, so their gains are not shown.")
+    return f"{'; '.join(said).capitalize()}. {check}"
+
+
+def gain_sentence(gains, median=1.0):
+    """gains: dimension_gains of the massive dimensions."""
+    if gains.empty or not len(gains.columns):
+        return "There are no massive dimensions whose gain could be compared."
+    values = gains.to_numpy()
+    return (
+        f"In the dimension{'s' if values.shape[1] > 1 else ''} with massive activations ({', '.join(map(str, gains.columns))})"
+        f" the gain of the attention norm is {np.median(values):.2g} times the layer's median (median over layers; lowest "
+        f"{values.min():.2g}, highest {values.max():.2g}): the norm "
+        + ("turns them down." if np.median(values) < median else "does not turn them down.")
+    )
+
+
+def lens_sentence(data, position, vocabulary):
+    """data: lens Dataset with the model's own best token as target; position: of the token."""
+    one = data.isel(token=position)
+    best = int(one["top"].isel(layer=-1, best=0))
+    first = one["layer"].values[np.argmax(one["rank"].values == 0)] if (one["rank"].values == 0).any() else None
+    half = np.flatnonzero(one["probability"].values >= 0.5 * float(one["probability"][-1]))
+    said = "it is never the best token of the lens" if first is None else f"it is the lens's best token first at state {first}"
+    return (
+        f"The answer {name(vocabulary[best])} has rank {int(one['rank'][0])} at the embedding; {said}, and reaches half of "
+        f"its final probability ({float(one['probability'][-1]):.3f}) at state {one['layer'].values[half[0]]}. The lens's "
+        f"entropy goes from {float(one['entropy'][0]):.2f} to {float(one['entropy'][-1]):.2f} nats."
+    )
+
+
+def settled_sentence(layers, n_layer):
+    """layers: (token,) of lens.settled."""
+    layers = np.asarray(layers)
+    return (
+        f"The prediction settles at state {np.median(layers):.0f} of {n_layer} in the median over tokens; earliest at "
+        f"{layers.min()} (position {layers.argmin()}), latest at {layers.max()} (position {layers.argmax()}). "
+        f"{(layers > 0.8 * n_layer).mean():.0%} of the positions change their mind in the last fifth of the layers."
+    )
+
+
+def attribution_sentence(table, pieces):
+    """table: logit_attribution of pieces[0] against pieces[1]."""
+    sums, blocks = table.groupby("component")["value"].sum(), table[table["layer"] >= 0]
+    most, least = blocks.loc[blocks["value"].idxmax()], blocks.loc[blocks["value"].idxmin()]
+    return (
+        f"{name(pieces[0])} leads {name(pieces[1])} by {table.attrs['total']:.2f} in logit (captured: "
+        f"{table.attrs['captured']:.2f}): {sums['attention']:+.2f} from attention, {sums['ffn']:+.2f} from the feed-forward "
+        f"blocks, {sums['embedding']:+.2f} from the embedding. {most['component']} of layer {int(most['layer'])} adds most "
+        f"({most['value']:+.2f}); {least['component']} of layer {int(least['layer'])} works hardest against it "
+        f"({least['value']:+.2f})."
+    )
+
+
+def importance_sentence(table):
+    """table: layer_importance."""
+    rho = table.attrs["spearman"]["both"]
+    best, worst = table["both"].idxmin(), table["both"].idxmax()
+    proxy = table["influence"].idxmin()
+    rank = int(table["both"].rank()[proxy])
+    return (
+        f"Removing layer {worst} costs most ({table.loc[worst, 'both']:+.2f} nats per token), layer {best} least "
+        f"({table.loc[best, 'both']:+.2f}). Block Influence calls layer {proxy} the least important; by ablation it is "
+        f"number {rank} of {len(table)} from the harmless end. Rank correlation of the two: {rho:.2f}."
+    )
+
+
+def cka_sentence(values, chance):
+    """values, chance: cka_map."""
+    near = np.diag(values, 1)
+    far = values[0, -1]
+    cut = int(near.argmin())
+    return (
+        f"Neighbouring states have a CKA of {near.mean():.3f} on average; the largest step is from state {cut} to {cut + 1} "
+        f"({near.min():.3f}). First and last have {far:.2f}. The same states with their tokens shuffled give {chance:.2f}: "
+        "only what is above that says something."
+    )
+
+
+def divergence_sentence(data, what):
+    """data: divergence; what: the two runs in words."""
+    by_layer = data["distance"].mean("pair").values
+    same = (data["distance"] == 0).all("layer").values
+    peak = int(by_layer.argmax())
+    apart = np.flatnonzero(~same)
+    start = (f"{int(same.sum())} of {len(same)} paired positions have identical states in every layer; " if same.any() else "")
+    if not len(apart):
+        return f"{what}: all paired positions have identical states in every layer."
+    last = data.isel(pair=apart[-1])
+    return (
+        f"{what}: {start}the mean relative distance is largest at state {peak} ({by_layer[peak]:.3f}) and "
+        f"{by_layer[-1]:.3f} after the last layer. At position {int(last['position'])} it goes from "
+        f"{float(last['distance'][0]):.3f} to {float(last['distance'][-1]):.3f}."
+    )
+
+
+def patch_sentence(values, layers, positions, pieces, n_layer):
+    """values: (layer, position) restored shares."""
+    values = np.asarray(values)
+    i, j = np.unravel_index(np.nanargmax(values), values.shape)
+    half = [(int(positions[p]), [int(layers[k]) for k in np.flatnonzero(values[:, p] >= 0.5)]) for p in range(len(positions))]
+    spans = "; ".join(f"position {p} {name(pieces[p])}: states {min(where)} to {max(where)}" for p, where in half if where)
+    return (
+        f"The largest share is {values[i, j]:.2f}, at state {layers[i]} and position {positions[j]} {name(pieces[positions[j]])}. "
+        + (f"At least half of the answer comes back from {spans}." if spans else "No single patch brings back half of the answer.")
+    )
+
+
+def quantization_sentence(data, change, names):
+    """data: divergence of two files on one text; change: output_change; names: of both."""
+    by_layer = data["distance"].isel(pair=slice(1, None)).median("pair").values
+    steps = np.diff(by_layer)
+    return (
+        f"Between {names[0]} and {names[1]} the median relative distance of the later tokens grows from {by_layer[0]:.3f} to "
+        f"{by_layer[-1]:.3f}, most in layer {int(steps.argmax())} ({steps.max():+.3f}). The predictions differ by a mean KL "
+        f"of {change['kl'].mean():.4f} nats and name the same best token at {change['same_top'].mean():.0%} of the positions."
+    )
+
+
+def generation_sentence(table):
+    """table: generation_table."""
+    unsure, late = table.loc[table["entropy"].idxmax()], table.loc[table["settled"].idxmax()]
+    rho = table[["entropy", "settled"]].corr(method="spearman").iloc[0, 1]
+    return (
+        f"The model was least sure before {name(unsure['piece'])} (position {int(unsure['position'])}: entropy "
+        f"{unsure['entropy']:.2f} nats, probability {unsure['probability']:.2f}) and settled latest on the token at position "
+        f"{int(late['position'])} (state {int(late['settled'])}). Entropy and settling state have a rank correlation of "
+        f"{rho:.2f} over {len(table)} tokens."
+    )
+
+
+def graph_sentence(nodes, edges):
+    """nodes, edges: stream_graph."""
+    sure = nodes[nodes["layer"] < nodes["layer"].max()].sort_values("probability").iloc[-1]
+    strong = edges[edges["kind"] == "attention"].sort_values("weight")
+    text = f"{len(nodes):,} nodes and {len(edges):,} edges. "
+    if len(strong):
+        edge = strong.iloc[-1]
+        text += (f"The strongest attention edge (the first token and the token itself aside) goes from {edge['src']} to "
+                 f"{edge['dst']} (layer:position), weight {edge['weight']:.2f}. ")
+    return text + (f"Before the last state the lens is surest at {sure['id']}: {name(sure['says'])} with probability "
+                   f"{sure['probability']:.2f}.")
