@@ -183,6 +183,8 @@ def _plain(frame, what, columns):
         raise ValueError(f"{what} has no column {', '.join(map(repr, missing))}; it has {list(frame.columns)}")
     frame = frame.reset_index(drop=True).copy()
     frame.columns = frame.columns.map(str)
+    if frame.columns.duplicated().any():
+        raise ValueError(f"{what} has the column {frame.columns[frame.columns.duplicated()][0]!r} twice: rename one")
     for column in frame.columns[frame.dtypes == object]:
         values = frame[column]
         if not values.map(lambda v: isinstance(v, str) or v is None).all():

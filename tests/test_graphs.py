@@ -83,6 +83,7 @@ def changed(table, change):
         ("nodes", lambda t: t.assign(px=[0, 0, 0, np.inf, 0]), {"position": ("px", "py")}, "needs a position"),
         ("nodes", lambda t: t, {"position": ("px", "py", "norm")}, "two columns"),
         ("nodes", lambda t: t.to_dict("list"), {}, "must be a DataFrame, not dict"),
+        ("nodes", lambda t: t.rename(columns={"px": "py"}), {}, "the column 'py' twice"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(table, change, options, message):
