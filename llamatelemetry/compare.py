@@ -35,7 +35,7 @@ def compare_quantizations(reference, candidates, text=None, n_ctx=512, client=No
                           threads=None, seed=0, retries=2, progress=True):
     """Perplexity, KL divergence and top-token agreement of quantized files against a reference, on a text.
 
-    reference, candidates: paths or registry names. text: the text, a Path to one, or None for the public-domain text
+    reference, candidates: paths or registry names. text: the text, a path to one, or None for the public-domain text
     of this package (see data/text.md). n_ctx: tokens per window; the second half of each is scored, and a
     text that ends within a window loses that remainder. max_windows: use only the first so many. gpu_layers: None
     puts all layers on the visible GPU if the engine can use one. client: a dask.distributed Client; then each
@@ -69,15 +69,16 @@ def compare_quantizations(reference, candidates, text=None, n_ctx=512, client=No
 
 
 def load_text(text=None):
-    """A text to measure on: None for the package's own, a Path to a file, "wikitext-2" (a download), or the text."""
+    """A text to measure on: None for the package's own, a path to a file, "wikitext-2" (a download), or the text."""
     if text is None:
-        return TEXT.read_text(encoding="utf-8")
-    if isinstance(text, Path):
-        if not text.is_file():
-            raise CompareError(f"No text at {text}.")
-        return text.read_text(encoding="utf-8")
-    if text == "wikitext-2":
+        text = TEXT
+    elif text == "wikitext-2":
         return _wikitext()
+    if isinstance(text, Path) or (len(text) < 1024 and "\n" not in text and Path(text).is_file()):
+        try:
+            return Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CompareError(f"No text at {text}: {error}.") from error
     return text
 
 

@@ -109,17 +109,14 @@ def fallbacks(path):
     row; where a row is no multiple of 256, llama-quantize takes a type with blocks of 32, which is larger.
     Empty for files of F32, F16, BF16 or of a type with blocks of 32.
     """
-    import gguf
+    from .gguf import GGUFFile
 
-    reader = _open(path)
-    field = reader.fields.get("general.file_type")
-    asked = gguf.LlamaFileType(field.contents()).name.removeprefix("MOSTLY_") if field else ""
-    rows = []
+    file = GGUFFile(path)
+    asked, rows = file.file_type or "", []
     if "_K" in asked or asked.startswith(("IQ1", "IQ2", "IQ3", "IQ4_XS", "TQ")):
-        for t in reader.tensors:
-            width, kind = int(t.shape[0]), t.tensor_type.name
-            if len(t.shape) > 1 and width % 256 and kind in STANDS_FOR:
-                rows.append((t.name, kind, STANDS_FOR[kind], width, f"{width} is not a multiple of 256"))
+        for name, kind, shape in file.tensors[["type", "shape"]].itertuples():
+            if len(shape) > 1 and shape[-1] % 256 and kind in STANDS_FOR:
+                rows.append((name, kind, STANDS_FOR[kind], shape[-1], f"{shape[-1]} is not a multiple of 256"))
     return pd.DataFrame(rows, columns=["tensor", "type", "instead_of", "row_width", "why"]).set_index("tensor")
 
 

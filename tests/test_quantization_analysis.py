@@ -94,11 +94,14 @@ def test_layers_put_together():
     weights = pd.DataFrame({"layer": pd.array([0, 0, 1, None], dtype="Int64"), "n_elements": [1, 3, 2, 9],
                             "error": [0.2, 0.1, 0.5, 9.0]})
     drift = pd.DataFrame({"error": [0.0, 0.1, 0.4]})
-    causal = pd.DataFrame({"layer": [0, 0, 1, 1], "fall": [0.1, 0.2, -0.1, 0.3]})
-    table = q.layer_table(weights, drift, causal)
+    falls = pd.DataFrame({"layer": [0, 0, 1, 1], "fall": [0.1, 0.2, -0.1, 0.3]})
+    costs = pd.DataFrame({"layer": [0, 0, 1, 1], "cost": [0.1, 0.2, 0.5, 0.3]})
+    table = q.layer_table(weights, drift, costs, falls)
     assert table["weight_error"].tolist() == pytest.approx([np.sqrt((0.04 + 3 * 0.01) / 4), 0.5])
     assert table["drift_added"].tolist() == pytest.approx([0.1, 0.3]) and table["fall"].tolist() == pytest.approx([0.3, 0.2])
-    assert q.rank_correlations(table).loc["weight_error", "fall"] == pytest.approx(-1)
+    assert table["cost"].tolist() == pytest.approx([0.3, 0.8])
+    correlations = q.rank_correlations(table)
+    assert correlations.loc["weight_error", "fall"] == pytest.approx(-1) == -correlations.loc["weight_error", "cost"]
 
 
 @pytest.mark.parametrize("piece, kind", [(" the", "word"), ("ing", "part"), (" 12", "number"), (",", "punctuation"),
@@ -117,40 +120,36 @@ def test_vulnerable_tokens_add_up():
     assert table.groupby("by")["n"].sum().tolist() == [4, 4]
 
 
-def test_causal_map_finds_the_part_that_was_broken():
+def test_maps_find_the_part_that_was_broken():
     rng = np.random.default_rng(0)
     base, broken = rng.normal(size=(5, 50)).astype(np.float32), rng.normal(size=(5, 50)).astype(np.float32)
-
-    def run(part, layer):
-        return base if (part, layer) == ("ffn_out", 1) else broken
-
-    table = d.causal_map(run, base, 3, progress=False)
-    best = table.loc[table["fall"].idxmax()]
-    assert (best.part, best.layer) == ("ffn_out", 1) and best.share == pytest.approx(1) and best.kld == 0
-    assert (table["fall"] == 0).sum() == 5
     log_p, log_q = (x.astype(float) - np.log(np.exp(x.astype(float)).sum(axis=1, keepdims=True)) for x in (base, broken))
-    assert table.attrs["kld"] == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(axis=1)[1:].mean(), rel=1e-5)
+    kld = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)[1:].mean()
+
+    falls = d.fall_map(lambda part, layer: base if (part, layer) == ("ffn_out", 1) else broken, base, 3, progress=False)
+    best = falls.loc[falls["fall"].idxmax()]
+    assert (best.part, best.layer) == ("ffn_out", 1) and best.share == pytest.approx(1) and best.kld == 0
+    assert (falls["fall"] == 0).sum() == 5 and falls.attrs["kld"] == pytest.approx(kld, rel=1e-5)
+
+    costs = d.cost_map(lambda part, layer: broken if (part, layer) == ("attn_out", 2) else base, base, 3, progress=False)
+    worst = costs.loc[costs["cost"].idxmax()]
+    assert (worst.part, worst.layer) == ("attn_out", 2) and worst.cost == pytest.approx(kld, rel=1e-5)
+    assert (costs["cost"] == 0).sum() == 5
 
 
-@pytest.fixture
-def recommendation():
-    causal = pd.DataFrame([("attn_out", 0, .2), ("ffn_out", 0, .3), ("attn_out", 1, -.1), ("ffn_out", 1, .01)],
-                          columns=["part", "layer", "fall"])
-    table = tensors(**{f"blk.{i}.{n}.weight": ("Q4_K", s, 4.5) for i in (0, 1)
+def test_recommendation_is_per_byte():
+    costs = pd.DataFrame([("attn_out", 0, .2), ("ffn_out", 0, .3), ("attn_out", 1, .02), ("ffn_out", 1, .01),
+                          ("ffn_out", 2, 9.0)], columns=["part", "layer", "cost"])
+    table = tensors(**{f"blk.{i}.{n}.weight": ("Q4_K" if i < 2 else "Q8_0", s, 4.5 if i < 2 else 8.5) for i in (0, 1, 2)
                        for n, s in (("attn_q", (64, 64)), ("attn_output", (64, 64)), ("ffn_up", (256, 64)))})
-    return causal, table
-
-
-def test_recommendation_is_per_byte(recommendation):
-    causal, table = recommendation
-    best = d.recommend(causal, table, keep=2)
+    best = d.recommend(costs, table, keep=2)
     assert best[["part", "layer"]].values.tolist() == [["attention", 0], ["FFN", 0]]  # 0.2 for half the bytes of 0.3
     assert best["bytes_added"].tolist() == [64 * 64 * 2 * 4 // 8, 256 * 64 * 4 // 8]
     assert table.index.str.fullmatch(best["pattern"][0]).sum() == 2
-    assert len(d.recommend(causal, table)) == 3  # the part whose repair does harm is not kept
-    worst = d.control(causal, table, best)
-    assert sorted(worst[["part", "layer"]].values.tolist()) == [["FFN", 1], ["attention", 1]]
-    assert worst["bytes_added"].sum() == best["bytes_added"].sum()
+    assert len(d.recommend(costs, table)) == 4  # what is Q8_0 already cannot be kept at it
+    cheap = d.control(costs, table, best)
+    assert sorted(cheap[["part", "layer"]].values.tolist()) == [["FFN", 1], ["attention", 1]]
+    assert cheap["bytes_added"].sum() == best["bytes_added"].sum()
 
 
 def test_pareto_and_decision():

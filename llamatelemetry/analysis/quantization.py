@@ -118,10 +118,11 @@ def hidden_drift(reference, candidate):
                         index=pd.Index(reference["layer"].values, name="layer"))
 
 
-def layer_table(weights, drift, causal=None):
-    """Per layer: weight_error (by element count), drift_added (rise of the residual error through the layer), fall.
+def layer_table(weights, drift, costs, falls):
+    """Per layer: weight_error (all its matrices), drift_added (rise of the residual error through it), cost and fall.
 
-    weights: weight_errors; drift: hidden_drift; causal: a causal_map. DataFrame indexed by layer.
+    weights: weight_errors; drift: hidden_drift; costs, falls: cost_map and fall_map, summed over the layer's parts.
+    DataFrame indexed by layer.
     """
     inside = weights.dropna(subset="layer")
     squared = (inside["error"] ** 2 * inside["n_elements"]).groupby(inside["layer"]).sum()
@@ -129,8 +130,8 @@ def layer_table(weights, drift, causal=None):
     table = pd.DataFrame({"weight_error": error.astype(float)})
     table.index = table.index.astype(int)
     table["drift_added"] = drift["error"].diff().iloc[1:].to_numpy()[:len(table)]
-    if causal is not None:
-        table["fall"] = causal.groupby("layer")["fall"].sum()
+    table["cost"] = costs.groupby("layer")["cost"].sum()
+    table["fall"] = falls.groupby("layer")["fall"].sum()
     return table
 
 
@@ -139,7 +140,7 @@ def rank_correlations(table):
     return table.corr(method="spearman")
 
 
-def vulnerable_tokens(tokens, pieces_rank=None):
+def vulnerable_tokens(tokens):
     """Mean KLD by kind of token, per candidate: DataFrame indexed by (candidate, kind): kld, share_of_kld, n.
 
     tokens: Comparison.tokens. Kinds of the token that came next: number, punctuation or symbol, whitespace, word (begins

@@ -18,53 +18,68 @@ def kl(base, logits, targets=None):
                            for i in range(0, len(base), 8)])
 
 
-def causal_map(run, base, n_layer, parts=tuple(PARTS), layers=None, progress=True):
-    """What each part of each layer costs the answer, found by giving it back.
+def fall_map(run, base, n_layer, parts=tuple(PARTS), layers=None, progress=True):
+    """What the answer gains when one part of one layer is given back to the quantized model.
 
     Activation patching (Meng et al. 2022, "Locating and editing factual associations in GPT") with the reference as the
-    clean run: one part's output at all positions is replaced by what the reference had there, and the KL divergence
-    from the reference's predictions is measured again. What falls is what was lost in that part, upstream changes that
-    pass through it included. run(part, layer) -> logits (token, vocab) of the quantized model, patched; run(None, None)
-    unpatched. base: the reference's logits. DataFrame: part, layer, kld (patched), fall (nats), share (of the unpatched).
-    attrs["kld"]: the unpatched mean. The first position, which sees one token, is left out.
-    """
-    from tqdm.auto import tqdm
+    clean run: the part's output at all positions is replaced by what the reference had there, and the KL divergence
+    from the reference's predictions is measured again. What falls is the part's own error and what it had inherited,
+    with their interplay with every other error of the model.
 
+    run(part, layer) -> logits (token, vocab) of the quantized model, patched; run(None, None) unpatched. base: the
+    reference's logits. DataFrame: part, layer, kld (patched), fall (nats), share (of the unpatched). attrs["kld"]: the
+    unpatched mean. The first position, which sees one token, is left out.
+    """
     before = kl(base[1:], run(None, None)[1:]).mean()
-    todo = [(part, layer) for layer in (range(n_layer) if layers is None else layers) for part in parts]
-    rows = []
-    for part, layer in tqdm(todo, desc="patches", disable=not progress):
-        after = kl(base[1:], run(part, layer)[1:]).mean()
-        rows.append((part, layer, after, before - after, (before - after) / before if before else 0.0))
-    table = pd.DataFrame(rows, columns=["part", "layer", "kld", "fall", "share"])
+    table = _every_part(run, base, n_layer, parts, layers, progress, "give back")
+    table["fall"] = before - table["kld"]
+    table["share"] = table["fall"] / before if before else 0.0
     table.attrs["kld"] = float(before)
     return table
 
 
-def recommend(causal, tensors, keep=8, type="Q8_0", bits=8.5):
-    """The parts to keep at higher precision: those whose repair lowers the divergence most per byte added.
+def cost_map(run, base, n_layer, parts=tuple(PARTS), layers=None, progress=True):
+    """What the answer loses when one part of one layer alone is quantized: nothing is inherited, nothing interferes.
 
-    causal: a causal_map; tensors: GGUFFile.tensors of the quantized file; keep: at most so many parts, and only those
-    with a positive fall. DataFrame by part and layer: fall, bytes_added, pattern (a regular expression on tensor
-    names), type; `dict(zip(r.pattern, r.type))` is quantize()'s tensor_types.
+    run(part, layer) -> logits (token, vocab) of the reference with that part's output replaced by what the quantized
+    part makes of the reference's own input. To second order in the errors these costs are the diagonal of the
+    divergence, free of the cross terms that fall_map holds. DataFrame: part, layer, kld, cost (the same, nats).
+    """
+    table = _every_part(run, base, n_layer, parts, layers, progress, "quantize alone")
+    return table.assign(cost=table["kld"])
+
+
+def _every_part(run, base, n_layer, parts, layers, progress, what):
+    from tqdm.auto import tqdm
+
+    todo = [(part, layer) for layer in (range(n_layer) if layers is None else layers) for part in parts]
+    rows = [(part, layer, kl(base[1:], run(part, layer)[1:]).mean())
+            for part, layer in tqdm(todo, desc=what, unit="run", disable=not progress)]
+    return pd.DataFrame(rows, columns=["part", "layer", "kld"])
+
+
+def recommend(costs, tensors, keep=8, type="Q8_0", bits=8.5):
+    """The parts to keep at higher precision: those that cost the answer most per byte that keeping them adds.
+
+    costs: a cost_map; tensors: GGUFFile.tensors of the quantized file; keep: at most so many parts. DataFrame: part,
+    layer, cost, bytes_added, cost_per_MiB, pattern (a regular expression on tensor names), type;
+    `dict(zip(r.pattern, r.type))` is quantize()'s tensor_types.
     """
     rows = []
-    for part, layer, fall in causal[["part", "layer", "fall"]].itertuples(index=False):
+    for part, layer, cost in costs[["part", "layer", "cost"]].itertuples(index=False):
         pattern = rf"blk\.{layer}\.{TENSORS[part]}\.weight"
         own = tensors[tensors.index.str.fullmatch(pattern)]
         added = float((own["n_elements"] * np.maximum(bits - own["bits_per_weight"], 0)).sum() / 8)
-        if fall > 0 and added > 0:
-            rows.append((PARTS[part], layer, fall, int(added), fall / added * 2**20, pattern, type))
-    table = pd.DataFrame(rows, columns=["part", "layer", "fall", "bytes_added", "fall_per_MiB", "pattern", "type"])
-    return table.sort_values("fall_per_MiB", ascending=False).head(keep).reset_index(drop=True)
+        if cost > 0 and added > 0:
+            rows.append((PARTS[part], layer, cost, int(added), cost / added * 2**20, pattern, type))
+    table = pd.DataFrame(rows, columns=["part", "layer", "cost", "bytes_added", "cost_per_MiB", "pattern", "type"])
+    return table.sort_values("cost_per_MiB", ascending=False).head(keep).reset_index(drop=True)
 
 
-def control(causal, tensors, chosen, type="Q8_0", bits=8.5):
-    """As many parts of each kind as were chosen, those with the smallest fall: what the recommendation must beat."""
-    everything = recommend(causal.assign(fall=1.0), tensors, keep=len(causal), type=type, bits=bits)
-    falls = causal.assign(part=causal["part"].map(PARTS)).set_index(["part", "layer"])["fall"]
-    everything["fall"] = [falls[part, layer] for part, layer in zip(everything["part"], everything["layer"])]
-    left = everything[~everything["pattern"].isin(chosen["pattern"])].sort_values("fall")
+def control(costs, tensors, chosen, type="Q8_0", bits=8.5):
+    """As many parts of each kind as were chosen, the cheapest of those left: what the recommendation must beat."""
+    everything = recommend(costs, tensors, keep=len(costs), type=type, bits=bits)
+    left = everything[~everything["pattern"].isin(chosen["pattern"])].sort_values("cost")
     parts = [left[left["part"] == part].head(n) for part, n in chosen["part"].value_counts().items()]
     return pd.concat(parts, ignore_index=True)
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .quantization import quantized_types
-from .quantization_decision import ladder
+from .quantization_decision import PARTS, ladder
 
 
 def reference_note(file):
@@ -26,7 +26,8 @@ def fallbacks(tables):
     for name, table in tables.items():
         if len(table):
             kinds = table.groupby(["instead_of", "type"], sort=False).size()
-            parts = [f"{n} matrices meant for {asked} are {kind}" for (asked, kind), n in kinds.items()]
+            parts = [f"{n} {'matrices' if n > 1 else 'matrix'} meant for {asked} became {kind}"
+                     for (asked, kind), n in kinds.items()]
             widths = sorted({f"{width:,}" for width in table["row_width"]})
             said.append(f"{name}: {', '.join(parts)}, because rows of {' and '.join(widths)} weights are no multiple of 256.")
     return " ".join(said) or "No file has a fallback: every matrix is of a type that its file's name stands for."
@@ -98,31 +99,49 @@ def drift(tables):
     return " ".join(said)
 
 
-def embeddings(tables):
-    """How many neighbours survive. tables: {name: embedding_preservation table}."""
-    return " ".join(f"{name}: mean cosine {t['cosine'].mean():.5f}, {t['overlap'].mean():.1%} of ten neighbours kept."
-                    for name, t in tables.items())
+def embeddings(tables, files):
+    """How many neighbours survive. tables: {name: embedding_preservation table}; files: {name: GGUFFile}."""
+    kinds = {name: files[name].tensors.loc["token_embd.weight", "type"] for name in tables}
+    said = " ".join(f"{name} ({kinds[name]}): mean cosine {t['cosine'].mean():.5f}, {t['overlap'].mean():.1%} of ten "
+                    "neighbours kept." for name, t in tables.items())
+    if len(tables) > 1 and len(set(kinds.values())) == 1:
+        said += " All of them hold the embedding in the same type, so that it does not tell them apart."
+    return said
 
 
 def together(correlations, n_layers):
     """How weight error, drift and cost go together over the layers. correlations: rank_correlations(layer_table)."""
-    names = {"weight_error": "weight error", "drift_added": "drift added", "fall": "fall of the KLD"}
-    pairs = [("weight_error", "drift_added"), ("weight_error", "fall"), ("drift_added", "fall")]
+    names = {"weight_error": "weight error", "drift_added": "drift added", "cost": "cost", "fall": "fall"}
+    pairs = [("weight_error", "cost"), ("drift_added", "cost"), ("weight_error", "drift_added"), ("cost", "fall")]
     said = [f"{names[a]} and {names[b]} {correlations.loc[a, b]:+.2f}" for a, b in pairs]
     limit = 1.96 / np.sqrt(max(n_layers - 1, 1))
     sure = sum(abs(correlations.loc[a, b]) > limit for a, b in pairs)
-    return (f"Rank correlations over {n_layers} layers: {', '.join(said)}; {sure} of the 3 lie beyond ±{limit:.2f}, which "
-            "unrelated columns of this length exceed one time in twenty.")
+    return (f"Rank correlations over {n_layers} layers: {', '.join(said)}; {sure} of the {len(pairs)} lie beyond "
+            f"±{limit:.2f}, which unrelated columns of this length exceed one time in twenty.")
 
 
-def causal(table):
-    """The most costly parts, and what repairing one alone gives back."""
+def falls(table):
+    """What giving back one part alone removes. table: fall_map."""
     ordered = table.sort_values("fall", ascending=False)
-    names = {"attn_out": "attention", "ffn_out": "FFN"}
-    top = [f"the {names[r.part]} of layer {r.layer} ({r.share:.1%})" for r in ordered.head(3).itertuples()]
+    top = [f"{_part(r)} ({r.share:.1%})" for r in ordered.head(3).itertuples()]
     harm = int((table["fall"] < 0).sum())
     return (f"Of {table.attrs['kld']:.4g} nats, giving back one part alone removes most at {', '.join(top)}; at {harm} of "
-            f"{len(table)} parts it makes the answer worse, because later parts had been working against its error.")
+            f"{len(table)} parts the answer gets worse: their error had been cancelling another's.")
+
+
+def costs(table, kld):
+    """Which parts cost most on their own, and whether the costs add up. table: cost_map; kld: of the whole file."""
+    ordered = table.sort_values("cost", ascending=False)
+    top = [f"{_part(r)} ({r.cost:.3g})" for r in ordered.head(3).itertuples()]
+    total, by = table["cost"].sum(), table.groupby("part")["cost"].sum() / table["cost"].sum()
+    return (f"Quantized alone, {', '.join(top)} nats cost most. The {len(table)} costs add up to {total:.3g} nats, "
+            f"{total / kld:.0%} of the {kld:.3g} of the whole file; {by.get('attn_out', 0):.0%} of them is attention and "
+            f"{by.get('ffn_out', 0):.0%} FFN. Half of the sum lies in {int((ordered['cost'].cumsum() < total / 2).sum()) + 1}"
+            " parts.")
+
+
+def _part(row):
+    return f"the {PARTS[row.part]} of layer {row.layer}"
 
 
 def mixture(before, chosen, other):
@@ -154,7 +173,7 @@ def speed(table):
         fast, slow = ordered.iloc[-1], ordered.iloc[0]
         said.append(f"{what}: {fast.name} is fastest at {fast[column]:.1f} ± {fast[column + '_err']:.1f} tokens/s, {slow.name} "
                     f"slowest at {slow[column]:.1f} ± {slow[column + '_err']:.1f}")
-    return "; ".join(said).capitalize() + "."
+    return f"For the {said[0]}; for {said[1]}."
 
 
 def front(fronts):

@@ -141,29 +141,28 @@ def embeddings(tables, model):
 
 
 def together(table, model):
-    """Per layer: weight error against the drift that the layer adds; size and colour: the causal fall."""
+    """Per layer: weight error against the drift that the layer adds; size and colour: its cost. table: layer_table."""
     figure = _figure(f"Weight error, drift and cost by layer: {model}", "relative weight error of the layer",
                      "drift added by the layer (relative error)")
-    fall = table["fall"].to_numpy(float)
-    limit = float(np.abs(fall).max()) or 1.0
+    cost = table["cost"].to_numpy(float)
+    top = float(cost.max()) or 1.0
     figure.add_scatter(x=table["weight_error"], y=table["drift_added"], mode="markers+text", text=table.index,
-                       textposition="top center", customdata=fall,
-                       marker=dict(size=8 + 22 * np.abs(fall) / limit, color=fall, colorscale=theme.SIGNED, cmin=-limit,
-                                   cmax=limit, line=dict(width=1, color="#808080"),
-                                   colorbar=dict(title=dict(text="fall of KLD when given back (nats)", side="right"))),
+                       textposition="top center", customdata=cost,
+                       marker=dict(size=8 + 22 * cost / top, color=cost, colorscale=theme.MAGNITUDE, cmin=0, cmax=top,
+                                   line=dict(width=1, color="#808080"),
+                                   colorbar=dict(title=dict(text="cost when quantized alone (nats)", side="right"))),
                        hovertemplate="layer %{text}<br>weight error %{x:.4f}<br>drift added %{y:.4f}"
-                                     "<br>fall %{customdata:.4f} nats<extra></extra>")
+                                     "<br>cost %{customdata:.5f} nats<extra></extra>")
     return figure
 
 
-def causal_map(table, model):
-    """Fall of the KLD when the reference's output of one part is given back, by layer. table: causal_map."""
-    figure = _figure(f"What each part costs the answer: {model}", "layer",
-                     f"fall of the mean KLD (nats, of {table.attrs['kld']:.4g})", barmode="group")
+def part_map(table, column, model, title, axis):
+    """One number of every layer's attention and FFN as bars. table: cost_map or fall_map; column: "cost" or "fall"."""
+    figure = _figure(f"{title}: {model}", "layer", axis, barmode="group")
     for part, name in (("attn_out", "attention"), ("ffn_out", "FFN")):
         rows = table[table["part"] == part]
-        figure.add_bar(x=rows["layer"], y=rows["fall"], name=name, marker_color=PART_COLOR[name], customdata=rows["share"],
-                       hovertemplate="layer %{x}: %{y:.5f} nats, %{customdata:.1%}<extra>" + name + "</extra>")
+        figure.add_bar(x=rows["layer"], y=rows[column], name=name, marker_color=PART_COLOR[name],
+                       hovertemplate="layer %{x}: %{y:.5f} nats<extra>" + name + "</extra>")
     return figure.update_xaxes(dtick=2)
 
 
