@@ -9,6 +9,7 @@ import xarray as xr
 
 from llamatelemetry.analysis.attention import attend
 from llamatelemetry.analysis.attention_output import sampled_probabilities
+from llamatelemetry.plots import attention_arcs
 from llamatelemetry.plots import attention_page as pages
 
 PIECES = ["<script>alert(1)</script>", " the", "\n", b"\xff", " cat", " sat"]
@@ -243,3 +244,26 @@ def test_token_text_is_shown_and_not_run(opened):
     labels = [tab.text_content(f"#lines [data-side=key][data-i='{i}']") for i in range(6)]
     assert labels == ["0 <script>al…", "1 ␣the", "2 ⏎", "3 <0xFF>", "4 ␣cat", "5 ␣sat"]
     assert opened(steps_page(made())).locator("#steps").text_content().startswith("Token and its embedding")
+
+
+@pytest.mark.slow
+def test_arcs_are_filtered_by_layer_head_and_weight(opened):
+    edges = pd.DataFrame(
+        {
+            "src": [1, 2, 2, 3, 3], "dst": [0, 1, 1, 2, 0], "layer": [0, 0, 1, 1, 4], "head": [0, 1, 1, 0, -1],
+            "weight": [0.4, 0.5, 0.6, 0.9, 0.7], "kind": ["head"] * 4 + ["rollout"],
+        }
+    )  # fmt: skip
+    nodes = pd.DataFrame({"piece": PIECES[:4], "received": [0.9, 0.1, 0.2, 0.0], "pagerank": [0.4, 0.2, 0.2, 0.2]})
+    tab = opened(attention_arcs.arcs_page(nodes, edges, model="M", n_layer=2, n_head=2))
+    assert (tab.evaluate("state.edges"), tab.evaluate("state.arcs")) == (4, 3)  # two heads on one pair
+    assert tab.locator("path.rollout").count() == 1
+    tab.select_option("#layer", "1")
+    assert tab.evaluate("state.edges") == 2
+    tab.select_option("#head", "1")
+    assert tab.locator("path.head").count() == 1
+    assert "layer 1 head 1 0.60" in tab.locator("path.head title").text_content()
+    tab.select_option("#layer", "-1")
+    tab.select_option("#head", "-1")
+    tab.fill("#threshold", "0.55")
+    assert tab.evaluate("state.edges") == 2

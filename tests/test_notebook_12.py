@@ -50,7 +50,7 @@ def test_exports_are_the_capture(run, engine):
     reference = Capture.load(out / "reference.safetensors")
     difference = np.abs(reference.attention.values - saved.attention.values).max()
     assert changes["max_difference"].max() == pytest.approx(difference, abs=1e-6) and difference > 0
-    for page in ("steps", "views", "next-token", "graph"):
+    for page in ("steps", "views", "next-token", "arcs", "graph"):
         assert (out / f"{page}.html").stat().st_size < 5_000_000
     assert pd.read_parquet(out / "steps.parquet")["agrees"].all()
 

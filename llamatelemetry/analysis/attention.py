@@ -145,7 +145,7 @@ def head_table(attention):
 
 def generated_split(attention, n_prompt):
     """Attention of each generated token, mean over layers and heads, by target: DataFrame indexed by position with
-    columns first token, rest of prompt, generated (before it), itself; rows sum to 1. n_prompt: tokens of the prompt."""
+    columns first token, rest of prompt, generated (before it), itself; rows sum to 1. n_prompt: the prompt's tokens."""
     positions = query_positions(attention)
     mean = np.asarray(attention, dtype=np.float64).mean(tuple(range(attention.ndim - 2)))  # (query, key)
     rows = {}

@@ -1,15 +1,29 @@
 """One or two sentences under each figure of notebook 12, computed from the numbers that the figure shows."""
 
+import functools
+import textwrap
+
 import numpy as np
 
 from .attention import SINK_THRESHOLD
 from .attention_output import first_shares
 
 
+def _wrapped(function):
+    """Lines of at most 100 characters, so that no viewer breaks a word or a number."""
+
+    @functools.wraps(function)
+    def finding(*args, **kwargs):
+        return textwrap.fill(function(*args, **kwargs), 100, break_long_words=False, break_on_hyphens=False)
+
+    return finding
+
+
 def _name(piece):
     return repr(piece) if isinstance(piece, str) else f"bytes {piece.hex(' ')}"
 
 
+@_wrapped
 def head_finding(attention, pieces):
     """Where one head looks. attention: (query, key) of all tokens."""
     a = np.asarray(attention)[1:]  # the first token has no choice
@@ -29,18 +43,21 @@ def head_finding(attention, pieces):
     )
 
 
+@_wrapped
 def depth_finding(table):
     """How entropy and distance change over depth. table: head_table."""
     layers = table.groupby("layer")[["entropy_normalised", "distance"]].mean()
     low, high = layers["entropy_normalised"].idxmin(), layers["entropy_normalised"].idxmax()
     far = table.loc[table["distance"].idxmax()]
     return (
-        f"Attention is broadest in layer {high} (mean normalised entropy {layers.loc[high, 'entropy_normalised']:.2f}) and "
+        f"Attention is broadest in layer {high} (mean normalised entropy "
+        f"{layers.loc[high, 'entropy_normalised']:.2f}) and "
         f"most concentrated in layer {low} ({layers.loc[low, 'entropy_normalised']:.2f}). The head that looks farthest "
         f"back is layer {int(far['layer'])}, head {int(far['head'])}: {far['distance']:.1f} tokens on average."
     )
 
 
+@_wrapped
 def sink_finding(table):
     """How many heads are sinks. table: head_table."""
     rate, by_layer = table["sink"].mean(), table.groupby("layer")["sink"].mean()
@@ -54,18 +71,22 @@ def sink_finding(table):
     )
 
 
+@_wrapped
 def weighted_finding(raw, weighted, norms, pieces):
     """Raw against norm-weighted attention of one head. raw, weighted: (query, key); norms: (key,), |W_O v|."""
     norms, later = np.asarray(norms), slice(1, None)
     shares = np.asarray(weighted) / np.asarray(weighted).sum(-1, keepdims=True)
     return (
         f"The first token gets {np.asarray(raw)[later, 0].mean():.0%} of this head's weight, and "
-        f"{shares[later, 0].mean():.0%} of the length that the head moves: its value is {norms[0]:.3g} long through W_O, "
-        f"against {np.median(norms[later]):.3g} for the median of the others. The longest is {_name(pieces[norms.argmax()])}"
+        f"{shares[later, 0].mean():.0%} of the length that the head moves: its value is {norms[0]:.3g} long "
+        "through W_O, "
+        f"against {np.median(norms[later]):.3g} for the median of the others. The longest is "
+        f"{_name(pieces[norms.argmax()])}"
         f" (position {norms.argmax()}, {norms.max():.3g})."
     )
 
 
+@_wrapped
 def weighted_layers_finding(attention, weighted):
     """The same over all heads: (layer, head, query, key)."""
     raw, moved = first_shares(attention, weighted)
@@ -77,47 +98,72 @@ def weighted_layers_finding(attention, weighted):
     )
 
 
-def rollout_finding(rolled, flow, mean, pieces):
-    """Rollout, flow and mean attention of the last query: (key,) each, sums 1."""
-    parts = {name: np.asarray(x) for name, x in (("rollout", rolled), ("flow", flow), ("mean attention", mean))}
-    first = ", ".join(f"{x[0]:.3f} by {name}" for name, x in parts.items())
-    others = {name: 1 + int(x[1:].argmax()) for name, x in parts.items()}
-    said = ", ".join(f"{_name(pieces[i])} (position {i}, {parts[n][i]:.3f}) by {n}" for n, i in others.items())
-    order = np.corrcoef(*(np.argsort(np.argsort(parts[n])) for n in ("rollout", "flow")))[0, 1]
+@_wrapped
+def rollout_finding(rolled, pieces):
+    """How rollout of one query changes over the layers. rolled: (layer, key)."""
+    r = np.asarray(rolled)
+    half = np.flatnonzero(r[:, 0] > 0.5)
+    where = f"passes one half after layer {half[0]}" if len(half) else "never passes one half"
+    middle = r[len(r) // 4]
+    best = 1 + int(middle[1:].argmax())
     return (
-        f"The last token draws on the first {first}; on another token most: {said}. Rollout and flow rank the tokens with "
-        f"a rank correlation of {order:.2f}."
+        f"The first token's rollout {where} and ends at {r[-1, 0]:.3f}: in a causal model the first token sees "
+        "only itself, "
+        f"so a product of many maps drains into it. After layer {len(r) // 4} the largest other token is "
+        f"{_name(pieces[best])} (position {best}, {middle[best]:.2f})."
     )
 
 
+@_wrapped
+def flow_finding(flow, mean, pieces):
+    """Flow and mean attention of the last query: (key,) each, sums 1."""
+    flow, mean = np.asarray(flow), np.asarray(mean)
+    best = int(flow.argmax())
+    order = np.corrcoef(np.argsort(np.argsort(flow)), np.argsort(np.argsort(mean)))[0, 1]
+    other = 1 + int(mean[1:].argmax())
+    return (
+        f"Flow is largest from {_name(pieces[best])} (position {best}): {flow[best]:.3f}, against "
+        f"{1 / len(flow):.3f} for an "
+        f"even share. Mean attention gives the first token {mean[0]:.2f} and among the others most to "
+        f"{_name(pieces[other])} "
+        f"(position {other}, {mean[other]:.2f}). The two rank tokens with a correlation of {order:.2f}."
+    )
+
+
+@_wrapped
 def generated_finding(split):
     """Where generated tokens look. split: attention.generated_split."""
     mean = split.mean()
     return (
         f"The {len(split)} generated tokens give {mean['first token']:.0%} of their attention to the first token, "
-        f"{mean['rest of prompt']:.0%} to the rest of the prompt, {mean['generated']:.0%} to generated tokens before them "
-        f"and {mean['itself']:.0%} to themselves, mean over all layers and heads; the last one gives the prompt after its "
+        f"{mean['rest of prompt']:.0%} to the rest of the prompt, {mean['generated']:.0%} to generated tokens "
+        "before them "
+        f"and {mean['itself']:.0%} to themselves, mean over all layers and heads; the last one gives the prompt "
+        "after its "
         f"first token {split['rest of prompt'].iloc[-1]:.0%}."
     )
 
 
+@_wrapped
 def residual_finding(shares, position=-1):
     """Attention against feed-forward in the residual stream. shares: residual_shares."""
     by_layer = shares["attention_share"].isel(token=slice(1, None)).mean("token")
-    strongest = int(by_layer.argmax())
+    strongest = int(np.argmax(by_layer.values))
     direct = {
         "attention": float(shares["attention_direct"].isel(token=position).sum()),
         "feed-forward blocks": float(shares["ffn_direct"].isel(token=position).sum()),
         "embedding": float(shares["embedding_direct"].isel(token=position)),
     }
-    said = ", ".join(f"{value:.0%} {name}" for name, value in direct.items())
+    said = ", ".join(f"{round(value, 2) + 0.0:.0%} {name}" for name, value in direct.items())
     return (
         f"Attention writes {float(by_layer.mean()):.0%} of the length that the blocks add, mean over layers and tokens "
-        f"after the first, most in layer {strongest} ({float(by_layer[strongest]):.0%}). Along the direction of the last "
+        f"after the first, most in layer {strongest} ({float(by_layer[strongest]):.0%}). Along the direction of "
+        "the last "
         f"token's final stream the shares are {said}; negative means against it."
     )
 
 
+@_wrapped
 def logit_finding(parts, pieces):
     """What separates the first chosen token from the second. parts: logit_parts of two or more tokens."""
     first, second = parts.iloc[0], parts.iloc[1]
@@ -126,10 +172,12 @@ def logit_finding(parts, pieces):
     return (
         f"{_name(pieces[0])} leads {_name(pieces[1])} by {first['captured'] - second['captured']:.2f} in logit: "
         f"{gap['attention']:+.2f} from attention, {gap['ffn']:+.2f} from the feed-forward blocks, "
-        f"{gap['embedding']:+.2f} from the embedding. Layer {layers.argmax()} adds most to the lead ({layers.max():+.2f})."
+        f"{gap['embedding']:+.2f} from the embedding. Layer {layers.argmax()} adds most to the lead "
+        f"({layers.max():+.2f})."
     )
 
 
+@_wrapped
 def compare_finding(table, a="the quantized file", b="the reference"):
     """How far two precisions' attention is apart. table: compare_heads."""
     top, moved = table.iloc[0], table["top_moved"].mean()
@@ -141,13 +189,15 @@ def compare_finding(table, a="the quantized file", b="the reference"):
     )
 
 
+@_wrapped
 def centrality_finding(table):
     """PageRank and betweenness against received attention. table: as plots.attention.centrality_scatter."""
     order = table[["received", "pagerank", "betweenness"]].corr(method="spearman")["received"]
     top = table.loc[table["pagerank"].idxmax()]
     between = table.loc[table["betweenness"].idxmax()]
     return (
-        f"PageRank ranks positions with a Spearman correlation of {order['pagerank']:.2f} to the attention they receive, "
+        f"PageRank ranks positions with a Spearman correlation of {order['pagerank']:.2f} to the attention they "
+        "receive, "
         f"betweenness with {order['betweenness']:.2f}. The highest PageRank is {_name(top['piece'])} (position "
         f"{int(top['position'])}, {top['pagerank']:.2f}); most shortest paths pass {_name(between['piece'])} (position "
         f"{int(between['position'])})."

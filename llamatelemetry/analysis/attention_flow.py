@@ -78,7 +78,8 @@ def head_edges(attention, threshold=0.2):
 
 
 def rollout_edges(rolled, threshold=0.05):
-    """The last layer's rollout above threshold as edges query -> key: columns as head_edges, kind "rollout"."""
+    """Rollout after the last layer given, above threshold, as edges query -> key: columns as head_edges, kind
+    "rollout", head -1. In a causal model the last of many layers has little but the first token: take earlier ones."""
     last = np.asarray(rolled.isel(layer=-1))
     query, key = np.nonzero((last > threshold) & ~np.eye(len(last), dtype=bool))
     return pd.DataFrame(
@@ -91,8 +92,8 @@ def token_nodes(attention, pieces, backend):
     may see it, over all heads), pagerank and betweenness of the directed graph of edges query -> key whose mean weight
     is above 1 / n_token, more than an even share.
 
-    attention: (layer, head, query, key) of all tokens; backend: backend.get_backend(...). Sources: PageRank, Page et al.
-    1999; betweenness, Freeman 1977.
+    attention: (layer, head, query, key) of all tokens; backend: backend.get_backend(...). Sources: PageRank, Page et
+    al. 1999; betweenness, Freeman 1977.
     """
     mean = np.asarray(attention, dtype=np.float64).mean((0, 1))  # (query, key)
     n = len(mean)

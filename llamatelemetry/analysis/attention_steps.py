@@ -25,15 +25,16 @@ def _kernel(gguf, layer, *parts):
 def layer_facts(captured, gguf, layer):
     """(scale, softcap, window) of a layer's softmax, as llama.cpp's graph has them; softcap and window None if absent.
 
-    captured: a Capture, whose `layers` table says kind, scale, softcap, sliding. Raises CaptureError for a layer that is
-    not softmax attention over q and k alone.
+    captured: a Capture, whose `layers` table says kind, scale, softcap, sliding. Raises CaptureError for a layer that
+    is not softmax attention over q and k alone.
     """
     facts = captured.layers.loc[layer]
     odd = "no softmax attention" if facts["kind"] != "attention" else ""
     odd = odd or ("position biases (ALiBi)" if facts["max_bias"] else "learned sink logits" if facts["sinks"] else "")
     if odd:
         raise CaptureError(
-            f"LAYER = {layer} of this {gguf.architecture} model has {odd}: its weights cannot be recomputed from q and k. "
+            f"LAYER = {layer} of this {gguf.architecture} model has {odd}: its weights cannot be recomputed from q "
+            "and k. "
             "Choose another LAYER, or another MODEL."
         )
     return float(facts["scale"]), float(facts["softcap"]) or None, gguf.sliding_window if facts["sliding"] else None

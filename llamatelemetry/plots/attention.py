@@ -59,34 +59,54 @@ def depth_profile(table, columns, *, title):
         )  # fmt: skip
         mean = table.groupby("layer")[column].mean()
         figure.add_scatter(
-            x=mean.index, y=mean, mode="lines", line=dict(color=theme.COLOR["attention"], width=3), name="mean of heads",
-            showlegend=i == 1, hovertemplate="layer %{x}, mean: %{y:.4f}<extra></extra>", row=1, col=i,
+            x=mean.index, y=mean, mode="lines", line=dict(color=theme.COLOR["attention"], width=3),
+            name="mean of heads", showlegend=i == 1, hovertemplate="layer %{x}, mean: %{y:.4f}<extra></extra>", row=1, col=i,
         )  # fmt: skip
         figure.update_yaxes(title=name, rangemode="tozero", row=1, col=i)
         figure.update_xaxes(title="layer", row=1, col=i)
-    return figure.update_layout(template=theme.TEMPLATE, title=title, height=400, legend=dict(orientation="h", y=-0.2))
+    legend = dict(orientation="h", y=1.12, x=1, xanchor="right")
+    return figure.update_layout(template=theme.TEMPLATE, title=title, height=400, legend=legend)
 
 
-def maps_side_by_side(maps, pieces, *, title, unit, zmax=1.0):
-    """Several (query, key) maps in one row on one scale. maps: {panel title: (query, key) values}."""
+def maps_side_by_side(maps, pieces, *, title, unit, zmax=1.0, own_scale=None):
+    """Several (query, key) maps in one row on one scale. maps: {panel title: (query, key) values}; own_scale: the title
+    of the last panel where it has a scale of its own, from 0 to its largest value."""
     labels = theme.token_labels(pieces)
-    figure = make_subplots(rows=1, cols=len(maps), subplot_titles=list(maps), shared_yaxes=True, horizontal_spacing=0.03)
-    for i, values in enumerate(maps.values(), start=1):
+    figure = make_subplots(
+        rows=1, cols=len(maps), subplot_titles=list(maps), shared_yaxes=True, horizontal_spacing=0.03
+    )
+    for i, (name, values) in enumerate(maps.items(), start=1):
         figure.add_heatmap(
-            z=_visible(values, np.arange(len(labels))), x=labels, y=labels, coloraxis="coloraxis", row=1, col=i,
+            z=_visible(values, np.arange(len(labels))), x=labels, y=labels, row=1, col=i,
+            coloraxis="coloraxis2" if name == own_scale else "coloraxis",
             hovertemplate=f"query: %{{y}}<br>key: %{{x}}<br>{unit}: %{{z:.5f}}<extra></extra>",
         )  # fmt: skip
-        figure.update_xaxes(title="key token", tickangle=-90, row=1, col=i)
+        figure.update_xaxes(title="key token", tickangle=-90, tickfont=dict(size=10), row=1, col=i)
     every = max(1, -(-len(labels) // (48 // len(maps))))
     _ticks(figure, labels, "x", every=every)
-    _ticks(figure, labels, "y", every=max(1, len(labels) // 32))
-    figure.update_yaxes(autorange="reversed")
+    _ticks(figure, labels, "y", every=max(1, -(-len(labels) // 36)))
+    figure.update_yaxes(autorange="reversed", tickfont=dict(size=10))
     figure.update_yaxes(title="query token", col=1)
-    bar = dict(title=dict(text=unit, side="right"))
-    return figure.update_layout(
-        template=theme.TEMPLATE, title=title, height=540, margin=dict(t=90),
-        coloraxis=dict(colorscale=theme.MAGNITUDE, cmin=0, cmax=zmax, colorbar=bar),
+    scales = {"coloraxis": _scale(unit, zmax, 1.02)}
+    if own_scale:
+        scales["coloraxis2"] = _scale(own_scale, float(np.nanmax(maps[own_scale])) or 1.0, 1.14)
+    return figure.update_layout(template=theme.TEMPLATE, title=title, height=620, margin=dict(t=90), **scales)
+
+
+def _scale(unit, largest, x):
+    bar = dict(title=dict(text=unit, side="right"), x=x, thickness=16)
+    return dict(colorscale=theme.MAGNITUDE, cmin=0, cmax=largest, colorbar=bar)
+
+
+def rollout_map(rolled, pieces, *, title):
+    """Rollout of one query after every layer: (layer, key)."""
+    labels = theme.token_labels(pieces)
+    figure = theme.heatmap(
+        np.asarray(rolled), labels, list(range(len(rolled))), title=title, x_title="input token", y_title="after layer",
+        unit="rollout", zmax=1.0, height=440,
     )  # fmt: skip
+    figure.update_xaxes(tickangle=-90)
+    return _ticks(figure, labels, "x")
 
 
 def token_bars(series, pieces, *, title, unit, colors=theme.CATEGORIES):
@@ -143,11 +163,13 @@ def centrality_scatter(table, *, title):
         largest = table[column].rank(ascending=False) <= 3
         figure.add_scatter(
             x=table["received"], y=table[column], mode="markers+text", row=1, col=i, showlegend=False,
-            text=[name if big else "" for name, big in zip(names, largest)], textposition="top left", customdata=names,
+            text=[name if big else "" for name, big in zip(names, largest)], textposition="middle right",
+            customdata=names,
             marker=dict(color=table["position"], colorscale=theme.MAGNITUDE, size=9, showscale=i == 2,
                         colorbar=dict(title=dict(text="position", side="right"))),
             hovertemplate="%{customdata}<br>received: %{x:.4f}<br>" + column + ": %{y:.4f}<extra></extra>",
         )  # fmt: skip
         figure.update_xaxes(title="attention received, mean over heads", row=1, col=i)
+        figure.update_xaxes(range=[-0.03, 1.25 * table["received"].max()], row=1, col=i)  # room for the labels
         figure.update_yaxes(title=f"{column} (share)", row=1, col=i)
     return figure.update_layout(template=theme.TEMPLATE, title=title, height=440)

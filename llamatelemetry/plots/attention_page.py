@@ -174,7 +174,8 @@ def next_token_page(logits, vocabulary, *, model, context="", temperature=0.8, t
     title = f"Next token of {model}" + (f" after '{context}'" if context else "")
     about = (
         "The bar is what llama.cpp would draw from with these settings, recomputed here from the captured logits: "
-        "top-k, then top-p and min-p on what is left, then temperature. The mark is the model's own probability. llama.cpp's "
+        "top-k, then top-p and min-p on what is left, then temperature. The mark is the model's own probability. "
+        "llama.cpp's "
         "penalties, DRY, XTC, typical-p and top-n-sigma come before or between; by default they change nothing."
     )
     return Page(title, _body("attention_next.html", title=title, about=about), _script("attention_next.js"), data,
