@@ -8,6 +8,7 @@ bound for those families. Attention is within 1e-4 in all of them.
 
 import ctypes
 import hashlib
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +35,11 @@ DIMS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+SUITE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")  # the families of the suite's own models
+
+
+@pytest.fixture(scope="module", params=[
+    pytest.param(name, marks=() if name in SUITE else pytest.mark.slow) for name in FAMILIES])
 def tiny(request, tmp_path_factory):
     """One architecture: engine, capture of all stages, reference arrays, sizes."""
     architecture = request.param
@@ -327,7 +332,8 @@ def test_real_model_expanded_equals_transformers(real):
     np.testing.assert_allclose(norms, reference["hidden_norm"], rtol=2e-3 if real.loose else 2e-6)
     rows = cap.hidden.values[np.ix_([0, *(layer + 1 for layer in real.layers)], reference["hidden_tokens"])]
     size = np.linalg.norm(reference["hidden"], axis=-1)
-    assert (np.linalg.norm(rows - reference["hidden"], axis=-1) / size).max() < (5e-3 if real.loose else 5e-6)  # of each row
+    relative = np.linalg.norm(rows - reference["hidden"], axis=-1) / size  # of each row
+    assert relative.max() < (5e-3 if real.loose else 5e-6)
     top = np.take_along_axis(cap.logits.values, reference["top_id"], -1)
     close(top, reference["top_logit"], atol=0.05 if real.loose else 5e-5)
     no_head = np.take_along_axis(real.captures["expanded no head"].logits.values, reference["top_id"], -1)
@@ -356,12 +362,16 @@ def visible(architecture, layer):
     return seen & ~np.tri(n, k=-WINDOW, dtype=bool) if sliding else seen
 
 
-def tensor(path, name):
-    """A weight of an F32 file, rows first, or None."""
+@cache
+def tensors(path):
+    """All weights of an F32 file by name, rows first."""
     import gguf
 
-    found = [t for t in gguf.GGUFReader(path).tensors if t.name == name]
-    return np.array(found[0].data) if found else None
+    return {t.name: np.array(t.data) for t in gguf.GGUFReader(path).tensors}
+
+
+def tensor(path, name):
+    return tensors(path).get(name)
 
 
 def plain_logits(path, ids):
