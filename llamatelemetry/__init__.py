@@ -29,6 +29,8 @@ _WHERE = {
     "WorkerCrashedError": "errors",
     "GpuError": "errors",
     "GraphistryError": "errors",
+    "EngineBuildError": "build",
+    "NotebookError": "notebooks",
 }
 __all__ = ["__version__", *_WHERE]
 

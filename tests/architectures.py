@@ -86,16 +86,17 @@ def check(path):
         "model": Path(path).stem, "architecture": facts.architecture, "n_layer": runtime.n_layer,
         "kinds": [layer["kind"] for layer in layers],
         "missing": {stage: missing(plan, stage, runtime.n_layer) for stage in STAGES_SHOWN},
-        "why_not": plan.why_not, "invariants": {},
+        "why_not": plan.why_not, "sum": [bool(layer.get("sum")) for layer in layers], "invariants": {},
     }  # fmt: skip
     holds = result["invariants"]
     if plain is not None and "logits" in arrays:
         holds["logits identical"] = 0.0 if np.array_equal(plain, arrays["logits"]) else float(np.abs(plain - arrays["logits"]).max())
-    holds["residual sums"] = _residual(arrays, have, runtime.n_layer)
+    holds["residual sums"] = _residual(arrays, have, layers)
     holds["softmax rows"] = _rows(arrays, have, layers)
     holds["scores = q.k"] = _scores(arrays, have)
     holds["heads = attention.v"] = _heads(arrays, have)
-    holds["finite"] = 0.0 if all(np.isfinite(a).all() for s, a in arrays.items() if s not in ("mask",)) else 1.0
+    even = [a for s, a in arrays.items() if s != "mask" and not layout[s]["uneven"]]  # uneven layers are padded
+    holds["finite"] = 0.0 if all(np.isfinite(a).all() for a in even) else 1.0
     holds["output weights"] = _output(arrays, facts)
     return result
 
@@ -110,12 +111,12 @@ def _relative(difference, like):
     return float(np.abs(difference).max() / max(1e-6, np.abs(like).max()))
 
 
-def _residual(arrays, have, n_layer):
+def _residual(arrays, have, layers):
     """max |hidden[l+1] - hidden[l] - attn_out[l] - ffn_out[l]| over max |hidden|, where the graph has that sum."""
     worst = None
-    for layer in range(n_layer):
+    for layer, facts in enumerate(layers):
         added = [arrays[s][have[s].index(layer)] for s in ("attn_out", "ffn_out") if layer in have.get(s, ())]
-        if not added or layer not in have["hidden"] or layer + 1 not in have["hidden"]:
+        if not added or not facts.get("sum") or layer not in have["hidden"] or layer + 1 not in have["hidden"]:
             continue
         before, after = (arrays["hidden"][have["hidden"].index(number)] for number in (layer, layer + 1))
         worst = max(worst or 0.0, _relative(after - before - sum(added), after))
@@ -172,6 +173,8 @@ def _output(arrays, facts):
     if "final_norm" not in arrays or "logits" not in arrays:
         return None
     ours = arrays["final_norm"] @ facts.tensor(facts.output_name).T
+    if "output.bias" in facts.tensors.index:
+        ours += facts.tensor("output.bias")
     theirs = arrays["logits"]
     cap = facts.final_logit_softcap
     if cap:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 
 from .. import errors
 from ..errors import CaptureError, WorkerCrashedError
 from ..gguf import GGUFFile
+from ..server import physical_cores
 from .data import Capture, label, piece_array, token_table
 from .edits import flatten
 from .names import STAGES
@@ -52,7 +52,7 @@ class CaptureSession:
         try:
             self.facts = self._call(
                 "load", path=str(self.model.path), architecture=self.model.architecture, n_ctx=n_ctx,
-                n_ubatch=n_ubatch, threads=threads or psutil.cpu_count(logical=False) or os.cpu_count(),
+                n_ubatch=n_ubatch, threads=threads or physical_cores(),
                 gpu_layers=-1 if gpu_layers is None else gpu_layers, cache_type=cache_type, tensor_split=tensor_split,
             )  # fmt: skip
         except BaseException as error:

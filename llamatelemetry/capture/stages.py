@@ -17,6 +17,7 @@ NORMS = {"RMS_NORM", "NORM", "L2_NORM", "GROUP_NORM"}
 # Walking back from a query to its rotation: anything that keeps the shape.
 ELEMENTWISE = VIEWS | NORMS | {"SCALE", "MUL", "CONT", "CPY", "CLAMP"}
 # The stream passes through these unchanged in meaning: rows picked (all of them here), views, copies.
+WHY_NO_SUM = "the stream is not a sum of what the blocks add (several streams, or mixed by learned weights)"
 PASSING = VIEWS | {"GET_ROWS", "CONT", "CPY"}
 
 
@@ -60,11 +61,11 @@ def find_stages(graph, n_tokens, n_layer):
     masks = sorted({s.src[1] for s in attention.values() if len(s.src) > 1}, key=lambda mask: mask.address)
     for layer, softmax in attention.items():
         _attention(plan, graph, layer, softmax, n_tokens, masks)
-    stream = _stream(graph, n_layer)
-    _ends(plan, graph, stream)
+    stream = _stream(graph, n_layer, attention.get(0))
+    _ends(plan, graph, stream, n_tokens)
     for layer in range(n_layer):
         _block(plan, graph, layer, stream, attention.get(layer), n_tokens)
-    _experts(plan, graph, n_layer)
+    _experts(plan, graph, n_layer, n_tokens)
     return plan
 
 
@@ -150,7 +151,7 @@ def _stored(graph, read):
 
 def _rows_tap(node, n_heads, width, n_tokens):
     """Keys or values of all tokens as (token, head, feature), whether stored as rows, elements or not at all."""
-    if node.op == "CONT" and base(node.src[0]).ne[2] == n_tokens:  # values transposed for an encoder without a cache
+    if node.op == "CONT" and node.ne[:2] == (n_tokens, width):  # values transposed where there is no cache
         node = node.src[0]
     while node.op in VIEWS and not (node.ne[2] == n_tokens and node.ne[1] == n_heads and node.ne[0] == width):
         if node.ne[1] == n_tokens and node.ne[0] >= n_heads * width and node.ne[2] == 1:
@@ -189,7 +190,7 @@ def _embedding(graph):
     return (tokens or lookups or graph.nodes)[0]
 
 
-def _stream(graph, n_layer):
+def _stream(graph, n_layer, attention):
     """The residual stream: {layer: node} that enters layer 0..n_layer-1 and, at n_layer, leaves the last."""
     sink, source = _logits(graph), _embedding(graph)
     path = between(source, sink)
@@ -204,10 +205,15 @@ def _stream(graph, n_layer):
         before = [node for node in cuts if layer in first and node.index < first[layer]]
         if before:
             stream[layer] = before[-1]
-        if layer and layer - 1 in outputs:  # named so by llama.cpp: the graph may have cut nodes inside a block
-            stream[layer] = outputs[layer - 1]
+        if layer == 0 and 0 in outputs:  # after embedding norms and the like: the last node that layer 0 adds to
+            mixer = attention.index if attention else outputs[0].index
+            adds = [c for c in cuts if c.index < mixer and c.layer in (None, 0) and _terms(outputs[0], c) is not None]
+            stream[layer] = adds[-1] if adds else stream.get(layer)
+        hidden = not before or layer and before[-1].index < first.get(layer - 1, 0)
+        if layer - 1 in outputs and (hidden or outputs[layer - 1] in cuts):
+            stream[layer] = outputs[layer - 1]  # by its name where a bypass hides it or several cuts offer themselves
     last = _final_norm_input(graph, sink)
-    stream[n_layer] = outputs.get(n_layer - 1, last)
+    stream[n_layer] = last if last in cuts else outputs.get(n_layer - 1, last)
     return {layer: node for layer, node in stream.items() if node is not None}
 
 
@@ -227,21 +233,23 @@ def _before_output(sink):
     return None if node.is_leaf else node.src[1]
 
 
-def _ends(plan, graph, stream):
+def _ends(plan, graph, stream, n_tokens):
     sink = _logits(graph)
     final = _before_output(sink)
-    plan.put("logits", None, _node_tap(sink))
+    plan.put("logits", None, _node_tap(sink, n_tokens))
     if final is not None and not final.is_leaf:
-        plan.put("final_norm", None, _node_tap(final))
+        plan.put("final_norm", None, _node_tap(final, n_tokens))
     for layer, node in stream.items():
-        plan.put("hidden", layer, _node_tap(node))
+        plan.put("hidden", layer, _node_tap(node, n_tokens))
 
 
-def _node_tap(node):
+def _node_tap(node, n_tokens):
+    """A Tap on a whole node whose outermost dimension is the tokens: several streams are one wide vector per token."""
     source = base(node)
-    if source.is_leaf:
+    sizes = [size for size in source.ne if size != 1] or [1]
+    if source.is_leaf or n_tokens > 1 and sizes[-1] != n_tokens:
         return None
-    return Tap(source.index, source.name, source.op, (source.ne[0],))
+    return Tap(source.index, source.name, source.op, (source.ne[0] * source.ne[1] * source.ne[2] // n_tokens,))
 
 
 def _block(plan, graph, layer, stream, softmax, n_tokens):
@@ -249,29 +257,41 @@ def _block(plan, graph, layer, stream, softmax, n_tokens):
     start, end = stream.get(layer), stream.get(layer + 1)
     if start is None or end is None or start is end:
         return
-    terms = _terms(end, start)
-    whole = cone(end, {start})
-    recurrent = {node for node in whole if node.op in RECURRENT}
+    facts = plan.layers[layer]
+    recurrent = {node for node in cone(end, {start}) if _is_recurrent(node)}
     mixers = recurrent | ({softmax} if softmax else set())
     if recurrent:
-        plan.layers[layer]["kind"] = "attention+recurrent" if softmax else "recurrent"
+        facts["kind"] = "attention+recurrent" if softmax else "recurrent"
+    terms = _terms(end, start)
+    facts["sum"] = terms is not None
     if terms is None:
-        plan.why_not.setdefault("attn_out", "the stream is not a sum here (normalized or scaled after the addition)")
+        named = [node for node in cone(end, {start}) if node.name == f"{LAYER_OUTPUT}-{layer}" and node.op == "ADD"]
+        terms = _local_terms(named[0] if named else end, mixers, layer)
+    if terms is None:
+        plan.why_not.setdefault("attn_out", WHY_NO_SUM)
+        plan.why_not.setdefault("ffn_out", WHY_NO_SUM)
         return
     additions, sums = terms
     stops = sums | {start}
-    mixing = [node for node in additions if cone(node, stops) & mixers]
+    mixing = [node for node in additions if cone(node, stops - {node}) & mixers]
     rest = [node for node in additions if node not in mixing]
-    plan.put("attn_out", layer, *map(_node_tap, mixing))
-    plan.put("ffn_out", layer, *map(_node_tap, rest))
+    if recurrent == set() and softmax is None and mixing == [] and rest:
+        facts["kind"] = "ffn"
+    plan.put("attn_out", layer, *(_node_tap(node, n_tokens) for node in mixing))
+    plan.put("ffn_out", layer, *(_node_tap(node, n_tokens) for node in rest))
     for stage, nodes in (("attn_norm", mixing), ("ffn_norm", rest)):
         entry = _entry(nodes, stops)
         if entry is not None:
-            plan.put(stage, layer, _node_tap(entry))
+            plan.put(stage, layer, _node_tap(entry, n_tokens))
     if len(rest) == 1 and not _expert_products(rest, stops):
         down = _last_product(rest[0], stops)
         if down is not None and down.src[0].is_weight:
-            plan.put("ffn_act", layer, _node_tap(down.src[1]))
+            plan.put("ffn_act", layer, _node_tap(down.src[1], n_tokens))
+
+
+def _is_recurrent(node):
+    """Whether a node mixes positions through a state: a scan, or anything that reads a recurrent state's memory."""
+    return node.op in RECURRENT or any(s.is_leaf and s.name.startswith(("cache_r", "cache_s")) for s in node.src)
 
 
 def _terms(end, start):
@@ -296,16 +316,55 @@ def _terms(end, start):
     while node is not start:
         sums.add(node)
         if node.op == "ADD":
-            left, right = node.src[:2]
-            if carry(left) or left is start:
-                additions.append(right)
-                node = left
-            else:
-                additions.append(left)
-                node = right
+            kept, added = node.src[:2] if carry(node.src[0]) else node.src[1::-1]
+            if added.is_leaf:
+                return None  # a constant joins the stream
+            additions.append(added)
+            node = kept
         else:
             node = node.src[0]
-    return _split_sums([a for a in additions if not a.is_leaf]), sums
+    return _split_sums(additions), sums
+
+
+def _local_terms(end, mixers, layer):
+    """The same without knowing where the stream came from: of two summands, the one that the other was computed from
+    is the stream. Norms and scales that the stream passes on the way are passed too, so that what is found need not
+    add up; a stream that begins anew in the block begins with its first addition."""
+    additions, sums, node = [], set(), end
+    while True:
+        node = _passed(node, sums)
+        if node.op == "DSV4_HC_POST":  # several streams, to which the block's output is dealt out
+            added, kept = node.src[0], node.src[1]
+        elif node.op == "ADD":
+            left, right = node.src[:2]
+            if _passed(left, set()) in cone(right, set()):
+                added, kept = right, left
+            elif _passed(right, set()) in cone(left, set()):
+                added, kept = left, right
+            else:
+                return None
+        elif additions and cone(node, sums - {node}) & mixers:
+            return _split_sums([*additions, node]), sums
+        else:
+            return (_split_sums(additions), sums) if additions else None
+        sums.add(node)
+        additions.append(added)
+        below = _passed(kept, set())
+        if cone(added, sums | {below}) & mixers or below.is_leaf or below.layer not in (None, layer):
+            sums.add(below)
+            return _split_sums(additions), sums
+        node = kept
+
+
+def _passed(node, seen):
+    """Back through norms, gains and scales of the stream to the sum they normalize."""
+    while not node.is_leaf:
+        factor = node.op in ("MUL", "ADD") and base(node.src[1]).is_leaf
+        if node.op not in PASSING | NORMS | {"SCALE"} and not factor or node.src[0].is_leaf:
+            break
+        seen.add(node)
+        node = node.src[0]
+    return node
 
 
 def _split_sums(nodes):
@@ -317,7 +376,7 @@ def _split_sums(nodes):
             inner = base(inner.src[0])
         if inner.op == "ADD" and not any(base(source).is_leaf for source in inner.src[:2]):
             cones = [cone(source, set()) for source in inner.src[:2]]
-            mixes = [any(n.op == "SOFT_MAX" or n.op in RECURRENT for n in c - o) for c, o in (cones, cones[::-1])]
+            mixes = [any(n.op == "SOFT_MAX" or _is_recurrent(n) for n in c - o) for c, o in (cones, cones[::-1])]
             if any(mixes) and not all(mixes):
                 parts.extend(inner.src[:2])
                 continue
@@ -349,7 +408,7 @@ def _last_product(node, stops):
     return max(products, key=lambda inner: inner.index, default=None)
 
 
-def _experts(plan, graph, n_layer):
+def _experts(plan, graph, n_layer, n_tokens):
     """Router probabilities, chosen experts and their weights, from the products that pick matrices by index."""
     for node in graph.nodes:
         layer = node.layer
@@ -368,7 +427,7 @@ def _experts(plan, graph, n_layer):
             router = router.src[0] if router.src else None
         if router is not None and not router.is_leaf:
             plan.layers[layer]["router"] = {"SOFT_MAX": "softmax", "SIGMOID": "sigmoid"}.get(router.op, "logits")
-            plan.put("router", layer, _node_tap(router))
+            plan.put("router", layer, _node_tap(router, n_tokens))
     for node in graph.nodes:
         layer = node.layer
         if node.op == "MUL" and node.name.startswith("ffn_moe_weighted") and layer is not None:

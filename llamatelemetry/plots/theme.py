@@ -4,6 +4,8 @@ import html
 
 import plotly.graph_objects as go
 import plotly.io as pio
+from plotly.io.base_renderers import MimetypeRenderer
+from plotly.offline import get_plotlyjs
 
 # Magnitudes: perceptually even. Signed values: diverging, always centred on zero. Categories: Okabe and Ito (2008),
 # distinguishable with every common colour-vision deficiency.
@@ -46,11 +48,27 @@ TEMPLATE = go.layout.Template(
 pio.templates["llamatelemetry"] = TEMPLATE
 
 
-def setup(renderer="plotly_mimetype+notebook"):
-    """Make this theme Plotly's default and embed Plotly's script once in this notebook, so that a saved copy works
-    without a kernel and without a network."""
+class OfflineRenderer(MimetypeRenderer):
+    """A figure as HTML that asks no network for anything: Plotly's own notebook renderer asks for MathJax."""
+
+    def to_mimebundle(self, fig_dict):
+        options = dict(include_plotlyjs=False, include_mathjax=False, full_html=False, validate=False)
+        return {"text/html": pio.to_html(fig_dict, config={"displaylogo": False, "responsive": True}, **options)}
+
+
+def setup():
+    """Make this theme Plotly's default and put Plotly's script into this notebook, once, so that every figure shows in
+    a saved copy without a kernel and without a network."""
     pio.templates.default = "llamatelemetry"
-    pio.renderers.default = renderer
+    pio.renderers["llamatelemetry"] = OfflineRenderer()
+    pio.renderers.default = "llamatelemetry"
+    try:
+        from IPython import get_ipython
+        from IPython.display import HTML, display
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        display(HTML(f"<script>window.PlotlyConfig = {{MathJaxConfig: 'local'}};</script><script>{get_plotlyjs()}</script>"))
 
 
 def token_text(piece):
