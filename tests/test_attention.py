@@ -324,3 +324,19 @@ def test_reference_of_another_model_names_the_parameter():
     with pytest.raises(CaptureError, match="REFERENCE_MODEL has another vocabulary"):
         checks.check_reference(Model, Renamed)
     checks.check_reference(Model, Model)
+
+
+@pytest.mark.slow
+def test_every_step_of_a_real_layer_is_recomputed_and_a_wrong_one_is_found(engine):
+    from llamatelemetry.analysis.attention_steps import STAGES, check_steps
+
+    cap = engine.capture("The cat sat on the mat and the cat", stages=STAGES)
+    for layer in (0, 17):
+        steps = check_steps(cap, engine.model, layer)
+        assert len(steps) == 12 and steps["agrees"].all(), steps
+    cap.v.values[17] *= 1.01  # one percent: within what quantized kernels differ by, but not for the weighted values
+    steps = check_steps(cap, engine.model, 17).set_index("step")
+    assert steps.index[~steps["agrees"]].tolist() == ["weighted values"]
+    cap.q.values[17, 3] *= -1
+    wrong = check_steps(cap, engine.model, 17).query("not agrees")["step"].tolist()
+    assert wrong == ["RoPE on q", "scores q·k", "q and k to attention", "weighted values"]

@@ -190,6 +190,17 @@ def compare_finding(table, a="the quantized file", b="the reference"):
 
 
 @_wrapped
+def moved_finding(table, moved, n_token):
+    """How far the most attended keys move. table: compare_heads; moved: moved_targets of the heads shown."""
+    shift = table["top_shift"].mean()
+    text = (
+        f"In the heads shown {len(moved)} queries attend most to another token; over all heads "
+        f"{table['top_moved'].mean():.1%} of {n_token - 1} queries do"
+    )
+    return text + (f", and the target is then {shift:.1f} positions away on average." if shift == shift else ".")
+
+
+@_wrapped
 def centrality_finding(table):
     """PageRank and betweenness against received attention. table: as plots.attention.centrality_scatter."""
     order = table[["received", "pagerank", "betweenness"]].corr(method="spearman")["received"]

@@ -58,6 +58,12 @@ def check_steps(captured, gguf, layer):
         shape = " x ".join(map(str, theirs.shape))
         rows.append((step, inputs, shape, float(np.abs(difference).max()), relative, kind, TOLERANCE[kind]))
 
+    if not {"token_embd_norm.weight", "position_embd.weight"} & set(gguf.tensors.index):
+        at["embedding"] = captured["hidden"].sel(layer=0)
+        embedded = gguf.rows("token_embd.weight", captured.tokens["id"])
+        # Gemma scales its embeddings; a factor for all is allowed for, a change of direction is not.
+        factor = np.linalg.norm(at["embedding"]) / np.linalg.norm(embedded)
+        compare("embedding rows", "token ids", embedded * factor, "embedding", "float")
     compare("norm", "hidden", weights.norm(at["hidden"], gguf, f"blk.{layer}.attn_norm"), "attn_norm", "float")
     parts = weights.project_qkv(at["attn_norm"], gguf, layer)
     for name, stage in (("q", "q_pre"), ("k", "k_pre"), ("v", "v")):

@@ -60,7 +60,8 @@ def depth_profile(table, columns, *, title):
         mean = table.groupby("layer")[column].mean()
         figure.add_scatter(
             x=mean.index, y=mean, mode="lines", line=dict(color=theme.COLOR["attention"], width=3),
-            name="mean of heads", showlegend=i == 1, hovertemplate="layer %{x}, mean: %{y:.4f}<extra></extra>", row=1, col=i,
+            name="mean of heads", showlegend=i == 1, row=1, col=i,
+            hovertemplate="layer %{x}, mean: %{y:.4f}<extra></extra>",
         )  # fmt: skip
         figure.update_yaxes(title=name, rangemode="tozero", row=1, col=i)
         figure.update_xaxes(title="layer", row=1, col=i)
