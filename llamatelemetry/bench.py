@@ -22,8 +22,23 @@ def bench(path, n_prompt=256, n_gen=32, repetitions=3, gpu_layers=None, threads=
     cache), resident_bytes (largest resident set of the process, the mapped file included) and gpu_bytes (largest, by
     NVML: 0 without a GPU, NaN where it does not say). Raises ModelLoadError for a file that llama.cpp does not load.
     """
-    command = [tool("llama-bench"), "-m", str(path), "-p", str(n_prompt), "-n", str(n_gen), "-r", str(repetitions),
-               "-t", str(threads or _threads()), "-ngl", str(999 if gpu_layers is None else gpu_layers), "-o", "json"]
+    command = [
+        tool("llama-bench"),
+        "-m",
+        str(path),
+        "-p",
+        str(n_prompt),
+        "-n",
+        str(n_gen),
+        "-r",
+        str(repetitions),
+        "-t",
+        str(threads or _threads()),
+        "-ngl",
+        str(999 if gpu_layers is None else gpu_layers),
+        "-o",
+        "json",
+    ]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, env=_env())
         resident, gpu = _watch(process)
@@ -32,7 +47,11 @@ def bench(path, n_prompt=256, n_gen=32, repetitions=3, gpu_layers=None, threads=
         text, words = out.read().decode("utf-8", "replace"), log.read().decode("utf-8", "replace")
     if process.returncode:
         raise ModelLoadError(f"llama-bench cannot run {path} (exit status {process.returncode}):\n{words[-800:]}")
-    return speeds(json.loads(text)) | {"load_s": load_time(path, gpu_layers), "resident_bytes": resident, "gpu_bytes": gpu}
+    return speeds(json.loads(text)) | {
+        "load_s": load_time(path, gpu_layers),
+        "resident_bytes": resident,
+        "gpu_bytes": gpu,
+    }
 
 
 def speeds(runs):

@@ -11,13 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from .analysis.quantization_quality import summarize
-from .errors import LlamaTelemetryError, ModelLoadError, ModelNotFoundError, WorkerCrashedError
-
-TEXT = Path(__file__).parent / "data" / "text.txt"
-
-
-class CompareError(LlamaTelemetryError, ValueError):
-    """Files or a text that cannot be compared as asked."""
+from .errors import LlamaTelemetryError, ModelLoadError, WorkerCrashedError
+from .texts import CompareError, load_text
 
 
 class Comparison(pd.DataFrame):
@@ -31,8 +26,20 @@ class Comparison(pd.DataFrame):
     _metadata = ["tokens", "attempts"]
 
 
-def compare_quantizations(reference, candidates, text=None, n_ctx=512, client=None, *, max_windows=None, gpu_layers=None,
-                          threads=None, seed=0, retries=2, progress=True):
+def compare_quantizations(
+    reference,
+    candidates,
+    text=None,
+    n_ctx=512,
+    client=None,
+    *,
+    max_windows=None,
+    gpu_layers=None,
+    threads=None,
+    seed=0,
+    retries=2,
+    progress=True,
+):
     """Perplexity, KL divergence and top-token agreement of quantized files against a reference, on a text.
 
     reference, candidates: paths or registry names. text: the text, a path to one, or None for the public-domain text
@@ -55,8 +62,14 @@ def compare_quantizations(reference, candidates, text=None, n_ctx=512, client=No
         raise CompareError("No candidates were given: pass at least one path or name.")
     if n_ctx < 4:
         raise CompareError(f"n_ctx={n_ctx}: a window needs at least 4 tokens; llama-perplexity's default is 512.")
-    job = {"reference": str(reference), "text": load_text(text), "n_ctx": n_ctx, "max_windows": max_windows,
-           "gpu_layers": gpu_layers, "threads": threads}
+    job = {
+        "reference": str(reference),
+        "text": load_text(text),
+        "n_ctx": n_ctx,
+        "max_windows": max_windows,
+        "gpu_layers": gpu_layers,
+        "threads": threads,
+    }
     unique = list(dict.fromkeys(str(p) for p in paths))
     if client is None:
         found = {}
@@ -66,34 +79,6 @@ def compare_quantizations(reference, candidates, text=None, n_ctx=512, client=No
     else:
         found, attempts = _distributed(client, job, unique, retries, progress)
     return _result(found, attempts, [str(p) for p in paths], seed)
-
-
-def load_text(text=None):
-    """A text to measure on: None for the package's own, a path to a file, "wikitext-2" (a download), or the text."""
-    if text is None:
-        text = TEXT
-    elif text == "wikitext-2":
-        return _wikitext()
-    if isinstance(text, Path) or (len(text) < 1024 and "\n" not in text and Path(text).is_file()):
-        try:
-            return Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CompareError(f"No text at {text}: {error}.") from error
-    return text
-
-
-def _wikitext():
-    import zipfile
-
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
-    except Exception as error:  # offline, refused, gone: the hub's client raises a different one for each
-        raise CompareError(f"WikiText-2 could not be downloaded ({error}): pass text=None for the built-in text.") from error
-    with zipfile.ZipFile(path) as archive:
-        name = next(n for n in archive.namelist() if n.endswith("wiki.test.raw"))
-        return archive.read(name).decode("utf-8").removesuffix("\n")
 
 
 def measure(job, progress=False):
@@ -124,8 +109,13 @@ def _child(job, progress):
         path.write_text(json.dumps(job), encoding="utf-8")
         log = Path(folder) / "log"
         with open(log, "wb") as err:  # stdin stays open as long as this process lives: the child ends with it
-            process = subprocess.Popen([sys.executable, "-m", "llamatelemetry.compare_worker", str(path)], env=_env(),
-                                       stdout=subprocess.PIPE, stderr=err, stdin=subprocess.PIPE)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "llamatelemetry.compare_worker", str(path)],
+                env=_env(),
+                stdout=subprocess.PIPE,
+                stderr=err,
+                stdin=subprocess.PIPE,
+            )
         try:
             with tqdm(desc="compare", unit="window", disable=not progress) as meter:
                 for line in process.stdout:
@@ -226,8 +216,12 @@ def _groups(reference, paths):
 def _distributed(client, job, paths, retries, progress):
     from tqdm.auto import tqdm
 
-    futures = {p: client.submit(measure, job | {"candidates": [p]}, retries=retries, pure=False,
-                                key=f"compare-{i}-{os.urandom(4).hex()}") for i, p in enumerate(paths)}
+    futures = {
+        p: client.submit(
+            measure, job | {"candidates": [p]}, retries=retries, pure=False, key=f"compare-{i}-{os.urandom(4).hex()}"
+        )
+        for i, p in enumerate(paths)
+    }
     found, attempts = {}, {}
     for path, future in tqdm(futures.items(), desc="compare", unit="file", disable=not progress):
         try:
@@ -268,9 +262,29 @@ def _result(found, attempts, order, seed):
         rows.append(row)
     result = Comparison(pd.DataFrame(rows).set_index("name"))
     result["error"] = result.pop("error")
-    object.__setattr__(result, "tokens", pd.concat(tables, ignore_index=True)[
-        ["candidate", "window", "position", "id", "piece", "logprob_base", "logprob", "entropy_base", "kld", "dp",
-         "same_top", "top5", "top10", "top_base", "top"]])
+    object.__setattr__(
+        result,
+        "tokens",
+        pd.concat(tables, ignore_index=True)[
+            [
+                "candidate",
+                "window",
+                "position",
+                "id",
+                "piece",
+                "logprob_base",
+                "logprob",
+                "entropy_base",
+                "kld",
+                "dp",
+                "same_top",
+                "top5",
+                "top10",
+                "top_base",
+                "top",
+            ]
+        ],
+    )
     object.__setattr__(result, "attempts", {Path(p).stem: attempts[p] for p in order})
     return result
 

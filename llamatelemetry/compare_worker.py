@@ -53,7 +53,7 @@ class Model:
     def piece(self, token):
         room = ctypes.create_string_buffer(256)
         n = self.lib.llama_token_to_piece(self.vocab, token, room, len(room), 0, True)
-        return room.raw[:max(n, 0)]
+        return room.raw[: max(n, 0)]
 
     def bos(self):
         """The token that opens every window, or None where the model has none."""
@@ -91,7 +91,7 @@ class Model:
 def windows(tokens, n_ctx, limit=None):
     """tokens (n,) as whole windows (window, n_ctx); what does not fill one is left out."""
     n = len(tokens) // n_ctx
-    return tokens[:n * n_ctx].reshape(n, n_ctx)[:limit]
+    return tokens[: n * n_ctx].reshape(n, n_ctx)[:limit]
 
 
 def compare(reference, candidates, texts, tell, threads):
@@ -104,7 +104,7 @@ def compare(reference, candidates, texts, tell, threads):
     parts, failed = {model.path: [] for model in candidates}, {}
     with ThreadPoolExecutor(threads) as pool:
         for begin in range(0, len(texts), parallel):
-            some = texts[begin:begin + parallel].copy()  # (window, n_ctx)
+            some = texts[begin : begin + parallel].copy()  # (window, n_ctx)
             given = some.copy()
             if bos is not None:
                 given[:, 0] = bos
@@ -113,7 +113,7 @@ def compare(reference, candidates, texts, tell, threads):
             for start in range(0, n_ctx, step):
                 # Rows of logits are by window, then by position; the last position has nothing to be scored against.
                 at = np.arange(max(start, first), min(start + step, n_ctx))
-                base = reference.logits(given[:, start:start + step], start, first).reshape(len(some), len(at), -1)
+                base = reference.logits(given[:, start : start + step], start, first).reshape(len(some), len(at), -1)
                 keep = at < n_ctx - 1
                 rows = [(w, i) for w in range(len(some)) for i in range(0, keep.sum(), ROWS)]
                 piece = [(w, slice(i, min(i + ROWS, int(keep.sum())))) for w, i in rows]
@@ -121,22 +121,25 @@ def compare(reference, candidates, texts, tell, threads):
                 where = {
                     "window": np.concatenate([[begin + w] * len(at[s]) for w, s in piece] or [[]]).astype(int),
                     "position": np.concatenate([at[s] + 1 for _, s in piece] or [[]]).astype(int),
-                    "id": np.concatenate([some[w, at[s] + 1] for w, s in piece] or [[]]).astype(int)}
+                    "id": np.concatenate([some[w, at[s] + 1] for w, s in piece] or [[]]).astype(int),
+                }
                 for model in candidates:
                     if model.path in failed:
                         continue
                     try:
-                        own = model.logits(given[:, start:start + step], start, first).reshape(*base.shape[:2], -1)
+                        own = model.logits(given[:, start : start + step], start, first).reshape(*base.shape[:2], -1)
                     except ValueError as error:
                         failed[model.path] = str(error)
                         continue
                     found = list(pool.map(lambda r, p: r.compare(own[p[0], p[1]]), bases, piece))
                     if found:
-                        parts[model.path].append(
-                            where | {k: np.concatenate([f[k] for f in found]) for k in found[0]})
+                        parts[model.path].append(where | {k: np.concatenate([f[k] for f in found]) for k in found[0]})
             tell(windows=begin + len(some), of=len(texts))
-    columns = {path: {k: np.concatenate([part[k] for part in some]) for k in some[0]}
-               for path, some in parts.items() if path not in failed}
+    columns = {
+        path: {k: np.concatenate([part[k] for part in some]) for k in some[0]}
+        for path, some in parts.items()
+        if path not in failed
+    }
     return columns, failed
 
 

@@ -39,6 +39,7 @@ def make_reference(src, dst, seed=0, progress=True):
     quantizations in order, which a requantized file does not, because its weights already lie on a grid. The file's
     `general.name` says what it is. Written as F32; same seed, same file. Returns the path of `dst`.
     """
+
     def noisy(tensor, start, values):
         step = _steps(tensor, start, len(values))  # (rows, width)
         if step is None:
@@ -57,7 +58,7 @@ def _steps(tensor, start, rows):
     kind = tensor.tensor_type.name
     if kind in (*FLOATS, "F64"):
         return None
-    raw = tensor.data.reshape(-1, tensor.data.shape[-1])[start:start + rows]
+    raw = tensor.data.reshape(-1, tensor.data.shape[-1])[start : start + rows]
     simple = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}  # bytes per block of 32; float16 step first
     if kind in simple:
         blocks = raw.reshape(rows, -1, simple[kind])
@@ -78,7 +79,8 @@ def _steps(tensor, start, rows):
     else:
         raise QuantizeError(
             f"{tensor.name} is {kind}: make_reference() knows the step of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K "
-            "and Q6_K. Use a file made of these types, or a full-precision model as the reference.")
+            "and Q6_K. Use a file made of these types, or a full-precision model as the reference."
+        )
     return np.abs(step)  # (rows, width)
 
 
@@ -101,8 +103,9 @@ def _rewrite(src, dst, type, change, metadata, progress):
                 shape = tuple(int(n) for n in reversed(t.shape))  # numpy order: rows first
                 dtype = np.dtype({"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind.name])
                 n = int(t.n_elements)
-                writer.add_tensor_info(t.name, shape, dtype, n * FLOATS[kind.name],
-                                       raw_dtype=None if kind.name != "BF16" else kind)
+                writer.add_tensor_info(
+                    t.name, shape, dtype, n * FLOATS[kind.name], raw_dtype=None if kind.name != "BF16" else kind
+                )
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -111,7 +114,7 @@ def _rewrite(src, dst, type, change, metadata, progress):
                 writer.write_padding(file, file.tell())
                 raw = t.data.reshape(-1, t.data.shape[-1])
                 for start in range(0, len(raw), ROWS):
-                    values = gguf.quants.dequantize(raw[start:start + ROWS], t.tensor_type).astype(np.float32)
+                    values = gguf.quants.dequantize(raw[start : start + ROWS], t.tensor_type).astype(np.float32)
                     values = change(t, start, values)
                     file.write(gguf.quants.quantize(values, gguf.GGMLQuantizationType[kinds[t.name]]).tobytes())
                 writer.write_padding(file, file.tell())
@@ -165,7 +168,8 @@ def written(dst, need):
     if free < need:
         raise QuantizeError(
             f"{dst} needs {need / 1e9:.2f} GB and {dst.parent} has {free / 1e9:.2f} GB free: make room there, or "
-            "choose another folder.")
+            "choose another folder."
+        )
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}.partial")
     try:
         yield temporary

@@ -32,8 +32,11 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     """
     kinds = {t.tensor_type.name for t in _open(src).tensors if len(t.shape) > 1}
     if kinds - {*FLOATS, "F64"}:
-        warnings.warn(f"{src} is quantized already ({', '.join(sorted(kinds))}): requantizing it is not what "
-                      f"quantizing its original to {type} would give.", stacklevel=2)
+        warnings.warn(
+            f"{src} is quantized already ({', '.join(sorted(kinds))}): requantizing it is not what "
+            f"quantizing its original to {type} would give.",
+            stacklevel=2,
+        )
     options = ["--allow-requantize"]
     if pure:
         options += ["--pure"]
@@ -50,14 +53,22 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     if "will require an imatrix" in dry and imatrix is None:
         raise QuantizeError(f"{type} needs an importance matrix: make one with imatrix(model, text, dst) and pass it.")
     with written(dst, float(size[1]) * 2**20 + SLACK) as temporary:
-        _run([tool("llama-quantize"), *options, str(src), str(temporary), type, threads],
-             f"quantize {src} to {type}", step=r"\[\s*(\d+)/\s*(\d+)\]", bar=Path(dst).name, progress=progress)
+        _run(
+            [tool("llama-quantize"), *options, str(src), str(temporary), type, threads],
+            f"quantize {src} to {type}",
+            step=r"\[\s*(\d+)/\s*(\d+)\]",
+            bar=Path(dst).name,
+            progress=progress,
+        )
     return Path(dst)
 
 
 def quantizations(reference, wanted, folder, imatrix=None, progress=True):
-    """A file for each of `wanted`: {name: path}. A type ("Q4_K_M") is made from `reference` into `folder`, unless a file
-    made after the reference is there already; anything else is a path or a registry name and taken as it is."""
+    """A file for each of `wanted`: {name: path}.
+
+    A type ("Q4_K_M") is made from `reference` into `folder`, unless a file made after the reference is there already;
+    anything else is a path or a registry name and taken as it is.
+    """
     import gguf
 
     from .models import resolve_model
@@ -91,10 +102,30 @@ def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
             path = text
         # llama-imatrix chooses its format by the file's ending.
         out = Path(folder) / "imatrix.gguf"
-        words = _run([tool("llama-imatrix"), "-m", str(model), "-f", str(path), "-o", str(out), "-c", str(n_ctx),
-                      "-b", str(n_ctx), "-t", str(_threads()), "--no-ppl", *(["--chunks", str(chunks)] if chunks else [])],
-                     f"compute an importance matrix of {model}", step=r"\[(\d+)\]", total=r"over (\d+) chunks",
-                     bar=Path(dst).name, progress=progress)
+        words = _run(
+            [
+                tool("llama-imatrix"),
+                "-m",
+                str(model),
+                "-f",
+                str(path),
+                "-o",
+                str(out),
+                "-c",
+                str(n_ctx),
+                "-b",
+                str(n_ctx),
+                "-t",
+                str(_threads()),
+                "--no-ppl",
+                *(["--chunks", str(chunks)] if chunks else []),
+            ],
+            f"compute an importance matrix of {model}",
+            step=r"\[(\d+)\]",
+            total=r"over (\d+) chunks",
+            bar=Path(dst).name,
+            progress=progress,
+        )
         if not out.is_file():
             reason = re.search(r"you need at least.*", words)
             raise QuantizeError(f"llama-imatrix wrote nothing: {reason[0] if reason else words[-800:]}")
@@ -134,7 +165,8 @@ def tool(name):
         return found
     raise QuantizeError(
         f"{name} is not on this machine (looked in {', '.join(str(p.parent) for p in places) or 'no engine'} and on "
-        "PATH): install the engine's wheel, made by `llamatelemetry engine build`.")
+        "PATH): install the engine's wheel, made by `llamatelemetry engine build`."
+    )
 
 
 def _threads():

@@ -14,9 +14,10 @@ import pytest
 
 from llamatelemetry import LlamaTelemetryError, ModelLoadError, ModelNotFoundError, WorkerCrashedError
 from llamatelemetry import compare as module
-from llamatelemetry.compare import CompareError, compare_quantizations, load_text
+from llamatelemetry.compare import CompareError, compare_quantizations
 from llamatelemetry.compare_worker import windows
 from llamatelemetry.quantize import QuantizeError, quantize, tool
+from llamatelemetry.texts import TEXT, load_text
 
 N_CTX, WINDOWS = 128, 4
 NUMBER = r"\s*(-?[\d.]+)(?: ±\s*([\d.]+))?"
@@ -40,13 +41,28 @@ def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return reference, [quantize(reference, folder / f"{kind}.gguf", kind, progress=False)
-                           for kind in ("Q8_0", "Q4_0", "Q3_K_M")]
+        return reference, [
+            quantize(reference, folder / f"{kind}.gguf", kind, progress=False) for kind in ("Q8_0", "Q4_0", "Q3_K_M")
+        ]
 
 
 def perplexity(model, text, base, *options):
-    command = [tool("llama-perplexity"), "-m", model, "-f", text, "-c", str(N_CTX), "-b", str(N_CTX * WINDOWS), "--chunks",
-               str(WINDOWS), "--kl-divergence-base", base, *options]
+    command = [
+        tool("llama-perplexity"),
+        "-m",
+        model,
+        "-f",
+        text,
+        "-c",
+        str(N_CTX),
+        "-b",
+        str(N_CTX * WINDOWS),
+        "--chunks",
+        str(WINDOWS),
+        "--kl-divergence-base",
+        base,
+        *options,
+    ]
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
@@ -68,15 +84,27 @@ def test_the_numbers_are_llama_perplexitys(family, tmp_path):
         row = ours.loc[path.stem]
         assert numbers(theirs, "Mean PPL(Q)                   :") == pytest.approx([row.ppl, row.ppl_err], rel=1e-3)
         assert numbers(theirs, "Mean PPL(Q)/PPL(base)         :") == pytest.approx(
-            [row.ppl_ratio, row.ppl_ratio_err], rel=2e-3, abs=STEP)
+            [row.ppl_ratio, row.ppl_ratio_err], rel=2e-3, abs=STEP
+        )
         assert numbers(theirs, "Mean    KLD:") == pytest.approx([row.kld_mean, row.kld_mean_err], abs=STEP)
         assert numbers(theirs, "Mean    Δp:", 0.01) == pytest.approx([row.mean_dp, row.mean_dp_err], abs=STEP)
         assert numbers(theirs, "RMS Δp    :", 0.01) == pytest.approx([row.rms_dp, row.rms_dp_err], abs=STEP)
         assert numbers(theirs, "Same top p:", 0.01) == pytest.approx(
-            [row.same_top, row.same_top_err], abs=1.01 / row.n_tokens)  # rounding can make a tie
-        for label, name in {"Maximum": "max", "99.9%  ": "p999", "99.0%  ": "p99", "95.0%  ": "p95", "90.0%  ": "p90",
-                            "Median ": "median", "10.0%  ": "p10", " 5.0%  ": "p05", " 1.0%  ": "p01", " 0.1%  ": "p001",
-                            "Minimum": "min"}.items():
+            [row.same_top, row.same_top_err], abs=1.01 / row.n_tokens
+        )  # rounding can make a tie
+        for label, name in {
+            "Maximum": "max",
+            "99.9%  ": "p999",
+            "99.0%  ": "p99",
+            "95.0%  ": "p95",
+            "90.0%  ": "p90",
+            "Median ": "median",
+            "10.0%  ": "p10",
+            " 5.0%  ": "p05",
+            " 1.0%  ": "p01",
+            " 0.1%  ": "p001",
+            "Minimum": "min",
+        }.items():
             assert numbers(theirs, f"{label} KLD:")[0] == pytest.approx(row[f"kld_{name}"], abs=STEP), label
             assert numbers(theirs, f"{label} Δp:", 0.01)[0] == pytest.approx(row[f"dp_{name}"], abs=STEP), label
     assert row.n_tokens == WINDOWS * (N_CTX // 2 - 1)
@@ -109,8 +137,9 @@ def test_a_corrupt_candidate_leaves_the_others(family, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(candidates[0].read_bytes()[:60_000_000])
     with pytest.warns(UserWarning, match="cut"):
-        found = compare_quantizations(reference, [candidates[0], cut], load_text()[:4000], n_ctx=N_CTX, max_windows=1,
-                                      progress=False)
+        found = compare_quantizations(
+            reference, [candidates[0], cut], load_text()[:4000], n_ctx=N_CTX, max_windows=1, progress=False
+        )
     assert list(found.index) == [candidates[0].stem, "cut"]
     assert "cannot load" in found.loc["cut", "error"] and np.isnan(found.loc["cut", "ppl"])
     assert pd.isna(found.loc[candidates[0].stem, "error"]) and found.loc[candidates[0].stem, "ppl"] > 1
@@ -159,6 +188,7 @@ def test_windows_leave_out_the_remainder():
 
 def test_a_crash_costs_only_the_candidate_that_makes_it(monkeypatch):
     """Two candidates in one process crash it; alone, only one of them does."""
+
     def child(job, progress):
         if "bad" in job["candidates"]:
             return {}, "llama.cpp ended with signal 6"
@@ -187,7 +217,9 @@ def test_a_cluster_gives_the_same_and_survives_a_dead_worker(family, cluster):
     if reference.stat().st_size > 150e6:
         pytest.skip("once is enough")
     here = compare_quantizations(reference, candidates[:2], load_text()[:1500], n_ctx=64, progress=False)
-    there = compare_quantizations(reference, candidates[:2], load_text()[:1500], n_ctx=64, client=cluster, progress=False)
+    there = compare_quantizations(
+        reference, candidates[:2], load_text()[:1500], n_ctx=64, client=cluster, progress=False
+    )
     assert here.drop(columns="file").equals(there.drop(columns="file"))
     assert set(there.attempts.values()) == {1}
 
@@ -207,8 +239,9 @@ def test_a_cluster_gives_the_same_and_survives_a_dead_worker(family, cluster):
     thread = threading.Thread(target=kill_one)
     thread.start()
     with pytest.warns(UserWarning, match="worker died"):
-        again = compare_quantizations(reference, candidates[:2], load_text()[:1500], n_ctx=64, client=cluster,
-                                      progress=False)
+        again = compare_quantizations(
+            reference, candidates[:2], load_text()[:1500], n_ctx=64, client=cluster, progress=False
+        )
     thread.join()
     assert here.equals(again) and sorted(again.attempts.values()) == [1, 2]
     time.sleep(1)
@@ -217,4 +250,4 @@ def test_a_cluster_gives_the_same_and_survives_a_dead_worker(family, cluster):
 
 def test_default_text_is_long_enough_and_wheel_data():
     assert 150_000 < len(load_text()) < 200_000
-    assert module.TEXT.with_suffix(".md").is_file()
+    assert TEXT.with_suffix(".md").is_file()

@@ -13,9 +13,13 @@ from llamatelemetry.analysis import quantization_decision as d
 
 def tensors(**rows):
     """{name: (type, shape, bits)} as GGUFFile.tensors."""
-    table = pd.DataFrame([(n, k, s, int(np.prod(s)), b) for n, (k, s, b) in rows.items()],
-                         columns=["name", "type", "shape", "n_elements", "bits_per_weight"]).set_index("name")
-    table["layer"] = pd.array([int(n.split(".")[1]) if n.startswith("blk") else None for n in table.index], dtype="Int64")
+    table = pd.DataFrame(
+        [(n, k, s, int(np.prod(s)), b) for n, (k, s, b) in rows.items()],
+        columns=["name", "type", "shape", "n_elements", "bits_per_weight"],
+    ).set_index("name")
+    table["layer"] = pd.array(
+        [int(n.split(".")[1]) if n.startswith("blk") else None for n in table.index], dtype="Int64"
+    )
     table["group"] = [n.split(".")[-2] for n in table.index]
     return table
 
@@ -32,9 +36,16 @@ class File:
 
 
 def test_types_of_groups():
-    file = SimpleNamespace(tensors=tensors(**{
-        "blk.0.attn_q.weight": ("Q5_0", (4, 4), 5.5), "blk.1.attn_q.weight": ("Q8_0", (4, 4), 8.5),
-        "blk.2.attn_q.weight": ("Q5_0", (4, 4), 5.5), "blk.0.attn_norm.weight": ("F32", (4,), 32.0)}))
+    file = SimpleNamespace(
+        tensors=tensors(
+            **{
+                "blk.0.attn_q.weight": ("Q5_0", (4, 4), 5.5),
+                "blk.1.attn_q.weight": ("Q8_0", (4, 4), 8.5),
+                "blk.2.attn_q.weight": ("Q5_0", (4, 4), 5.5),
+                "blk.0.attn_norm.weight": ("F32", (4,), 32.0),
+            }
+        )
+    )
     assert q.type_table({"a": file}).to_dict() == {"a": {"attn_q": "Q5_0 x2, Q8_0 x1"}}
     assert q.quantized_types(file) == ["Q5_0", "Q8_0"]
     assert q.quantized_types(File({"blk.0.attn_q.weight": np.ones((2, 2))})) == []
@@ -53,15 +64,19 @@ def test_embeddings_rotated_together_keep_their_neighbours():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 16)).astype(np.float32)
     rotation, _ = np.linalg.qr(rng.normal(size=(16, 16)))
-    files = [File({"token_embd.weight": e.astype(np.float32)}) for e in (x, x * 3, x @ rotation, rng.normal(size=x.shape))]
+    files = [
+        File({"token_embd.weight": e.astype(np.float32)}) for e in (x, x * 3, x @ rotation, rng.normal(size=x.shape))
+    ]
     scaled, rotated, other = (q.embedding_preservation(files[0], f, pool=200, queries=50, k=5) for f in files[1:])
     assert scaled["cosine"].min() > 0.99999 and scaled["overlap"].mean() == 1
     assert rotated["overlap"].mean() == 1 and abs(rotated["cosine"].mean()) < 0.9
     assert other["overlap"].mean() < 0.2 and scaled["overlap"].notna().sum() == 50
 
 
-@pytest.mark.parametrize("p, q_, expected", [
-    ([1, 0], [0, 1], 1), ([0.5, 0.5], [0.5, 0.5], 0), ([1, 0], [0.5, 0.5], 0.311278), ([1, 0, 0], [1, 0, 0], 0)])
+@pytest.mark.parametrize(
+    "p, q_, expected",
+    [([1, 0], [0, 1], 1), ([0.5, 0.5], [0.5, 0.5], 0), ([1, 0], [0.5, 0.5], 0.311278), ([1, 0, 0], [1, 0, 0], 0)],
+)
 def test_jensen_shannon(p, q_, expected):
     assert q.jensen_shannon(p, q_) == pytest.approx(expected, abs=1e-6)
     assert q.jensen_shannon(q_, p) == pytest.approx(expected, abs=1e-6)
@@ -83,36 +98,59 @@ def test_drift_keeps_the_first_token_apart():
     other = base.copy()
     other[1, 1:] *= 1.1
     other[2, 0] *= -1
-    drift = q.hidden_drift(*(xr.DataArray(a, dims=("layer", "token", "embd"), coords={"layer": [0, 1, 2]})
-                             for a in (base, other)))
-    assert drift["error"].tolist() == pytest.approx([0, 0.1, 0]) and drift["cosine"].tolist() == pytest.approx([1, 1, 1])
+    drift = q.hidden_drift(
+        *(xr.DataArray(a, dims=("layer", "token", "embd"), coords={"layer": [0, 1, 2]}) for a in (base, other))
+    )
+    assert drift["error"].tolist() == pytest.approx([0, 0.1, 0]) and drift["cosine"].tolist() == pytest.approx(
+        [1, 1, 1]
+    )
     assert drift["error_first"].tolist() == pytest.approx([0, 0, 2])
     assert drift["cosine_first"].tolist() == pytest.approx([1, 1, -1])
 
 
 def test_layers_put_together():
-    weights = pd.DataFrame({"layer": pd.array([0, 0, 1, None], dtype="Int64"), "n_elements": [1, 3, 2, 9],
-                            "error": [0.2, 0.1, 0.5, 9.0]})
+    weights = pd.DataFrame(
+        {"layer": pd.array([0, 0, 1, None], dtype="Int64"), "n_elements": [1, 3, 2, 9], "error": [0.2, 0.1, 0.5, 9.0]}
+    )
     drift = pd.DataFrame({"error": [0.0, 0.1, 0.4]})
     falls = pd.DataFrame({"layer": [0, 0, 1, 1], "fall": [0.1, 0.2, -0.1, 0.3]})
     costs = pd.DataFrame({"layer": [0, 0, 1, 1], "cost": [0.1, 0.2, 0.5, 0.3]})
     table = q.layer_table(weights, drift, costs, falls)
     assert table["weight_error"].tolist() == pytest.approx([np.sqrt((0.04 + 3 * 0.01) / 4), 0.5])
-    assert table["drift_added"].tolist() == pytest.approx([0.1, 0.3]) and table["fall"].tolist() == pytest.approx([0.3, 0.2])
+    assert table["drift_added"].tolist() == pytest.approx([0.1, 0.3]) and table["fall"].tolist() == pytest.approx(
+        [0.3, 0.2]
+    )
     assert table["cost"].tolist() == pytest.approx([0.3, 0.8])
     correlations = q.rank_correlations(table)
     assert correlations.loc["weight_error", "fall"] == pytest.approx(-1) == -correlations.loc["weight_error", "cost"]
 
 
-@pytest.mark.parametrize("piece, kind", [(" the", "word"), ("ing", "part"), (" 12", "number"), (",", "punctuation"),
-                                         ("\n", "whitespace"), (b"\xe2", "other"), ("a1", "number"), ("don't", "other")])
+@pytest.mark.parametrize(
+    "piece, kind",
+    [
+        (" the", "word"),
+        ("ing", "part"),
+        (" 12", "number"),
+        (",", "punctuation"),
+        ("\n", "whitespace"),
+        (b"\xe2", "other"),
+        ("a1", "number"),
+        ("don't", "other"),
+    ],
+)
 def test_kinds_of_pieces(piece, kind):
     assert q.piece_kind(piece) == kind
 
 
 def test_vulnerable_tokens_add_up():
-    tokens = pd.DataFrame({"candidate": "x", "piece": [" a", "b", " c", "1"], "kld": [1.0, 2.0, 3.0, 4.0],
-                           "logprob_base": np.log([0.9, 0.1, 0.01, 0.6])})
+    tokens = pd.DataFrame(
+        {
+            "candidate": "x",
+            "piece": [" a", "b", " c", "1"],
+            "kld": [1.0, 2.0, 3.0, 4.0],
+            "logprob_base": np.log([0.9, 0.1, 0.01, 0.6]),
+        }
+    )
     table = q.vulnerable_tokens(tokens)
     assert table.loc[("x", "piece", "word"), "kld"] == 2 and table.loc[("x", "piece", "number"), "share_of_kld"] == 0.4
     sure = table.loc[("x", "reference's probability")]
@@ -123,7 +161,9 @@ def test_vulnerable_tokens_add_up():
 def test_maps_find_the_part_that_was_broken():
     rng = np.random.default_rng(0)
     base, broken = rng.normal(size=(5, 50)).astype(np.float32), rng.normal(size=(5, 50)).astype(np.float32)
-    log_p, log_q = (x.astype(float) - np.log(np.exp(x.astype(float)).sum(axis=1, keepdims=True)) for x in (base, broken))
+    log_p, log_q = (
+        x.astype(float) - np.log(np.exp(x.astype(float)).sum(axis=1, keepdims=True)) for x in (base, broken)
+    )
     kld = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)[1:].mean()
 
     falls = d.fall_map(lambda part, layer: base if (part, layer) == ("ffn_out", 1) else broken, base, 3, progress=False)
@@ -131,17 +171,26 @@ def test_maps_find_the_part_that_was_broken():
     assert (best.part, best.layer) == ("ffn_out", 1) and best.share == pytest.approx(1) and best.kld == 0
     assert (falls["fall"] == 0).sum() == 5 and falls.attrs["kld"] == pytest.approx(kld, rel=1e-5)
 
-    costs = d.cost_map(lambda part, layer: broken if (part, layer) == ("attn_out", 2) else base, base, 3, progress=False)
+    costs = d.cost_map(
+        lambda part, layer: broken if (part, layer) == ("attn_out", 2) else base, base, 3, progress=False
+    )
     worst = costs.loc[costs["cost"].idxmax()]
     assert (worst.part, worst.layer) == ("attn_out", 2) and worst.cost == pytest.approx(kld, rel=1e-5)
     assert (costs["cost"] == 0).sum() == 5
 
 
 def test_recommendation_is_per_byte():
-    costs = pd.DataFrame([("attn_out", 0, .2), ("ffn_out", 0, .3), ("attn_out", 1, .02), ("ffn_out", 1, .01),
-                          ("ffn_out", 2, 9.0)], columns=["part", "layer", "cost"])
-    table = tensors(**{f"blk.{i}.{n}.weight": ("Q4_K" if i < 2 else "Q8_0", s, 4.5 if i < 2 else 8.5) for i in (0, 1, 2)
-                       for n, s in (("attn_q", (64, 64)), ("attn_output", (64, 64)), ("ffn_up", (256, 64)))})
+    costs = pd.DataFrame(
+        [("attn_out", 0, 0.2), ("ffn_out", 0, 0.3), ("attn_out", 1, 0.02), ("ffn_out", 1, 0.01), ("ffn_out", 2, 9.0)],
+        columns=["part", "layer", "cost"],
+    )
+    table = tensors(
+        **{
+            f"blk.{i}.{n}.weight": ("Q4_K" if i < 2 else "Q8_0", s, 4.5 if i < 2 else 8.5)
+            for i in (0, 1, 2)
+            for n, s in (("attn_q", (64, 64)), ("attn_output", (64, 64)), ("ffn_up", (256, 64)))
+        }
+    )
     best = d.recommend(costs, table, keep=2)
     assert best[["part", "layer"]].values.tolist() == [["attention", 0], ["FFN", 0]]  # 0.2 for half the bytes of 0.3
     assert best["bytes_added"].tolist() == [64 * 64 * 2 * 4 // 8, 256 * 64 * 4 // 8]
@@ -153,18 +202,23 @@ def test_recommendation_is_per_byte():
 
 
 def test_pareto_and_decision():
-    table = pd.DataFrame({"memory_bytes": [10, 20, 30, 25, 5], "kld_mean": [.5, .2, .01, .3, np.nan]}, index=list("abcde"))
+    table = pd.DataFrame(
+        {"memory_bytes": [10, 20, 30, 25, 5], "kld_mean": [0.5, 0.2, 0.01, 0.3, np.nan]}, index=list("abcde")
+    )
     assert d.pareto(table, "memory_bytes", "kld_mean").to_dict() == dict(a=True, b=True, c=True, d=False, e=False)
-    assert d.decide(table, [8, 20, 100], [.1, 1]).values.tolist() == [["none", "none"], ["none", "b"], ["c", "c"]]
+    assert d.decide(table, [8, 20, 100], [0.1, 1]).values.tolist() == [["none", "none"], ["none", "b"], ["c", "c"]]
 
 
-@pytest.mark.parametrize("a, b, expected", [([1, 2, 3], [1, 5, 3], 1), ([1, 2], [1, 2], None), ([1, 2], [1, 2, 3], None)])
+@pytest.mark.parametrize(
+    "a, b, expected", [([1, 2, 3], [1, 5, 3], 1), ([1, 2], [1, 2], None), ([1, 2], [1, 2, 3], None)]
+)
 def test_first_divergence(a, b, expected):
     assert d.first_divergence(a, b) == expected
 
 
 def test_ladder_names_what_is_out_of_order():
-    table = pd.DataFrame({"bits_per_weight": [4.5, 5.5, 8.5, 3], "kld_mean": [.076, .086, .01, 1]},
-                         index=["Q4", "Q5", "Q8", "IQ3"])
+    table = pd.DataFrame(
+        {"bits_per_weight": [4.5, 5.5, 8.5, 3], "kld_mean": [0.076, 0.086, 0.01, 1]}, index=["Q4", "Q5", "Q8", "IQ3"]
+    )
     assert d.ladder(table) == [("Q5", "Q4")]
     assert d.ladder(table.drop("Q5")) == []

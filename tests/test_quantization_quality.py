@@ -21,11 +21,18 @@ def naive(base, logits, targets):
     for a, b, t in zip(base.astype(np.float64), logits.astype(np.float64), targets):
         log_p, log_q = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in (a, b))
         heard = log_p > -16
-        rows.append({"logprob_base": log_p[t], "logprob": log_q[t], "dp": np.exp(log_q[t]) - np.exp(log_p[t]),
-                     "kld": (np.exp(log_p) * (log_p - log_q))[heard].sum(), "same_top": a.argmax() == b.argmax(),
-                     "entropy_base": -(np.exp(log_p) * log_p).sum(),
-                     "top5": len(set(np.argsort(-a)[:5]) & set(np.argsort(-b)[:5])) / 5,
-                     "top10": len(set(np.argsort(-a)[:10]) & set(np.argsort(-b)[:10])) / 10})
+        rows.append(
+            {
+                "logprob_base": log_p[t],
+                "logprob": log_q[t],
+                "dp": np.exp(log_q[t]) - np.exp(log_p[t]),
+                "kld": (np.exp(log_p) * (log_p - log_q))[heard].sum(),
+                "same_top": a.argmax() == b.argmax(),
+                "entropy_base": -(np.exp(log_p) * log_p).sum(),
+                "top5": len(set(np.argsort(-a)[:5]) & set(np.argsort(-b)[:5])) / 5,
+                "top10": len(set(np.argsort(-a)[:10]) & set(np.argsort(-b)[:10])) / 10,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -38,8 +45,9 @@ def test_compare_against_the_definitions(scale, noise, shift):
     found = pd.DataFrame(Reference(base, targets).compare(logits))
     expected = naive(base, logits, targets)
     for name in expected:
-        np.testing.assert_allclose(found[name].astype(float), expected[name].astype(float), rtol=1e-5, atol=2e-5,
-                                   err_msg=name)
+        np.testing.assert_allclose(
+            found[name].astype(float), expected[name].astype(float), rtol=1e-5, atol=2e-5, err_msg=name
+        )
 
 
 def test_a_model_against_itself_is_exactly_nothing():
@@ -57,10 +65,18 @@ def test_what_the_reference_holds_for_impossible_is_left_out():
 
 def test_summary_of_known_numbers():
     n = 40
-    tokens = pd.DataFrame({
-        "window": np.repeat([0, 1], n // 2), "logprob_base": np.full(n, -1.0),
-        "logprob": np.tile([-1.0, -2.0], n // 2), "kld": np.arange(n) / 10, "dp": np.tile([0.3, -0.3], n // 2),
-        "same_top": np.tile([True, True, True, False], n // 4), "top5": 0.8, "top10": 0.9})
+    tokens = pd.DataFrame(
+        {
+            "window": np.repeat([0, 1], n // 2),
+            "logprob_base": np.full(n, -1.0),
+            "logprob": np.tile([-1.0, -2.0], n // 2),
+            "kld": np.arange(n) / 10,
+            "dp": np.tile([0.3, -0.3], n // 2),
+            "same_top": np.tile([True, True, True, False], n // 4),
+            "top5": 0.8,
+            "top10": 0.9,
+        }
+    )
     row = summarize(tokens)
     assert row["ppl_base"] == pytest.approx(np.e) and row["ppl_base_err"] == 0
     assert row["ppl"] == pytest.approx(np.exp(1.5)) and row["ppl_ratio"] == pytest.approx(np.exp(0.5))
@@ -76,6 +92,8 @@ def test_summary_of_known_numbers():
     assert np.isnan(summarize(tokens[tokens["window"] == 0])["kld_mean_low"])
 
 
-@pytest.mark.parametrize("values, expected", [([1.0] * 20, (1, 0)), ([0.0, 2.0] * 10, (1, 1 / np.sqrt(19))), ([0, 2], (1, 0))])
+@pytest.mark.parametrize(
+    "values, expected", [([1.0] * 20, (1, 0)), ([0.0, 2.0] * 10, (1, 1 / np.sqrt(19))), ([0, 2], (1, 0))]
+)
 def test_mean_and_error(values, expected):
     assert mean_and_error(values) == pytest.approx(expected)

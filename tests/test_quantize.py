@@ -144,15 +144,17 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
         "try:\n    expand(sys.argv[1], sys.argv[2], progress=False)\n"
-        "except QuantizeError as error:\n    print(error)\n")
+        "except QuantizeError as error:\n    print(error)\n"
+    )
     done = subprocess.run([sys.executable, "-c", script, source, tmp_path / "out.gguf"], capture_output=True, text=True)
     assert "Could not write" in done.stdout and "Nothing was left behind" in done.stdout, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["in.gguf"]
 
 
 def test_fallbacks_are_named(tmp_path):
-    narrow = write(tmp_path / "narrow.gguf", ["Q5_0", "Q8_0", "F32"], width=96,
-                   file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    narrow = write(
+        tmp_path / "narrow.gguf", ["Q5_0", "Q8_0", "F32"], width=96, file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M
+    )
     table = fallbacks(narrow)
     assert table[["type", "instead_of", "row_width"]].values.tolist() == [["Q5_0", "Q4_K", 96], ["Q8_0", "Q6_K", 96]]
     wide = write(tmp_path / "wide.gguf", ["Q5_0"], width=256, file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M)
@@ -174,8 +176,13 @@ def test_llama_quantize(smollm2, tmp_path):
     assert (fallbacks(files["Q4_K_M"])["type"] == "Q5_0").sum() == 166
     before = files["Q8_0"].stat().st_mtime_ns
     assert quantizations(reference, ["Q8_0"], tmp_path, progress=False)["Q8_0"].stat().st_mtime_ns == before
-    mixed = quantize(reference, tmp_path / "mixed.gguf", "Q4_0", progress=False,
-                     tensor_types={r"blk\.3\.ffn_(up|gate|down)\.weight": "Q8_0"})
+    mixed = quantize(
+        reference,
+        tmp_path / "mixed.gguf",
+        "Q4_0",
+        progress=False,
+        tensor_types={r"blk\.3\.ffn_(up|gate|down)\.weight": "Q8_0"},
+    )
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(mixed).tensors}
     assert kinds["blk.3.ffn_up.weight"] == "Q8_0" and kinds["blk.4.ffn_up.weight"] == "Q4_0"
     with pytest.raises(QuantizeError, match="importance matrix"):
@@ -189,7 +196,7 @@ def test_llama_quantize(smollm2, tmp_path):
 
 @pytest.mark.slow
 def test_importance_matrix(smollm2, tmp_path):
-    from llamatelemetry.compare import load_text
+    from llamatelemetry.texts import load_text
 
     made = imatrix(smollm2, load_text()[:4000], tmp_path / "imatrix.gguf", n_ctx=128, chunks=2, progress=False)
     names = {t.name for t in gguf.GGUFReader(made).tensors}

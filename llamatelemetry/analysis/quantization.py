@@ -14,6 +14,7 @@ def type_table(files):
 
     files: {name: GGUFFile}. Only matrices; groups as in GGUFFile.tensors.
     """
+
     def describe(types):
         return ", ".join(f"{kind} x{n}" for kind, n in types.value_counts().items())
 
@@ -84,7 +85,9 @@ def jensen_shannon(p, q):
     p, q = np.asarray(p, np.float32), np.asarray(q, np.float32)
     middle = (p + q) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        total = np.where(p > 0, p * np.log2(p / middle), 0).sum(-1) + np.where(q > 0, q * np.log2(q / middle), 0).sum(-1)
+        total = np.where(p > 0, p * np.log2(p / middle), 0).sum(-1) + np.where(q > 0, q * np.log2(q / middle), 0).sum(
+            -1
+        )
     return np.maximum(total / 2, 0)
 
 
@@ -96,8 +99,12 @@ def attention_divergence(reference, candidate):
     """
     import xarray as xr
 
-    values = np.stack([jensen_shannon(a.values[:, 1:], b.values[:, 1:]).mean(axis=-1)  # layer by layer: less memory
-                       for a, b in zip(reference, candidate, strict=True)])
+    values = np.stack(
+        [
+            jensen_shannon(a.values[:, 1:], b.values[:, 1:]).mean(axis=-1)  # layer by layer: less memory
+            for a, b in zip(reference, candidate, strict=True)
+        ]
+    )
     return xr.DataArray(values, dims=("layer", "head"), coords={"layer": reference["layer"].values})
 
 
@@ -113,9 +120,15 @@ def hidden_drift(reference, candidate):
     norm, norm_other = np.linalg.norm(base, axis=-1), np.linalg.norm(other, axis=-1)  # (layer, token)
     error = np.linalg.norm(other - base, axis=-1) / norm
     cosine = (base * other).sum(axis=-1) / (norm * norm_other)
-    return pd.DataFrame({"error": error[:, 1:].mean(axis=1), "cosine": cosine[:, 1:].mean(axis=1),
-                         "error_first": error[:, 0], "cosine_first": cosine[:, 0]},
-                        index=pd.Index(reference["layer"].values, name="layer"))
+    return pd.DataFrame(
+        {
+            "error": error[:, 1:].mean(axis=1),
+            "cosine": cosine[:, 1:].mean(axis=1),
+            "error_first": error[:, 0],
+            "cosine_first": cosine[:, 0],
+        },
+        index=pd.Index(reference["layer"].values, name="layer"),
+    )
 
 
 def layer_table(weights, drift, costs, falls):
@@ -129,7 +142,7 @@ def layer_table(weights, drift, costs, falls):
     error = np.sqrt(squared / inside.groupby("layer")["n_elements"].sum())
     table = pd.DataFrame({"weight_error": error.astype(float)})
     table.index = table.index.astype(int)
-    table["drift_added"] = drift["error"].diff().iloc[1:].to_numpy()[:len(table)]
+    table["drift_added"] = drift["error"].diff().iloc[1:].to_numpy()[: len(table)]
     table["cost"] = costs.groupby("layer")["cost"].sum()
     table["fall"] = falls.groupby("layer")["fall"].sum()
     return table
@@ -143,8 +156,7 @@ def rank_correlations(table):
 def vulnerable_tokens(tokens):
     """Mean KLD by kind of token, per candidate: DataFrame indexed by (candidate, kind): kld, share_of_kld, n.
 
-    tokens: Comparison.tokens. Kinds of the token that came next: number, punctuation or symbol, whitespace, word (begins
-    one), part (of a word), other; and by how sure the reference was of it: "p >= 0.5", "0.05 to 0.5", "p < 0.05".
+    tokens: Comparison.tokens. Kinds of the token that came next: number, punctuation, whitespace, word (begins one), part (of a word), other; and by how sure the reference was of it: "p >= 0.5", "0.05 to 0.5", "p < 0.05".
     """
     p = np.exp(tokens["logprob_base"])
     sure = pd.cut(p, [-1, 0.05, 0.5, 2], right=False, labels=["p < 0.05", "0.05 to 0.5", "p >= 0.5"]).astype(str)
@@ -153,8 +165,18 @@ def vulnerable_tokens(tokens):
         groups = tokens["kld"].groupby([tokens["candidate"], kinds], sort=False)
         part = groups.agg(["mean", "sum", "size"]).rename_axis(["candidate", "kind"]).reset_index()
         total = part.groupby("candidate")["sum"].transform("sum")
-        rows.append(pd.DataFrame({"candidate": part["candidate"], "by": by, "kind": part["kind"], "kld": part["mean"],
-                                  "share_of_kld": part["sum"] / total, "n": part["size"]}))
+        rows.append(
+            pd.DataFrame(
+                {
+                    "candidate": part["candidate"],
+                    "by": by,
+                    "kind": part["kind"],
+                    "kld": part["mean"],
+                    "share_of_kld": part["sum"] / total,
+                    "n": part["size"],
+                }
+            )
+        )
     return pd.concat(rows, ignore_index=True).set_index(["candidate", "by", "kind"])
 
 

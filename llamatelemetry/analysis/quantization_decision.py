@@ -11,11 +11,15 @@ TENSORS = {"attn_out": r"attn_(q|k|v|qkv|output)", "ffn_out": r"ffn_(up|gate|dow
 
 
 def kl(base, logits, targets=None):
-    """KL divergence of every position's prediction from the reference's, nats (token,). base, logits: (token, vocab)."""
+    """KL divergence of each position's prediction from the reference's, nats (token,). base, logits: (token, vocab)."""
     base, logits = np.asarray(base), np.asarray(logits)
     targets = np.zeros(len(base), int) if targets is None else targets
-    return np.concatenate([Reference(base[i:i + 8], targets[i:i + 8], k=1).compare(logits[i:i + 8])["kld"]
-                           for i in range(0, len(base), 8)])
+    return np.concatenate(
+        [
+            Reference(base[i : i + 8], targets[i : i + 8], k=1).compare(logits[i : i + 8])["kld"]
+            for i in range(0, len(base), 8)
+        ]
+    )
 
 
 def fall_map(run, base, n_layer, parts=tuple(PARTS), layers=None, progress=True):
@@ -53,8 +57,10 @@ def _every_part(run, base, n_layer, parts, layers, progress, what):
     from tqdm.auto import tqdm
 
     todo = [(part, layer) for layer in (range(n_layer) if layers is None else layers) for part in parts]
-    rows = [(part, layer, kl(base[1:], run(part, layer)[1:]).mean())
-            for part, layer in tqdm(todo, desc=what, unit="run", disable=not progress)]
+    rows = [
+        (part, layer, kl(base[1:], run(part, layer)[1:]).mean())
+        for part, layer in tqdm(todo, desc=what, unit="run", disable=not progress)
+    ]
     return pd.DataFrame(rows, columns=["part", "layer", "kld"])
 
 
@@ -103,12 +109,16 @@ def decide(table, memory, limits, need="memory_bytes", loss="kld_mean", prefer="
     memory: budgets in bytes; limits: largest mean KL divergence in nats. The fitting file with the least `prefer`, or
     "none" where there is none.
     """
+
     def best(budget, limit):
         fits = table[(table[need] <= budget) & (table[loss] <= limit)]
         return fits[prefer].idxmin() if len(fits) else "none"
 
-    return pd.DataFrame([[best(budget, limit) for limit in limits] for budget in memory],
-                        index=pd.Index(memory, name="memory_bytes"), columns=pd.Index(limits, name="kld at most"))
+    return pd.DataFrame(
+        [[best(budget, limit) for limit in limits] for budget in memory],
+        index=pd.Index(memory, name="memory_bytes"),
+        columns=pd.Index(limits, name="kld at most"),
+    )
 
 
 def first_divergence(base, ids):
@@ -119,7 +129,7 @@ def first_divergence(base, ids):
 
 
 def ladder(table, by="bits_per_weight", loss="kld_mean"):
-    """Neighbouring pairs that are out of order: more bits per weight, yet more divergence. List of (larger, smaller)."""
+    """Neighbouring pairs out of order, more bits per weight yet more divergence: list of (larger, smaller)."""
     ordered = table.dropna(subset=[by, loss]).sort_values(by)
     names = list(ordered.index)
     return [(b, a) for a, b in zip(names, names[1:]) if ordered.loc[b, loss] > ordered.loc[a, loss]]

@@ -5,11 +5,21 @@ probabilities to 16 bits. Everything is in nats and fractions. Pure functions on
 """
 
 import numpy as np
-import pandas as pd
 
 BLOCKS = 64  # a row of logits is scanned once, as 64 interleaved blocks, for all of its largest values
-PERCENTILES = {"max": 1.0, "p999": 0.999, "p99": 0.99, "p95": 0.95, "p90": 0.9, "median": 0.5, "p10": 0.1, "p05": 0.05,
-               "p01": 0.01, "p001": 0.001, "min": 0.0}
+PERCENTILES = {
+    "max": 1.0,
+    "p999": 0.999,
+    "p99": 0.99,
+    "p95": 0.95,
+    "p90": 0.9,
+    "median": 0.5,
+    "p10": 0.1,
+    "p05": 0.05,
+    "p01": 0.01,
+    "p001": 0.001,
+    "min": 0.0,
+}
 
 
 def top_k(logits, k=10):
@@ -23,8 +33,8 @@ def top_k(logits, k=10):
     if width < k:
         ids = np.tile(np.arange(vocab), (n, 1))
     else:
-        maxima = logits[:, :width * BLOCKS].reshape(n, BLOCKS, width).max(axis=1)  # (token, width)
-        block = np.argpartition(maxima, width - k, axis=1)[:, width - k:]  # (token, k)
+        maxima = logits[:, : width * BLOCKS].reshape(n, BLOCKS, width).max(axis=1)  # (token, width)
+        block = np.argpartition(maxima, width - k, axis=1)[:, width - k :]  # (token, k)
         ids = (block[:, :, None] + width * np.arange(BLOCKS)).reshape(n, -1)  # (token, k * BLOCKS)
         rest = np.arange(width * BLOCKS, vocab)  # what does not fill a block
         ids = np.concatenate([ids, np.tile(rest, (n, 1))], axis=1)
@@ -70,15 +80,21 @@ class Reference:
         kld = difference.sum(axis=1).astype(np.float64) - self.mass * (self.lse - lse)
         found = self.top[:, :, None] == top[:, None, :]  # (token, k, k)
         return {
-            "logprob_base": self.logprob, "logprob": logprob, "entropy_base": self.entropy, "kld": kld,
-            "dp": np.exp(logprob) - np.exp(self.logprob), "same_top": top[:, 0] == self.top[:, 0],
-            "top5": found[:, :5, :5].any(axis=2).mean(axis=1), "top10": found.any(axis=2).mean(axis=1),
-            "top_base": self.top[:, 0], "top": top[:, 0],
+            "logprob_base": self.logprob,
+            "logprob": logprob,
+            "entropy_base": self.entropy,
+            "kld": kld,
+            "dp": np.exp(logprob) - np.exp(self.logprob),
+            "same_top": top[:, 0] == self.top[:, 0],
+            "top5": found[:, :5, :5].any(axis=2).mean(axis=1),
+            "top10": found.any(axis=2).mean(axis=1),
+            "top_base": self.top[:, 0],
+            "top": top[:, 0],
         }
 
 
 def _lse(values, total):
-    """Log of the sum of exponentials, float64 (token,): values (token, k) with the largest first, total of exp(x - max)."""
+    """Log of the sum of exponentials, float64 (token,). values: (token, k), the largest first; total: of exp(x - max)."""
     return values[:, 0].astype(np.float64) + np.log(total.astype(np.float64))
 
 
@@ -99,16 +115,21 @@ def summarize(tokens, seed=0, resamples=1000):
     """One row of numbers from a per-token table with columns window, logprob_base, logprob, kld, dp, same_top, ...
 
     Means carry their standard error as *_err over tokens, as llama-perplexity prints it; tokens of one window are not
-    independent, so *_low and *_high give a 95 % interval from resampling whole windows (Efron 1979; NaN for one window).
+    independent, so *_low and *_high give a 95 % interval from resampling whole windows (Efron 1979; NaN for one).
     """
     nll, nll_base = -tokens["logprob"].to_numpy(), -tokens["logprob_base"].to_numpy()
     n = len(tokens)
     (mean, err), (mean_base, err_base) = mean_and_error(nll), mean_and_error(nll_base)
     covariance = ((nll * nll_base).mean() - mean * mean_base) / (n - 1) if n >= 10 else 0.0
     ratio_err = np.sqrt(max(0.0, err**2 + err_base**2 - 2 * covariance))
-    row = {"ppl": np.exp(mean), "ppl_err": np.exp(mean) * err, "ppl_base": np.exp(mean_base),
-           "ppl_base_err": np.exp(mean_base) * err_base, "ppl_ratio": np.exp(mean - mean_base),
-           "ppl_ratio_err": np.exp(mean - mean_base) * ratio_err}
+    row = {
+        "ppl": np.exp(mean),
+        "ppl_err": np.exp(mean) * err,
+        "ppl_base": np.exp(mean_base),
+        "ppl_base_err": np.exp(mean_base) * err_base,
+        "ppl_ratio": np.exp(mean - mean_base),
+        "ppl_ratio_err": np.exp(mean - mean_base) * ratio_err,
+    }
     row["kld_mean"], row["kld_mean_err"] = mean_and_error(tokens["kld"])
     row |= {f"kld_{name}": _quantile(tokens["kld"], q) for name, q in PERCENTILES.items()}
     row["mean_dp"], row["mean_dp_err"] = mean_and_error(tokens["dp"])
@@ -120,7 +141,10 @@ def summarize(tokens, seed=0, resamples=1000):
     row["same_top_err"] = np.sqrt(same * (1 - same) / (n - 1)) if n > 1 else 0.0
     row |= {name: tokens[name].mean() for name in ("top5", "top10") if name in tokens}
     row |= _intervals(tokens, seed, resamples)
-    return {name: float(value) for name, value in row.items()} | {"n_tokens": n, "n_windows": tokens["window"].nunique()}
+    return {name: float(value) for name, value in row.items()} | {
+        "n_tokens": n,
+        "n_windows": tokens["window"].nunique(),
+    }
 
 
 def _quantile(values, q):

@@ -10,14 +10,20 @@ def reference_note(file):
     """What kind of reference this is, and what that means for the ladder. file: the reference's GGUFFile."""
     kinds = quantized_types(file)
     if kinds:
-        return (f"The reference {file.path.name} is itself quantized ({', '.join(kinds)}): its weights lie on a grid, and "
-                "which type comes closest to it depends on the grids. What follows is no ladder of precision.")
+        return (
+            f"The reference {file.path.name} is itself quantized ({', '.join(kinds)}): its weights lie on a grid, and "
+            "which type comes closest to it depends on the grids. What follows is no ladder of precision."
+        )
     name = str(file.name)
     if "uniform noise" in name:
-        return (f"The reference is a stand-in: {name}. It is not the original model; the steps between its "
-                "quantizations are measured, their distance from the original is not.")
-    return (f"The reference {file.path.name} holds {file.bits_per_weight:.3g} bits per weight. A file of floats that was "
-            "expanded from a quantized one would not say so here: its quantizations would be no ladder.")
+        return (
+            f"The reference is a stand-in: {name}. It is not the original model; the steps between its "
+            "quantizations are measured, their distance from the original is not."
+        )
+    return (
+        f"The reference {file.path.name} holds {file.bits_per_weight:.3g} bits per weight. A file of floats that was "
+        "expanded from a quantized one would not say so here: its quantizations would be no ladder."
+    )
 
 
 def fallbacks(tables):
@@ -26,10 +32,14 @@ def fallbacks(tables):
     for name, table in tables.items():
         if len(table):
             kinds = table.groupby(["instead_of", "type"], sort=False).size()
-            parts = [f"{n} {'matrices' if n > 1 else 'matrix'} meant for {asked} became {kind}"
-                     for (asked, kind), n in kinds.items()]
+            parts = [
+                f"{n} {'matrices' if n > 1 else 'matrix'} meant for {asked} became {kind}"
+                for (asked, kind), n in kinds.items()
+            ]
             widths = sorted({f"{width:,}" for width in table["row_width"]})
-            said.append(f"{name}: {', '.join(parts)}, because rows of {' and '.join(widths)} weights are no multiple of 256.")
+            said.append(
+                f"{name}: {', '.join(parts)}, because rows of {' and '.join(widths)} weights are no multiple of 256."
+            )
     return " ".join(said) or "No file has a fallback: every matrix is of a type that its file's name stands for."
 
 
@@ -37,21 +47,29 @@ def quality(table):
     """Best and worst file, and whether more bits meant less divergence."""
     good = table.dropna(subset="kld_mean").sort_values("kld_mean")
     best, worst = good.iloc[0], good.iloc[-1]
-    said = (f"{best.name} is closest to the reference: mean KLD {best.kld_mean:.4g} ± {best.kld_mean_err:.2g} nats, same top "
-            f"token at {best.same_top:.1%} of {best.n_tokens:.0f} positions, perplexity x {best.ppl_ratio:.4f}.")
+    said = (
+        f"{best.name} is closest to the reference: mean KLD {best.kld_mean:.4g} ± {best.kld_mean_err:.2g} nats, same "
+        f"top token at {best.same_top:.1%} of {best.n_tokens:.0f} positions, perplexity x {best.ppl_ratio:.4f}."
+    )
     if len(good) > 1:
-        said += (f" {worst.name} is farthest: {worst.kld_mean:.4g} nats, {worst.same_top:.1%}, perplexity x "
-                 f"{worst.ppl_ratio:.4f}.")
+        said += (
+            f" {worst.name} is farthest: {worst.kld_mean:.4g} nats, {worst.same_top:.1%}, perplexity x "
+            f"{worst.ppl_ratio:.4f}."
+        )
         out = [f"{a} has more bits than {b} and yet more divergence" for a, b in ladder(good)]
-        said += f" Out of order: {'; '.join(out)}." if out else " More bits per weight meant less divergence throughout."
+        said += (
+            f" Out of order: {'; '.join(out)}." if out else " More bits per weight meant less divergence throughout."
+        )
     return said
 
 
 def percentiles(table):
     """How much of the divergence sits in few tokens."""
     row = table.dropna(subset="kld_mean").sort_values("kld_mean").iloc[-1]
-    return (f"For {row.name} half of the tokens have a KLD below {row.kld_median:.3g} nats, one in a hundred above "
-            f"{row.kld_p99:.3g}: the mean of {row.kld_mean:.3g} is {row.kld_mean / max(row.kld_median, 1e-12):.1f} times the median.")
+    return (
+        f"For {row.name} half of the tokens have a KLD below {row.kld_median:.3g} nats, one in a hundred above "
+        f"{row.kld_p99:.3g}: the mean, {row.kld_mean:.3g}, is {row.kld_mean / max(row.kld_median, 1e-12):.1f} times the median."
+    )
 
 
 def tokens(kinds, by):
@@ -62,8 +80,10 @@ def tokens(kinds, by):
     mean = mean[n >= 10].sort_values()
     if len(mean) < 2:
         return "Fewer than two kinds have ten tokens or more: this text is too short to compare kinds."
-    return (f"By {by}, '{mean.index[-1]}' diverges most ({mean.iloc[-1]:.3g} nats on average over the files) and "
-            f"'{mean.index[0]}' least ({mean.iloc[0]:.3g}); kinds with fewer than ten tokens are not counted.")
+    return (
+        f"By {by}, '{mean.index[-1]}' diverges most ({mean.iloc[-1]:.3g} nats on average over the files) and "
+        f"'{mean.index[0]}' least ({mean.iloc[0]:.3g}); kinds with fewer than ten tokens are not counted."
+    )
 
 
 def weights(errors):
@@ -73,8 +93,10 @@ def weights(errors):
         inside = table.dropna(subset="layer")
         groups = inside.groupby("group")["error"].mean().sort_values()
         worst = inside.loc[inside["error"].idxmax()]
-        said.append(f"{name}: mean {inside['error'].mean():.4f}, most in {groups.index[-1]} ({groups.iloc[-1]:.4f}), worst "
-                    f"matrix {inside['error'].idxmax()} ({worst['type']}, {worst['error']:.4f}).")
+        said.append(
+            f"{name}: mean {inside['error'].mean():.4f}, most in {groups.index[-1]} ({groups.iloc[-1]:.4f}), worst "
+            f"matrix {inside['error'].idxmax()} ({worst['type']}, {worst['error']:.4f})."
+        )
     return " ".join(said)
 
 
@@ -83,8 +105,10 @@ def attention(maps):
     said = []
     for name, m in maps.items():
         layer, head = np.unravel_index(int(m.values.argmax()), m.shape)
-        said.append(f"{name}: mean {m.values.mean():.4f} bits, most in layer {int(m['layer'][layer])} head {head} "
-                    f"({m.values.max():.4f}).")
+        said.append(
+            f"{name}: mean {m.values.mean():.4f} bits, most in layer {int(m['layer'][layer])} head {head} "
+            f"({m.values.max():.4f})."
+        )
     return " ".join(said)
 
 
@@ -94,16 +118,21 @@ def drift(tables):
     for name, table in tables.items():
         rise = table["error"].diff()
         last, first = table.iloc[-1], table["error_first"].iloc[-1]
-        said.append(f"{name}: error {last['error']:.3f} and cosine {last['cosine']:.4f} after the last layer (first token: "
-                    f"{first:.3f}); layer {int(rise.idxmax()) - 1} adds most ({rise.max():+.3f}).")
+        said.append(
+            f"{name}: error {last['error']:.3f} and cosine {last['cosine']:.4f} after the last layer (first token: "
+            f"{first:.3f}); layer {int(rise.idxmax()) - 1} adds most ({rise.max():+.3f})."
+        )
     return " ".join(said)
 
 
 def embeddings(tables, files):
     """How many neighbours survive. tables: {name: embedding_preservation table}; files: {name: GGUFFile}."""
     kinds = {name: files[name].tensors.loc["token_embd.weight", "type"] for name in tables}
-    said = " ".join(f"{name} ({kinds[name]}): mean cosine {t['cosine'].mean():.5f}, {t['overlap'].mean():.1%} of ten "
-                    "neighbours kept." for name, t in tables.items())
+    said = " ".join(
+        f"{name} ({kinds[name]}): mean cosine {t['cosine'].mean():.5f}, {t['overlap'].mean():.1%} of ten "
+        "neighbours kept."
+        for name, t in tables.items()
+    )
     if len(tables) > 1 and len(set(kinds.values())) == 1:
         said += " All of them hold the embedding in the same type, so that it does not tell them apart."
     return said
@@ -116,8 +145,10 @@ def together(correlations, n_layers):
     said = [f"{names[a]} and {names[b]} {correlations.loc[a, b]:+.2f}" for a, b in pairs]
     limit = 1.96 / np.sqrt(max(n_layers - 1, 1))
     sure = sum(abs(correlations.loc[a, b]) > limit for a, b in pairs)
-    return (f"Rank correlations over {n_layers} layers: {', '.join(said)}; {sure} of the {len(pairs)} lie beyond "
-            f"±{limit:.2f}, which unrelated columns of this length exceed one time in twenty.")
+    return (
+        f"Rank correlations over {n_layers} layers: {', '.join(said)}; {sure} of the {len(pairs)} lie beyond "
+        f"±{limit:.2f}, which unrelated columns of this length exceed one time in twenty."
+    )
 
 
 def falls(table):
@@ -125,8 +156,10 @@ def falls(table):
     ordered = table.sort_values("fall", ascending=False)
     top = [f"{_part(r)} ({r.share:.1%})" for r in ordered.head(3).itertuples()]
     harm = int((table["fall"] < 0).sum())
-    return (f"Of {table.attrs['kld']:.4g} nats, giving back one part alone removes most at {', '.join(top)}; at {harm} of "
-            f"{len(table)} parts the answer gets worse: their error had been cancelling another's.")
+    return (
+        f"Of {table.attrs['kld']:.4g} nats, giving back one part alone removes most at {', '.join(top)}; at {harm} of "
+        f"{len(table)} parts the answer gets worse: their error had been cancelling another's."
+    )
 
 
 def costs(table, kld):
@@ -134,10 +167,12 @@ def costs(table, kld):
     ordered = table.sort_values("cost", ascending=False)
     top = [f"{_part(r)} ({r.cost:.3g})" for r in ordered.head(3).itertuples()]
     total, by = table["cost"].sum(), table.groupby("part")["cost"].sum() / table["cost"].sum()
-    return (f"Quantized alone, {', '.join(top)} nats cost most. The {len(table)} costs add up to {total:.3g} nats, "
-            f"{total / kld:.0%} of the {kld:.3g} of the whole file; {by.get('attn_out', 0):.0%} of them is attention and "
-            f"{by.get('ffn_out', 0):.0%} FFN. Half of the sum lies in {int((ordered['cost'].cumsum() < total / 2).sum()) + 1}"
-            " parts.")
+    half = int((ordered["cost"].cumsum() < total / 2).sum()) + 1
+    return (
+        f"Quantized alone, {', '.join(top)} nats cost most. The {len(table)} costs add up to {total:.3g} nats, "
+        f"{total / kld:.0%} of the {kld:.3g} of the whole file; {by.get('attn_out', 0):.0%} of them is attention and "
+        f"{by.get('ffn_out', 0):.0%} FFN. Half of the sum lies in {half} parts."
+    )
 
 
 def _part(row):
@@ -149,9 +184,11 @@ def mixture(before, chosen, other):
     won, control = before.kld_mean - chosen.kld_mean, before.kld_mean - other.kld_mean
     added = (chosen.size_bytes - before.size_bytes) / 2**20
     held = "holds" if won > control and won > 0 else "does not hold"
-    return (f"The recommendation {held}: for {added:.1f} MiB more, the mean KLD goes from {before.kld_mean:.4g} to "
-            f"{chosen.kld_mean:.4g} nats ({won:+.4g} removed); the control, as many other parts "
-            f"({(other.size_bytes - before.size_bytes) / 2**20:.1f} MiB), to {other.kld_mean:.4g}.")
+    return (
+        f"The recommendation {held}: for {added:.1f} MiB more, the mean KLD goes from {before.kld_mean:.4g} to "
+        f"{chosen.kld_mean:.4g} nats ({won:+.4g} removed); the control, as many other parts "
+        f"({(other.size_bytes - before.size_bytes) / 2**20:.1f} MiB), to {other.kld_mean:.4g}."
+    )
 
 
 def answers(rows):
@@ -171,11 +208,15 @@ def speed(table):
     for column, what in (("prompt_tps", "prompt"), ("generation_tps", "generation")):
         ordered = table.sort_values(column)
         fast, slow = ordered.iloc[-1], ordered.iloc[0]
-        said.append(f"{what}: {fast.name} is fastest at {fast[column]:.1f} ± {fast[column + '_err']:.1f} tokens/s, {slow.name} "
-                    f"slowest at {slow[column]:.1f} ± {slow[column + '_err']:.1f}")
+        said.append(
+            f"{what}: {fast.name} is fastest at {fast[column]:.1f} ± {fast[column + '_err']:.1f} tokens/s, {slow.name} "
+            f"slowest at {slow[column]:.1f} ± {slow[column + '_err']:.1f}"
+        )
     return f"For the {said[0]}; for {said[1]}."
 
 
 def front(fronts):
     """Which files no other beats. fronts: {what: boolean Series}."""
-    return " ".join(f"On the front of {what}: {', '.join(map(str, mask.index[mask])) or 'none'}." for what, mask in fronts.items())
+    return " ".join(
+        f"On the front of {what}: {', '.join(map(str, mask.index[mask])) or 'none'}." for what, mask in fronts.items()
+    )

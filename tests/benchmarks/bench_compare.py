@@ -13,13 +13,28 @@ from pathlib import Path
 from common import report
 
 from llamatelemetry import resolve_model
-from llamatelemetry.compare import compare_quantizations, load_text
+from llamatelemetry.compare import compare_quantizations
 from llamatelemetry.quantize import make_reference, quantize, tool
+from llamatelemetry.texts import load_text
 
 
 def perplexity(model, text, base, n_ctx, windows, *options):
-    command = [tool("llama-perplexity"), "-m", model, "-f", text, "-c", str(n_ctx), "-b", str(max(512, n_ctx)), "--chunks",
-               str(windows), "--kl-divergence-base", base, *options]
+    command = [
+        tool("llama-perplexity"),
+        "-m",
+        model,
+        "-f",
+        text,
+        "-c",
+        str(n_ctx),
+        "-b",
+        str(max(512, n_ctx)),
+        "--chunks",
+        str(windows),
+        "--kl-divergence-base",
+        base,
+        *options,
+    ]
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
@@ -42,8 +57,15 @@ def main(reference, types, n_ctx, windows):
             perplexity(reference, text, base, n_ctx, windows)
             printed = {file.stem: perplexity(file, text, base, n_ctx, windows, "--kl-divergence") for file in files}
             theirs = time.perf_counter() - start
-            rows.append({"run": turn, "what": "llama-perplexity, reference and files", "seconds": theirs,
-                         "file_MB": base.stat().st_size / 1e6, "ratio": seconds / theirs})
+            rows.append(
+                {
+                    "run": turn,
+                    "what": "llama-perplexity, reference and files",
+                    "seconds": theirs,
+                    "file_MB": base.stat().st_size / 1e6,
+                    "ratio": seconds / theirs,
+                }
+            )
         for name, words in printed.items():
             found = float(re.search(r"Mean    KLD:\s*([\d.]+)", words)[1])
             rows.append({"what": f"mean KLD of {name}", "ours": float(ours.loc[name, "kld_mean"]), "theirs": found})

@@ -1,0 +1,95 @@
+"""Notebook 16 from end to end: what it exports is what was measured, and every figure has a sentence."""
+
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from llamatelemetry.gguf import GGUFFile
+from llamatelemetry.notebooks import run_notebook
+from llamatelemetry.texts import load_text
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "16-gguf-quantization-impact-analyzer.ipynb"
+
+
+def test_cells_are_short_and_clean():
+    notebook = nbformat.read(NOTEBOOK, 4)
+    nbformat.validate(notebook)
+    tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
+    assert sorted(tags) == ["parameters", "setup"]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+            assert max(map(len, cell.source.splitlines())) <= 120
+            if "setup" not in cell.metadata.get("tags", []):
+                assert len([line for line in cell.source.splitlines() if line.strip()]) <= 15, cell.source
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, smollm2):
+    """Two quantizations that are quick to make; the reference is the stand-in that the notebook makes itself."""
+    folder = tmp_path_factory.mktemp("notebook16")
+    parameters = {
+        "MODEL": str(smollm2),
+        "OUTPUT_DIR": str(folder / "out"),
+        "QUANTIZATIONS": ["Q8_0", "Q4_K_M"],
+        "WINDOWS": 2,
+        "N_CTX": 256,
+        "WORKERS": 1,
+    }
+    executed = run_notebook(NOTEBOOK, folder, parameters, progress=False)
+    return nbformat.read(executed, 4), folder / "out"
+
+
+@pytest.mark.slow
+def test_exports_are_what_was_measured(run):
+    notebook, out = run
+    tables = {path.stem: pd.read_parquet(path) for path in out.glob("*.parquet")}
+    quality, tokens = tables["quality"], tables["tokens"]
+    assert list(quality.index) == ["Q8_0", "Q4_K_M", "SmolLM2-135M-Instruct.Q4_1"]
+    assert 0 < quality.loc["Q8_0", "kld_mean"] < quality.loc["Q4_K_M", "kld_mean"] < 1
+    means = tokens.groupby("candidate")["kld"].mean()
+    assert means["Q8_0"] == pytest.approx(quality.loc["Q8_0", "kld_mean"]) and (tokens["position"] > 128).all()
+    assert all(piece.replace("␣", " ") in load_text() for piece in tokens["piece"] if piece.strip("␣").isalpha())
+    assert quality.loc["Q8_0", "bits_per_weight"] == GGUFFile(out / "Q8_0.gguf").bits_per_weight
+    assert len(tables["costs"]) == len(tables["falls"]) == 60 and (tables["costs"]["cost"] > 0).all()
+    kept = tables["recommendation"]
+    mixture = GGUFFile(out / "mixture.gguf").tensors
+    for pattern in kept["pattern"]:
+        assert set(mixture[mixture.index.str.fullmatch(pattern)]["type"]) == {"Q8_0"}
+    added = GGUFFile(out / "mixture.gguf").size_bytes - GGUFFile(out / "Q4_K_M.gguf").size_bytes
+    assert added == pytest.approx(kept["bytes_added"].sum(), rel=0.01)
+    assert np.isfinite(tables["summary"].to_numpy(float)).all()
+    assert {"graph.html", "answers.html"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.slow
+def test_it_says_that_the_reference_is_a_stand_in(run):
+    notebook, _ = run
+    said = " ".join(
+        out.text
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for out in cell.outputs
+        if out.output_type == "stream" and out.name == "stdout"
+    )
+    assert "not the original" in said and "166 matrices meant for Q4_K became Q5_0" in said.replace("\n", " ")
+    assert "The same numbers with 1 worker" in said
+
+
+@pytest.mark.slow
+def test_every_figure_has_a_sentence(run):
+    notebook, _ = run
+    figures = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            kinds = [out.output_type if out.output_type == "stream" else list(out.data) for out in cell.outputs]
+            shown = sum("application/vnd.plotly.v1+json" in kind for kind in kinds)
+            said = sum(
+                out.text.count(".") for out in cell.outputs if out.output_type == "stream" and out.name == "stdout"
+            )
+            figures += shown
+            assert said >= shown, cell.source
+    assert figures >= 12
