@@ -102,6 +102,19 @@ def neighbor_edges(distances, neighbors, ids, threshold=0.0):
     return edges.assign(src=ids[edges.src], dst=ids[edges.dst])
 
 
+def surroundings(words, distances, neighbors):
+    """The words and their nearest neighbours in the vocabulary, each with the category of the word it is nearest to.
+
+    words: `word_table`; distances, neighbors: (words, k) from the vocabulary, neighbours as token ids.
+    -> Series of categories indexed by token id, ascending.
+    """
+    near = pd.DataFrame({"id": np.ravel(neighbors), "distance": np.ravel(distances),
+                         "category": np.repeat(words.category.to_numpy(), np.shape(neighbors)[1])})
+    own = pd.DataFrame({"id": words.id, "distance": -1.0, "category": words.category})  # a word keeps its own
+    every = pd.concat([own, near]).sort_values(["id", "distance"], kind="stable").drop_duplicates("id")
+    return every.set_index("id").category
+
+
 def components(edges, ids):
     """Connected parts of a network: the number of each node's part, largest part 0. -> (n,) int64"""
     from scipy.sparse import coo_matrix

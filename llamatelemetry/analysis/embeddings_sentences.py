@@ -120,14 +120,19 @@ def hubs_sentence(neighbors, pieces):
             f"{(named == 0).sum():,} tokens are nobody's neighbour.")
 
 
-def network_sentence(edges, n_nodes, parts, threshold):
-    """edges: `neighbor_edges`; parts: `components`."""
+def network_sentence(edges, n_nodes, parts, threshold, labels=None):
+    """edges: `neighbor_edges`; parts: `components`; labels: Series of names by token id, to count edges inside one."""
     if not len(edges):
         return f"No pair reaches a cosine of {threshold:g}: lower the threshold."
     alone = n_nodes - len(set(edges.src) | set(edges.dst))
+    text = ""
+    if labels is not None:
+        inside = (labels[edges.src].to_numpy() == labels[edges.dst].to_numpy()).mean()
+        chance = labels.value_counts(normalize=True).pow(2).sum()
+        text = f" {100 * inside:.0f} % of edges stay inside one category; by chance {100 * chance:.0f} %."
     return (f"{n_nodes:,} tokens, {len(edges):,} edges of cosine {edges.cosine.min():.2f} to {edges.cosine.max():.2f}; "
             f"{100 * edges.mutual.mean():.0f} % are mutual. The largest connected part has "
-            f"{np.bincount(parts).max():,} tokens; {alone:,} have no edge at threshold {threshold:g}.")
+            f"{np.bincount(parts).max():,} tokens; {alone:,} have no edge at threshold {threshold:g}." + text)
 
 
 def central_sentence(statistics, pieces):
@@ -152,18 +157,14 @@ def unused_sentence(table, norms):
         return ("Nothing here tells an unused token: none is marked in the file, no two rows are equal, none is zero, "
                 "and there is no impossible byte to compare with.")
     close = table[table.why == "as close to those"]
+    low, high = np.percentile(np.delete(norms, table.id), [1, 99])  # the others
+    apart = table.norm.quantile(0.75) < low or table.norm.quantile(0.25) > high
     known = len(table) - len(close)
     text = f"{known:,} tokens are known to be unused by their row, their byte or the file"
     text += (f"; {len(close):,} more are as close to those as a cosine of {close.score.min():.2f}, for example "
              f"{_quoted(close.piece)}." if len(close) else "; no other token is as close to those.")
     return text + (f" Their norm has median {table.norm.median():.3g}, the vocabulary's {np.median(norms):.3g}: the "
-                   f"norm alone {'would' if _apart(table.norm, np.delete(norms, table.id)) else 'would not'} tell them.")
-
-
-def _apart(some, every):
-    """Whether the middle half of `some` lies outside the middle 98 % of `every`."""
-    low, high = np.percentile(every, [1, 99])
-    return np.quantile(some, 0.75) < low or np.quantile(some, 0.25) > high
+                   f"norm alone {'would' if apart else 'would not'} tell them.")
 
 
 def analogy_sentence(table):

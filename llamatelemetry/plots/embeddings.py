@@ -43,7 +43,7 @@ def projection_figure(views, groups, pieces, ids, norms, *, title, extra=None, s
         axes = {f"{axis}axis": dict(title=f"{view} {number}", showticklabels=False, showspikes=False,
                                     backgroundcolor="rgba(0,0,0,0)", gridcolor="rgba(128,128,128,0.35)")
                 for number, axis in enumerate("xyz", 1)}
-        figure.update_layout({scene: dict(**axes, aspectmode="cube", camera=dict(eye=dict(x=1.5, y=1.5, z=0.9)))})
+        figure.update_layout({scene: dict(**axes, aspectmode="cube", camera=dict(eye=dict(x=1.25, y=1.25, z=0.75)))})
     return figure.update_layout(template=TEMPLATE, title=title, height=height, margin=dict(l=0, r=0, t=80, b=0),
                                 legend=dict(orientation="h", y=-0.02, itemsizing="constant"))
 
@@ -65,6 +65,7 @@ def spectrum_figure(values, centred, random, *, title):
     """Singular values as a share of their sum: as stored, centred, and of a random matrix of the same shape."""
     figure = go.Figure(layout=dict(template=TEMPLATE, title=title, xaxis_title="singular value (largest first)",
                                    yaxis_title="share of the sum of singular values", yaxis_type="log", height=420,
+                                   xaxis=dict(type="log", dtick=1), yaxis_dtick=1,
                                    legend=dict(x=0.98, y=0.98, xanchor="right")))
     for name, line, color, dash in (("as stored", values, COLOR["embedding"], "solid"),
                                     ("minus the mean row", centred, CATEGORIES[0], "solid"),
@@ -91,7 +92,8 @@ def cosine_figure(series, *, title, x_title="cosine of a random pair of tokens")
 def agreement_figure(table, *, title):
     """Bars of `cluster_agreement`, with the 95th percentile of shuffled labels as a mark."""
     labels = [f"{grouping}: {measure}" for grouping, measure in table.index]
-    figure = go.Figure(layout=dict(template=TEMPLATE, title=title, height=340, legend=dict(orientation="h", y=-0.25),
+    figure = go.Figure(layout=dict(template=TEMPLATE, title=title, height=340,
+                                   legend=dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right"),
                                    xaxis_title="value (1 is the best; 0 is no structure, for purity see the mark)"))
     figure.add_bar(x=table.value, y=labels, orientation="h", name="measured", marker_color=COLOR["embedding"],
                    text=table.value.map("{:.2f}".format), hovertemplate="%{y}: %{x:.4f}<extra></extra>")
@@ -144,11 +146,11 @@ def separation_figure(tables, *, title, points=None):
             figure.add_scatter(x=table.index, y=table[value], mode="lines+markers", name=name, legendgroup=name,
                                showlegend=column == 1, marker=dict(size=5), line=dict(color=color), row=1, col=column,
                                hovertemplate="layer %{x}: %{y:.3f}<extra>" + name + "</extra>")
-    last = list(tables.values())[-1]
+    first = next(iter(tables.values()))
     for column, value, name in ((1, "shuffled_p95", "shuffled, 95th percentile"),
                                 (2, "agreement_shuffled", "shuffled, mean")):
-        figure.add_scatter(x=last.index, y=last[value], mode="lines", name=name, row=1, col=column,
-                           line=dict(color=COLOR["baseline"], dash="dash"),
+        figure.add_scatter(x=first.index, y=first[value], mode="lines", name=name, row=1, col=column,
+                           line=dict(color=COLOR["baseline"], dash="dash" if column == 1 else "dot"),
                            hovertemplate="layer %{x}: %{y:.3f}<extra>shuffled</extra>")
     for name, (layer, *values) in (points or {}).items():
         for column, value in enumerate(values, 1):
@@ -166,10 +168,11 @@ def sense_figure(planes, senses, texts, *, title):
 
     planes: {layer: (scores (n, 2), variance shares (2,))} from `principal_plane`; senses, texts: (n,).
     """
-    titles = [f"layer {layer}: {100 * shares.sum():.0f} % of the variance" for layer, (_, shares) in planes.items()]
+    titles = [f"layer {layer}: {100 * shares.sum():.0f} % of the variance" if shares.any() else
+              f"layer {layer}: one point" for layer, (_, shares) in planes.items()]
     columns = min(len(planes), 3)
     rows = -(-len(planes) // columns)
-    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.05, vertical_spacing=0.12)
+    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.06, vertical_spacing=0.2)
     senses, texts = np.asarray(senses), np.array([html.escape(text, quote=False) for text in texts])
     for place, (scores, _) in enumerate(planes.values()):
         for number, sense in enumerate(dict.fromkeys(senses.tolist())):
@@ -179,16 +182,17 @@ def sense_figure(planes, senses, texts, *, title):
                                col=place % columns + 1, marker=dict(size=10, color=CATEGORIES[number],
                                                                       symbol=("circle", "diamond")[number % 2]),
                                hovertemplate="%{text}<extra>" + sense + "</extra>")
-    figure.update_xaxes(showticklabels=False, title="PC 1").update_yaxes(showticklabels=False, title="PC 2")
-    return figure.update_layout(template=TEMPLATE, title=title, height=60 + 300 * rows,
-                                legend=dict(orientation="h", y=-0.1))
+    figure.update_xaxes(showticklabels=False, title=dict(text="PC 1", standoff=2)).update_yaxes(showticklabels=False)
+    figure.update_yaxes(title=dict(text="PC 2", standoff=2), col=1)
+    return figure.update_layout(template=TEMPLATE, title=title, height=80 + 290 * rows,
+                                margin_t=90, legend=dict(orientation="h", y=-0.1))
 
 
 def precision_figure(table, *, title, other):
     """Histograms over tokens: cosine to the reference row, and neighbours kept. table: DataFrame of `precision`."""
     k = round(1 / min((v for v in np.unique(table.overlap) if v > 0), default=1))
     figure = make_subplots(1, 2, horizontal_spacing=0.12,
-                           subplot_titles=("cosine to the reference row", "nearest neighbours kept"))
+                           subplot_titles=("cosine to the reference row", f"neighbours also nearest in {other}"))
     low = float(table.cosine.min())
     edges = np.linspace(low, 1, 51) if 1 - low > 1e-9 else np.array([1 - 1e-9, 1 + 1e-9])
     count = np.histogram(table.cosine.clip(edges[0], edges[-1]), edges)[0]
@@ -198,6 +202,6 @@ def precision_figure(table, *, title, other):
     figure.add_bar(x=kept, y=tokens, width=0.8 / max(k, 1), marker_color=CATEGORIES[0], row=1, col=2,
                    hovertemplate="%{x:.0%} kept: %{y} tokens<extra></extra>")
     figure.update_xaxes(title="cosine", row=1, col=1).update_yaxes(title="tokens")
-    figure.update_xaxes(title=f"share of the nearest neighbours also nearest in {other}", range=[-0.05, 1.07],
+    figure.update_xaxes(title="share of a token's nearest neighbours", range=[-0.05, 1.07],
                         tickformat=".0%", row=1, col=2)
     return figure.update_layout(template=TEMPLATE, title=title, height=380, showlegend=False, bargap=0)

@@ -1,0 +1,90 @@
+"""Notebook 13 from end to end: what it saves is what the file holds, and bad parameters stop it by name."""
+
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from llamatelemetry.notebooks import NotebookError, run_notebook
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "13-gguf-token-embedding-visualizer.ipynb"
+
+
+def test_cells_are_short_and_clean():
+    notebook = nbformat.read(NOTEBOOK, 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tags = [tag for cell in code for tag in cell.metadata.get("tags", [])]
+    assert sorted(tags) == ["parameters", "setup"]
+    for cell in code:
+        assert cell.outputs == [] and cell.execution_count is None
+        if "setup" not in cell.metadata.get("tags", []):
+            assert len([line for line in cell.source.splitlines() if line.strip()]) <= 15, cell.source
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, smollm2, llama_server):
+    """The default form, on the CPU."""
+    folder = tmp_path_factory.mktemp("notebook13")
+    parameters = {"MODEL": str(smollm2), "OUTPUT_DIR": str(folder / "out"), "BACKEND": "cpu"}
+    executed = run_notebook(NOTEBOOK, folder, parameters, progress=False)
+    return nbformat.read(executed, 4), folder / "out"
+
+
+def _printed(notebook):
+    return "\n".join(output.text for cell in notebook.cells for output in cell.get("outputs", [])
+                     if output.output_type == "stream" and output.name == "stdout")
+
+
+@pytest.mark.slow
+def test_the_network_is_of_the_rows_in_the_file(run, smollm2):
+    from llamatelemetry import GGUFFile
+
+    _, out = run
+    nodes = pd.read_parquet(out / "token_network.nodes.parquet")
+    edges = pd.read_parquet(out / "token_network.edges.parquet")
+    assert len(nodes) >= 1000 and nodes.id.is_unique
+    model = GGUFFile(smollm2)
+    some = edges.sample(50, random_state=0)
+    a, b = (model.rows("token_embd.weight", some[end].to_numpy()).astype(np.float64) for end in ("src", "dst"))
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    np.testing.assert_allclose(some.cosine, cosine, atol=1e-5)
+    assert edges.cosine.min() >= 0.5
+    rows = model.rows("token_embd.weight", nodes.id.to_numpy())
+    np.testing.assert_allclose(nodes.norm, np.linalg.norm(rows, axis=1), rtol=1e-5)
+    assert (out / "token_network.html").stat().st_size < 5_000_000
+    assert not list(out.glob("*.gguf")), "the quantization made for the comparison is removed"
+
+
+@pytest.mark.slow
+def test_every_figure_has_a_sentence(run):
+    notebook, _ = run
+    figures = 0
+    for cell in notebook.cells:
+        shown = "".join(output.get("data", {}).get("text/html", "") for output in cell.get("outputs", []))
+        if "plotly-graph-div" in shown:
+            figures += 1
+            text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+            assert len(text) > 60 and "nan" not in text.lower().split(), cell.source
+    assert figures >= 13
+
+
+@pytest.mark.slow
+def test_sentences_say_what_smollm2_is(run):
+    text = " ".join(_printed(run[0]).split())
+    assert "49,152 tokens x 576 in Q8_0, 8.50 bits per weight" in text and "also the output matrix" in text
+    assert "Server and capture agree" in text
+    assert "goes from 0.00 at layer 0" in text, "one row per word: no senses in the matrix"
+    assert "Rows of Q4_0 (4.50 bits)" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters, message", [
+    ({"CATEGORIES": ["animals", "planets"]}, "No category 'planets'. Known: animals"),
+    ({"N_NEIGHBORS": 500}, "lower it or give more rows"),
+])
+def test_bad_parameters_stop_the_notebook_by_name(tmp_path, smollm2, parameters, message):
+    with pytest.raises(NotebookError, match=message):
+        run_notebook(NOTEBOOK, tmp_path, {"MODEL": str(smollm2), "BACKEND": "cpu", **parameters}, progress=False)
