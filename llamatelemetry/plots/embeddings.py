@@ -43,7 +43,7 @@ def projection_figure(views, groups, pieces, ids, norms, *, title, extra=None, s
         axes = {f"{axis}axis": dict(title=f"{view} {number}", showticklabels=False, showspikes=False,
                                     backgroundcolor="rgba(0,0,0,0)", gridcolor="rgba(128,128,128,0.35)")
                 for number, axis in enumerate("xyz", 1)}
-        figure.update_layout({scene: dict(**axes, aspectmode="cube", camera=dict(eye=dict(x=1.25, y=1.25, z=0.75)))})
+        figure.update_layout({scene: dict(**axes, aspectmode="cube", camera=dict(eye=dict(x=1.4, y=1.4, z=0.85)))})
     return figure.update_layout(template=TEMPLATE, title=title, height=height, margin=dict(l=0, r=0, t=80, b=0),
                                 legend=dict(orientation="h", y=-0.02, itemsizing="constant"))
 
