@@ -6,6 +6,7 @@ libraries, makes the models and writes the coverage table for the guide. Each mo
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llamatelemetry" / "architectures"
 N_TOKENS = 9
 TOLERANCE = 1e-4
 STAGES_SHOWN = ("attention", "q", "k", "v", "attn_heads", "attn_out", "ffn_out", "hidden", "final_norm", "logits", "router")
@@ -97,7 +99,7 @@ def check(path):
     holds["heads = attention.v"] = _heads(arrays, have)
     even = [a for s, a in arrays.items() if s != "mask" and not layout[s]["uneven"]]  # uneven layers are padded
     holds["finite"] = 0.0 if all(np.isfinite(a).all() for a in even) else 1.0
-    holds["output weights"] = _output(arrays, facts)
+    holds["output weights"] = _output(arrays, facts, plan.output)
     return result
 
 
@@ -168,15 +170,15 @@ def _heads(arrays, have):
     return worst
 
 
-def _output(arrays, facts):
+def _output(arrays, facts, output):
     """final_norm times the output matrix equals the logits, up to the file's own scale and soft-cap."""
     if "final_norm" not in arrays or "logits" not in arrays:
         return None
     ours = arrays["final_norm"] @ facts.tensor(facts.output_name).T
-    if "output.bias" in facts.tensors.index:
+    if output["bias"]:
         ours += facts.tensor("output.bias")
     theirs = arrays["logits"]
-    cap = facts.final_logit_softcap
+    cap = output["softcap"]
     if cap:
         theirs = cap * np.arctanh(np.clip(theirs / cap, -0.999999, 0.999999))
     if ours.shape != theirs.shape:
@@ -195,22 +197,68 @@ def check_apart(path):
     return {"model": Path(path).stem, "error": (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]}
 
 
+HELD = ("logits identical", "residual sums", "softmax rows", "scores = q.k", "heads = attention.v", "output weights")
+
+
+def row_of(result):
+    """One line of the coverage table."""
+    name = result["model"].rsplit("-", 1)[0] + (" (MoE)" if result["model"].endswith("-moe") else "")
+    if "error" in result:
+        return f"| {name} | not captured: {result['error']} |" + " |" * (len(HELD) + 1)
+    kinds = ", ".join(f"{result['kinds'].count(kind)} {kind}" for kind in dict.fromkeys(result["kinds"]))
+    cells = [name, kinds]
+    for held in HELD:
+        worst = result["invariants"].get(held)
+        cells.append("-" if worst is None else "yes" if worst == 0 else f"{worst:.0e}")
+    return "| " + " | ".join([*cells, note(result)]) + " |"
+
+
+def note(result):
+    """Why a stage or an invariant is not there, from what the graph implies."""
+    notes = [f"{stage}: {reason}" for stage, reason in result["why_not"].items() if stage == "attn_out"]
+    if not notes and not all(result["sum"]):
+        notes.append("the stream is normalized, scaled, or begins anew between blocks: no plain sum")
+    kinds = set(result["kinds"])
+    if result["invariants"].get("heads = attention.v") is None and "attention" in kinds:
+        notes.append("latent attention: values are decompressed after they are weighted")
+    if kinds & {"recurrent", "attention+recurrent"}:
+        notes.append("recurrent layers have no attention weights")
+    return "; ".join(notes)
+
+
+def markdown(rows, seed):
+    """The coverage table for the guide."""
+    held = sum("error" not in row for row in rows)
+    lines = [
+        "# Architectures", "",
+        f"Made by `make architectures` (seed {seed}) from the tiny random models of llama.cpp's own generator: {held} of "
+        f"{len(rows)} captured. A number is the largest error, relative to the largest value; `yes` means the same bits; "
+        "`-` means that the graph has no such thing. Random weights show that the arrays are the right ones, not what "
+        "they mean; `tests/test_references.py` compares sixteen families with transformers.", "",
+        "| architecture | layers | " + " | ".join(HELD) + " | note |", "|---" * (len(HELD) + 3) + "|",
+    ]  # fmt: skip
+    return "\n".join([*lines, *map(row_of, rows)]) + "\n"
+
+
 def main():
+    from tqdm import tqdm
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one")
-    parser.add_argument("--models", type=Path, help="folder of generated models, kept")
+    parser.add_argument("--work", type=Path, default=CACHE, help="where the generator and its models are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "notebooks" / "ARCHITECTURES.md")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(check(options.one)))
         return
-    from tqdm import tqdm
-
-    models = [path for path in sorted(options.models.glob("*.gguf")) if options.only in path.stem]
-    rows = [check_apart(path) for path in tqdm(models)]
-    options.out.write_text(json.dumps(rows, indent=1))
+    models = make_models(build_generator(options.work), options.work / f"models-{options.seed}", options.seed)
+    rows = [check_apart(path) for path in tqdm([path for path in models if options.only in path.stem])]
+    options.out.write_text(markdown(rows, options.seed))
+    bad = [row["model"] for row in rows if "error" in row or max(v or 0 for v in row["invariants"].values()) > TOLERANCE]
+    print(f"{len(rows) - len(bad)} of {len(rows)} captured with every invariant within {TOLERANCE:.0e}; see {options.out}")
+    sys.exit(f"not so: {', '.join(bad)}" if bad else 0)
 
 
 if __name__ == "__main__":

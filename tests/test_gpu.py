@@ -3,6 +3,7 @@
 CI has no GPU; the last real run is in tests/benchmarks/results/gpu_tests.txt.
 """
 
+import os
 import time
 
 import numpy as np
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.gpu
 STAGES = ("attn_norm", "ffn_norm", "q", "k", "v", "q_pre", "k_pre", "scores", "attention", "attn_heads", "attn_out",
           "ffn_out", "ffn_act", "hidden", "final_norm", "logits")  # fmt: skip
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
+# ggml lets cuBLAS round float32 factors to TF32 (10 bits, 1e-3). Without that the two devices must agree closely.
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,13 +39,17 @@ def cuda():
 def pair(request, tmp_path_factory):
     """The same F32 file on the GPU and on the CPU."""
     path = tiny_model(request.param, tmp_path_factory.mktemp("models"))
-    with CaptureSession(path) as gpu, CaptureSession(path, env=NO_GPU, gpu_layers=0) as cpu:
+    with CaptureSession(path, env=EXACT) as gpu, CaptureSession(path, env=NO_GPU, gpu_layers=0) as cpu:
         yield gpu, cpu
 
 
 def relative(a, b):
-    """Root mean square of the difference over that of b. ggml lets cuBLAS round F32 factors to TF32 (10 bits)."""
-    return np.sqrt(np.mean((a - b) ** 2) / max(np.mean(b**2), 1e-18))
+    """Largest difference over the largest value of b."""
+    return np.abs(a - b).max() / max(np.abs(b).max(), 1e-9)
+
+
+def rms(a, b):
+    return np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))
 
 
 def test_every_stage_equals_the_cpus(pair):
@@ -52,6 +59,13 @@ def test_every_stage_equals_the_cpus(pair):
     a, b = (np.where(allowed, cap.scores.values, 0) for cap in (gpu, cpu))
     worst["scores"] = float(relative(a, b))
     assert max(worst.values()) < 1e-3, worst
+
+
+def test_default_rounding_stays_within_tf32(tmp_path):
+    path = tiny_model("llama", tmp_path)
+    with CaptureSession(path) as gpu, CaptureSession(path, env=NO_GPU, gpu_layers=0) as cpu:
+        a, b = (session.capture(IDS, STAGES) for session in (gpu, cpu))
+    assert max(float(rms(a[s].values, b[s].values)) for s in STAGES if s != "scores") < 2e-3
 
 
 def test_logits_are_the_same_bits_with_and_without_capture(pair):
@@ -81,10 +95,10 @@ def test_statistics_on_the_device_equal_the_cpus(pair):
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_several_ubatches_and_generation(architecture, tmp_path):
     path = tiny_model(architecture, tmp_path)
-    with CaptureSession(path) as one, CaptureSession(path, n_ubatch=9) as several:
+    with CaptureSession(path, env=EXACT) as one, CaptureSession(path, n_ubatch=9, env=EXACT) as several:
         a, b = (session.capture(IDS, STAGES, generate=4) for session in (one, several))
-        for stage in set(STAGES) - {"scores"}:
-            assert relative(a[stage].values, b[stage].values) < 1e-3, stage
+        for stage in set(STAGES) - {"scores"}:  # for at most 16 tokens ggml takes kernels of its own that use TF32
+            assert relative(a[stage].values, b[stage].values) < 5e-3, stage
         part = several.capture(IDS, "attention", queries=[2, 20], layers=[1])
         whole = several.capture(IDS, "attention")
         np.testing.assert_array_equal(part.attention.values[0], whole.attention.sel(layer=1).values[:, [2, 20]])
@@ -95,7 +109,7 @@ def test_without_cupy_the_tensors_are_copied_and_equal(tmp_path, monkeypatch):
     blocked = tmp_path / "no_cupy"
     (blocked / "cupy").mkdir(parents=True)
     (blocked / "cupy" / "__init__.py").write_text("raise ImportError('blocked by a test')")
-    monkeypatch.setenv("PYTHONPATH", str(blocked))
+    monkeypatch.setenv("PYTHONPATH", str(blocked), prepend=os.pathsep)
     with CaptureSession(path) as without:
         assert not without.facts["cupy"]
         copied, sums = without.capture(IDS, STAGES, edits=ablate_head(0, 1)), without.head_statistics(IDS)
@@ -105,7 +119,8 @@ def test_without_cupy_the_tensors_are_copied_and_equal(tmp_path, monkeypatch):
         looked, reduced = session.capture(IDS, STAGES, edits=ablate_head(0, 1)), session.head_statistics(IDS)
     for stage in STAGES:
         np.testing.assert_array_equal(copied[stage].values, looked[stage].values, err_msg=stage)
-    np.testing.assert_allclose(reduced.to_array(), sums.to_array(), atol=1e-5)
+    for name in sums:
+        np.testing.assert_allclose(reduced[name].values, sums[name].values, atol=1e-5, err_msg=name)
 
 
 def test_quantized_kernels_agree_within_two_percent(smollm2):
@@ -113,8 +128,7 @@ def test_quantized_kernels_agree_within_two_percent(smollm2):
     with CaptureSession(smollm2) as gpu, CaptureSession(smollm2, env=NO_GPU, gpu_layers=0) as cpu:
         a, b = (session.capture(text, ("attention", "hidden", "logits")) for session in (gpu, cpu))
     for stage in ("attention", "hidden", "logits"):
-        rms = np.sqrt(np.mean((a[stage].values - b[stage].values) ** 2) / np.mean(b[stage].values ** 2))
-        assert rms < 2e-2, (stage, rms)
+        assert rms(a[stage].values, b[stage].values) < 2e-2, stage
 
 
 def test_server_and_worker_sit_on_the_gpu_and_give_it_back(smollm2):

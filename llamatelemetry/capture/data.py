@@ -1,6 +1,7 @@
 """What a capture gives back: named, labelled arrays that can be saved and loaded."""
 
 import json
+from functools import cached_property
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,16 +18,30 @@ class Capture:
     per layer (kind, scale, softcap, sliding). model: architecture, n_layer, n_head, n_kv_head, n_embd, n_vocab, name.
     """
 
-    def __init__(self, arrays, tokens, model, layers):
-        self._arrays, self.tokens, self.layers = arrays, tokens, layers
+    def __init__(self, parts, tokens, model, layers):
+        """parts: {stage: (array, layer numbers or None, query positions or None)}; tokens: (ids, pieces, generated);
+        layers: a list of dicts. Labelled when first looked at: a capture of 700 MB takes less time than its labels."""
+        self._parts, self._labelled = parts, {}
+        self._tokens, self._layers = tokens, layers
         self.model = SimpleNamespace(**model)
-        self.stages = tuple(arrays)
+        self.stages = tuple(parts)
+
+    @cached_property
+    def tokens(self):
+        return token_table(*self._tokens)
+
+    @cached_property
+    def layers(self):
+        return pd.DataFrame(self._layers).rename_axis("layer")
 
     def __getitem__(self, stage):
-        if stage not in self._arrays:
+        if stage not in self._parts:
             known = "" if stage in STAGES else f" Stages are {', '.join(STAGES)}."
             raise CaptureError(f"this capture holds {', '.join(self.stages)}, not {stage!r}.{known}")
-        return self._arrays[stage]
+        if stage not in self._labelled:
+            array, layers, queries = self._parts[stage]
+            self._labelled[stage] = label(stage, array, layers, self._tokens[1], queries)
+        return self._labelled[stage]
 
     def __getattr__(self, name):
         if name.startswith("_") or name not in STAGES:
@@ -34,34 +49,26 @@ class Capture:
         return self[name]
 
     def __contains__(self, stage):
-        return stage in self._arrays
+        return stage in self._parts
 
     def __repr__(self):
-        shapes = ", ".join(f"{name} {tuple(array.sizes.items())}" for name, array in self._arrays.items())
-        return f"<Capture of {self.model.name or self.model.architecture}, {len(self.tokens)} tokens: {shapes}>"
+        shapes = ", ".join(f"{name} {tuple(self[name].sizes.items())}" for name in self.stages)
+        return f"<Capture of {self.model.name or self.model.architecture}, {len(self._tokens[0])} tokens: {shapes}>"
 
     def save(self, path):
         """Write everything as one safetensors file; returns the path."""
         from safetensors.numpy import save_file
 
+        ids, pieces, generated = self._tokens
         facts = {
             "model": vars(self.model),
-            "layers": self.layers.reset_index().to_dict("list"),
-            "tokens": {
-                "id": self.tokens["id"].tolist(),
-                "piece": [p.hex() if isinstance(p, bytes) else p for p in self.tokens["piece"]],
-                "bytes": [isinstance(p, bytes) for p in self.tokens["piece"]],
-                "generated": self.tokens["generated"].tolist(),
-            },
-            "dims": {name: list(array.dims) for name, array in self._arrays.items()},
-            "coords": {
-                name: {dim: array[dim].values.tolist() for dim in ("layer", "query") if dim in array.coords
-                       and array[dim].dtype.kind == "i"}
-                for name, array in self._arrays.items()
-            },
-            "positions": {name: array.attrs.get("positions") for name, array in self._arrays.items()},
-        }  # fmt: skip
-        arrays = {name: np.ascontiguousarray(array.values) for name, array in self._arrays.items()}
+            "layers": self._layers,
+            "ids": list(ids),
+            "pieces": [{"hex": piece.hex()} if isinstance(piece, bytes) else piece for piece in pieces],
+            "generated": list(generated),
+            "parts": {name: [layers, queries] for name, (_, layers, queries) in self._parts.items()},
+        }
+        arrays = {name: np.ascontiguousarray(array) for name, (array, _, _) in self._parts.items()}
         save_file(arrays, str(path), {"llamatelemetry": json.dumps(facts, default=_plain)})
         return path
 
@@ -73,21 +80,13 @@ class Capture:
         try:
             with safe_open(str(path), "numpy") as file:
                 facts = json.loads((file.metadata() or {})["llamatelemetry"])
-                arrays = {name: file.get_tensor(name) for name in facts["dims"]}
+                parts = {name: (file.get_tensor(name), *rest) for name, rest in facts["parts"].items()}
         except (KeyError, OSError, ValueError) as error:
             raise CaptureError(f"{path} is not a capture saved by llamatelemetry ({error}).") from error
         except Exception as error:  # safetensors' own error type is not public
             raise CaptureError(f"{path} cannot be read as safetensors: {error}") from error
-        rows = facts["tokens"]
-        pieces = [bytes.fromhex(p) if raw else p for p, raw in zip(rows["piece"], rows["bytes"])]
-        tokens = token_table(rows["id"], pieces, rows["generated"])
-        layers = pd.DataFrame(facts["layers"]).set_index("layer")
-        known = piece_array(tokens)
-        labelled = {
-            name: label(name, array, facts["coords"][name].get("layer"), known, facts["positions"][name])
-            for name, array in arrays.items()
-        }
-        return cls(labelled, tokens, facts["model"], layers)
+        pieces = [bytes.fromhex(piece["hex"]) if isinstance(piece, dict) else piece for piece in facts["pieces"]]
+        return cls(parts, (facts["ids"], pieces, facts["generated"]), facts["model"], facts["layers"])
 
 
 def _plain(value):
@@ -100,25 +99,17 @@ def token_table(ids, pieces, generated):
 
 
 def label(stage, array, layers, pieces, queries=None):
-    """A DataArray with the stage's dims: `layer` numbers, pieces on token, query and key, their positions beside.
-
-    pieces: object array of the tokens' pieces (`piece_array`).
-    """
+    """A DataArray with the stage's dims: `layer` numbers, pieces on token, query and key, their positions beside."""
     import xarray as xr
 
     facts = STAGES[stage]
     dims = (("layer",) if facts.per_layer else ()) + facts.dims
     coords = {"layer": list(layers)} if facts.per_layer else {}
+    labels = np.empty(len(pieces), object)  # text, or bytes where a piece is not UTF-8
+    labels[:] = pieces
     for dim in dims:
         if dim in ("token", "query", "key"):
             chosen = np.arange(len(pieces)) if dim != "query" or queries is None else np.asarray(queries)
-            coords[dim] = (dim, pieces[chosen])
+            coords[dim] = (dim, labels[chosen])
             coords[f"{dim}_position"] = (dim, chosen)
-    return xr.DataArray(array, dims=dims, coords=coords, name=stage, attrs={"positions": queries} if queries else {})
-
-
-def piece_array(tokens):
-    """The pieces of a token table as an object array (text, or bytes where a piece is not UTF-8)."""
-    pieces = np.empty(len(tokens), object)
-    pieces[:] = tokens["piece"].tolist()
-    return pieces
+    return xr.DataArray(array, dims=dims, coords=coords, name=stage)

@@ -6,6 +6,7 @@ from ..errors import CaptureError
 from .recorder import on_host
 
 ROWS = 64  # logits rows worked on at a time: bounded memory for vocabularies of 262 thousand
+NAMES = ("entropy", "normalized_entropy", "distance", "sink", "top", "previous_token", "duplicate_token", "induction")
 KEEP_LIMIT = 4 * 2**30  # bytes of log-probabilities kept for KL divergences
 
 
@@ -58,11 +59,14 @@ class Score:
         return {name: values[:-1].tolist() for name, values in self.columns.items()}
 
     def summary(self, base=None):
-        """Loss (mean nats per token), and against a baseline Score: its change, mean KL, same best token."""
+        """Loss (mean nats per token), and against a baseline Score: its change with its standard error over tokens
+        (which are not independent), mean KL, same best token."""
         loss = -float(self.columns["logprob"][:-1].mean())
         row = {"loss": loss}
         if base is not None:
             row["loss_change"] = loss - base.summary()["loss"]
+            paired = (base.columns["logprob"] - self.columns["logprob"])[:-1]
+            row["loss_change_err"] = float(paired.std(ddof=1) / len(paired) ** 0.5) if len(paired) > 1 else float("nan")
             row["kl"] = float(self.columns["kl"][:-1].mean())
             row["top1_agreement"] = float((self.columns["top_id"] == base.columns["top_id"])[:-1].mean())
         return row
@@ -100,6 +104,8 @@ class HeadStatistics:
     BLOCK = 2**22  # attention weights worked on at a time on the CPU
 
     def __init__(self, tokens, pairs, device=None):
+        if taken := set(pairs) & ({"mass", *NAMES}):
+            raise CaptureError(f"pattern {sorted(taken)[0]!r} has the name of a measure: give it another one.")
         self.n, self.tokens, self.device = len(tokens), tokens, device
         self.pairs = {name: np.asarray(value, int).reshape(-1, 2) for name, value in pairs.items()}
         self.sums = {}  # layer -> {measure: (head,)}

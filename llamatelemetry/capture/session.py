@@ -17,9 +17,9 @@ from .. import errors
 from ..errors import CaptureError, WorkerCrashedError
 from ..gguf import GGUFFile
 from ..server import physical_cores
-from .data import Capture, label, piece_array, token_table
+from .data import Capture, token_table
 from .edits import flatten
-from .names import STAGES
+from .names import GRIDS, STAGES
 
 KEPT_ARENAS, KEPT_SHARE = 2, 8  # arenas kept between captures, each at most 1/8 of what its folder has free
 
@@ -95,21 +95,21 @@ class CaptureSession:
             arena.unlink(missing_ok=True)
             raise
         weakref.finalize(memory, self._release, self._free, arena)
-        n_given = len(answer["tokens"]) - self._generated(answer, text_or_ids, generate)
-        tokens = self._tokens(answer["tokens"], n_given)
-        arrays, pieces = {}, piece_array(tokens)
+        ids = answer["tokens"]
+        n_given = self._n_given(text_or_ids) if generate else len(ids)
+        parts = {}
         for stage, part in answer["layout"].items():
             array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
-            array = _crop(stage, array, len(tokens), queries)
-            arrays[stage] = label(stage, array, part["layers"], pieces, queries)
-        facts = pd.DataFrame(answer["layers"]).rename_axis("layer")
-        return Capture(arrays, tokens, self.model_facts(), facts)
+            kept = None if part["layers"] == [None] else part["layers"]
+            parts[stage] = _crop(stage, array, len(ids), queries), kept, queries if stage in GRIDS else None
+        generated = [position >= n_given for position in range(len(ids))]
+        return Capture(parts, (ids, self._pieces(ids), generated), self.model_facts(), answer["layers"])
 
     def score(self, text_or_ids, edits=()):
         """DataFrame per predicted token: position, id, piece, logprob (nats), entropy (nats), rank (0 is best), top_id,
         top_logprob: how the model predicts each token of a text from those before it."""
         answer = self._call("score", prompt=_prompt(text_or_ids), edits=self._pack(edits))
-        tokens = self._tokens(answer["tokens"], len(answer["tokens"])).iloc[1:].drop(columns="generated")
+        tokens = self._tokens(answer["tokens"]).iloc[1:].drop(columns="generated")
         columns = {name: values for name, values in answer["table"].items() if name != "kl"}
         return pd.concat([tokens.reset_index(drop=True), pd.DataFrame(columns)], axis=1)
 
@@ -175,16 +175,15 @@ class CaptureSession:
         if getattr(self, "_process", None) is not None and not sys.is_finalizing():
             self.close()
 
-    def _tokens(self, ids, n_given):
-        pieces = self.model.pieces
-        texts = [pieces[i] if i < len(pieces) else f"<{i}>" for i in ids]
-        return token_table(ids, texts, [position >= n_given for position in range(len(ids))])
+    def _tokens(self, ids):
+        return token_table(ids, self._pieces(ids), [False] * len(ids))
 
-    def _generated(self, answer, text_or_ids, generate):
-        if not generate:
-            return 0
-        given = self.tokenize(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
-        return len(answer["tokens"]) - len(given)
+    def _pieces(self, ids):
+        pieces = self.model.pieces
+        return [pieces[i] if i < len(pieces) else f"<{i}>" for i in ids]
+
+    def _n_given(self, text_or_ids):
+        return len(self.tokenize(text_or_ids) if isinstance(text_or_ids, str) else np.asarray(text_or_ids).ravel())
 
     @staticmethod
     def _release(free, arena):
@@ -274,7 +273,9 @@ def _crop(stage, array, n_tokens, queries):
 
 
 def _environment(env):
-    environment = {**os.environ, **(env or {})}
+    # CUDA kernels are fused where nobody stops between them, and a fused kernel rounds differently in the last bits:
+    # without fusion what is computed does not depend on what is looked at.
+    environment = {"GGML_CUDA_DISABLE_FUSION": "1", **os.environ, **(env or {})}
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
     return environment

@@ -46,6 +46,7 @@ class Plan:
     taps: dict = field(default_factory=dict)
     layers: list = field(default_factory=list)
     why_not: dict = field(default_factory=dict)  # stage -> reason
+    output: dict = field(default_factory=dict)  # what happens to the logits: softcap (0: none), bias
 
     def put(self, stage, layer, *taps):
         if taps and all(tap is not None for tap in taps):
@@ -206,7 +207,8 @@ def _stream(graph, n_layer, attention):
         if before:
             stream[layer] = before[-1]
         if layer == 0 and 0 in outputs:  # after embedding norms and the like: the last node that layer 0 adds to
-            mixer = attention.index if attention else outputs[0].index
+            products = [n.index for n in path if n.layer == 0 and n.op == "MUL_MAT"]
+            mixer = attention.index if attention else min(products, default=outputs[0].index)
             adds = [c for c in cuts if c.index < mixer and c.layer in (None, 0) and _terms(outputs[0], c) is not None]
             stream[layer] = adds[-1] if adds else stream.get(layer)
         hidden = not before or layer and before[-1].index < first.get(layer - 1, 0)
@@ -236,6 +238,12 @@ def _before_output(sink):
 def _ends(plan, graph, stream, n_tokens):
     sink = _logits(graph)
     final = _before_output(sink)
+    node, plan.output = sink, {"softcap": 0.0, "bias": False}
+    while not node.is_leaf and node.op != "MUL_MAT":
+        if node.op == "TANH":
+            plan.output["softcap"] = 1.0 / _float(node.src[0], 0)
+        plan.output["bias"] |= node.op == "ADD" and node.src[1].is_leaf
+        node = node.src[0]
     plan.put("logits", None, _node_tap(sink, n_tokens))
     if final is not None and not final.is_leaf:
         plan.put("final_norm", None, _node_tap(final, n_tokens))

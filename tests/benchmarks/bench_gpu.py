@@ -14,6 +14,7 @@ import psutil
 from common import report
 
 STAGES = ("attention", "q", "k", "v", "hidden")
+FUSED = {"GGML_CUDA_DISABLE_FUSION": "0"}  # the plain decode as llama-server runs it
 TEXT = "The cat sat on the mat because it was tired of chasing the small grey mouse around the old house. "
 
 
@@ -40,14 +41,14 @@ def text_of(session, n_tokens):
 def capture(path, name, n_tokens, rate, repeat=9):
     from llamatelemetry.capture.session import CaptureSession
 
-    with CaptureSession(path) as session:
+    with CaptureSession(path) as session, CaptureSession(path, env=FUSED) as other:
         tokens = text_of(session, n_tokens)
         for _ in range(3):
             size = sum(session.capture(tokens, STAGES)[stage].nbytes for stage in STAGES)
-        session.time_decode(tokens, 2)
+        other.time_decode(tokens, 2)
         plain, captured = [], []
         for _ in range(repeat):
-            plain += session.time_decode(tokens, 1)
+            plain += other.time_decode(tokens, 1)
             started = time.perf_counter()
             session.capture(tokens, STAGES)
             captured.append(time.perf_counter() - started)
@@ -60,16 +61,17 @@ def capture(path, name, n_tokens, rate, repeat=9):
 def head_statistics(path, name, n_tokens, repeat=5):
     from llamatelemetry.capture.session import CaptureSession
 
-    with CaptureSession(path, n_ctx=n_tokens) as session:
+    with CaptureSession(path, n_ctx=n_tokens) as session, CaptureSession(path, n_ctx=n_tokens, env=FUSED) as other:
         tokens = text_of(session, n_tokens)
         session.time_decode(tokens, 2, all_logits=False)
+        other.time_decode(tokens, 2, all_logits=False)
         worker = psutil.Process(session.pid)
         before = worker.memory_info().rss
         session.head_statistics(tokens)
         added = worker.memory_info().rss - before
         plain, ours = [], []
         for _ in range(repeat):
-            plain += session.time_decode(tokens, 1, all_logits=False)
+            plain += other.time_decode(tokens, 1, all_logits=False)
             started = time.perf_counter()
             session.head_statistics(tokens)
             ours.append(time.perf_counter() - started)
@@ -94,6 +96,7 @@ def inference(path, name, repeat=20):
             whole.append(time.perf_counter() - started)
             server = result.prompt_tokens / result.prompt_tokens_per_sec + (result.tokens_generated - 1) / result.tokens_per_sec
             overhead.append(whole[-1] - server)
+        for _ in range(repeat):
             started = time.perf_counter()
             pieces = engine.infer_stream(TEXT, max_tokens=64, ignore_eos=True)
             next(pieces)
