@@ -14,6 +14,8 @@ from .analysis.quantization_quality import summarize
 from .errors import LlamaTelemetryError, ModelLoadError, WorkerCrashedError
 from .texts import CompareError, load_text
 
+BUFFERS = 640 << 20  # bytes beside the weights: two copies of 256 rows of logits for a vocabulary of 262,144, KV cache
+
 
 class Comparison(pd.DataFrame):
     """The result of compare_quantizations: a DataFrame with one row per candidate, and `.tokens`.
@@ -201,10 +203,10 @@ def _groups(reference, paths):
     from .gpus import plan
 
     free = [gpu.free_bytes for gpu in plan().inference] or [psutil.virtual_memory().available]
-    room = 0.8 * sum(free) - os.path.getsize(reference)
+    room = 0.8 * sum(free) - os.path.getsize(reference) - BUFFERS
     groups, used = [[]], 0
     for path in paths:
-        size = os.path.getsize(path)
+        size = os.path.getsize(path) + BUFFERS
         if groups[-1] and used + size > room:
             groups.append([])
             used = 0

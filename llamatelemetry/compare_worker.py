@@ -34,6 +34,10 @@ class Model:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx * parallel, parallel
         params.n_batch = params.n_ubatch = min(STEP, n_ctx) * parallel
+        if (
+            n_ctx <= STEP
+        ):  # logits of the second halves only: half the memory, which is what a large vocabulary needs most
+            params.n_outputs_max = parallel * (n_ctx - n_ctx // 2)
         params.n_threads = params.n_threads_batch = threads
         params.swa_full = False
         self.context = llama_cpp.llama_init_from_model(self.model, params)

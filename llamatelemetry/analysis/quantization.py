@@ -154,9 +154,10 @@ def rank_correlations(table):
 
 
 def vulnerable_tokens(tokens):
-    """Mean KLD by kind of token, per candidate: DataFrame indexed by (candidate, kind): kld, share_of_kld, n.
+    """Mean KLD by kind of token, per candidate: DataFrame indexed by (candidate, by, kind): kld, share_of_kld, n.
 
-    tokens: Comparison.tokens. Kinds of the token that came next: number, punctuation, whitespace, word (begins one), part (of a word), other; and by how sure the reference was of it: "p >= 0.5", "0.05 to 0.5", "p < 0.05".
+    tokens: Comparison.tokens. Kinds of the token that came next: number, punctuation, whitespace, word (begins one),
+    part (continues one), other; and by how sure the reference was of it: "p >= 0.5", "0.05 to 0.5", "p < 0.05".
     """
     p = np.exp(tokens["logprob_base"])
     sure = pd.cut(p, [-1, 0.05, 0.5, 2], right=False, labels=["p < 0.05", "0.05 to 0.5", "p >= 0.5"]).astype(str)

@@ -94,7 +94,7 @@ class Reference:
 
 
 def _lse(values, total):
-    """Log of the sum of exponentials, float64 (token,). values: (token, k), the largest first; total: of exp(x - max)."""
+    """Log of the sum of exponentials, float64 (token,). values: (token, k), largest first; total: of exp(x - max)."""
     return values[:, 0].astype(np.float64) + np.log(total.astype(np.float64))
 
 

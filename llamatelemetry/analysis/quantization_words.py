@@ -68,7 +68,7 @@ def percentiles(table):
     row = table.dropna(subset="kld_mean").sort_values("kld_mean").iloc[-1]
     return (
         f"For {row.name} half of the tokens have a KLD below {row.kld_median:.3g} nats, one in a hundred above "
-        f"{row.kld_p99:.3g}: the mean, {row.kld_mean:.3g}, is {row.kld_mean / max(row.kld_median, 1e-12):.1f} times the median."
+        f"{row.kld_p99:.3g}: the mean is {row.kld_mean / max(row.kld_median, 1e-12):.1f} times the median."
     )
 
 
