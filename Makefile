@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 MAKEFLAGS += --no-print-directory
 
-.PHONY: run test fast bench clean distclean
+.PHONY: run test fast bench architectures clean distclean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.notebooks $(VENV)/.engine $(VENV)/.model
@@ -29,6 +29,10 @@ fast: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
 bench: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
 	@set -e; for script in $(sort $(wildcard tests/benchmarks/bench_*.py)); do \
 	    echo "$$script"; $(BIN)/python $$script; done
+
+# Tiny random models of every architecture, from llama.cpp's own generator: captures them all, writes the coverage table.
+architectures: $(VENV)/.test $(VENV)/.engine
+	@$(BIN)/python tests/architectures.py
 
 clean:
 	rm -rf executed outputs build dist .pytest_cache

@@ -7,10 +7,10 @@ libraries, makes the models and writes the coverage table for the guide. Each mo
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,33 +22,34 @@ TOLERANCE = 1e-4
 STAGES_SHOWN = ("attention", "q", "k", "v", "attn_heads", "attn_out", "ffn_out", "hidden", "final_norm", "logits", "router")
 
 
-def build_generator(folder, sdist=None):
-    """Compile the generator against the installed engine; returns its path."""
+def build_generator(folder):
+    """Compile the generator of the pinned llama.cpp against the installed engine's libraries; returns its path."""
     import llama_cpp
 
     folder.mkdir(parents=True, exist_ok=True)
-    program = folder / "test-llama-archs"
+    program = folder / f"test-llama-archs-{llama_cpp.__version__}"
     if program.exists():
         return program
-    if sdist is None:
-        from llamatelemetry.build import download_source
-
-        sdist = download_source(folder)
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "source", filter="data")
-    source = next((folder / "source").glob("*/vendor/llama.cpp"))
-    libraries = Path(llama_cpp.__file__).parent / "lib"
-    includes = [f"-I{source / name}" for name in ("include", "ggml/include", "src", "common", "vendor")]
-    command = ["g++", "-O1", "-std=c++17", *includes, str(source / "tests/test-llama-archs.cpp"), "-o", str(program),
-               f"-L{libraries}", "-lllama", "-lllama-common", "-lggml", "-lggml-base", "-lggml-cpu",
-               f"-Wl,-rpath,{libraries}"]  # fmt: skip
-    subprocess.run(command, check=True)
-    shutil.rmtree(folder / "source")
+    with tempfile.TemporaryDirectory() as work:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", work]
+        subprocess.run([*pip, f"llama-cpp-python=={llama_cpp.__version__}"], check=True)
+        with tarfile.open(next(Path(work).glob("*.tar.gz"))) as archive:
+            archive.extractall(work, filter="data")
+        source = next(Path(work).glob("*/vendor/llama.cpp"))
+        libraries = Path(llama_cpp.__file__).parent / "lib"
+        includes = [f"-I{source / name}" for name in ("include", "ggml/include", "src", "common", "vendor")]
+        linked = [f"-l{name}" for name in ("llama", "llama-common", "ggml", "ggml-base", "ggml-cpu")]
+        command = ["g++", "-O1", "-std=c++17", *includes, str(source / "tests" / "test-llama-archs.cpp"),
+                   f"-L{libraries}", *linked, f"-Wl,-rpath,{libraries}", "-o", f"{program}.new"]  # fmt: skip
+        subprocess.run(command, check=True)
+    os.replace(f"{program}.new", program)
     return program
 
 
 def make_models(program, folder, seed=0):
     """The generator's models; returns their paths."""
+    if models := sorted(folder.glob("*.gguf")):
+        return models
     folder.mkdir(parents=True, exist_ok=True)
     log = subprocess.run([str(program), "-s", str(seed), "-o", f"{folder}/"], capture_output=True, text=True)
     models = sorted(folder.glob("*.gguf"))
