@@ -8,10 +8,12 @@ import xarray as xr
 from llamatelemetry.analysis import attention as att
 from llamatelemetry.analysis import attention_checks as checks
 from llamatelemetry.analysis import attention_compare as compare
+from llamatelemetry.analysis import attention_findings as say
 from llamatelemetry.analysis import attention_flow as flows
 from llamatelemetry.analysis import attention_output as output
 from llamatelemetry.analysis import attention_weights as weights
 from llamatelemetry.errors import CaptureError
+from llamatelemetry.plots import attention as figures
 
 
 def maps(*layers):
@@ -324,6 +326,53 @@ def test_reference_of_another_model_names_the_parameter():
     with pytest.raises(CaptureError, match="REFERENCE_MODEL has another vocabulary"):
         checks.check_reference(Model, Renamed)
     checks.check_reference(Model, Model)
+
+
+def said(sentence):
+    return sentence.replace("\n", " ")
+
+
+def test_findings_say_what_the_numbers_say():
+    sentence = said(say.head_finding(maps([previous(4)])[0, 0], list("abcd")))
+    assert sentence.startswith("100% of the 3 queries that have a choice attend most to the token before")
+    assert "1.000, from 'c' (position 2) to 'b' (position 1)" in sentence
+    a = maps([uniform(4), identity(4)], [to_first(4), to_first(4)])
+    table = att.head_table(a)
+    sentence = said(say.sink_finding(table))
+    assert sentence.startswith("3 of 4 heads (75%)") and "in 1 of 2 layers, the first of them layer 1" in sentence
+    assert "layer 1, head 0: 2.0 tokens" in said(say.depth_finding(table))
+    raw, moved = maps([to_first(3)]), maps([identity(3)])
+    assert "100% of the attention and 0% of the moved length" in said(say.weighted_layers_finding(raw, moved))
+    sentence = said(say.compare_finding(compare.compare_heads(a, a[::-1].assign_coords(layer=[0, 1]))))
+    assert "largest difference of a single weight is 1.0000" in sentence
+    rolled = flows.rollout(maps(*[[to_first(4)]] * 4))[:, -1]
+    assert "passes one half after layer 1 and ends at 0.938" in said(say.rollout_finding(rolled, list("abcd")))
+
+
+def test_sentences_fit_a_page():
+    sentence = say.head_finding(maps([previous(4)])[0, 0], ["x" * 30] * 4)
+    assert max(map(len, sentence.splitlines())) <= 100
+
+
+def test_generated_tokens_attention_is_split_by_target():
+    split = att.generated_split(maps([uniform(5)]), n_prompt=3)
+    assert split.index.tolist() == [3, 4]
+    np.testing.assert_allclose(split.loc[3], [1 / 4, 2 / 4, 0, 1 / 4], rtol=1e-6)
+    np.testing.assert_allclose(split.loc[4], [1 / 5, 2 / 5, 1 / 5, 1 / 5], rtol=1e-6)
+    only = att.generated_split(maps([uniform(5)]).isel(query=[4]), n_prompt=3)
+    assert only.index.tolist() == [4]
+
+
+def test_figures_leave_the_future_blank_and_escape_tokens():
+    figure = figures.token_map(uniform(3), ["<b>", " a", "c"], title="t", unit="weight")
+    assert figure.data[0].x[0] == "0 &lt;b&gt;"
+    z = np.asarray(figure.data[0].z)
+    assert np.isnan(z[0, 1]) and not np.isnan(z[1]).all() and z[2, 0] == pytest.approx(1 / 3)
+    rows = figures.token_map(uniform(4)[2:], list("abcd"), queries=[2, 3], title="t", unit="weight")
+    assert np.isnan(np.asarray(rows.data[0].z)).tolist() == [[False] * 3 + [True], [False] * 4]
+    parts = pd.DataFrame({"embedding": [1.0], "by_layer": [np.array([[1.0, 2.0], [3.0, 4.0]])]})
+    line = figures.logit_build_up(parts, ["x"], title="t").data[0]
+    assert list(line.y) == [1, 2, 4, 7, 11] and line.text[-1] == "layer 1 ffn"
 
 
 @pytest.mark.slow

@@ -206,9 +206,12 @@ def centrality_finding(table):
     order = table[["received", "pagerank", "betweenness"]].corr(method="spearman")["received"]
     top = table.loc[table["pagerank"].idxmax()]
     between = table.loc[table["betweenness"].idxmax()]
+    others = table["received"].iloc[1:]
     return (
-        f"PageRank ranks positions with a Spearman correlation of {order['pagerank']:.2f} to the attention they "
-        "receive, "
+        f"Later tokens give the first {table['received'].iloc[0]:.2f} of their attention, its sink mass, and any "
+        "other at "
+        f"most {others.max():.2f} (position {others.idxmax()}). "
+        f"PageRank ranks positions with a Spearman correlation of {order['pagerank']:.2f} to what they receive, "
         f"betweenness with {order['betweenness']:.2f}. The highest PageRank is {_name(top['piece'])} (position "
         f"{int(top['position'])}, {top['pagerank']:.2f}); most shortest paths pass {_name(between['piece'])} (position "
         f"{int(between['position'])})."

@@ -75,7 +75,7 @@ function draw() {
     step('RoPE: position turns pairs of dimensions', `(${q.length})`,
       say(`q before and after; length ${number(length(qPre), 5)} and ${number(length(q), 5)}.`),
       vector(qPre, 'q before'), vector(q, 'q after'),
-      say(`k before and after; length ${number(length(kPre), 5)} and ${number(length(k), 5)}.`),
+      say(`k before, and after as attention reads it; length ${number(length(kPre), 5)} and ${number(length(k), 5)}.`),
       vector(kPre, 'k before'), vector(k, 'k after')),
     step('Scores, scale, mask, softmax, weighted values', `${T + 1} keys`,
       say(`softmax(${DATA.softcap ? 'softcap(q·k)' : 'q·k'} × ${number(DATA.scales[l], 6)}`
