@@ -171,7 +171,7 @@ def costs(table, kld):
     return (
         f"Quantized alone, {', '.join(top)} nats cost most. The {len(table)} costs add up to {total:.3g} nats, "
         f"{total / kld:.0%} of the {kld:.3g} of the whole file; {by.get('attn_out', 0):.0%} of them is attention and "
-        f"{by.get('ffn_out', 0):.0%} FFN. Half of the sum lies in {half} parts."
+        f"{by.get('ffn_out', 0):.0%} FFN. Half of the sum lies in {half} of them."
     )
 
 

@@ -174,4 +174,11 @@ def answers(rows, model):
         "td.a{text-align:left;white-space:pre-wrap;width:100%} mark{background:var(--c1);color:#000} "
         "th{text-align:left} td.p{white-space:nowrap}"
     )
-    return Page(f"Answers: {model}", "".join(body), "", {}, style=style, height=min(1000, 140 + 260 * len(rows)))
+    return Page(
+        f"Answers: {model}",
+        "".join(body),
+        "",
+        {},
+        style=style,
+        height=min(1000, 110 + sum(60 + 34 * len(row["answers"]) for row in rows)),
+    )
