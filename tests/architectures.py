@@ -63,7 +63,7 @@ def check(path):
     from llamatelemetry.capture.names import STAGES
     from llamatelemetry.capture.runs import Runs
     from llamatelemetry.capture.runtime import Runtime
-    from llamatelemetry.capture.stages import missing
+    from llamatelemetry.capture.plan import missing
     from llamatelemetry.gguf import GGUFFile
 
     facts = GGUFFile(path)

@@ -173,7 +173,10 @@ class Runs:
                 array.fill(np.nan if array.dtype.kind == "f" else -1)
         cache, device = DTYPES[self.runtime.cache_type], self.runtime.ggml.device
 
+        layer_facts = [dict(facts) for facts in plan.layers]
+
         def setup(recorder, plan):
+            self._watch_masks(recorder, plan, layer_facts)
             self.apply(recorder, plan, edits, means)
             for stage, array in arrays.items():
                 for place, layer in enumerate(layout[stage]["layers"]):
@@ -186,4 +189,18 @@ class Runs:
 
         needs_all = bool(AFTER_LAST_ATTENTION & set(stages)) or bool(edits)
         tokens = self.run(tokens, setup, all_logits=needs_all, sampler=sampler)
-        return tokens, layout, plan.layers
+        return tokens, layout, layer_facts
+
+    def _watch_masks(self, recorder, plan, layer_facts):
+        """Note which layers' masks hide earlier positions in this run: a sliding window that the text outgrew."""
+
+        def watch(layers):
+            def look(values, past):
+                row = on_host(values[-1, : past + len(values)])
+                for layer in layers if np.isneginf(row).any() else ():
+                    layer_facts[layer]["sliding"] = True
+
+            return look
+
+        for layers in plan.masks.values():
+            recorder.on(plan.taps["mask"][layers[0]][0], watch(layers))

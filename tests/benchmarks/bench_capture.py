@@ -7,7 +7,6 @@ process of its own: in this Python where torch is installed, in --torch-python, 
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys

@@ -1,0 +1,242 @@
+"""The residual stream and what each block adds to it, found from the paths of llama.cpp's graph.
+
+The stream is the chain of nodes that every path from the embedding to the logits passes; what a block adds is what the
+sums between two of those nodes add. Where the stream is no plain sum (normalized between blocks, several strands), of
+two summands the one that the other was computed from is the stream.
+"""
+
+from .graph import VIEWS, base, between, cone, cut_nodes
+from .names import LAYER_OUTPUT, OUTPUT, RECURRENT
+from .plan import float_param, node_tap
+
+NORMS = {"RMS_NORM", "NORM", "L2_NORM", "GROUP_NORM"}
+# The stream passes through these unchanged in meaning: rows picked (all of them here), views, copies.
+PASSING = VIEWS | {"GET_ROWS", "CONT", "CPY"}
+WHY_NO_SUM = "the stream is not a sum of what the blocks add (several streams, or mixed by learned weights)"
+
+
+def _logits(graph):
+    named = [node for node in graph.nodes if node.name == OUTPUT]
+    return named[-1] if named else graph.nodes[-1]
+
+
+def _embedding(graph):
+    lookups = [n for n in graph.nodes if n.op == "GET_ROWS" and n.src[0].is_weight and n.src[1].is_leaf]
+    tokens = [n for n in lookups if n.src[0].name == "token_embd.weight"]
+    return (tokens or lookups or graph.nodes)[0]
+
+
+def find_stream(graph, n_layer, attention):
+    """The residual stream: {layer: node} that enters layer 0..n_layer-1 and, at n_layer, leaves the last."""
+    sink, source = _logits(graph), _embedding(graph)
+    path = between(source, sink)
+    cuts = cut_nodes(path) if path else []
+    first = {}
+    for node in path:
+        if node.layer is not None and node.layer < n_layer:
+            first.setdefault(node.layer, node.index)
+    outputs = {n.layer: n for n in graph.nodes if n.name == f"{LAYER_OUTPUT}-{n.layer}"}
+    stream = {}
+    for layer in range(n_layer):
+        before = [node for node in cuts if layer in first and node.index < first[layer]]
+        if before:
+            stream[layer] = before[-1]
+        if layer == 0 and 0 in outputs:  # after embedding norms and the like: the last node that layer 0 adds to
+            products = [n.index for n in path if n.layer == 0 and n.op == "MUL_MAT"]
+            mixer = attention.index if attention else min(products, default=outputs[0].index)
+            adds = [c for c in cuts if c.index < mixer and c.layer in (None, 0) and _terms(outputs[0], c) is not None]
+            stream[layer] = adds[-1] if adds else stream.get(layer)
+        hidden = not before or layer and before[-1].index < first.get(layer - 1, 0)
+        if layer - 1 in outputs and (hidden or outputs[layer - 1] in cuts):
+            stream[layer] = outputs[layer - 1]  # by its name where a bypass hides it or several cuts offer themselves
+    last = _final_norm_input(graph, sink)
+    stream[n_layer] = last if last in cuts else outputs.get(n_layer - 1, last)
+    return {layer: node for layer, node in stream.items() if node is not None}
+
+
+def _final_norm_input(graph, sink):
+    node = _before_output(sink)
+    steps = 0
+    while node is not None and node.op not in NORMS and steps < 8:
+        node, steps = (node.src[0] if node.src and not node.src[0].is_leaf else None), steps + 1
+    return node.src[0] if node is not None else None
+
+
+def _before_output(sink):
+    """The activations that the output matrix multiplies."""
+    node = sink
+    while not node.is_leaf and node.op != "MUL_MAT":
+        node = node.src[0]
+    return None if node.is_leaf else node.src[1]
+
+
+def find_ends(plan, graph, stream, n_tokens):
+    sink = _logits(graph)
+    final = _before_output(sink)
+    node, plan.output = sink, {"softcap": 0.0, "bias": False}
+    while not node.is_leaf and node.op != "MUL_MAT":
+        if node.op == "TANH":
+            plan.output["softcap"] = 1.0 / float_param(node.src[0], 0)
+        plan.output["bias"] |= node.op == "ADD" and node.src[1].is_leaf
+        node = node.src[0]
+    plan.put("logits", None, node_tap(sink, n_tokens))
+    if final is not None and not final.is_leaf:
+        plan.put("final_norm", None, node_tap(final, n_tokens))
+    for layer, node in stream.items():
+        plan.put("hidden", layer, node_tap(node, n_tokens))
+
+
+def find_block(plan, graph, layer, stream, softmax, n_tokens):
+    """What layer `layer` adds to the stream, what it reads, and its kind when it holds no attention."""
+    start, end = stream.get(layer), stream.get(layer + 1)
+    if start is None or end is None or start is end:
+        return
+    facts = plan.layers[layer]
+    recurrent = {node for node in cone(end, {start}) if _is_recurrent(node)}
+    mixers = recurrent | ({softmax} if softmax else set())
+    if recurrent:
+        facts["kind"] = "attention+recurrent" if softmax else "recurrent"
+    terms = _terms(end, start)
+    facts["sum"] = terms is not None
+    if terms is None:
+        named = [node for node in cone(end, {start}) if node.name == f"{LAYER_OUTPUT}-{layer}" and node.op == "ADD"]
+        terms = _local_terms(named[0] if named else end, mixers, layer)
+    if terms is None:
+        plan.why_not.setdefault("attn_out", WHY_NO_SUM)
+        plan.why_not.setdefault("ffn_out", WHY_NO_SUM)
+        return
+    additions, sums = terms
+    stops = sums | {start}
+    mixing = [node for node in additions if cone(node, stops - {node}) & mixers]
+    rest = [node for node in additions if node not in mixing]
+    if recurrent == set() and softmax is None and mixing == [] and rest:
+        facts["kind"] = "ffn"
+    plan.put("attn_out", layer, *(node_tap(node, n_tokens) for node in mixing))
+    plan.put("ffn_out", layer, *(node_tap(node, n_tokens) for node in rest))
+    for stage, nodes in (("attn_norm", mixing), ("ffn_norm", rest)):
+        entry = _entry(nodes, stops)
+        if entry is not None:
+            plan.put(stage, layer, node_tap(entry, n_tokens))
+    if len(rest) == 1 and not _expert_products(rest, stops):
+        down = _last_product(rest[0], stops)
+        if down is not None and down.src[0].is_weight:
+            plan.put("ffn_act", layer, node_tap(down.src[1], n_tokens))
+
+
+def _is_recurrent(node):
+    """Whether a node mixes positions through a state: a scan, or anything that reads a recurrent state's memory."""
+    return node.op in RECURRENT or any(s.is_leaf and s.name.startswith(("cache_r", "cache_s")) for s in node.src)
+
+
+def _terms(end, start):
+    """(nodes added to the stream between two of its nodes, the sums on the way), or None where it is no sum."""
+    carries = {}  # node -> whether it is start plus additions
+
+    def carry(node):
+        if node is start:
+            return True
+        if node not in carries:
+            carries[node] = False
+            if node.op == "ADD":
+                carries[node] = any(not s.is_leaf and carry(s) for s in node.src[:2])
+            elif node.op in PASSING:
+                carries[node] = not node.src[0].is_leaf and carry(node.src[0])
+        return carries[node]
+
+    if not carry(end):
+        return None
+    additions, sums = [], set()
+    node = end
+    while node is not start:
+        sums.add(node)
+        if node.op == "ADD":
+            kept, added = node.src[:2] if carry(node.src[0]) else node.src[1::-1]
+            if added.is_leaf:
+                return None  # a constant joins the stream
+            additions.append(added)
+            node = kept
+        else:
+            node = node.src[0]
+    return _split_sums(additions), sums
+
+
+def _local_terms(end, mixers, layer):
+    """The same without knowing where the stream came from: of two summands, the one that the other was computed from
+    is the stream. Norms and scales that the stream passes on the way are passed too, so that what is found need not
+    add up; a stream that begins anew in the block begins with its first addition."""
+    additions, sums, node = [], set(), end
+    while True:
+        node = _passed(node, sums)
+        if node.op == "DSV4_HC_POST":  # several streams, to which the block's output is dealt out
+            added, kept = node.src[0], node.src[1]
+        elif node.op == "ADD":
+            left, right = node.src[:2]
+            if _passed(left, set()) in cone(right, set()):
+                added, kept = right, left
+            elif _passed(right, set()) in cone(left, set()):
+                added, kept = left, right
+            else:
+                return None
+        elif additions and cone(node, sums - {node}) & mixers:
+            return _split_sums([*additions, node]), sums
+        else:
+            return (_split_sums(additions), sums) if additions else None
+        sums.add(node)
+        additions.append(added)
+        below = _passed(kept, set())
+        if cone(added, sums | {below}) & mixers or below.is_leaf or below.layer not in (None, layer):
+            sums.add(below)
+            return _split_sums(additions), sums
+        node = kept
+
+
+def _passed(node, seen):
+    """Back through norms, gains and scales of the stream to the sum they normalize."""
+    while not node.is_leaf:
+        factor = node.op in ("MUL", "ADD") and base(node.src[1]).is_leaf
+        if node.op not in PASSING | NORMS | {"SCALE"} and not factor or node.src[0].is_leaf:
+            break
+        seen.add(node)
+        node = node.src[0]
+    return node
+
+
+def _split_sums(nodes):
+    """A parallel block adds attention and FFN to each other first: take such a sum apart."""
+    parts = []
+    for node in nodes:
+        inner = base(node)
+        while inner.op == "GET_ROWS":
+            inner = base(inner.src[0])
+        if inner.op == "ADD" and not any(base(source).is_leaf for source in inner.src[:2]):
+            cones = [cone(source, set()) for source in inner.src[:2]]
+            mixes = [any(n.op == "SOFT_MAX" or _is_recurrent(n) for n in c - o) for c, o in (cones, cones[::-1])]
+            if any(mixes) and not all(mixes):
+                parts.extend(inner.src[:2])
+                continue
+        parts.append(node)
+    return parts
+
+
+def _entry(nodes, stops):
+    """The normalized input of a block: what its first weight matrices multiply."""
+    best = None
+    for node in nodes:
+        for inner in cone(node, stops):
+            if inner.op in ("MUL_MAT", "MUL_MAT_ID") and inner.src[0].is_weight:
+                given = inner.src[1]
+                if any(p.op in ("MUL_MAT", "MUL_MAT_ID") for p in cone(given, stops)):
+                    continue
+                source = base(given)
+                if source not in stops and not source.is_leaf and (best is None or source.index < best.index):
+                    best = source
+    return best
+
+
+def _expert_products(nodes, stops):
+    return [inner for node in nodes for inner in cone(node, stops) if inner.op == "MUL_MAT_ID"]
+
+
+def _last_product(node, stops):
+    products = [inner for inner in cone(node, stops) if inner.op == "MUL_MAT" and not inner.src[1].is_leaf]
+    return max(products, key=lambda inner: inner.index, default=None)
