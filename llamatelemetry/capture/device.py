@@ -1,7 +1,9 @@
 """Tensors where they lie on a CUDA device, through CuPy in the worker: looked at in place, cropped there, copied once.
 
 llama.cpp and CuPy share the device's primary context, so CuPy can address llama.cpp's tensors. The scheduler has
-synchronized before a callback; whoever reads or writes here must be done before the callback returns (`synchronize`).
+synchronized before a callback; whoever reads or writes a tensor must be done before the callback returns
+(`synchronize`). Copies to the host go on while the next layers are computed: the tensor is put in order into memory of
+our own, which is quick, and leaves the device from there on a stream of its own, until `drain`.
 """
 
 import numpy as np
@@ -63,9 +65,15 @@ def open_device():
     return Device(cupy)
 
 
+IN_FLIGHT = 2**28  # bytes of device memory that copies on their way to the host may hold
+
+
 class Device:
     def __init__(self, cupy):
         self.cupy = cupy
+        self._work, self._leave = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+        self._work.use()
+        self._leaving, self._leaving_bytes = [], 0
         self._kernel = None
         self._pinned = {}  # address -> bytes
         self._number = {}  # llama.cpp buffer -> CUDA device number
@@ -83,7 +91,13 @@ class Device:
         return cupy.ndarray(ne[::-1], dtype, cupy.cuda.MemoryPointer(memory, 0), strides=nb[::-1])
 
     def synchronize(self):
-        self.cupy.cuda.get_current_stream().synchronize()
+        """Wait for what was asked of the tensors; copies under way to the host are not waited for."""
+        self._work.synchronize()
+
+    def drain(self):
+        """Wait for the copies to the host."""
+        self._leave.synchronize()
+        self._leaving, self._leaving_bytes = [], 0
 
     def pin(self, address, n_bytes):
         """Page-lock host memory once, so that copies into it run at the bus's speed."""
@@ -96,22 +110,32 @@ class Device:
 
     def unpin(self, address):
         if self._pinned.pop(address, 0):
+            self.drain()
             self.cupy.cuda.runtime.hostUnregister(address)
 
     def to_host(self, target, values):
-        """Copy a device array into a NumPy array of its shape: put in order on the device, then one copy."""
+        """Begin to copy a device array into a NumPy array of its shape, there once `drain` has returned."""
         order = sorted(range(target.ndim), key=lambda axis: -target.strides[axis])
-        target = target.transpose(order)
-        self._copy(target, self.cupy.ascontiguousarray(values.transpose(order).astype(target.dtype, copy=False)))
+        ordered = values.transpose(order).astype(target.dtype, copy=False)
+        ours = self.cupy.ascontiguousarray(ordered)
+        if ours.data.ptr == values.data.ptr:
+            ours = ours.copy()  # llama.cpp writes its tensor's memory again before the copy has left
+        if self._leaving_bytes + ours.nbytes > IN_FLIGHT:
+            self.drain()
+        self._leaving.append(ours)
+        self._leaving_bytes += ours.nbytes
+        self._leave.wait_event(self._work.record())
+        self._copy(target.transpose(order), ours)
 
     def _copy(self, target, values):
-        runtime, stream = self.cupy.cuda.runtime, self.cupy.cuda.get_current_stream().ptr
+        runtime = self.cupy.cuda.runtime
         if target.flags.c_contiguous:
-            runtime.memcpyAsync(target.ctypes.data, values.data.ptr, values.nbytes, runtime.memcpyDeviceToHost, stream)
+            runtime.memcpyAsync(target.ctypes.data, values.data.ptr, values.nbytes, runtime.memcpyDeviceToHost,
+                                self._leave.ptr)  # fmt: skip
         elif target.ndim == 2 and target.strides[1] == target.itemsize:
             width = target.shape[1] * target.itemsize
             runtime.memcpy2DAsync(target.ctypes.data, target.strides[0], values.data.ptr, width, width,
-                                  target.shape[0], runtime.memcpyDeviceToHost, stream)  # fmt: skip
+                                  target.shape[0], runtime.memcpyDeviceToHost, self._leave.ptr)  # fmt: skip
         else:
             for part, rows in zip(target, values):
                 self._copy(part, rows)

@@ -41,7 +41,9 @@ class Recorder:
         return True
 
     def finish(self):
-        """After each decode: raises PlanMismatch when the graph was another one."""
+        """After each decode: waits for copies, raises PlanMismatch when the graph was another one."""
+        if self.ggml.device:
+            self.ggml.device.drain()
         if self._number + 1 != self.plan.n_nodes:
             raise PlanMismatch
 
@@ -93,6 +95,8 @@ class Copy:
         if self.first:
             self._store(place, values)
         else:
+            if self._device:
+                self._device.drain()  # what is added to must have arrived
             place += on_host(values)
 
     def _store(self, place, values):
