@@ -1,4 +1,4 @@
-"""The command line: doctor, models, run, capture, engine, notebooks."""
+"""The command line: doctor, models, run, capture, engine, notebooks, kaggle."""
 
 import argparse
 import json
@@ -69,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
     notebooks.add_argument("--out", type=Path, default=Path("executed"))
     notebooks.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                            help="a notebook parameter, such as -p MODEL gemma-3-1b-Q4_K_M")
+
+    from .kaggle_stage import add_commands
+
+    add_commands(commands)
     return top
 
 

