@@ -282,7 +282,7 @@ def test_kinds_of_tokens_with_experts_of_their_own(chosen):
     assert table.loc["number"].tolist() == [0, 0, 0.5, 0.5] and table.loc["word"].tolist() == [0.5, 0.5, 0, 0]
     assert distance.loc["number", "distance"] == pytest.approx(0.5) and distance.loc["number", "n"] == 2
     assert distance.loc["number", "expected"] < 0.5
-    assert "number" in routing.kind_sentence(distance) or "word" in routing.kind_sentence(distance)
+    assert "number" in layers_sentences.kind_sentence(distance) or "word" in layers_sentences.kind_sentence(distance)
 
 
 def test_routing_of_two_runs(chosen):
@@ -294,7 +294,7 @@ def test_routing_of_two_runs(chosen):
 
 def test_routing_sentence_names_the_busiest(chosen):
     entropy = xr.DataArray(np.array([[1.0] * 4, [0.5] * 4]), dims=("layer", "token"), coords={"layer": [0, 1]})
-    said = routing.routing_sentence(routing.expert_load(chosen, 4), entropy)
+    said = layers_sentences.routing_sentence(routing.expert_load(chosen, 4), entropy)
     assert "expert is 0 of layer 0 with 50%" in said and "1 of 8 experts" in said and "in layer 1 (entropy 0.50" in said
 
 

@@ -63,9 +63,15 @@ def restored(difference, patched_run, source_run):
     return (np.asarray(difference, dtype=np.float64) - patched_run) / gap if gap else np.full(np.shape(difference), np.nan)
 
 
-def changed_positions(hidden, other):
-    """Positions whose states differ in some layer: before them a patch between two runs cannot do anything."""
-    return np.flatnonzero((np.asarray(hidden) != np.asarray(other)).any(axis=(0, 2)))
+def changed_positions(hidden, other, limit=None):
+    """Positions whose states differ in some layer: elsewhere a patch between two runs cannot do anything.
+
+    limit: at most so many, spread evenly, the first and the last among them.
+    """
+    changed = np.flatnonzero((np.asarray(hidden) != np.asarray(other)).any(axis=(0, 2)))
+    if limit is None or len(changed) <= limit:
+        return changed
+    return changed[np.unique(np.linspace(0, len(changed) - 1, limit).round().astype(int))]
 
 
 def generation_table(tokens, logits, lens_data, settled_layers):

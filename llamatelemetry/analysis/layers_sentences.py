@@ -79,9 +79,10 @@ def projection_sentence(table, piece):
     half = int((table["cumulative"] >= 0.5).to_numpy().nonzero()[0][0]) if (table["cumulative"] >= 0.5).any() else None
     said = f"Half of it is there after layer {half}. " if half is not None else ""
     sums = table[["attention", "ffn"]].sum()
+    attention, ffn, start = (f"{round(100 * x) + 0}%" for x in (sums["attention"], sums["ffn"], table.attrs["embedding"]))
     return (
-        f"Along the final state of {name(piece)}, attention writes {sums['attention']:.0%}, the feed-forward blocks "
-        f"{sums['ffn']:.0%}, the embedding {table.attrs['embedding']:.0%}. {said}The largest single part is {part} of layer "
+        f"Along the final state of {name(piece)}, attention writes {attention}, the feed-forward blocks {ffn}, the embedding "
+        f"{start}. {said}The largest single part is {part} of layer "
         f"{layer} ({parts.max():.0%})."
     )
 
@@ -218,6 +219,17 @@ def quantization_sentence(data, change, names):
     )
 
 
+def models_sentence(values, chance, change, names):
+    """Two models of different shape: values, chance: cka_map of both; change: output_change; names: of both."""
+    best = np.asarray(values).max(1)
+    return (
+        f"The states of {names[0]} and {names[1]} share no space; by CKA a state of the first resembles its nearest state of the "
+        f"second at {best.mean():.2f} on average ({best.min():.2f} at least; shuffled tokens give {chance:.2f}). The predictions "
+        f"differ by a mean KL of {change['kl'].mean():.4f} nats and name the same best token at "
+        f"{change['same_top'].mean():.0%} of the positions."
+    )
+
+
 def generation_sentence(table):
     """table: generation_table."""
     unsure, late = table.loc[table["entropy"].idxmax()], table.loc[table["settled"].idxmax()]
@@ -232,12 +244,49 @@ def generation_sentence(table):
 
 def graph_sentence(nodes, edges):
     """nodes, edges: stream_graph."""
-    sure = nodes[nodes["layer"] < nodes["layer"].max()].sort_values("probability").iloc[-1]
+    # State 0 of a model with a tied output matrix names its own token.
+    sure = nodes[nodes["layer"].between(1, nodes["layer"].max() - 1)].sort_values("probability").iloc[-1]
     strong = edges[edges["kind"] == "attention"].sort_values("weight")
     text = f"{len(nodes):,} nodes and {len(edges):,} edges. "
     if len(strong):
         edge = strong.iloc[-1]
         text += (f"The strongest attention edge (the first token and the token itself aside) goes from {edge['src']} to "
                  f"{edge['dst']} (layer:position), weight {edge['weight']:.2f}. ")
-    return text + (f"Before the last state the lens is surest at {sure['id']}: {name(sure['says'])} with probability "
+    return text + (f"Between the embedding and the last state the lens is surest at {sure['id']}: {name(sure['says'])} with probability "
                    f"{sure['probability']:.2f}.")
+
+
+def routing_sentence(load, entropy):
+    """Where the load is most uneven and the router most and least decided."""
+    values, even = np.asarray(load), 1 / load.shape[1]
+    layer, expert = np.unravel_index(values.argmax(), values.shape)
+    by_layer = entropy.mean("token")
+    most, least = (int(entropy["layer"][i]) for i in (by_layer.values.argmin(), by_layer.values.argmax()))
+    idle = int((values == 0).sum())
+    return (
+        f"The busiest expert is {expert} of layer {int(load['layer'][layer])} with {values.max():.0%} of the choices (even "
+        f"load: {even:.0%}); {idle} of {values.size} experts were never chosen in this text. The router is most decided "
+        f"in layer {most} (entropy {float(by_layer.min()):.2f} nats) and least in layer {least} "
+        f"({float(by_layer.max()):.2f}; {np.log(load.shape[1]):.2f} would be undecided)."
+    )
+
+
+def same_experts_sentence(shares, what):
+    """shares: routing.same_experts; what: the other run in words."""
+    worst = int(shares["layer"][int(shares.values.argmin())])
+    return (
+        f"{what} sends the tokens to {float(shares.mean()):.0%} of the same experts, mean over layers; least in layer {worst} "
+        f"({float(shares.min()):.0%})."
+    )
+
+
+def kind_sentence(distance):
+    """Which kind of token has experts of its own. distance: of experts_by_kind."""
+    gain = (distance["distance"] - distance["expected"]).sort_values(ascending=False)
+    kind = gain.index[0]
+    row = distance.loc[kind]
+    return (
+        f"The load of {kind} tokens ({int(row['n'])} of them) is farthest from that of all tokens beyond chance: total "
+        f"variation distance {row['distance']:.2f}, where {int(row['n'])} tokens drawn at random give "
+        f"{row['expected']:.2f}. A small number of tokens cannot show more than a hint."
+    )

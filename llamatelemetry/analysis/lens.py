@@ -109,20 +109,22 @@ def logit_error(head, captured, positions=None):
     largest error / tolerance over the vocabulary, above 1 where the lens is not the model's. llama.cpp multiplies a
     quantized matrix with activations that it has rounded to 8 bits, in blocks of 32 with one step each (256 for
     k-quants and i-quants); the lens does not. Rounding to steps s has variance s^2 / 12, so a logit is off by about
-    sqrt(sum_i w_i^2 s_i^2 / 12): the tolerance is six times that, plus 1e-4 of the largest logit.
+    sqrt(sum_i w_i^2 s_i^2 / 12): the tolerance is six times that, plus 1e-4 of the largest logit (1e-3 for 16-bit
+    matrices, whose sums a GPU may keep in 16 bits).
     positions: default at most 8, evenly over the text.
     """
     state = np.asarray(captured["hidden"].isel(layer=-1), dtype=np.float64)
     if positions is None:
         positions = np.unique(np.linspace(0, len(state) - 1, 8).astype(int))
     x, logits = head.normalize(state[positions]), np.asarray(captured["logits"])[positions]
-    noise = _rounding_variance(x, head.gguf.tensors.loc[head.gguf.output_name, "type"])
+    kind = head.gguf.tensors.loc[head.gguf.output_name, "type"]
+    noise, slack = _rounding_variance(x, kind), (1e-3 if kind in ("F16", "BF16") else 1e-4) * np.abs(logits).max()
     worst, error, allowed = (np.zeros(len(positions)) for _ in range(3))
     for start, weights in head.gguf.iter_rows(head.gguf.output_name, 4096):
         ids = slice(start, start + len(weights))
         w = weights.astype(np.float64)
         difference = np.abs(head.finish(x @ w.T, ids) - logits[:, ids])
-        tolerance = 6 * abs(head.scale) * np.sqrt(noise @ (w * w).T) + 1e-4 * np.abs(logits).max()
+        tolerance = 6 * abs(head.scale) * np.sqrt(noise @ (w * w).T) + slack
         worst = np.maximum(worst, (difference / tolerance).max(1))
         at = difference.argmax(1)
         larger = difference.max(1) > error

@@ -64,30 +64,3 @@ def same_experts(experts, other):
     a, b = np.asarray(experts), np.asarray(other)  # (layer, token, slot)
     shared = (a[..., :, None] == b[..., None, :]).any(-1).mean((1, 2))
     return xr.DataArray(shared, dims="layer", coords={"layer": experts["layer"].values})
-
-
-def routing_sentence(load, entropy):
-    """Where the load is most uneven and the router most and least decided."""
-    values, even = np.asarray(load), 1 / load.shape[1]
-    layer, expert = np.unravel_index(values.argmax(), values.shape)
-    by_layer = entropy.mean("token")
-    most, least = (int(entropy["layer"][i]) for i in (by_layer.values.argmin(), by_layer.values.argmax()))
-    idle = int((values == 0).sum())
-    return (
-        f"The busiest expert is {expert} of layer {int(load['layer'][layer])} with {values.max():.0%} of the choices (even "
-        f"load: {even:.0%}); {idle} of {values.size} experts were never chosen in this text. The router is most decided "
-        f"in layer {most} (entropy {float(by_layer.min()):.2f} nats) and least in layer {least} "
-        f"({float(by_layer.max()):.2f}; {np.log(load.shape[1]):.2f} would be undecided)."
-    )
-
-
-def kind_sentence(distance):
-    """Which kind of token has experts of its own. distance: of experts_by_kind."""
-    gain = (distance["distance"] - distance["expected"]).sort_values(ascending=False)
-    kind = gain.index[0]
-    row = distance.loc[kind]
-    return (
-        f"The load of {kind} tokens ({int(row['n'])} of them) is farthest from that of all tokens beyond chance: total "
-        f"variation distance {row['distance']:.2f}, where {int(row['n'])} tokens drawn at random give "
-        f"{row['expected']:.2f}. A small number of tokens cannot show more than a hint."
-    )

@@ -266,3 +266,11 @@ def routing_maps(load, entropy, *, title):
     figure.update_xaxes(title="entropy of the router (nats)", rangemode="tozero", row=1, col=2)
     figure.update_yaxes(title="layer", row=1, col=1)
     return figure.update_layout(template=theme.TEMPLATE, title=title, height=480)
+
+
+def kind_map(table, *, title):
+    """Share of each kind of token's choices by expert. table: analysis.routing.experts_by_kind."""
+    figure = theme.heatmap(table.to_numpy(), [str(e) for e in table.columns], list(table.index), title=title, x_title="expert",
+                           y_title="kind of token", unit="share of choices", zmax=float(table.to_numpy().max()),
+                           height=200 + 36 * len(table))
+    return figure.update_xaxes(type="category")
