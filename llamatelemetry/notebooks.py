@@ -20,7 +20,8 @@ _TEMPLATE = """{%- extends 'index.html.j2' -%}
 {%- endblock -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}
-<style>math { font-family: "Cambria Math", "STIX Two Math", "Latin Modern Math", "DejaVu Math TeX Gyre", "DejaVu Sans" }
+<style>.jp-OutputArea-output pre { word-break: normal; overflow-wrap: anywhere; }
+math { font-family: "Cambria Math", "STIX Two Math", "Latin Modern Math", "DejaVu Math TeX Gyre", "DejaVu Sans" }
 </style>
 {%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}

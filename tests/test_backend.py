@@ -348,12 +348,13 @@ def test_packed_discs_do_not_overlap(dims):
     assert gap[~np.eye(40, dtype=bool)].min() > -1e-9
 
 
-def test_pagerank_is_the_fixed_point(backend):
-    edges = np.array([(0, 1), (1, 2), (2, 0), (3, 0)])
-    found = backend.pagerank(edges, 5)  # node 4 has no edges: its rank goes to all
+@pytest.mark.parametrize("weights", [None, np.array([1.0, 2.0, 0.5, 1.5, 3.0])])
+def test_pagerank_is_the_fixed_point(backend, weights):
+    edges = np.array([(0, 1), (1, 2), (2, 0), (3, 0), (0, 3)])
+    found = backend.pagerank(edges, 5, weights)  # node 4 has no edges: its rank goes to all
     step = np.zeros((5, 5))
-    for a, b in edges:
-        step[b, a] = 1 / (edges[:, 0] == a).sum()
+    for (a, b), weight in zip(edges, np.ones(5) if weights is None else weights):
+        step[b, a] = weight / (np.ones(5) if weights is None else weights)[edges[:, 0] == a].sum()
     step[:, 4] = 1 / 5
     rank = np.full(5, 0.2)
     for _ in range(200):

@@ -89,8 +89,8 @@ def rollout_edges(rolled, threshold=0.05):
 
 def token_nodes(attention, pieces, backend):
     """One row per token position, for graphs: position, piece, received (mean weight from the later tokens that
-    may see it, over all heads), pagerank and betweenness of the directed graph of edges query -> key whose mean weight
-    is above 1 / n_token, more than an even share.
+    may see it, over all heads), pagerank (weighted) and betweenness of the directed graph of edges query -> key whose
+    mean weight is above 1 / n_token, more than an even share.
 
     attention: (layer, head, query, key) of all tokens; backend: backend.get_backend(...). Sources: PageRank, Page et
     al. 1999; betweenness, Freeman 1977.
@@ -104,7 +104,7 @@ def token_nodes(attention, pieces, backend):
             "position": range(n),
             "piece": pieces,
             "received": (mean * later).sum(0) / np.maximum(later.sum(0), 1),
-            "pagerank": backend.pagerank(edges, n),
+            "pagerank": backend.pagerank(edges, n, mean[tuple(edges.T)]),
             "betweenness": backend.betweenness(edges, n, directed=True),
         }
     )

@@ -122,6 +122,7 @@ def pagerank(edges, n_nodes, weights=None, directed=True):
     import igraph
 
     edges, weights = check_edges(edges, n_nodes, weights)
+    weights = None if weights is None else weights.tolist()  # igraph takes an array for the name of an attribute
     return np.asarray(igraph.Graph(n_nodes, edges, directed=directed).pagerank(weights=weights, damping=0.85))
 
 

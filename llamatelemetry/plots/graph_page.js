@@ -89,6 +89,7 @@ function move() {
 function draw() { if (!asked) { asked = true; requestAnimationFrame(frame); } }
 function frame(now) {
   asked = false;
+  if (!width || !height) return;  // in a frame that is not on screen yet: drawn when it is resized into view
   if (last) { graph.frames.push(now - last); if (fresh) cost = now - last; }
   last = graph.moving ? now : 0;
   const before = graph.scale / seen.scale;

@@ -30,7 +30,8 @@ _SCRIPT = """
 const DATA = JSON.parse(document.getElementById('data').textContent);
 const TYPES = {float32: Float32Array, uint8: Uint8Array, uint16: Uint16Array, int32: Int32Array, int8: Int8Array};
 function unpack(p) {
-  const bytes = Uint8Array.from(atob(p.b64), c => c.charCodeAt(0));
+  const text = atob(p.b64), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
   const array = new TYPES[p.dtype](bytes.buffer); array.shape = p.shape; return array;
 }
 const cssColor = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
