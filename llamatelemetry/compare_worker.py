@@ -117,7 +117,9 @@ def compare(reference, candidates, texts, tell, threads):
             for start in range(0, n_ctx, step):
                 # Rows of logits are by window, then by position; the last position has nothing to be scored against.
                 at = np.arange(max(start, first), min(start + step, n_ctx))
-                base = reference.logits(given[:, start : start + step], start, first).reshape(len(some), len(at), -1)
+                base = reference.logits(given[:, start : start + step], start, first).reshape(
+                    len(some), len(at), reference.n_vocab
+                )
                 keep = at < n_ctx - 1
                 rows = [(w, i) for w in range(len(some)) for i in range(0, keep.sum(), ROWS)]
                 piece = [(w, slice(i, min(i + ROWS, int(keep.sum())))) for w, i in rows]
@@ -131,7 +133,7 @@ def compare(reference, candidates, texts, tell, threads):
                     if model.path in failed:
                         continue
                     try:
-                        own = model.logits(given[:, start : start + step], start, first).reshape(*base.shape[:2], -1)
+                        own = model.logits(given[:, start : start + step], start, first).reshape(base.shape)
                     except ValueError as error:
                         failed[model.path] = str(error)
                         continue
@@ -145,6 +147,20 @@ def compare(reference, candidates, texts, tell, threads):
         if path not in failed
     }
     return columns, failed
+
+
+def quiet():
+    """Leave only llama.cpp's warnings and errors in the log: its last lines are what a user gets to read."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def write(level, text, _):
+        if level in (3, 4):  # warning, error
+            sys.stderr.write(text.decode("utf-8", "replace"))
+            sys.stderr.flush()
+
+    quiet.callback = write  # llama.cpp holds no reference
+    llama_cpp.llama_log_set(write, None)
 
 
 def main(job, tell):
@@ -204,6 +220,7 @@ if __name__ == "__main__":
         os.read(0, 1)  # nothing is ever sent: this returns when the parent is gone
         os._exit(1)
 
+    quiet()
     threading.Thread(target=end_with_parent, daemon=True).start()
     with open(sys.argv[1], encoding="utf-8") as file:
         main(json.load(file), tell)
