@@ -17,6 +17,7 @@ from .kaggle import input_dir, working_dir
 PROTECTED = ("numpy", "pandas", "pyarrow", "scipy", "scikit-learn", "numba", "llvmlite", "torch", "tensorflow", "jax",
              "protobuf", "setuptools", "cudf", "cuml", "cugraph", "cupy", "rmm", "pylibraft", "raft-dask", "dask-cudf")
 EXTRAS = ("analysis", "graphistry")  # of this package, what the notebooks use
+ENGINE = "llama-cpp-python"  # chosen by install_engine
 _NO_ENGINE = ("Attach the output of the engine kernel (Add Input, Your Work, Notebooks), or the wheel that "
               "`llamatelemetry engine build --portable --out DIR` makes.")
 
@@ -41,7 +42,7 @@ def _is_protected(name):
 
 
 def _needed(name, extras, seen):
-    """{name: Requirement} of what `name` needs, through every package that is not part of the image."""
+    """{name: Requirement} of what an installed package needs, without what was `seen` already, which grows."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -52,7 +53,7 @@ def _needed(name, extras, seen):
             if need.marker and not any(need.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 continue
             need.name = canonicalize_name(need.name)
-            if need.name == "llamatelemetry" or need.name in seen:
+            if need.name in seen:
                 continue
             seen.add(need.name)
             found[need.name] = need
@@ -91,28 +92,31 @@ def install_missing(extras=EXTRAS):
     """
     wheels = _compatible(attached_wheels())
     folder = wheels["llamatelemetry"].parent if "llamatelemetry" in wheels else None
-    beside = {name for name, wheel in wheels.items() if wheel.parent == folder}
-    beside -= {"llamatelemetry", "llama-cpp-python"}
+    beside = {name for name, wheel in wheels.items() if wheel.parent == folder} - {"llamatelemetry", ENGINE}
     core = set(_needed("llamatelemetry", (), set()))
-    seen, done, lost, old = set(), [], {}, []
-    wanted = _needed("llamatelemetry", extras, seen) | dict.fromkeys(sorted(beside - seen))
-    seen |= beside
-    wanted |= _needed("llama-cpp-python", (), seen)
+    seen, done, lost, old = {"llamatelemetry", ENGINE}, [], {}, []
+    wanted = _needed("llamatelemetry", extras, seen) | _needed(ENGINE, (), seen)
+    alone = beside - seen  # such as a model: a package whose dependencies are not ours
+    wanted |= dict.fromkeys(sorted(alone))
+    seen |= alone
     while wanted:
-        absent = {name: need for name, need in wanted.items() if _here(name) is None}
-        old += [f"{name} {_here(name)} (asked for: {need.specifier})" for name, need in wanted.items() if need
-                and name not in absent and need.specifier and not need.specifier.contains(_here(name), prereleases=True)]
-        lost |= {name: "part of the image, never installed from here" for name in absent if _is_protected(name)}
-        ask = {name: need for name, need in absent.items() if not _is_protected(name)}
-        attached = [name for name in ask if name in wheels]
-        error = _pip("--no-index", *(wheels[name] for name in attached)) if attached else None
-        remote = [name for name in ask if name not in wheels or error]
-        error = _pip(*(f"{name}{need.specifier if (need := ask[name]) else ''}" for name in remote)) if remote else None
-        lost |= {name: error for name in ask if _here(name) is None}
-        done += [name for name in ask if name not in lost]
+        versions = {name: _here(name) for name in wanted}
+        old += [f"{name} {versions[name]} (asked for: {need.specifier})" for name, need in wanted.items()
+                if versions[name] and need and not need.specifier.contains(versions[name], prereleases=True)]
+        absent = [name for name in wanted if versions[name] is None]
+        ask = [name for name in absent if not _is_protected(name)]
+        if attached := [name for name in ask if name in wheels]:
+            _pip("--no-index", *(wheels[name] for name in attached))
+        for name in ask:
+            if _here(name) is None:
+                lost[name] = _pip(f"{name}{need.specifier if (need := wanted[name]) else ''}")
+        lost |= {name: "it is part of the image and never installed from here" for name in absent if name not in ask}
+        new = [name for name in ask if _here(name)]
+        done += new
         wanted = {}
-        for name in done:  # of what was installed here, each package once: `seen`
+        for name in set(new) - alone:
             wanted |= _needed(name, (), seen)
+    lost = {name: error for name, error in lost.items() if name not in done}
     if bad := sorted(core & set(lost)):
         raise LlamaTelemetryError(f"{', '.join(bad)} could not be installed: {lost[bad[0]]}\nAttach the dataset that "
                                   "`llamatelemetry kaggle stage` makes, or switch the internet on (Settings).")

