@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pandas as pd
 import pytest
@@ -58,6 +59,23 @@ def test_weight_error_is_relative():
         table = q.weight_errors(File(base), File(other), rows=rows)
         assert list(table.index) == ["blk.0.ffn_up.weight"]  # vectors are not quantized
         assert table["error"].iloc[0] == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("stored", ["F32", "F16"])
+def test_an_expanded_file_is_found_out(kind, stored):
+    if (kind, stored) == ("Q8_0", "F16"):
+        pytest.skip("255 levels do not survive F16's rounding: the docstring says so")
+    rng = np.random.default_rng(0)
+    weights = {}
+    for i in range(3):
+        values = rng.normal(size=(40, 576), scale=0.05).astype(np.float32)
+        for step in (kind, stored):
+            qtype = gguf.GGMLQuantizationType[step]
+            values = gguf.quants.dequantize(gguf.quants.quantize(values, qtype), qtype)
+        weights[f"blk.{i}.attn_q.weight"] = values
+    share = q.grid_share(File(weights))
+    assert share > 0.4 if kind.startswith("Q") else share < 0.05
 
 
 def test_embeddings_rotated_together_keep_their_neighbours():

@@ -1,4 +1,4 @@
-"""Figures and sentences of notebook 16 from hand-made tables: they say what the numbers say, and escape what they show."""
+"""Figures and sentences of notebook 16 from hand-made tables: they say what the numbers say, and escape what is shown."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,13 +126,14 @@ def test_pareto_marks_what_is_beaten():
     assert [t.marker.symbol for t in figure.data[1:]] == ["circle", "x"] and figure.data[1].x == (10.0,)
 
 
-@pytest.mark.parametrize("kinds, name, expected", [
-    (["Q4_1", "F32"], "x", "itself quantized (Q4_1)"), (["F32"], "x + uniform noise of one step", "not the original"),
-    (["F32"], "x", "32 bits per weight")])  # fmt: skip
-def test_the_reference_is_named_for_what_it_is(kinds, name, expected):
+@pytest.mark.parametrize("kinds, name, grid, expected", [
+    (["Q4_1", "F32"], "x", None, "itself quantized (Q4_1): which"), (["F32"], "x", 0.9, "no ladder"),
+    (["F32"], "x + uniform noise of one step, not the original", 0.0, "not the original. The steps"),
+    (["F32"], "x", 0.01, "32 bits per weight; 1% of its blocks")])  # fmt: skip
+def test_the_reference_is_named_for_what_it_is(kinds, name, grid, expected):
     tensors = pd.DataFrame({"type": kinds, "shape": [(2, 2)] * len(kinds)})
     file = SimpleNamespace(tensors=tensors, path=Path("f.gguf"), name=name, bits_per_weight=32.0)
-    assert expected in words.reference_note(file)
+    assert expected in words.reference_note(file, grid)
 
 
 def test_fallbacks_are_counted_in_words():

@@ -168,7 +168,7 @@ def by_depth(profiled, measures=None):
         flat = value.values.reshape(-1)
         keep = np.isfinite(flat)
         rows[str(name)] = {"first third": thirds[0], "middle third": thirds[1], "last third": thirds[2],
-                           "peak layer": int(mean["layer"][int(mean.argmax())]),
+                           "peak layer": int(mean["layer"][int(np.nanargmax(mean.values))]),
                            "spearman with layer": float(spearmanr(depth[keep], flat[keep])[0])}  # fmt: skip
     return pd.DataFrame(rows).T.rename_axis("measure")
 

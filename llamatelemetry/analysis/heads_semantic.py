@@ -7,7 +7,7 @@ import xarray as xr
 MIN_KEYS = 8  # keys that a query must have for a rank correlation to mean anything
 
 
-def sample_rows(n_tokens, count, seed=0, first=MIN_KEYS + 1):
+def sample_rows(n_tokens, count=24, seed=0, first=MIN_KEYS + 1):
     """`count` query positions from `first` on, sorted; all of them where there are no more."""
     rows = np.arange(min(first, n_tokens - 1), n_tokens)
     return np.sort(np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False))

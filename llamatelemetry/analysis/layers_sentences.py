@@ -157,13 +157,14 @@ def attribution_sentence(table, pieces):
 def importance_sentence(table):
     """table: layer_importance."""
     rho = table.attrs["spearman"]["both"]
+    agree = f" Rank correlation of the two: {rho:.2f}." if np.isfinite(rho) else ""
     best, worst = table["both"].idxmin(), table["both"].idxmax()
     proxy = table["influence"].idxmin()
     rank = int(table["both"].rank()[proxy])
     return (
         f"Removing layer {worst} costs most ({table.loc[worst, 'both']:+.2f} nats per token), layer {best} least "
         f"({table.loc[best, 'both']:+.2f}). Block Influence calls layer {proxy} the least important; by ablation it is "
-        f"number {rank} of {len(table)} from the harmless end. Rank correlation of the two: {rho:.2f}."
+        f"number {rank} of {len(table)} from the harmless end.{agree}"
     )
 
 
@@ -234,11 +235,11 @@ def generation_sentence(table):
     """table: generation_table."""
     unsure, late = table.loc[table["entropy"].idxmax()], table.loc[table["settled"].idxmax()]
     rho = table[["entropy", "settled"]].corr(method="spearman").iloc[0, 1]
+    agree = f" Entropy and settling state have a rank correlation of {rho:.2f} over {len(table)} tokens." if np.isfinite(rho) else ""
     return (
         f"The model was least sure before {name(unsure['piece'])} (position {int(unsure['position'])}: entropy "
         f"{unsure['entropy']:.2f} nats, probability {unsure['probability']:.2f}) and settled latest on the token at position "
-        f"{int(late['position'])} (state {int(late['settled'])}). Entropy and settling state have a rank correlation of "
-        f"{rho:.2f} over {len(table)} tokens."
+        f"{int(late['position'])} (state {int(late['settled'])}).{agree}"
     )
 
 

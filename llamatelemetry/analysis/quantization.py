@@ -31,6 +31,28 @@ def quantized_types(file):
     return [kind for kind in matrices["type"].value_counts().index if kind not in FLOATS]
 
 
+def grid_share(file, matrices=8, rows=32, seed=0):
+    """Share of blocks of 16 weights that lie on an even grid of at most 256 levels, in a file of floats.
+
+    Near 1 for a file that was expanded from a quantized one (Q4_0 to Q5_1 and k-quants; Q8_0 where it was kept in F32;
+    not the uneven grids of the i-quants), near 0 for weights that were trained. Some rows of some matrices of the layers are looked at.
+    """
+    inside = file.tensors[(file.tensors["shape"].map(len) == 2) & file.tensors["layer"].notna()]
+    names = inside.index[_some(len(inside), matrices, seed)]
+    blocks = []
+    for name in names:
+        values = file.rows(name, _some(inside["shape"][name][0], rows, seed))
+        width = values.shape[1] // 16 * 16
+        blocks.append(values[:, :width].reshape(-1, 16).astype(np.float64))
+    blocks = np.sort(np.concatenate(blocks), axis=1)
+    gaps, span = np.diff(blocks, axis=1), np.ptp(blocks, axis=1, keepdims=True)
+    # Two weights of one level differ only by rounding: a step is the smallest gap above 1/1000 of the block's span.
+    step = np.where(gaps > span / 1000, gaps, np.inf).min(axis=1, keepdims=True)  # (block, 1)
+    with np.errstate(invalid="ignore"):
+        even = (np.abs(gaps / step - np.round(gaps / step)) < 0.1).all(axis=1) & (span[:, 0] / step[:, 0] < 256)
+    return float(even[span[:, 0] > 0].mean())
+
+
 def weight_errors(reference, candidate, rows=64, seed=0):
     """Relative RMS error of every matrix: ||W' - W|| / ||W||.
 

@@ -6,23 +6,30 @@ from .quantization import quantized_types
 from .quantization_decision import PARTS, ladder
 
 
-def reference_note(file):
-    """What kind of reference this is, and what that means for the ladder. file: the reference's GGUFFile."""
+def reference_note(file, grid):
+    """What kind of reference this is, and what that means for the ladder.
+
+    file: the reference's GGUFFile; grid: its grid_share, None for a quantized file.
+    """
     kinds = quantized_types(file)
-    if kinds:
-        return (
-            f"The reference {file.path.name} is itself quantized ({', '.join(kinds)}): its weights lie on a grid, and "
-            "which type comes closest to it depends on the grids. What follows is no ladder of precision."
+    if kinds or grid > 0.2:
+        how = (
+            f"quantized ({', '.join(kinds)})"
+            if kinds
+            else f"quantized and expanded ({grid:.0%} of its blocks lie on a grid)"
         )
-    name = str(file.name)
-    if "uniform noise" in name:
         return (
-            f"The reference is a stand-in: {name}. It is not the original model; the steps between its "
-            "quantizations are measured, their distance from the original is not."
+            f"The reference {file.path.name} is itself {how}: which type comes closest to it depends on how the two "
+            "grids fall together. What follows is no ladder of precision."
+        )
+    if "uniform noise" in str(file.name):
+        return (
+            f"The reference is a stand-in: {file.name}. The steps between its quantizations are measured; their "
+            "distance from the original is not."
         )
     return (
-        f"The reference {file.path.name} holds {file.bits_per_weight:.3g} bits per weight. A file of floats that was "
-        "expanded from a quantized one would not say so here: its quantizations would be no ladder."
+        f"The reference {file.path.name} holds {file.bits_per_weight:.3g} bits per weight; {grid:.0%} of its blocks lie "
+        "on an even grid, so that it was not expanded from a quantized file of that kind."
     )
 
 
