@@ -1,4 +1,4 @@
-"""Figures and sentences of notebook 16 from hand-made tables: they say what the numbers say, and escape what is shown."""
+"""Figures and sentences of notebook 16 from hand-made tables: they say what the numbers say, and escape text."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -35,7 +35,8 @@ def grid_share(file, matrices=8, rows=32, seed=0):
     """Share of blocks of 16 weights that lie on an even grid of at most 256 levels, in a file of floats.
 
     Near 1 for a file that was expanded from a quantized one (Q4_0 to Q5_1 and k-quants; Q8_0 where it was kept in F32;
-    not the uneven grids of the i-quants), near 0 for weights that were trained. Some rows of some matrices of the layers are looked at.
+    not the uneven grids of the i-quants), near 0 for weights that were trained. Some rows of some matrices of the
+    layers are looked at.
     """
     inside = file.tensors[(file.tensors["shape"].map(len) == 2) & file.tensors["layer"].notna()]
     names = inside.index[_some(len(inside), matrices, seed)]

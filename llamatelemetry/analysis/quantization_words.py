@@ -28,8 +28,8 @@ def reference_note(file, grid):
             "distance from the original is not."
         )
     return (
-        f"The reference {file.path.name} holds {file.bits_per_weight:.3g} bits per weight; {grid:.0%} of its blocks lie "
-        "on an even grid, so that it was not expanded from a quantized file of that kind."
+        f"The reference {file.path.name} holds {file.bits_per_weight:.3g} bits per weight; {grid:.0%} of its blocks "
+        "lie on an even grid, so that it was not expanded from a quantized file of that kind."
     )
 
 
