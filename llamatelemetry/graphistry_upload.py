@@ -3,10 +3,10 @@
 import contextlib
 import html
 import logging
-import os
 
 import pandas as pd
 
+from . import kaggle
 from .errors import GraphistryError
 from .plots import theme
 
@@ -16,31 +16,12 @@ _CONNECT_S = 15
 _ADD = "Add both as Kaggle secrets or environment variables, or call show(upload=False) for the offline page"
 
 
-def _secret(names):
-    """The first of these that is a Kaggle secret or an environment variable, else None."""
-    try:
-        from kaggle_secrets import UserSecretsClient
-
-        client = UserSecretsClient()
-    except Exception:  # not on Kaggle, or a session without secrets: Kaggle raises several types
-        client = None
-    for name in names:
-        if client is not None:
-            with contextlib.suppress(Exception):
-                value = client.get_secret(name)
-                if value:
-                    return value
-        if os.environ.get(name):
-            return os.environ[name]
-    return None
-
-
 def graphistry_credentials():
     """(key id, secret) from the Kaggle secrets Graphistry_Personal_Key_ID and Graphistry_Personal_Secret_Key or the
     environment variables of the same name (or GRAPHISTRY_PERSONAL_KEY_ID, GRAPHISTRY_PERSONAL_SECRET_KEY); None where
     there are none. GraphistryError if only one of the two is there.
     """
-    key, secret = _secret(KEY_ID), _secret(SECRET)
+    key, secret = kaggle.secret(*KEY_ID), kaggle.secret(*SECRET)
     if bool(key) != bool(secret):
         there, missing = (KEY_ID[0], SECRET[0]) if key else (SECRET[0], KEY_ID[0])
         raise GraphistryError(f"{there} is set, but {missing} is not. {_ADD}")

@@ -83,6 +83,7 @@ def download(repo, file, progress=True):
         if file is None:
             there = ", ".join(str(path) for path in model_files(files)) or "no GGUF file"
             raise Refused(f"no file of {repo} is {wanted}", f"take one of what it has: {there}")
+    _check_room(repo, split_parts(file))
     quiet = not progress and not are_progress_bars_disabled()
     if quiet:
         disable_progress_bars()
@@ -94,6 +95,20 @@ def download(repo, file, progress=True):
     for path in paths:
         _verify(path, progress)
     return paths[0]
+
+
+def _check_room(repo, parts):
+    """Refused where the disk has no room for the parts that are still to be fetched."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    from .kaggle import free_bytes
+
+    absent = [str(part) for part in parts if not isinstance(try_to_load_from_cache(repo, str(part)), str)]
+    need = sum(_ask(lambda part=part: get_hf_file_metadata(hf_hub_url(repo, part))).size or 0 for part in absent)
+    if need > (free := free_bytes(constants.HF_HUB_CACHE)):
+        raise Refused(f"it needs {need / 1e9:,.1f} GB and {constants.HF_HUB_CACHE} has {free / 1e9:,.1f} GB free",
+                      "take a smaller quantization, attach the file under /kaggle/input, or set HF_HOME to a folder "
+                      "with more room")
 
 
 def _verify(path, progress):

@@ -43,17 +43,12 @@ def on_kaggle():
     return "KAGGLE_KERNEL_RUN_TYPE" in os.environ or input_dir().is_dir()
 
 
-def check_room(folder, need_bytes, what):
-    """LlamaTelemetryError, with what to do, if `folder` has not `need_bytes` (and 1% to spare) free."""
+def free_bytes(folder):
+    """Free bytes where `folder` is, or will be once it is made."""
     folder = Path(folder).absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if need_bytes * 1.01 > free:
-        raise LlamaTelemetryError(f"{what} needs {need_bytes / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB "
-                                  f"free. Take a smaller quantization, attach the file as a dataset instead of "
-                                  f"downloading it, or free some room ({temp_dir()} is not kept, "
-                                  f"{working_dir()} is).")
+    return shutil.disk_usage(folder).free
 
 
 # Secrets
@@ -127,7 +122,7 @@ def _session_line():
     import psutil
 
     up = (time.time() - psutil.Process(1).create_time()) / 3600
-    rooms = [f"{folder} {shutil.disk_usage(folder).free / 1e9:,.0f} GB free ({kept})"
+    rooms = [f"{folder} {free_bytes(folder) / 1e9:,.0f} GB free ({kept})"
              for folder, kept in ((working_dir(), "kept"), (temp_dir(), "not kept"))]
     memory = psutil.virtual_memory().available / 1e9
     return f"Session: up {up:.1f} of {SESSION_HOURS} h; {'; '.join(rooms)}; memory {memory:,.0f} GB free."

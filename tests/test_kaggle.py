@@ -82,14 +82,11 @@ def test_folders_of_a_session_and_of_another_machine(session, monkeypatch):
     assert not kaggle.on_kaggle() and kaggle.working_dir() == Path.cwd()
 
 
-def test_room_is_checked_where_the_folder_will_be(session, monkeypatch):
+def test_free_bytes_of_a_folder_that_is_not_there_yet(session, monkeypatch):
     asked = []
     usage = types.SimpleNamespace(free=5_000_000_000)
     monkeypatch.setattr(kaggle.shutil, "disk_usage", lambda folder: asked.append(folder) or usage)
-    kaggle.check_room(session / "not" / "yet", 4_900_000_000, "A model")
-    with pytest.raises(LlamaTelemetryError, match=r"A model needs 5.0 GB, but .* has 5.0 GB free"):
-        kaggle.check_room(session / "not" / "yet", 4_999_000_000, "A model")
-    assert asked[0] == session
+    assert kaggle.free_bytes(session / "not" / "yet") == 5_000_000_000 and asked == [session]
 
 
 @pytest.mark.parametrize("attached, variable, expected", [

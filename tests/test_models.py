@@ -328,6 +328,18 @@ def hub(request, monkeypatch):
     hub.close()
 
 
+def test_download_that_does_not_fit_the_disk_is_refused_before_it_begins(machine, hub, monkeypatch):
+    from llamatelemetry import kaggle
+
+    size = len(b"GGUF first") + len(b"GGUF second")
+    monkeypatch.setattr(kaggle, "free_bytes", lambda folder: size - 1)
+    with pytest.raises(ModelNotFoundError, match="it needs 0.0 GB and .* free.*take a smaller quantization"):
+        resolve_model("x/big-GGUF:Q8_0/big-00001-of-00002.gguf")
+    assert not any(command == "GET" and "resolve" in path for command, path in hub.asked)
+    monkeypatch.setattr(kaggle, "free_bytes", lambda folder: size)
+    assert resolve_model("x/big-GGUF:Q8_0/big-00001-of-00002.gguf").is_file()
+
+
 def test_download_then_cache(hub, monkeypatch):
     path = resolve_model("gemma-3-1b-Q4_K_M", progress=False)
     assert path.read_bytes() == b"GGUF one" and path.name == FILE
