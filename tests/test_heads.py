@@ -10,7 +10,8 @@ import xarray as xr
 from models import tiny_model
 
 from llamatelemetry import CaptureError, ablate_head
-from llamatelemetry.analysis import heads, heads_importance, heads_semantic, heads_similarity, heads_texts
+from llamatelemetry.analysis import heads, heads_compare, heads_importance, heads_semantic, heads_similarity, heads_texts
+from llamatelemetry.analysis import heads_sentences as say
 from llamatelemetry.capture.measures import HeadStatistics, token_patterns
 from llamatelemetry.capture.session import CaptureSession
 
@@ -297,6 +298,30 @@ def test_importance_pruning_and_sampling():
     assert part["mean"][1] < 0.25 < part["mean"][2]
     rows = pd.DataFrame({"order": ["random"] * 3, "removed": [1, 2, 3], "loss_change": [0.01, 0.3, 0.05]})
     assert heads_importance.tolerated(rows, 0.1)["random"] == 1
+
+
+def test_depth_and_comparison_and_their_sentences(measured, texts):
+    scores, profiled, earned = measured
+    moved = profiled.copy(deep=True)
+    moved["value"].loc[{"measure": "induction", "layer": 1, "head": KINDS["induction"]}] = 0.25
+    moved["low"].loc[{"measure": "induction", "layer": 1, "head": KINDS["induction"]}] = 0.0
+    found = heads_compare.compare_profiles(profiled, moved, earned, heads.labels(moved, 0.1))
+    assert found.loc["induction", "lost"] == 1 and found.loc["induction", "head"] == "L1H5"
+    assert found.loc["induction", "largest_change"] == pytest.approx(0.75)
+    rest = found.drop("induction")
+    assert (rest["spearman"].dropna() > 0.999).all() and (rest["mean_change"] == 0).all() and rest["lost"].sum() == 0
+    said = say.precision_sentence(found, "one", "two")
+    had = int(earned.sum())
+    assert f"Of {had} labels in one, {had - 1} " in said and "induction of L1H5, by 0.750" in said
+    depth = heads.by_depth(moved)
+    assert depth.loc["induction", "peak layer"] == 0 and depth.loc["induction", "spearman with layer"] <= 0
+    assert depth.loc["sink", "spearman with layer"] == pytest.approx(0)
+    table = heads.head_table(profiled, earned)
+    text = say.label_sentence(heads.label_counts(earned, profiled), earned, table, 0.1)
+    assert text.startswith("Of 18 heads") and "syntactic 2" in text and text.endswith("2 none.")
+    best = heads.typical_texts(scores, 0, KINDS["induction"], ["induction"]).loc["induction"]
+    assert best["text"].startswith("random") and best["score"] == pytest.approx(1)
+    assert say.texts_sentence(texts).count(" of ") == 5
 
 
 def planted(folder, change):

@@ -180,6 +180,6 @@ def typical_texts(scores, layer, head, measures):
         values = scores[name].sel(layer=layer, head=head)
         values = values[np.isfinite(values.values)]
         if values.size:
-            rows.append({"measure": name, "text": str(values.text.values[int(values.argmax())]),
+            rows.append({"measure": name, "text": str(values.text.values[int(np.argmax(values.values))]),
                          "score": float(values.max()), "mean over texts": float(values.mean())})  # fmt: skip
     return pd.DataFrame(rows).set_index("measure")

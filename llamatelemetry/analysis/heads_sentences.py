@@ -1,0 +1,190 @@
+"""Sentences under the figures of notebook 15, computed from the same numbers."""
+
+import numpy as np
+
+from .heads import LABELS
+from .heads_similarity import head_name
+
+
+def _list(words):
+    words = list(words)
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else "none"
+
+
+def _heads(count):
+    return f"{count} head" + ("" if count == 1 else "s")
+
+
+def texts_sentence(texts):
+    """How many texts and tokens of each kind."""
+    kinds = {}
+    for text in texts:
+        kinds.setdefault(text.kind, []).append(len(text.ids))
+    return "Measured on " + _list(f"{len(v)} of {k} ({sum(v)} tokens)" for k, v in kinds.items()) + "."
+
+
+def map_sentence(profiled, measures):
+    """Which of the measures takes most of the attention, and which head is most of one kind."""
+    shares = [name for name in measures if name != "semantic"]
+    means = {name: float(profiled["value"].sel(measure=name).mean()) for name in shares}
+    top = max(means, key=means.get)
+    value = profiled["value"].sel(measure=top)
+    over_half = int((value > 0.5).sum())
+    text = f"Averaged over heads, the largest of these shares is {top}: {means[top]:.0%} of attention, more than half in "
+    text += f"{over_half} of {int(value.notnull().sum())} heads."
+    rest = [name for name in shares if name != top]
+    if rest:
+        peak = max(rest, key=lambda name: float(profiled["value"].sel(measure=name).max()))
+        best = profiled["value"].sel(measure=peak)
+        layer, head = np.unravel_index(np.nanargmax(best.values), best.shape)
+        text += f" The highest score of the others is {peak} {float(best.max()):.2f} in L{int(best['layer'][layer])}H{head}."
+    return text
+
+
+def label_sentence(counts, earned, table, margin):
+    """How many heads earn each label, several, or none."""
+    ranked = counts["heads"].sort_values(ascending=False, kind="stable")
+    some = [f"{name} {int(n)}" for name, n in ranked.items() if n]
+    empty = [name for name, n in ranked.items() if n == 0]
+    per_head = earned.sum("label").values.reshape(-1)
+    none = int((table["labels"] == "none").sum())
+    text = f"Of {len(table)} heads these clear their baseline by {margin:g} or more: {_list(some)}."
+    if empty:
+        text += f" No head is {_list(empty)} in that sense."
+    return text + f" {int((per_head > 1).sum())} carry several labels, {none} none."
+
+
+def depth_sentence(depth, earned):
+    """Where behaviours sit: the strongest drift with depth, and the layers of those that peak early and late."""
+    known = depth.loc[[name for name in depth.index if name in LABELS]]
+    rho = known["spearman with layer"].dropna()
+    peaks = known["peak layer"].astype(int)
+    text = (f"With depth {rho.idxmax()} rises most (Spearman {rho.max():+.2f} with the layer) and {rho.idxmin()} falls most "
+            f"({rho.min():+.2f}).")  # fmt: skip
+    with_heads = [name for name in peaks.index if name in earned["label"].values and bool(earned.sel(label=name).any())]
+    if with_heads:
+        ordered = peaks[with_heads].sort_values(kind="stable")
+        text += " Layer of the highest mean: " + _list(f"{name} {layer}" for name, layer in ordered.items()) + "."
+    return text
+
+
+def cluster_sentence(labels, silhouette, rand, jaccard, mds_share):
+    """Sizes of the clusters, how separate they are, whether they come again, and how faithful the map is."""
+    sizes = np.bincount(labels[labels >= 0])
+    stable = int((jaccard >= 0.75).sum())
+    split = "well separated" if silhouette > 0.5 else "weakly separated" if silhouette > 0.25 else "not separated by gaps"
+    return (f"{len(sizes)} clusters of {_list(map(str, sizes))} heads, {split} (silhouette {silhouette:.2f}). Resampling the texts "
+            f"gives an adjusted Rand index of {rand.mean():.2f} ({rand.min():.2f} to {rand.max():.2f}); {stable} of "
+            f"{len(jaccard)} clusters come again with a Jaccard overlap of 0.75 or more. Two coordinates of classical scaling "
+            f"hold {mds_share:.0%} of the squared distances.")  # fmt: skip
+
+
+def hdbscan_sentence(labels, other):
+    """What a density-based clustering says of the same heads, against the hierarchical one."""
+    from sklearn.metrics import adjusted_rand_score
+
+    noise, count = float((labels < 0).mean()), len(set(labels[labels >= 0].tolist()))
+    text = f"HDBSCAN, which may leave heads out, finds {count} dense group{'s' if count != 1 else ''} and leaves {noise:.0%} out"
+    if count == 0:
+        return text + ": no region of the map is denser than the rest by its measure."
+    inside = labels >= 0
+    return text + f"; on the heads it keeps, it agrees with the clusters above by {adjusted_rand_score(labels[inside], other[inside]):.2f} (adjusted Rand index)."
+
+
+def redundancy_sentence(pairs, curve, n_heads, groups):
+    """The closest pair, what half of the heads can stand for, and whether shared keys make heads alike."""
+    first = pairs.iloc[0]
+    half = curve[curve["heads"] <= n_heads / 2]
+    text = f"The closest pair is {first['a']} and {first['b']} at {first['distance']:.3f}; {int(pairs['same_layer'].sum())} of the "
+    text += f"{len(pairs)} closest pairs share a layer."
+    if len(half):
+        row = half.iloc[0]
+        text += f" {int(row['heads'])} heads cover all {n_heads} within {row['radius']:.2f}."
+    else:
+        text += f" Within {curve['radius'].max():.2f}, {int(curve['heads'].iloc[-1])} of {n_heads} heads are needed to cover all."
+    if groups is None:
+        return text + " No query heads share a kv head while others do not, so there is nothing to compare."
+    closer = groups["inside"] < groups["outside"]
+    verdict = (f"closer to each other than to the layer's other heads (p = {groups['p']:.3f} by shuffling)" if closer and
+               groups["p"] < 0.05 else f"not closer to each other than chance gives (p = {groups['p']:.3f} by shuffling)")
+    return text + (f" Heads that share a kv head are {verdict}: mean distance {groups['inside']:.3f} inside groups, "
+                   f"{groups['outside']:.3f} between groups of a layer, {groups['other_layers']:.3f} between layers.")  # fmt: skip
+
+
+def importance_sentence(table, base_loss, n_heads):
+    """The head that costs most, how concentrated the damage is, and how many changes stand out of their error."""
+    worst = table.loc[table["loss_change"].idxmax()]
+    clear = int((table["loss_change"] > 2 * table["error"]).sum())
+    better = int((table["loss_change"] < -2 * table["error"]).sum())
+    positive = table["loss_change"].clip(lower=0).sort_values(ascending=False)
+    share = positive.head(10).sum() / max(positive.sum(), 1e-12)
+    scope = "" if len(table) == n_heads else f" (a sample of {len(table)} of {n_heads})"
+    return (f"Without {head_name((int(worst['layer']), int(worst['head'])))} the loss of {base_loss:.2f} nats per token rises most, by "
+            f"{worst['loss_change']:.3f} ± {worst['error']:.3f}. The ten costliest heads hold {share:.0%} of all increases. "
+            f"{clear} heads raise and {better} lower it by more than two standard errors{scope}; with {len(table)} heads "
+            f"tested, about {0.046 * len(table) / 2:.0f} of either sign would by chance alone.")  # fmt: skip
+
+
+def population_sentence(found):
+    """What a sample says of all heads, with its error."""
+    mean, low, high = found["mean"]
+    share, share_low, share_high = found["share"]
+    if found["sampled"] == found["of"]:
+        return (f"All {found['of']} heads were ablated: the mean loss change is {mean:+.4f} nats per token, and {share:.0%} of heads "
+                "cost more than 0.01.")  # fmt: skip
+    return (f"From {found['sampled']} of {found['of']} heads: the mean loss change is {mean:+.4f} nats per token (95 % interval "
+            f"{low:+.4f} to {high:+.4f}), and {share:.0%} of heads cost more than 0.01 ({share_low:.0%} to {share_high:.0%}).")  # fmt: skip
+
+
+def relation_sentence(relations):
+    """Which measures go with importance, which do not."""
+    clear = relations[(relations["low"] > 0) | (relations["high"] < 0)].sort_values("rho", key=abs, ascending=False)
+    if clear.empty:
+        return "No measure is related to importance: every interval holds 0."
+    said = [f"{name} {row['rho']:+.2f}" for name, row in clear.head(4).iterrows()]
+    rest = [name for name in relations.index if name not in clear.index]
+    text = f"Important heads differ in {_list(said)} (Spearman; the strongest of {len(clear)} whose intervals leave out 0)."
+    return text + (f" No relation is seen to {_list(rest)}." if rest else "")
+
+
+def mode_sentence(both):
+    """Zero against mean ablation of the same heads."""
+    rho = both[["zero", "mean"]].corr("spearman").iloc[0, 1]
+    smaller = float((both["mean"].abs() < both["zero"].abs()).mean())
+    return (f"Over {len(both)} heads the two ways rank heads with a Spearman correlation of {rho:.2f}; the mean ablation changes "
+            f"the loss less in {smaller:.0%} of them (on average {both['mean'].abs().mean():.4f} against "
+            f"{both['zero'].abs().mean():.4f} nats per token).")  # fmt: skip
+
+
+def pruning_sentence(table, kept, n_heads, limit):
+    """How many heads each order can lose, and what the largest cut costs."""
+    most = table["removed"].max()
+    cost = table[table["removed"] == most].groupby("order")["loss_change"].mean()
+    said = [f"{int(kept[order])} in {'random order' if order == 'random' else order + ' first'}" for order in
+            ("least important", "random", "most important") if order in kept.index]
+    return (f"At most {limit:g} nats per token are lost with {_list(said)} removed, of {n_heads} heads (largest counts measured). "
+            f"Removing {most} costs {cost['least important']:.2f} nats by importance and {cost['random']:.2f} at random.")  # fmt: skip
+
+
+def matrix_sentence(profiled, places, notes):
+    """The heads shown side by side, and why."""
+    return "Shown are " + _list(f"L{layer}H{head} ({notes[layer, head]})" for layer, head in places) + "."
+
+
+def precision_sentence(comparison, one, other):
+    """Which behaviours survive in the other precision."""
+    part = comparison.dropna(subset=["labels"])
+    had, kept = int(part["labels"].sum()), int(part["kept"].sum())
+    low = part["spearman"].idxmin()
+    shares = comparison.loc[[name for name in comparison.index if name in LABELS]]
+    moved = shares["largest_change"].idxmax()
+    row = shares.loc[moved]
+    text = f"Of {had} labels in {one}, {kept} ({kept / max(had, 1):.0%}) hold in {other}, where {int(part['gained'].sum())} are new. "
+    text += f"Rank correlations of the scores run from {part['spearman'].min():.3f} ({low}) to {part['spearman'].max():.3f}. "
+    return text + f"The score that moved most is {moved} of {row['head']}, by {row['largest_change']:.3f}."
+
+
+def type_sentence(name, tensors):
+    """What a file is made of: its matrices by type."""
+    counts = tensors[tensors["shape"].map(len) > 1]["type"].value_counts()
+    return f"{name} holds " + _list(f"{count} matrices of {kind}" for kind, count in counts.items()) + "."
