@@ -115,6 +115,11 @@ def main():
     parser.add_argument("--shape8b")
     parser.add_argument("--out")
     options = parser.parse_args()
+    from llamatelemetry.gpus import list_gpus
+
+    if not list_gpus() or not (options.shape1b or options.shape8b):
+        print("bench_gpu: needs an NVIDIA GPU and the files of make_shapes.py (--shape1b, --shape8b): not run")
+        return
     rate = bandwidth()
     rows = [{"what": "copy to page-locked host memory, GB/s", "ours_ms": rate / 1e9}]
     for name, path in (("1B shape", options.shape1b), ("8B shape", options.shape8b)):
