@@ -101,6 +101,8 @@ def check(path):
     holds["heads = attention.v"] = _heads(arrays, have)
     even = [a for s, a in arrays.items() if s != "mask" and not layout[s]["uneven"]]  # uneven layers are padded
     holds["finite"] = 0.0 if all(np.isfinite(a).all() for a in even) else 1.0
+    holds["statistics"] = _statistics(runs, tokens, arrays, have)
+    result["edits"] = _edits_work(runs, tokens, have)
     holds["output weights"] = _output(arrays, facts, plan.output)
     return result
 
@@ -172,6 +174,40 @@ def _heads(arrays, have):
     return worst
 
 
+def _statistics(runs, tokens, arrays, have):
+    """Streamed head statistics against the captured attention: sink mass and row sums."""
+    if "attention" not in have:
+        return None
+    from llamatelemetry.capture.measures import HeadStatistics
+
+    reducer = HeadStatistics(tokens, {})
+
+    def setup(recorder, plan):
+        for layer in have["attention"]:
+            for tap in runs.taps(plan, "attention", layer):
+                recorder.on(tap, reducer.action(layer))
+
+    runs.run(tokens, setup, all_logits=False)
+    table, _ = reducer.table()
+    p = arrays["attention"]
+    return max(_relative(table["sink"] - p[..., 0].mean(-1), p), _relative(table["mass"] - p.sum(-1).mean(-1), p))
+
+
+def _edits_work(runs, tokens, have):
+    """{stage: whether zeroing it in its first layer changes the predictions}."""
+    from llamatelemetry.capture.edits import ablate_head, scale
+    from llamatelemetry.capture.measures import score
+
+    base = score(runs, tokens, (), keep=True).kept
+    edits = {"attn_heads": lambda layer: ablate_head(layer, 0), "attn_out": lambda layer: scale("attn_out", layer, 0),
+             "ffn_out": lambda layer: scale("ffn_out", layer, 0), "hidden": lambda layer: scale("hidden", layer, 0.5)}
+    return {
+        stage: bool((score(runs, tokens, [edit(have[stage][-1 if stage != "hidden" else 0])], keep=True).kept != base).any())
+        for stage, edit in edits.items()
+        if have.get(stage)
+    }
+
+
 def _output(arrays, facts, output):
     """final_norm times the output matrix equals the logits, up to the file's own scale and soft-cap."""
     if "final_norm" not in arrays or "logits" not in arrays:
@@ -199,12 +235,14 @@ def check_apart(path):
     return {"model": Path(path).stem, "error": (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]}
 
 
-HELD = ("logits identical", "residual sums", "softmax rows", "scores = q.k", "heads = attention.v", "output weights")
+HELD = ("logits identical", "residual sums", "softmax rows", "scores = q.k", "heads = attention.v", "statistics", "output weights")
 
 
 def holds(result):
     """Whether a model was captured and every invariant that its graph has holds."""
-    return "error" not in result and max(worst or 0 for worst in result["invariants"].values()) <= TOLERANCE
+    if "error" in result or not all(result["edits"].values()):
+        return False
+    return max(worst or 0 for worst in result["invariants"].values()) <= TOLERANCE
 
 
 def row_of(result):
