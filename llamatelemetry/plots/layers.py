@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 from . import theme
 
 STATE = "state (0: embedding, l: after layer l - 1)"
+ROWS = "state"  # the same on a vertical axis, where there is less room
 _LEGEND = dict(orientation="h", y=1.02, yanchor="bottom", x=1, xanchor="right")
 PARTS = {"attention": theme.COLOR["attention"], "ffn": theme.COLOR["ffn"], "both": theme.COLOR["residual"],
          "embedding": theme.COLOR["embedding"]}  # fmt: skip
@@ -52,7 +53,7 @@ def magnitude_profile(table, *, title):
     columns = [column for column in table.columns if column != "first"]
     names = {0.5: "median", 1.0: "largest"}
     for column, color in zip(columns, ("#9E9E9E", *theme.CATEGORIES[2:5], theme.CATEGORIES[0])):
-        _line(figure, table.index, table[column], names.get(column, f"{column:.1%}"), color)
+        _line(figure, table.index, table[column], names.get(column, f"{100 * column:g} %"), color)
     _line(figure, table.index, table["first"], "largest of the first token", theme.CATEGORIES[5], dash="dash")
     return figure
 
@@ -155,7 +156,7 @@ def lens_table(data, pieces, vocabulary, *, title, last=12, every=1):
         hovertemplate="position %{x}, state %{y}<br>%{customdata}<extra></extra>",
     ), layout=dict(template=theme.TEMPLATE, title=title, height=140 + 19 * len(kept)))  # fmt: skip
     figure.update_xaxes(title="token that is read", tickangle=-45)
-    return figure.update_yaxes(title=STATE, type="category")
+    return figure.update_yaxes(title=ROWS, type="category")
 
 
 def settled_bars(layers, pieces, *, title):
@@ -193,7 +194,7 @@ def importance_profile(table, *, title):
     return figure.update_layout(template=theme.TEMPLATE, title=title, height=560, legend=_LEGEND, margin=dict(t=90))
 
 
-def state_map(values, *, title, unit, x_title=STATE, y_title=STATE, zmax=1.0):
+def state_map(values, *, title, unit, x_title=STATE, y_title=ROWS, zmax=1.0):
     """A square map over states, such as CKA."""
     values = np.asarray(values)
     figure = theme.heatmap(values, list(range(values.shape[1])), list(range(values.shape[0])), title=title, x_title=x_title,
@@ -204,7 +205,7 @@ def state_map(values, *, title, unit, x_title=STATE, y_title=STATE, zmax=1.0):
 def position_map(values, positions, states, pieces, *, title, unit, signed=False, zmax=None):
     """A map of (state, position): distance of two runs, or what a patch restores. pieces: of all positions."""
     labels = [f"{p} {html.escape(theme.token_text(pieces[p]))}" for p in positions]
-    figure = theme.heatmap(values, labels, [str(s) for s in states], title=title, x_title="token", y_title=STATE, unit=unit,
+    figure = theme.heatmap(values, labels, [str(s) for s in states], title=title, x_title="token", y_title=ROWS, unit=unit,
                            signed=signed, zmax=zmax, height=max(380, min(720, 150 + 16 * len(states))))
     step = max(1, -(-len(labels) // 48))
     figure.update_xaxes(tickangle=-60, tickmode="array", tickvals=labels[::step])
@@ -248,8 +249,8 @@ def generation_map(table, lens_data, *, title):
     figure.add_scatter(x=labels, y=table["settled"], name="settles here", mode="markers", row=2, col=1,
                        marker=dict(color="white", symbol="diamond", size=7, line=dict(color="black", width=1)))
     figure.update_yaxes(title="entropy", row=1, secondary_y=False)
-    figure.update_yaxes(title="probability", range=[0, 1], showgrid=False, row=1, secondary_y=True)
-    figure.update_yaxes(title=STATE, row=2)
+    figure.update_yaxes(title="probability", range=[0, 1.05], tickvals=[0, 0.5, 1], showgrid=False, row=1, secondary_y=True)
+    figure.update_yaxes(title=ROWS, row=2)
     figure.update_xaxes(title="generated token", tickangle=-60, row=2)
     return figure.update_layout(template=theme.TEMPLATE, title=title, height=720, legend=_LEGEND, margin=dict(t=90))
 

@@ -22,6 +22,7 @@ function drawMap() {
     ctx.fillStyle = Number.isFinite(v) ? 'rgb(' + viridis(scale.at(v)).map(Math.round) + ')' : 'transparent';
     ctx.fillRect(t * cw, l * ch, Math.ceil(cw), Math.ceil(ch));
   }
+  drawLabels(cw);
   ctx.strokeStyle = cssColor('--c5'); ctx.lineWidth = 2;
   ctx.strokeRect(page.token * cw + 1, page.layer * ch + 1, Math.max(cw - 2, 2), Math.max(ch - 2, 2));
   $('log').disabled = !scale.canLog;
@@ -29,8 +30,22 @@ function drawMap() {
   const bar = $('scale').getContext('2d');
   for (let x = 0; x < 120; x++) { bar.fillStyle = 'rgb(' + viridis(x / 119).map(Math.round) + ')'; bar.fillRect(x, 0, 1, 10); }
 }
+// Token texts under the map, turned, as many as fit.
+function drawLabels(cw) {
+  const box = $('labels'), ratio = window.devicePixelRatio || 1, w = box.clientWidth || 400, h = box.clientHeight || 70;
+  box.width = w * ratio; box.height = h * ratio;
+  const ctx = box.getContext('2d'), every = Math.ceil(13 / cw);
+  ctx.scale(ratio, ratio); ctx.fillStyle = cssColor('--muted'); ctx.font = "11px 'DejaVu Sans', sans-serif";
+  ctx.textAlign = 'right'; ctx.textBaseline = 'middle';
+  for (let t = 0; t < nTokens; t += every) {
+    const text = DATA.tokens[t];
+    ctx.save(); ctx.translate((t + 0.5) * cw, 3); ctx.rotate(-Math.PI / 2);
+    ctx.fillText(text.length > 10 ? text.slice(0, 9) + '…' : text, 0, 0); ctx.restore();
+  }
+}
 function drawVector() {
-  const x = stateOf(page.layer, 0, page.token), box = $('vector'), ratio = window.devicePixelRatio || 1;
+  $('chosen').textContent = 'state ' + page.layer + ', token ' + label(page.token);
+  const x = stateOf(page.layer, 0, page.token) || new Float64Array(0), box = $('vector'), ratio = window.devicePixelRatio || 1;
   const w = box.clientWidth || 400, h = box.clientHeight || 190, limit = largest(x) || 1;
   box.width = w * ratio; box.height = h * ratio;
   const ctx = box.getContext('2d'); ctx.scale(ratio, ratio);
@@ -40,8 +55,7 @@ function drawVector() {
     const y = x[i] / limit * (h / 2 - 4);
     ctx.fillRect(i / x.length * w, h / 2 - Math.max(y, 0), Math.max(w / x.length, 1), Math.max(Math.abs(y), 0.5));
   }
-  $('chosen').textContent = 'state ' + page.layer + ', token ' + label(page.token);
-  $('vectornote').textContent = x.length + ' dimensions from left to right; full height is ' + number(limit, 6);
+  $('vectornote').textContent = !x.length ? 'the values of this state are not stored (see below)' : x.length + ' dimensions from left to right; full height is ' + number(limit, 6);
   const order = [...x.keys()].sort((a, b) => Math.abs(x[b]) - Math.abs(x[a])).slice(0, 6);
   const sizes = [...x].map(Math.abs).sort((a, b) => a - b), middle = sizes[Math.floor(sizes.length / 2)];
   const rows = order.map(i => el('tr', {}, el('td', {}, String(i)), el('td', {}, number(x[i], 6)),
@@ -50,8 +64,8 @@ function drawVector() {
   const length = Math.sqrt(dot(x, x));
   const says = DATA.says ? 'lens: ' + DATA.says[page.layer][page.token]
     + (shares ? ' (' + number(shares[page.layer * nTokens + page.token], 3) + ')' : '') : '';
-  $('facts').replaceChildren(el('p', {class: 'mono'}, 'length ' + number(length, 6)), el('p', {class: 'mono'}, says),
-    el('table', {}, el('thead', {}, head), el('tbody', {}, ...rows)));
+  $('facts').replaceChildren(el('p', {class: 'mono'}, x.length ? 'length ' + number(length, 6) : ''),
+    el('p', {class: 'mono'}, says), !x.length ? '' : el('table', {}, el('thead', {}, head), el('tbody', {}, ...rows)));
 }
 function draw() { drawMap(); drawVector(); }
 function cell(event) {
