@@ -10,7 +10,8 @@ import xarray as xr
 from models import tiny_model
 
 from llamatelemetry import CaptureError, ablate_head
-from llamatelemetry.analysis import heads, heads_compare, heads_importance, heads_semantic, heads_similarity, heads_texts
+from llamatelemetry.analysis import heads, heads_compare, heads_importance
+from llamatelemetry.analysis import heads_semantic, heads_similarity, heads_texts
 from llamatelemetry.analysis import heads_sentences as say
 from llamatelemetry.capture.measures import HeadStatistics, token_patterns
 from llamatelemetry.capture.session import CaptureSession
@@ -158,7 +159,8 @@ def test_random_pairs_are_transformerlens_patterns():
     """The notebook's scores use the same pairs, divided by the rows that have one instead of all."""
     tokens = REFERENCE["tokens"]
     pairs = heads_texts.token_pairs(tokens, np.arange(1, len(tokens)))
-    for ours, theirs in (("previous token", "previous_token"), ("duplicate", "duplicate_token"), ("induction", "induction")):
+    names = {"previous token": "previous_token", "duplicate": "duplicate_token", "induction": "induction"}
+    for ours, theirs in names.items():
         mask = np.zeros((len(tokens), len(tokens)), int)
         mask[tuple(pairs[ours].T)] = 1
         np.testing.assert_array_equal(mask, REFERENCE[f"{theirs}_head_pattern"])
@@ -201,7 +203,10 @@ def test_characters_find_their_tokens():
         heads_texts.character_tokens(["b"], "a")
 
 
-@pytest.mark.parametrize("piece, expected", [(",", True), ("\n\n", True), (" (", True), (" ", False), ("a.", False), (b"\xe2", False)])
+@pytest.mark.parametrize(
+    "piece, expected",
+    [(",", True), ("\n\n", True), (" (", True), (" ", False), ("a.", False), (b"\xe2", False)],
+)
 def test_delimiters(piece, expected):
     assert heads_texts.is_delimiter(piece) == expected
 
@@ -227,7 +232,8 @@ def test_js_divergence_by_hand():
     sums = heads_similarity.js_sums(rows, [1])
     mixed = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) - 0.5 * np.log(2)
     np.testing.assert_allclose(sums[0], [0, np.log(2), mixed, 0], atol=1e-12)
-    np.testing.assert_allclose(heads_similarity.distances([sums, sums], [1, 1])[0], [0, 1, np.sqrt(mixed / np.log(2)), 0])
+    distance = heads_similarity.distances([sums, sums], [1, 1])
+    np.testing.assert_allclose(distance[0], [0, 1, np.sqrt(mixed / np.log(2)), 0])
 
 
 def test_js_in_small_blocks_is_the_same(monkeypatch):
@@ -255,6 +261,7 @@ def test_clusters_cover_and_pairs_of_planted_groups(planted_distance):
     names = [(i // 5, i % 5) for i in range(10)]
     first = heads_similarity.closest_pairs(planted_distance, names, 1).iloc[0]
     assert first["a"] == "L0H0" and first["b"] == "L0H1" and first["distance"] == pytest.approx(0.005)
+    assert heads_similarity.nearest_heads(planted_distance, names, (1, 0), 1) == [("L1H1", pytest.approx(0.04))]
     rand, jaccard = heads_similarity.stability([planted_distance**2] * 3, [1, 1, 1], found, n_boot=3)
     assert (rand == 1).all() and (jaccard == 1).all()
     coordinates, share = heads_similarity.classical_mds(planted_distance, 1)

@@ -1,4 +1,4 @@
-"""Notebook 15 from end to end: its tables are what the model did, its figures have sentences, bad parameters stop it."""
+"""Notebook 15 from end to end: its tables are what the model did, figures have sentences, bad parameters stop it."""
 
 from pathlib import Path
 
@@ -73,7 +73,8 @@ def test_every_figure_has_a_sentence(run):
         kinds = [kind for output in cell.get("outputs", []) for kind in output.get("data", {})]
         if "application/vnd.plotly.v1+json" in kinds:
             figures += 1
-            text = "".join(output.text for output in cell.outputs if output.output_type == "stream" and output.name == "stdout")
+            streams = [output for output in cell.outputs if output.output_type == "stream"]
+            text = "".join(output.text for output in streams if output.name == "stdout")
             assert len(text) > 60 and "nan" not in text.lower().split(), cell.source
     assert figures >= 10
 

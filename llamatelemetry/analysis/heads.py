@@ -16,7 +16,8 @@ LABELS = {
     "previous token": "on the token before, random tokens (Olsson et al. 2022)",
     "duplicate": "on earlier occurrences of the token, repeated random tokens",
     "induction": "on what followed earlier occurrences, repeated random tokens (Olsson et al. 2022)",
-    "syntactic": "from verb to subject, noun to determiner, closing to opening bracket; templates, less the same distances",
+    "syntactic": "from verb to subject, noun to determiner, closing to opening bracket; templates, less the "
+                 "same distances",
     "semantic": "rank correlation with the cosine of token embeddings at equal distance, natural texts",
 }
 PLAIN = ("entropy", "normalized_entropy", "distance", "top")  # measured on natural texts, no label of their own
@@ -94,7 +95,8 @@ def profile(scores, n_boot=500, seed=0):
         draws = rng.integers(0, len(have), (n_boot, len(have)))
         weights = np.stack([np.bincount(draw, minlength=len(have)) for draw in draws]) / len(have)  # (boot, text)
         boot = np.tensordot(weights, values, 1)
-        row = {"value": values.mean(0), "low": np.quantile(boot, 0.025, axis=0), "high": np.quantile(boot, 0.975, axis=0)}
+        low, high = np.quantile(boot, [0.025, 0.975], axis=0)
+        row = {"value": values.mean(0), "low": low, "high": high}
         if f"{name}~" in scores:
             null = scores[f"{name}~"].values[have].mean(0)  # (shuffle, layer, head)
             row |= {"baseline": null.mean(0), "baseline_high": null.max(0)}

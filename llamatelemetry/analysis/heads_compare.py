@@ -9,9 +9,9 @@ from .heads import LABELS
 def compare_profiles(one, other, earned, other_earned):
     """Per measure: DataFrame (spearman, mean_change, largest_change, head, inside, labels, kept, lost, gained).
 
-    one, other: profiles (measure, layer, head) over the same texts; earned, other_earned: their labels. spearman: of the
-    heads' scores; mean_change: mean absolute difference; head: the one that moved most; inside: share of heads whose
-    other score lies in the first one's interval; labels: heads that have it in the first profile.
+    one, other: profiles (measure, layer, head) over the same texts; earned, other_earned: their labels. spearman: of
+    the heads' scores; mean_change: mean absolute difference; head: the one that moved most; inside: share of heads
+    whose other score lies in the first one's interval; labels: heads that have it in the first profile.
     """
     from scipy.stats import spearmanr
 

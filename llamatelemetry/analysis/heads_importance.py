@@ -78,15 +78,15 @@ def pruning_sets(table, counts, repeats=2, seed=0, by="kl"):
 
 
 def pruning_table(sweep):
-    """engine.sweep's DataFrame of `pruning_sets` as rows (order, repeat, removed, loss, loss_change, top1_agreement)."""
+    """engine.sweep's DataFrame of `pruning_sets` as rows (order, repeat, removed, loss, loss_change, kl, ...)."""
     rows = [dict(zip(("order", "repeat", "removed"), name)) for name in sweep.index]
     kept = sweep[["loss", "loss_change", "kl", "top1_agreement"]].reset_index(drop=True)
     return pd.concat([pd.DataFrame(rows), kept], axis=1)
 
 
 def tolerated(table, limit=0.1):
-    """How many heads can be removed in each order before the loss rises by more than `limit` nats per token: the largest
-    measured count below it (mean over repeats). Series by order."""
+    """How many heads can be removed in each order before the loss rises by more than `limit` nats per token: the
+    largest measured count below it (mean over repeats). Series by order."""
     mean = table.groupby(["order", "removed"])["loss_change"].mean().reset_index()
     out = {}
     for order, group in mean.groupby("order"):

@@ -30,14 +30,16 @@ def map_sentence(profiled, measures):
     top = max(means, key=means.get)
     value = profiled["value"].sel(measure=top)
     over_half = int((value > 0.5).sum())
-    text = f"Averaged over heads, the largest of these shares is {top}: {means[top]:.0%} of attention, more than half in "
+    text = (f"Averaged over heads, the largest of these shares is {top}: {means[top]:.0%} of attention, more "
+            f"than half in ")
     text += f"{over_half} of {int(value.notnull().sum())} heads."
     rest = [name for name in shares if name != top]
     if rest:
         peak = max(rest, key=lambda name: float(profiled["value"].sel(measure=name).max()))
         best = profiled["value"].sel(measure=peak)
         layer, head = np.unravel_index(np.nanargmax(best.values), best.shape)
-        text += f" The highest score of the others is {peak} {float(best.max()):.2f} in L{int(best['layer'][layer])}H{head}."
+        text += (f" The highest score of the others is {peak} {float(best.max()):.2f} in "
+                 f"L{int(best['layer'][layer])}H{head}.")
     return text
 
 
@@ -59,7 +61,8 @@ def depth_sentence(depth, earned):
     known = depth.loc[[name for name in depth.index if name in LABELS]]
     rho = known["spearman with layer"].dropna()
     peaks = known["peak layer"].astype(int)
-    text = (f"With depth {rho.idxmax()} rises most (Spearman {rho.max():+.2f} with the layer) and {rho.idxmin()} falls most "
+    text = (f"With depth {rho.idxmax()} rises most (Spearman {rho.max():+.2f} with the layer) and "
+            f"{rho.idxmin()} falls most "
             f"({rho.min():+.2f}).")  # fmt: skip
     with_heads = [name for name in peaks.index if name in earned["label"].values and bool(earned.sel(label=name).any())]
     if with_heads:
@@ -72,10 +75,13 @@ def cluster_sentence(labels, silhouette, rand, jaccard, mds_share):
     """Sizes of the clusters, how separate they are, whether they come again, and how faithful the map is."""
     sizes = np.bincount(labels[labels >= 0])
     stable = int((jaccard >= 0.75).sum())
-    split = "well separated" if silhouette > 0.5 else "weakly separated" if silhouette > 0.25 else "not separated by gaps"
-    return (f"{len(sizes)} clusters of {_list(map(str, sizes))} heads, {split} (silhouette {silhouette:.2f}). Resampling the texts "
+    grades = (0.5, "well separated"), (0.25, "weakly separated"), (-2, "not separated by gaps")
+    split = next(name for limit, name in grades if silhouette > limit)
+    return (f"{len(sizes)} clusters of {_list(map(str, sizes))} heads, {split} (silhouette {silhouette:.2f}). "
+            f"Resampling the texts "
             f"gives an adjusted Rand index of {rand.mean():.2f} ({rand.min():.2f} to {rand.max():.2f}); {stable} of "
-            f"{len(jaccard)} clusters come again with a Jaccard overlap of 0.75 or more. Two coordinates of classical scaling "
+            f"{len(jaccard)} clusters come again with a Jaccard overlap of 0.75 or more. Two coordinates of "
+            f"classical scaling "
             f"hold {mds_share:.0%} of the squared distances.")  # fmt: skip
 
 
@@ -84,31 +90,36 @@ def hdbscan_sentence(labels, other):
     from sklearn.metrics import adjusted_rand_score
 
     noise, count = float((labels < 0).mean()), len(set(labels[labels >= 0].tolist()))
-    text = f"HDBSCAN, which may leave heads out, finds {count} dense group{'s' if count != 1 else ''} and leaves {noise:.0%} out"
+    text = (f"HDBSCAN, which may leave heads out, finds {count} dense group{'s' if count != 1 else ''} and "
+            f"leaves {noise:.0%} out")
     if count == 0:
         return text + ": no region of the map is denser than the rest by its measure."
     inside = labels >= 0
-    return text + f"; on the heads it keeps, it agrees with the clusters above by {adjusted_rand_score(labels[inside], other[inside]):.2f} (adjusted Rand index)."
+    rand = adjusted_rand_score(labels[inside], other[inside])
+    return text + f"; on the heads it keeps, it agrees with the clusters above by {rand:.2f} (adjusted Rand index)."
 
 
 def redundancy_sentence(pairs, curve, n_heads, groups):
     """The closest pair, what half of the heads can stand for, and whether shared keys make heads alike."""
     first = pairs.iloc[0]
     half = curve[curve["heads"] <= n_heads / 2]
-    text = f"The closest pair is {first['a']} and {first['b']} at {first['distance']:.3f}; {int(pairs['same_layer'].sum())} of the "
+    text = (f"The closest pair is {first['a']} and {first['b']} at {first['distance']:.3f}; "
+            f"{int(pairs['same_layer'].sum())} of the ")
     text += f"{len(pairs)} closest pairs share a layer."
     if len(half):
         row = half.iloc[0]
         text += f" {int(row['heads'])} heads cover all {n_heads} within {row['radius']:.2f}."
     else:
-        text += f" Within {curve['radius'].max():.2f}, {int(curve['heads'].iloc[-1])} of {n_heads} heads are needed to cover all."
+        text += (f" Within {curve['radius'].max():.2f}, {int(curve['heads'].iloc[-1])} of {n_heads} heads are "
+                 "needed to cover all.")
     if groups is None:
         return text + " No query heads share a kv head while others do not, so there is nothing to compare."
-    closer = groups["inside"] < groups["outside"]
-    verdict = (f"closer to each other than to the layer's other heads (p = {groups['p']:.3f} by shuffling)" if closer and
-               groups["p"] < 0.05 else f"not closer to each other than chance gives (p = {groups['p']:.3f} by shuffling)")
+    closer = groups["inside"] < groups["outside"] and groups["p"] < 0.05
+    verdict = "closer to each other than to the layer's other heads" if closer else "as close as chance makes them"
+    verdict += f" (p = {groups['p']:.3f} by shuffling)"
     return text + (f" Heads that share a kv head are {verdict}: mean distance {groups['inside']:.3f} inside groups, "
-                   f"{groups['outside']:.3f} between groups of a layer, {groups['other_layers']:.3f} between layers.")  # fmt: skip
+                   f"{groups['outside']:.3f} between groups of a layer, {groups['other_layers']:.3f} between "
+                   f"layers.")  # fmt: skip
 
 
 def importance_sentence(table, base_loss, n_heads):
@@ -119,9 +130,12 @@ def importance_sentence(table, base_loss, n_heads):
     positive = table["loss_change"].clip(lower=0).sort_values(ascending=False)
     share = positive.head(10).sum() / max(positive.sum(), 1e-12)
     scope = "" if len(table) == n_heads else f" (a sample of {len(table)} of {n_heads})"
-    return (f"Without {head_name((int(worst['layer']), int(worst['head'])))} the loss of {base_loss:.2f} nats per token rises most, by "
-            f"{worst['loss_change']:.3f} ± {worst['error']:.3f}. The ten costliest heads hold {share:.0%} of all increases. "
-            f"{clear} heads raise and {better} lower it by more than two standard errors{scope}; with {len(table)} heads "
+    name = head_name((int(worst["layer"]), int(worst["head"])))
+    return (f"Without {name} the loss of {base_loss:.2f} nats per token rises most, by "
+            f"{worst['loss_change']:.3f} ± {worst['error']:.3f}. The ten costliest heads hold {share:.0%} of "
+            f"all increases. "
+            f"{clear} heads raise and {better} lower it by more than two standard errors{scope}; with "
+            f"{len(table)} heads "
             f"tested, about {0.046 * len(table) / 2:.0f} of either sign would by chance alone.")  # fmt: skip
 
 
@@ -130,10 +144,13 @@ def population_sentence(found):
     mean, low, high = found["mean"]
     share, share_low, share_high = found["share"]
     if found["sampled"] == found["of"]:
-        return (f"All {found['of']} heads were ablated: the mean loss change is {mean:+.4f} nats per token, and {share:.0%} of heads "
+        return (f"All {found['of']} heads were ablated: the mean loss change is {mean:+.4f} nats per token, and "
+                f"{share:.0%} of heads "
                 "cost more than 0.01.")  # fmt: skip
-    return (f"From {found['sampled']} of {found['of']} heads: the mean loss change is {mean:+.4f} nats per token (95 % interval "
-            f"{low:+.4f} to {high:+.4f}), and {share:.0%} of heads cost more than 0.01 ({share_low:.0%} to {share_high:.0%}).")  # fmt: skip
+    return (f"From {found['sampled']} of {found['of']} heads: the mean loss change is {mean:+.4f} nats per "
+            f"token (95 % interval "
+            f"{low:+.4f} to {high:+.4f}), and {share:.0%} of heads cost more than 0.01 ({share_low:.0%} to "
+            f"{share_high:.0%}).")  # fmt: skip
 
 
 def relation_sentence(relations):
@@ -143,7 +160,8 @@ def relation_sentence(relations):
         return "No measure is related to importance: every interval holds 0."
     said = [f"{name} {row['rho']:+.2f}" for name, row in clear.head(4).iterrows()]
     rest = [name for name in relations.index if name not in clear.index]
-    text = f"Important heads differ in {_list(said)} (Spearman; the strongest of {len(clear)} whose intervals leave out 0)."
+    text = (f"Important heads differ in {_list(said)} (Spearman; the strongest of {len(clear)} whose intervals "
+            f"leave out 0).")
     return text + (f" No relation is seen to {_list(rest)}." if rest else "")
 
 
@@ -151,7 +169,8 @@ def mode_sentence(both):
     """Zero against mean ablation of the same heads."""
     rho = both[["zero", "mean"]].corr("spearman").iloc[0, 1]
     smaller = float((both["mean"].abs() < both["zero"].abs()).mean())
-    return (f"Over {len(both)} heads the two ways rank heads with a Spearman correlation of {rho:.2f}; the mean ablation changes "
+    return (f"Over {len(both)} heads the two ways rank heads with a Spearman correlation of {rho:.2f}; the mean "
+            f"ablation changes "
             f"the loss less in {smaller:.0%} of them (on average {both['mean'].abs().mean():.4f} against "
             f"{both['zero'].abs().mean():.4f} nats per token).")  # fmt: skip
 
@@ -162,8 +181,10 @@ def pruning_sentence(table, kept, n_heads, limit):
     cost = table[table["removed"] == most].groupby("order")["loss_change"].mean()
     said = [f"{int(kept[order])} in {'random order' if order == 'random' else order + ' first'}" for order in
             ("least important", "random", "most important") if order in kept.index]
-    return (f"At most {limit:g} nats per token are lost with {_list(said)} removed, of {n_heads} heads (largest counts measured). "
-            f"Removing {most} costs {cost['least important']:.2f} nats by importance and {cost['random']:.2f} at random.")  # fmt: skip
+    return (f"At most {limit:g} nats per token are lost with {_list(said)} removed, of the {n_heads} heads that "
+            f"were ablated (largest counts measured). "
+            f"Removing {most} costs {cost['least important']:.2f} nats by importance and {cost['random']:.2f} "
+            f"at random.")  # fmt: skip
 
 
 def matrix_sentence(profiled, places, notes):
@@ -179,12 +200,15 @@ def precision_sentence(comparison, one, other):
     shares = comparison.loc[[name for name in comparison.index if name in LABELS]]
     moved = shares["largest_change"].idxmax()
     row = shares.loc[moved]
-    text = f"Of {had} labels in {one}, {kept} ({kept / max(had, 1):.0%}) hold in {other}, where {int(part['gained'].sum())} are new. "
-    text += f"Rank correlations of the scores run from {part['spearman'].min():.3f} ({low}) to {part['spearman'].max():.3f}. "
+    text = (f"Of {had} labels in {one}, {kept} ({kept / max(had, 1):.0%}) hold in {other}, where "
+            f"{int(part['gained'].sum())} are new. ")
+    text += (f"Rank correlations of the scores run from {part['spearman'].min():.3f} ({low}) to "
+             f"{part['spearman'].max():.3f}. ")
     return text + f"The score that moved most is {moved} of {row['head']}, by {row['largest_change']:.3f}."
 
 
 def type_sentence(name, tensors):
     """What a file is made of: its matrices by type."""
     counts = tensors[tensors["shape"].map(len) > 1]["type"].value_counts()
-    return f"{name} holds " + _list(f"{count} matrices of {kind}" for kind, count in counts.items()) + "."
+    said = [f"{count} {'matrix' if count == 1 else 'matrices'} of {kind}" for kind, count in counts.items()]
+    return f"{name} holds {_list(said)}."

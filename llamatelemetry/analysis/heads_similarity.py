@@ -96,8 +96,8 @@ def by_size(labels):
 
 
 def stability(sums, n_rows, labels, n_boot=30, seed=0):
-    """Clusters again from resampled texts: the adjusted Rand index of each repeat, and per cluster the mean best Jaccard
-    overlap (Hennig 2007). Returns (array (n_boot,), Series by cluster)."""
+    """Clusters again from resampled texts: the adjusted Rand index of each repeat, and per cluster the mean best
+    Jaccard overlap (Hennig 2007). Returns (array (n_boot,), Series by cluster)."""
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
     from sklearn.metrics import adjusted_rand_score
@@ -191,3 +191,10 @@ def nearest(distance, k=3):
         for j in [j for j in np.argsort(row, kind="stable") if j != i][:k]:
             pairs[min(i, j), max(i, j)] = float(row[j])
     return pd.DataFrame([(i, j, d) for (i, j), d in pairs.items()], columns=["source", "target", "distance"])
+
+
+def nearest_heads(distance, names, name, k=3):
+    """The k heads nearest to `name`: [("L3H2", distance), ...]."""
+    row = distance[names.index(name)]
+    order = [i for i in np.argsort(row, kind="stable") if names[i] != name][:k]
+    return [(head_name(names[i]), float(row[i])) for i in order]

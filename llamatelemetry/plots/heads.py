@@ -26,9 +26,9 @@ def measure_maps(profiled, measures, model):
     for place, name in enumerate(measures):
         part = profiled.sel(measure=name)
         signed = name == "semantic"
+        sides = [part[key].values.T for key in ("value", "low", "high", "baseline_high")]  # (head, layer) each
         text = [[f"L{layer}H{head}<br>{name} {v:.4f}<br>95 % interval {lo:.3f} to {hi:.3f}<br>highest shuffled {b:.3f}"
-                 for layer, v, lo, hi, b in zip(layers, *columns)]
-                for head, columns in zip(heads, zip(*(part[k].values.T for k in ("value", "low", "high", "baseline_high"))))]
+                 for layer, v, lo, hi, b in zip(layers, *columns)] for head, *columns in zip(heads, *sides)]
         figure.add_trace(
             go.Heatmap(z=np.round(part["value"].values.T, 4), x=layers, y=heads, text=text,
                        coloraxis="coloraxis2" if signed else "coloraxis",
@@ -67,18 +67,19 @@ def scores_against_baselines(profiled, earned, model):
                          line=dict(color=theme.COLOR["key"], width=2))  # fmt: skip
     for label, symbol, color in (("label earned", "circle", theme.COLOR["attention"]),
                                  ("not earned", "circle-open", theme.COLOR["baseline"])):  # fmt: skip
-        figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=label, marker=dict(symbol=symbol, color=color)))
+        figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=label,
+                                    marker=dict(symbol=symbol, color=color)))  # fmt: skip
     figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name="largest shuffled score of any head",
                                 line=dict(color=theme.COLOR["key"], width=2)))  # fmt: skip
-    figure.update_xaxes(tickvals=list(range(earned.sizes["label"])), ticktext=list(earned["label"].values), tickangle=-30,
-                        title_text="behaviour", range=[-0.6, earned.sizes["label"] - 0.4])
+    figure.update_xaxes(tickvals=list(range(earned.sizes["label"])), ticktext=list(earned["label"].values),
+                        tickangle=-30, title_text="behaviour", range=[-0.6, earned.sizes["label"] - 0.4])
     figure.update_yaxes(title_text="share of attention (semantic: correlation)")
     return _figure(figure, f"Scores of {model}'s heads and what shuffling gives", height=480,
                    legend=dict(orientation="h", y=1.08, x=0))  # fmt: skip
 
 
 def head_maps(table, coordinates, model):
-    """Heads as points, two maps side by side. table: layer, head, cluster, labels; coordinates: {map name: (head, 2)}."""
+    """Heads as points, maps side by side. table: layer, head, cluster, labels; coordinates: {map name: (head, 2)}."""
     figure = make_subplots(1, len(coordinates), subplot_titles=list(coordinates), horizontal_spacing=0.08)
     for column, xy in enumerate(coordinates.values(), 1):
         for cluster in sorted(table["cluster"].unique()):
@@ -86,7 +87,8 @@ def head_maps(table, coordinates, model):
             part = table[keep]
             color = theme.CATEGORIES[cluster % 8] if cluster >= 0 else theme.COLOR["baseline"]
             figure.add_trace(go.Scatter(
-                x=xy[keep, 0], y=xy[keep, 1], mode="markers", name=f"cluster {cluster}" if cluster >= 0 else "no cluster",
+                x=xy[keep, 0], y=xy[keep, 1], mode="markers",
+                name=f"cluster {cluster}" if cluster >= 0 else "no cluster",
                 legendgroup=int(cluster), showlegend=column == 1,
                 marker=dict(size=7, color=color, symbol=int(max(cluster, 0) // 8), opacity=0.85),
                 text=[f"L{r.layer}H{r.head}<br>{r.labels}" for r in part.itertuples()],
@@ -108,7 +110,8 @@ def distance_matrix(distance, order, names, model):
         labels = [f"{labels[i]} to {labels[i + step - 1]}" for i in range(0, size, step)]
     figure = go.Figure(go.Heatmap(
         z=np.round(values, 3), x=labels, y=labels, colorscale=theme.MAGNITUDE, zmin=0, zmax=float(values.max()),
-        colorbar=dict(title="distance", title_side="right"), hovertemplate="%{y}, %{x}<br>distance %{z}<extra></extra>"))  # fmt: skip
+        colorbar=dict(title="distance", title_side="right"), hovertemplate="%{y}, %{x}<br>distance "
+                                                                           "%{z}<extra></extra>"))  # fmt: skip
     ticks = [labels[i] for i in np.linspace(0, len(values) - 1, min(12, len(values))).astype(int)]
     figure.update_xaxes(type="category", tickvals=ticks, tickangle=-45, title_text="head, by dendrogram")
     figure.update_yaxes(type="category", tickvals=ticks, autorange="reversed", title_text="head, by dendrogram")
@@ -135,10 +138,11 @@ def depth_lines(profiled, measures, model):
         low, mid, high = np.nanquantile(value, 0.25, 1), np.nanmean(value, 1), np.nanquantile(value, 0.75, 1)
         row, column = place // 2 + 1, place % 2 + 1
         color = MEASURE_COLOR.get(name, theme.COLOR["attention"])
-        band = go.Scatter(x=[*layers, *layers[::-1]], y=[*low, *high[::-1]], fill="toself", line=dict(width=0), opacity=0.3,
-                          fillcolor=color, hoverinfo="skip", mode="lines", showlegend=False)  # fmt: skip
+        band = go.Scatter(x=[*layers, *layers[::-1]], y=[*low, *high[::-1]], fill="toself", line=dict(width=0),
+                          opacity=0.3, fillcolor=color, hoverinfo="skip", mode="lines", showlegend=False)  # fmt: skip
         top = go.Scatter(x=layers, y=np.nanmax(value, 1), mode="lines", line=dict(color=color, width=1, dash="dot"),
-                         showlegend=False, hovertemplate=f"{name}<br>layer %{{x}}<br>largest %{{y:.3f}}<extra></extra>")  # fmt: skip
+                         showlegend=False, hovertemplate=f"{name}<br>layer %{{x}}<br>largest "
+                                                         f"%{{y:.3f}}<extra></extra>")  # fmt: skip
         line = go.Scatter(x=layers, y=mid, mode="lines", line=dict(color=color, width=2), showlegend=False,
                           hovertemplate=f"{name}<br>layer %{{x}}<br>mean %{{y:.3f}}<extra></extra>")  # fmt: skip
         for trace in (band, top, line):
@@ -164,11 +168,11 @@ def side_by_side(attention, places, pieces, model, notes=None):
         values = np.where(np.tri(n, dtype=bool), np.asarray(attention[name]), np.nan)
         figure.add_trace(go.Heatmap(
             z=np.round(values, 5), x=list(range(n)), y=list(range(n)), coloraxis="coloraxis", hoverongaps=False,
-            text=[[f"query {labels[q]}<br>key {labels[k]}<br>weight {values[q, k]:.5f}" if k <= q else "" for k in range(n)]
-                  for q in range(n)], hovertemplate="%{text}<extra></extra>"),
+            text=[[f"query {labels[q]}<br>key {labels[k]}<br>weight {values[q, k]:.5f}" if k <= q else ""
+                   for k in range(n)] for q in range(n)], hovertemplate="%{text}<extra></extra>"),
             place // columns + 1, place % columns + 1)  # fmt: skip
-    figure.update_yaxes(autorange="reversed", showticklabels=False)
-    figure.update_xaxes(showticklabels=False)
+    figure.update_yaxes(autorange="reversed", showticklabels=False, showgrid=False, zeroline=False, ticks="")
+    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, ticks="")
     figure.update_yaxes(title_text="query", col=1)
     figure.update_xaxes(title_text="key", row=rows)
     return _figure(figure, f"Heads of {model} on one text of {n} tokens", height=270 * rows + 110,
@@ -180,7 +184,8 @@ def survival(comparison, one, other):
     """Per behaviour: how many heads keep, lose and gain the label from one precision to the other."""
     part = comparison.dropna(subset=["labels"])
     figure = go.Figure()
-    for column, color, name in (("kept", theme.CATEGORIES[2], "in both"), ("lost", theme.CATEGORIES[5], f"only in {one}"),
+    for column, color, name in (("kept", theme.CATEGORIES[2], "in both"),
+                                ("lost", theme.CATEGORIES[5], f"only in {one}"),
                                 ("gained", theme.CATEGORIES[4], f"only in {other}")):  # fmt: skip
         figure.add_trace(go.Bar(x=part.index, y=part[column], name=name, marker_color=color,
                                 hovertemplate="%{x}<br>%{y} heads<extra>" + name + "</extra>"))  # fmt: skip

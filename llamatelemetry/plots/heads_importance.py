@@ -54,7 +54,8 @@ def zero_against_mean(table, model):
     ])  # fmt: skip
     figure.update_xaxes(title_text="loss change, output set to zero (nats per token)")
     figure.update_yaxes(title_text="loss change, output set to its mean (nats per token)")
-    return _figure(figure, f"Two ways to remove a head of {model}", height=440, legend=dict(orientation="h", y=1.1, x=0))
+    return _figure(figure, f"Two ways to remove a head of {model}", height=440,
+                   legend=dict(orientation="h", y=1.1, x=0))  # fmt: skip
 
 
 def pruning_curve(table, n_heads, model):
@@ -65,12 +66,13 @@ def pruning_curve(table, n_heads, model):
         mean, low, high = groups.mean(), groups.min(), groups.max()
         if (high > low).any():
             figure.add_trace(go.Scatter(x=[*mean.index, *mean.index[::-1]], y=[*low, *high[::-1]], fill="toself",
-                                        fillcolor=color, opacity=0.3, line=dict(width=0), mode="lines", hoverinfo="skip",
-                                        showlegend=False))  # fmt: skip
+                                        fillcolor=color, opacity=0.3, line=dict(width=0), mode="lines",
+                                        hoverinfo="skip", showlegend=False))  # fmt: skip
         figure.add_trace(go.Scatter(
             x=mean.index, y=mean, name=f"{order} first" if order != "random" else "random order", mode="lines+markers",
-            line=dict(color=color), hovertemplate="%{x} heads removed<br>loss %{y:+.3f} nats per token<extra></extra>"))  # fmt: skip
-    figure.update_xaxes(title_text=f"heads removed, of {n_heads}")
+            line=dict(color=color), hovertemplate="%{x} heads removed<br>loss %{y:+.3f} nats per "
+                                                  "token<extra></extra>"))  # fmt: skip
+    figure.update_xaxes(title_text=f"heads removed, of the {n_heads} that were ablated")
     figure.update_yaxes(title_text="loss change (nats per token)")
     return _figure(figure, f"Removing heads of {model}: order found on one text, loss measured on another", height=430,
                    legend=dict(orientation="h", y=1.1, x=0))  # fmt: skip

@@ -58,15 +58,14 @@ function drawProfile() {
     const v = m.value[chosen], [low, high] = range(m), x = t => 2 + 146 * (t - low) / (high - low || 1);
     const picture = svg('svg', {viewBox: '0 0 150 14', role: 'img'});
     picture.append(svg('line', {x1: 2, x2: 148, y1: 7, y2: 7, stroke: cssColor('--line')}));
-    if (m.low && has(m.low[chosen])) {
-      picture.append(svg('line', {x1: x(m.low[chosen]), x2: x(m.high[chosen]), y1: 7, y2: 7, stroke: cssColor('--accent'), 'stroke-width': 4}));
-      picture.setAttribute('aria-label', number(m.low[chosen]) + ' to ' + number(m.high[chosen]));
-    }
-    if (m.shuffled && has(m.shuffled[chosen]))
-      picture.append(svg('line', {x1: x(m.shuffled[chosen]), x2: x(m.shuffled[chosen]), y1: 1, y2: 13, stroke: cssColor('--c5'), 'stroke-width': 2}));
+    const [from, to, chance] = [m.low, m.high, m.shuffled].map(a => a && has(a[chosen]) ? a[chosen] : null);
+    const line = (x1, x2, y1, y2, name, width) =>
+      picture.append(svg('line', {x1, x2, y1, y2, stroke: cssColor(name), 'stroke-width': width}));
+    if (from !== null) line(x(from), x(to), 7, 7, '--accent', 4);
+    if (chance !== null) line(x(chance), x(chance), 1, 13, '--c5', 2);
     if (has(v)) picture.append(svg('circle', {cx: x(v), cy: 7, r: 3.5, fill: cssColor('--fg')}));
-    const said = m.low && has(m.low[chosen]) ? `${number(v)}, interval ${number(m.low[chosen])} to ${number(m.high[chosen])}`
-      + (m.shuffled && has(m.shuffled[chosen]) ? `, highest shuffled ${number(m.shuffled[chosen])}` : '') : '';
+    const said = from === null ? '' : `${number(v)}, interval ${number(from)} to ${number(to)}`
+      + (chance === null ? '' : `, highest shuffled ${number(chance)}`);
     const row = el('tr', {title: said, class: j === measure ? 'on' : ''}, el('td', {}, m.name),
       el('td', {}, has(v) ? number(v, 3) : '-'), el('td', {}, picture));
     row.onclick = () => { measure = j; $('measure').value = j; draw(); };
@@ -78,7 +77,8 @@ function drawNear() {
   $('near').replaceChildren(...Array.from({length: nearCount}, (_, j) => {
     const other = near[chosen * nearCount + j], canvas = el('canvas'), d = nearDistance[chosen * nearCount + j];
     drawMatrix(canvas, other, $('nosink').checked);
-    const button = el('button', {'data-head': other, title: DATA.labels[other]}, canvas, headName(other) + '  ' + number(d, 3));
+    const button = el('button', {'data-head': other, title: DATA.labels[other]}, canvas,
+      headName(other) + '  ' + number(d, 3));
     button.onclick = () => choose(other);
     return button;
   }));
@@ -96,7 +96,8 @@ function under(event) {
   return l >= 0 && l < L && h >= 0 && h < H ? l * H + h : -1;
 }
 $('measure').append(...measures.map((m, j) => new Option(m.name, j)));
-$('label').append(new Option('any', ''), ...[...new Set(DATA.labels.flatMap(t => t.split(', ')))].filter(Boolean).sort().map(t => new Option(t, t)));
+const kinds = [...new Set(DATA.labels.flatMap(t => t.split(', ')))].filter(Boolean).sort();
+$('label').append(new Option('any', ''), ...kinds.map(t => new Option(t, t)));
 $('measure').onchange = event => { measure = +event.target.value; draw(); };
 $('label').onchange = drawMap; $('nosink').onchange = draw;
 $('go').onchange = event => {
@@ -107,7 +108,8 @@ $('go').onchange = event => {
 $('map').onclick = event => choose(under(event));
 $('map').onmousemove = event => {
   const i = under(event), m = measures[measure];
-  $('over').textContent = i < 0 ? '\u00a0' : `${headName(i)}  ${m.name} ${has(m.value[i]) ? number(m.value[i], 5) : '-'}  ${DATA.labels[i]}`;
+  const shown = i < 0 || !has(m.value[i]) ? '-' : number(m.value[i], 5);
+  $('over').textContent = i < 0 ? '\u00a0' : `${headName(i)}  ${m.name} ${shown}  ${DATA.labels[i]}`;
 };
 $('map').onkeydown = event => {
   const step = {ArrowLeft: -H, ArrowRight: H, ArrowUp: -1, ArrowDown: 1}[event.key];
@@ -116,7 +118,8 @@ $('map').onkeydown = event => {
 $('matrix').onmousemove = event => {
   const box = $('matrix').getBoundingClientRect(), k = Math.floor((event.clientX - box.left) / box.width * n);
   const q = Math.floor((event.clientY - box.top) / box.height * n);
-  $('cell').textContent = k <= q && q < n && k >= 0 ? `query ${label(q)}  key ${label(k)}  ${number(weight(chosen, q, k), 5)}` : '\u00a0';
+  const inside = k <= q && q < n && k >= 0;
+  $('cell').textContent = inside ? `query ${label(q)}  key ${label(k)}  ${number(weight(chosen, q, k), 5)}` : '\u00a0';
 };
 onTheme(draw);
 draw();

@@ -43,11 +43,13 @@ def heads_page(profiled, labels, attention, pieces, distance, *, model, extra=No
         "near": pack(order.astype(np.int32)), "near_distance": pack(np.take_along_axis(distance, order, 1)),
     }  # fmt: skip
     title = f"The {len(layers) * n_head} heads of {model}"
-    about = ("Map: layer across, head down; click, or arrow keys. Scores: means over the set of texts, bars 95 % intervals, the "
-             f"mark the highest shuffled score. Matrices: query down, key across, one text of {len(pieces)} tokens, each with its "
+    about = ("Map: layer across, head down; click, or arrow keys. Scores: means over the set of texts, bars 95 "
+             "% intervals, the "
+             f"mark the highest shuffled score. Matrices: query down, key across, one text of {len(pieces)} "
+             f"tokens, each with its "
              f"own scale, {precision}.")  # fmt: skip
     body = _file("heads_page.html").replace("$title", html.escape(title)).replace("$about", html.escape(about))
-    return Page(title, body, _script("heads_page.js"), data, style=_file("heads_page.css"), height=980)
+    return Page(title, body, _script("heads_page.js"), data, style=_file("heads_page.css"), height=1120)
 
 
 def _weights(values):

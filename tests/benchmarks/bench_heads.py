@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_heads.py [--model NAME] [--tokens 2048] [--skip-full]
 
-Added memory: the worker's and this process's largest resident memory during the call (shared pages once), less what they
-had before it. Each way runs in a worker of its own, after one short warm-up, so that none inherits another's buffers.
+Added memory: the worker's and this process's largest resident memory during the call (shared pages once), less what
+they had before it. Each way runs in a worker of its own, after a short warm-up, so none inherits another's buffers.
 """
 
 import argparse
@@ -69,8 +69,9 @@ def main():
     measure("head_statistics", lambda session, tokens, text: session.head_statistics(tokens))
     n_pairs = measure("the notebook's profile", lambda session, tokens, text:
                       session.head_statistics(tokens, patterns=text.patterns))  # fmt: skip
+    some = np.linspace(9, options.tokens - 1, 24).astype(int)
     measure("24 rows for distances", lambda session, tokens, text:
-            session.capture(tokens, ("attention",), queries=list(range(len(tokens) // 24 - 1, len(tokens), len(tokens) // 24))[:24]))  # fmt: skip
+            session.capture(tokens, ("attention",), queries=some))  # fmt: skip
     if not options.skip_full:
         def full(session, tokens, text):
             attention = session.capture(tokens, ("attention",)).attention.values
