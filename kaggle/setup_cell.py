@@ -13,3 +13,4 @@ if source:
 from llamatelemetry import InferenceEngine, kaggle
 
 kaggle.setup()  # engine, packages that are missing, secrets, folders, this process's GPU; says what it did
+from llamatelemetry.plots import theme

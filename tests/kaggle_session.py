@@ -4,8 +4,10 @@ The environment is made once per machine from tests/kaggle_image.txt and kept be
 a thin environment on top, so that what the first cell installs goes there and the image stays as it is.
 """
 
+import base64
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -131,10 +133,10 @@ class Session:
         return subprocess.run([self.python, *map(str, arguments)], cwd=self.working, env=self.env, timeout=timeout,
                               capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
-    def papermill(self, notebook, timeout=900, **parameters):
+    def papermill(self, notebook, parameters, timeout=900):
         """Run a notebook top to bottom; (CompletedProcess, path of the executed notebook)."""
         out = self.working / Path(notebook).name
-        given = [part for name, value in parameters.items() for part in ("-p", name, str(value))]
+        given = ["-b", base64.b64encode(json.dumps(parameters).encode()).decode()] if parameters else []
         return self.run("-m", "papermill", notebook, out, "--kernel", "python3", "--no-progress-bar", "--cwd",
                         self.working, *given, timeout=timeout), out
 
