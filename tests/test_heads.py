@@ -118,7 +118,7 @@ def test_pure_heads_have_their_label_and_uniform_has_none(measured):
 def test_baselines_are_what_chance_gives(measured, texts):
     """The shuffled versions of a uniform head and of a sharp one have the same mean: the share of keys."""
     base = measured[1]["baseline"].sel(measure="local").isel(layer=0)
-    queries = np.concatenate([np.arange(1, len(t.ids)) for t in texts if t.kind in heads_texts.NATURAL])
+    queries = np.concatenate([np.arange(1, len(t.ids)) for t in texts if t.natural])
     expected = np.mean(np.minimum(heads_texts.LOCAL, queries + 1) / (queries + 1))
     assert abs(float(base.isel(head=KINDS["uniform"])) - expected) < 0.05
     assert abs(float(base.isel(head=KINDS["self"])) - expected) < 0.08

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .heads_texts import NATURAL, OFFSETS
+from .heads_texts import OFFSETS
 
 # What a label says. All but the last are shares of a head's attention, mean over query rows that have such a key.
 LABELS = {
@@ -37,7 +37,7 @@ def collect(texts, statistics):
             base, mark, shuffle = name.removeprefix("@").partition("~")
             if name in PLAIN or name == "mass":
                 values = stats[name].values
-                values = values if text.kind in NATURAL else np.full_like(values, np.nan)
+                values = values if text.natural else np.full_like(values, np.nan)
             elif name.startswith("@"):
                 values = stats[name].values * total / text.rows[base + mark]
             else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-NATURAL = ("prose", "code", "lists")
+MADE = ("random", "templates")  # kinds of texts that are generated here; every other kind is natural
 LOCAL, FAR, OFFSETS = 4, 16, 9  # keys: the last 4 with the query itself; 16 or more back; offsets 0 to 8
 DELIMITERS = set(".,;:!?()[]{}<>\"'`|-\n\t")
 NOUNS = "farmer teacher sailor doctor king child horse bird dog cat lawyer writer driver painter soldier guard".split()
@@ -34,13 +34,18 @@ class Text:
     patterns: dict = field(default_factory=dict)
     rows: dict = field(default_factory=dict)
 
+    @property
+    def natural(self):
+        return self.kind not in MADE
+
 
 def default_texts(tokenize, vocabulary, *, texts=None, n_random=4, n_templates=4, shuffles=20, max_tokens=96,
                   max_rows=128, shuffle_rows=24, seed=0):  # fmt: skip
     """The set of texts with their patterns: list of Text.
 
     tokenize(text, add_special=True): DataFrame (id, piece), as InferenceEngine.tokenize gives it. vocabulary: (pieces,
-    token_types) of the model, to draw random tokens from. texts: {kind: [text, ...]} in place of the package's own.
+    token_types) of the model, to draw random tokens from. texts: {kind: [text, ...]} in place of the package's own
+    prose, code and lists.
     max_tokens cuts each text; max_rows: query rows that patterns are taken at, and shuffle_rows: at most so many of
     them for each shuffled version, so that long texts stay cheap.
     """
@@ -67,7 +72,8 @@ def default_texts(tokenize, vocabulary, *, texts=None, n_random=4, n_templates=4
 def load_texts(held_out=False):
     """The package's own texts: {kind: [text, ...]}, or the list kept aside for measuring losses."""
     texts = json.loads((Path(__file__).parents[1] / "data" / "heads_texts.json").read_text(encoding="utf-8"))
-    return texts["held_out"] if held_out else {kind: texts[kind] for kind in NATURAL}
+    rest = texts.pop("held_out")
+    return rest if held_out else texts
 
 
 def plain_tokens(pieces, token_types):
@@ -146,7 +152,7 @@ def add_patterns(text, shuffles, max_rows, shuffle_rows, rng):
     n = len(text.ids)
     queries = np.sort(rng.choice(np.arange(1, n), min(max_rows, n - 1), replace=False))
     own = {name.removeprefix("@"): pairs for name, pairs in text.patterns.items()}
-    if text.kind in NATURAL:
+    if text.natural:
         own |= natural_pairs(text.pieces, queries)
     if text.kind == "random":
         own |= token_pairs(text.ids, queries)
