@@ -1,5 +1,6 @@
 """Notebook 16 from end to end: what it exports is what was measured, and every figure has a sentence."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -56,9 +57,11 @@ def test_exports_are_what_was_measured(run):
     assert quality.loc["Q8_0", "bits_per_weight"] == GGUFFile(out / "Q8_0.gguf").bits_per_weight
     assert len(tables["costs"]) == len(tables["falls"]) == 60 and (tables["costs"]["cost"] > 0).all()
     kept = tables["recommendation"]
-    mixture = GGUFFile(out / "mixture.gguf").tensors
+    mixture, plain = GGUFFile(out / "mixture.gguf").tensors, GGUFFile(out / "Q4_K_M.gguf").tensors
+    changed = mixture.index[mixture["type"] != plain["type"]]
     for pattern in kept["pattern"]:
         assert set(mixture[mixture.index.str.fullmatch(pattern)]["type"]) == {"Q8_0"}
+    assert all(any(re.fullmatch(pattern, name) for pattern in kept["pattern"]) for name in changed) and len(changed) > 8
     added = GGUFFile(out / "mixture.gguf").size_bytes - GGUFFile(out / "Q4_K_M.gguf").size_bytes
     assert added == pytest.approx(kept["bytes_added"].sum(), rel=0.01)
     assert np.isfinite(tables["summary"].to_numpy(float)).all()
@@ -85,8 +88,8 @@ def test_every_figure_has_a_sentence(run):
     figures = 0
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            kinds = [out.output_type if out.output_type == "stream" else list(out.data) for out in cell.outputs]
-            shown = sum("application/vnd.plotly.v1+json" in kind for kind in kinds)
+            pages = [out.data.get("text/html", "") for out in cell.outputs if out.output_type != "stream"]
+            shown = sum("plotly-graph-div" in page for page in pages)
             said = sum(
                 out.text.count(".") for out in cell.outputs if out.output_type == "stream" and out.name == "stdout"
             )

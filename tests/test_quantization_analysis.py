@@ -1,5 +1,6 @@
 """Analysis of quantizations on inputs with known answers."""
 
+import re
 from types import SimpleNamespace
 
 import gguf
@@ -217,6 +218,10 @@ def test_recommendation_is_per_byte():
     cheap = d.control(costs, table, best)
     assert sorted(cheap[["part", "layer"]].values.tolist()) == [["FFN", 1], ["attention", 1]]
     assert cheap["bytes_added"].sum() == best["bytes_added"].sum()
+    types = d.explicit_types(table, best)
+    chosen = {name: next(kind for p, kind in types.items() if re.search(p, name)) for name in table.index}
+    assert {chosen[name] for name in table.index if ".0." in name or ".2." in name} == {"Q8_0"}
+    assert {chosen[name] for name in table.index if ".1." in name} == {"Q4_K"}
 
 
 def test_pareto_and_decision():

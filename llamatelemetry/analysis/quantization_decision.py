@@ -1,5 +1,7 @@
 """Which parts of a quantized model cost the answer, and which file to take. Pure functions."""
 
+import re
+
 import numpy as np
 import pandas as pd
 
@@ -68,8 +70,7 @@ def recommend(costs, tensors, keep=8, type="Q8_0", bits=8.5):
     """The parts to keep at higher precision: those that cost the answer most per byte that keeping them adds.
 
     costs: a cost_map; tensors: GGUFFile.tensors of the quantized file; keep: at most so many parts. DataFrame: part,
-    layer, cost, bytes_added, cost_per_MiB, pattern (a regular expression on tensor names), type;
-    `dict(zip(r.pattern, r.type))` is quantize()'s tensor_types.
+    layer, cost, bytes_added, cost_per_MiB, pattern (a regular expression on tensor names), type: see explicit_types.
     """
     rows = []
     for part, layer, cost in costs[["part", "layer", "cost"]].itertuples(index=False):
@@ -88,6 +89,17 @@ def control(costs, tensors, chosen, type="Q8_0", bits=8.5):
     left = everything[~everything["pattern"].isin(chosen["pattern"])].sort_values("cost")
     parts = [left[left["part"] == part].head(n) for part, n in chosen["part"].value_counts().items()]
     return pd.concat(parts, ignore_index=True)
+
+
+def explicit_types(tensors, chosen):
+    """The chosen parts at their type and every other quantized matrix at the type it has: {pattern: type}, in order.
+
+    Naming the chosen parts alone would change others too: llama-quantize's mixtures count the layers that they choose
+    a type for, and a type given by hand is not counted. tensors: GGUFFile.tensors; chosen: a recommendation.
+    """
+    kept = dict(zip(chosen["pattern"], chosen["type"], strict=True))
+    matrices = tensors[(tensors["shape"].map(len) > 1) & ~tensors["type"].isin(["F32", "F16", "BF16"])]
+    return kept | {f"^{re.escape(name)}$": kind for name, kind in matrices["type"].items()}
 
 
 def pareto(table, cost, loss):
