@@ -1,6 +1,7 @@
 # make run    virtual environment, engine, embedded model, then every notebook into executed/ (.ipynb and .html)
 # make test   the same set-up, then every test;  make fast: those that need no model, browser or GPU
-# make bench  the benchmarks;  make clean: what the others made in this folder
+# make bench  the benchmarks;  make documents: their figures, and pictures from executed/, into the documents
+# make clean  what the others made in this folder
 #
 # The engine is compiled once per machine: 6 minutes on 2 cores, then it comes from ~/.cache/llamatelemetry.
 
@@ -33,6 +34,11 @@ bench: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
 # Tiny random models of every architecture, from llama.cpp's own generator: captures them all, writes the coverage table.
 architectures: $(VENV)/.test $(VENV)/.engine
 	@$(BIN)/python tests/architectures.py
+
+# The pictures are taken from what `make run` or `make bench` executed last.
+documents: $(VENV)/.test
+	@if ls executed/16-*.html >/dev/null 2>&1; then $(BIN)/python docs/make_figures.py; fi
+	@$(BIN)/python docs/make_documents.py
 
 clean:
 	rm -rf executed outputs build dist .pytest_cache

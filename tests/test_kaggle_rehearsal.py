@@ -21,7 +21,8 @@ SMALL = {  # parameters that only make a notebook shorter
     "13": {"SAMPLE": 400},
     "14": {"TEXT_TOKENS": 12, "PATCH_EVERY": 10},
     "15": {"ABLATION_SECONDS": 5},
-    "16": {"QUANTIZATIONS": ["Q8_0", "Q4_K_M"], "WINDOWS": 1, "N_CTX": 128},
+    "16": {"QUANTIZATIONS": ["Q8_0", "Q4_K_M"], "WINDOWS": 1, "N_CTX": 128,
+           "PROMPT": "The whaler Essex left Nantucket in August."},
 }
 
 

@@ -1,0 +1,151 @@
+"""Fills the measured parts of the documents from the stored measurements; nothing in them is typed in.
+
+    python docs/make_documents.py [--check]
+
+A part lies between `<!-- measured: NAME -->` and `<!-- end -->`. Measurements are tests/benchmarks/results/*.json and
+docs/figures/captions.json; what was not measured is shown as "not measured". --check: write nothing, exit 1 where a
+document differs from the measurements.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "SUMMARY.md", "notebooks/README.md")
+NOT_MEASURED = "not measured"
+PART = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _results(pattern):
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+def _row(benchmark, what):
+    """The first stored row whose `what` begins so, with its benchmark's hardware; None where there is none."""
+    for stored in _results(f"{benchmark}.json"):
+        for row in stored["rows"]:
+            if row["what"].startswith(what):
+                return row | {"hardware": stored["hardware"]}
+    return None
+
+
+def _value(benchmark, what, field, form):
+    row = _row(benchmark, what)
+    return form.format(row[field]) if row and field in row else NOT_MEASURED
+
+
+def _compare_time():
+    rows = [row for stored in _results("compare.json") for row in stored["rows"] if "seconds" in row]
+    ours = [row["seconds"] for row in rows if row["what"].startswith("compare_quantizations")]
+    theirs = [row["seconds"] for row in rows if row["what"].startswith("llama-perplexity")]
+    if not ours or not theirs:
+        return NOT_MEASURED
+    return f"{min(ours) / min(theirs):.2f} x its time ({min(ours):.1f} s against {min(theirs):.1f} s)"
+
+
+def _compare_difference():
+    pairs = [(row["ours"], row["theirs"]) for stored in _results("compare.json") for row in stored["rows"]
+             if row["what"].startswith("mean KLD")]
+    if not pairs:
+        return NOT_MEASURED
+    return f"at most {max(abs(ours - theirs) for ours, theirs in pairs):.1e} nats apart ({len(pairs)} files)"
+
+
+def _umap():
+    for stored in _results("rapids_gpu_*.json"):
+        for task, row in stored["tasks"].items():
+            if "umap" in task.lower() and "ratio" in row:
+                shape = " x ".join(f"{size:,}" for size in stored["shape"])
+                return f"{row['ratio']:.1f} x ({task}, {shape}: {row['cpu']:.1f} s against {row['gpu']:.1f} s)"
+    return NOT_MEASURED
+
+
+def targets():
+    """The table of what was to be reached and what was measured."""
+    rows = [
+        ("Capture of attention, q, k, v and hidden, 256 tokens, SmolLM2, CPU, against the same decode without",
+         "at most 1.25 x", _value("capture", "capture / plain", "value", "{:.2f} x")),
+        ("Import to first capture, SmolLM2, CPU, against transformers on the same GGUF", "at least 10 x faster",
+         _value("capture", "times faster", "value", "{:.1f} x")),
+        ("Peak memory of all our processes in that run, against transformers", "under 0.5 x",
+         _value("capture", "share of its memory", "value", "{:.2f} x")),
+        ("`head_statistics`, 4,096 tokens, 32 x 32 heads (8B shape), GPU, against the plain decode", "at most 1.3 x",
+         _value("gpu", "head_statistics, 8B shape", "ratio", "{:.2f} x")),
+        ("Memory that `head_statistics` adds to the model", "under 2,048 MiB",
+         _value("heads*", "head_statistics", "added_mib", "{:,} MiB")),
+        ("Capture to the host on a GPU, 8B shape, 512 tokens, against plain decode + bytes / copy bandwidth",
+         "at most 1.3 x", _value("gpu", "capture, 8B shape", "ratio", "{:.2f} x")),
+        ("KL divergence of `compare_quantizations` against llama-perplexity's", "its 16-bit rounding",
+         _compare_difference()),
+        ("Time of `compare_quantizations` against llama-perplexity's, model loading included", "no more",
+         _compare_time()),
+        ("UMAP on a GPU (cuML) against umap-learn", "measured", _umap()),
+        ("All five notebooks, SmolLM2, CPU, no network", "under 720 s",
+         _value("notebooks", "all", "seconds", "{:,.0f} s")),
+    ]
+    lines = ["| what | to reach | measured |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def hardware():
+    """One line per stored benchmark: on what it was measured."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        facts = json.loads(path.read_text())["hardware"]
+        if isinstance(facts, dict):
+            gpu = "" if facts.get("gpu", "none") == "none" else f", {facts['gpu']}"
+            facts = f"{facts.get('cpu', '')}, {facts.get('cores', '?')} cores{gpu}, {facts.get('date', '')}"
+        lines.append(f"- `{path.name}`: {facts}")
+    return "\n".join(lines)
+
+
+def notebooks():
+    """Time and memory of each notebook."""
+    lines = ["| notebook | time | peak memory of all its processes | as one HTML file |", "|---|---|---|---|"]
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        row = _row("notebooks", path.stem)
+        cells = [f"{row['seconds']:,.0f} s", f"{row['peak_mib']:,} MiB", f"{row['html_mb']} MB"] if row else \
+            [NOT_MEASURED] * 3
+        lines.append(f"| {path.stem[:2]} | {' | '.join(cells)} |")
+    row = _row("notebooks", "all")
+    if row:
+        lines += ["", f"Measured with `make bench` on {row['hardware']['cpu']}, {row['hardware']['cores']} cores, GPU: "
+                      f"{row['hardware']['gpu']}, {row['hardware']['date']}."]
+    return "\n".join(lines)
+
+
+def pictures():
+    """The pictures with what their cells printed."""
+    path = ROOT / "docs" / "figures" / "captions.json"
+    captions = json.loads(path.read_text()) if path.is_file() else {}
+    return "\n\n".join(f"![{fact['title']}](docs/figures/{name}.png)\n\n{fact['title']} (notebook {fact['notebook']})."
+                       + (f" *{fact['printed']}*" if fact["printed"] else "") for name, fact in captions.items())
+
+
+PARTS = {"targets": targets, "hardware": hardware, "notebooks": notebooks, "pictures": pictures}
+
+
+def fill(text):
+    """A document with its measured parts filled in."""
+    return PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", text)
+
+
+def main(check=False):
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text()
+        if (filled := fill(text)) != text:
+            stale.append(name)
+            if not check:
+                path.write_text(filled)
+    if stale:
+        print(f"{'differ from the measurements' if check else 'written'}: {', '.join(stale)}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

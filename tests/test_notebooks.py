@@ -1,0 +1,64 @@
+"""Every notebook as it goes into git: no outputs, valid, short cells, one setup cell for all."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from llamatelemetry import kaggle_stage
+from llamatelemetry.kaggle_push import notebook_problems
+
+nbformat = pytest.importorskip("nbformat")
+CHECKOUT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
+
+
+def test_all_five_are_here():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["12", "13", "14", "15", "16"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
+class TestNotebook:
+    def test_nothing_is_wrong_with_it(self, path):
+        assert list(notebook_problems(path)) == []
+
+    def test_first_cell_is_everybody_s(self, path):
+        cells = json.loads(path.read_text())["cells"]
+        found = ["".join(cell["source"]) for cell in cells if "setup" in cell["metadata"].get("tags", [])]
+        assert found == [kaggle_stage.setup_cell(CHECKOUT)], \
+            "run `llamatelemetry kaggle setup-cell --write notebooks/*.ipynb`"
+
+    def test_parameters_have_the_common_names(self, path):
+        cell = next(cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", []))
+        names = set(re.findall(r"^([A-Z_]+)(?:, [A-Z_]+)* = ", cell.source, re.MULTILINE))
+        assert {"MODEL", "OUTPUT_DIR", "BACKEND", "SEED"} <= names
+        assert 'MODEL = "smollm2-135m-Q4_1"' in cell.source
+
+    def test_code_cells_compile(self, path):
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code":
+                compile(cell.source, path.name, "exec")
+
+    def test_nothing_asks_or_shells_out(self, path):
+        text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"
+                         and "setup" not in cell.metadata.get("tags", []))
+        assert not re.search(r"\binput\(|^\s*[!%]|pip install|simulat|np\.random\.(rand|normal)\b", text, re.MULTILINE)
+        assert not re.search(r"/work|/tmp/|/home/", text)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda cells: cells[2].update(execution_count=1), "outputs or a number"),
+    (lambda cells: cells[2].update(outputs=[nbformat.v4.new_output("stream", text="x")]), "outputs or a number"),
+    (lambda cells: cells[2].update(source="a = 1\n" * 16), "16 lines, 15 are allowed"),
+    (lambda cells: cells[0].metadata.update(tags=[]), "must be tagged"),
+])
+def test_what_is_wrong_is_found(tmp_path, change, message):
+    cells = [nbformat.v4.new_code_cell("A = 1", metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell("B = 1", metadata={"tags": ["setup"]}), nbformat.v4.new_code_cell("C = 1")]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    assert list(notebook_problems(path)) == []
+    change(cells)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    assert any(message in problem for problem in notebook_problems(path))
