@@ -17,7 +17,7 @@ def test_cells_are_short_and_clean():
     notebook = nbformat.read(NOTEBOOK, 4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.metadata.get("tags") for cell in code[:2]] == [["setup"], ["parameters"]]
+    assert [cell.metadata.get("tags") for cell in code[:2]] == [["parameters"], ["setup"]]
     for cell in code:
         assert cell.outputs == [] and cell.execution_count is None
         if "setup" not in cell.metadata.get("tags", []):
