@@ -228,7 +228,8 @@ def test_restored_is_zero_without_and_one_with_the_source():
 
 
 def test_generated_tokens_are_read_where_they_were_predicted():
-    tokens = pd.DataFrame({"position": range(3), "id": [0, 1, 0], "piece": list("aba"), "generated": [False, True, True]})
+    tokens = pd.DataFrame({"position": range(3), "id": [0, 1, 0], "piece": list("aba"),
+                           "generated": [False, True, True]})
     logits = np.log([[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]])
     data = xr.Dataset({"entropy": (("layer", "token"), [[1.0, 2, 3], [3, 4, 5]])})
     table = layers_compare.generation_table(tokens, logits, data, [5, 6, 7])
@@ -269,7 +270,8 @@ def test_load_counts_choices(chosen):
 
 
 @pytest.mark.parametrize("kind, values, entropy", [
-    ("softmax", [0.5, 0.5, 0, 0], np.log(2)), ("sigmoid", [0.9, 0.9, 0, 0], np.log(2)), ("logits", [3, 3, 3, 3], np.log(4)),
+    ("softmax", [0.5, 0.5, 0, 0], np.log(2)), ("sigmoid", [0.9, 0.9, 0, 0], np.log(2)),
+    ("logits", [3, 3, 3, 3], np.log(4)),
 ])  # fmt: skip
 def test_routing_entropy_of_what_the_router_gives(kind, values, entropy):
     router = stage([[values]], ("layer", "token", "expert"))

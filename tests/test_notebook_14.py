@@ -84,8 +84,9 @@ def test_the_answer_moves_from_the_name_to_the_last_token(run):
 @pytest.mark.parametrize("architecture, says", [("qwen3moe", "The busiest expert"), ("lfm2", "has no experts")])
 def test_other_architectures_pass_the_same_cells(architecture, says, tmp_path):
     """Experts; layers without attention. The weights are random: only that the cells hold is tested."""
-    parameters = {"MODEL": str(models.tiny_model(architecture, tmp_path)), "TEXT_TOKENS": 12, "PATCH_EVERY": 2, "GENERATE": 4,
-                  "PROMPT": "The cat", "SECOND_PROMPT": "The dog", "QUANTIZATION": "Q8_0", "CONTEXT": 128}
+    parameters = {"MODEL": str(models.tiny_model(architecture, tmp_path)), "TEXT_TOKENS": 12, "PATCH_EVERY": 2,
+                  "GENERATE": 4, "PROMPT": "The cat", "SECOND_PROMPT": "The dog",
+                  "QUANTIZATION": "Q8_0", "CONTEXT": 128}
     notebook = nbformat.read(run_notebook(NOTEBOOK, tmp_path, parameters, progress=False), 4)
     assert says in said(notebook)
 
@@ -106,8 +107,9 @@ def test_page_shows_the_chosen_state(page, tmp_path):
     hidden = np.zeros((3, 4, 8), np.float32)
     hidden[2, 1, 5] = -12.5
     hidden[..., 0] += 1
-    path = layers_page(hidden, [" a", "<b>", "\n", b"\xff"], {"length": np.linalg.norm(hidden, axis=-1)}, model="<m>",
-                       says=[["x", "</script>", "y", "z"]] * 3, probability=np.full((3, 4), 0.25)).save(tmp_path / "p.html")
+    shown = layers_page(hidden, [" a", "<b>", "\n", b"\xff"], {"length": np.linalg.norm(hidden, axis=-1)}, model="<m>",
+                        says=[["x", "</script>", "y", "z"]] * 3, probability=np.full((3, 4), 0.25))
+    path = shown.save(tmp_path / "p.html")
     errors, requests = [], []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))

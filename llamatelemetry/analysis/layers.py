@@ -123,7 +123,7 @@ def projection(hidden, attn_out, ffn_out, position=-1):
 
 def block_influence(hidden):
     """1 - cosine of what enters and what leaves a layer, mean over tokens: Block Influence (Men et al. 2024,
-    arXiv:2403.03853). DataFrame indexed by layer: influence, over the tokens after the first; first: the first token."""
+    arXiv:2403.03853). DataFrame indexed by layer: influence, over the tokens after the first; first: of that one."""
     h = _stream(hidden)
     unit = h / np.maximum(np.linalg.norm(h, axis=-1, keepdims=True), 1e-300)
     change = 1 - (unit[:-1] * unit[1:]).sum(-1)  # (layer, token)
@@ -168,7 +168,8 @@ def layer_importance(hidden, sweep):
     """
     table = block_influence(hidden)[["influence"]]
     for part in ("attention", "ffn", "both"):
-        rows = {int(name.split()[1]): value for name, value in sweep["loss_change"].items() if name.startswith(f"{part} ")}
+        named = sweep["loss_change"].items()
+        rows = {int(name.split()[1]): value for name, value in named if name.startswith(f"{part} ")}
         table[part] = pd.Series(rows, dtype=float)
     table.attrs["spearman"] = table.corr(method="spearman")["influence"].drop("influence").to_dict()
     return table

@@ -60,7 +60,8 @@ def restored(difference, patched_run, source_run):
     All three are answer differences (logits). NaN where the two runs do not differ.
     """
     gap = source_run - patched_run
-    return (np.asarray(difference, dtype=np.float64) - patched_run) / gap if gap else np.full(np.shape(difference), np.nan)
+    difference = np.asarray(difference, dtype=np.float64)
+    return (difference - patched_run) / gap if gap else np.full(difference.shape, np.nan)
 
 
 def changed_positions(hidden, other, limit=None):

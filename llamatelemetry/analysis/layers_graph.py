@@ -30,7 +30,8 @@ def stream_graph(hidden, lens_data, attention, tokens, vocabulary, per_query=1, 
     cosine = (h[:-1] * h[1:]).sum(-1) / np.maximum(norm[:-1] * norm[1:], 1e-300)
     rows = [(f"{a}:{b}", f"{a + 1}:{b}", max(cosine[a, b], 1e-3), "stream")
             for a in range(n_layer - 1) for b in range(n_token)]
-    return nodes, pd.DataFrame(rows + _attention_edges(attention, per_query, least), columns=["src", "dst", "weight", "kind"])
+    rows += _attention_edges(attention, per_query, least)
+    return nodes, pd.DataFrame(rows, columns=["src", "dst", "weight", "kind"])
 
 
 def _attention_edges(attention, per_query, least):

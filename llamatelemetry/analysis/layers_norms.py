@@ -75,7 +75,7 @@ def _impact(part, layer, before, after, gguf):
 
 
 def dimension_gains(gguf, layers, dims):
-    """Gain of chosen dimensions in the first norm of each layer, over that norm's median: (layer, dim) DataFrame; layers
+    """Gain of chosen dimensions in the first norm of each layer over that norm's median: (layer, dim) DataFrame; layers
     without such a tensor are left out."""
     rows = {}
     for layer in layers:

@@ -16,7 +16,8 @@ def norm_sentence(table):
     return (
         f"The median length of the other tokens goes from {table['median'].iloc[0]:.3g} at the embedding to "
         f"{table['median'].iloc[-1]:.3g} after layer {n - 1}, {table['median'].iloc[-1] / table['median'].iloc[0]:.0f} "
-        f"times. The first token is longest before layer {peak} ({table['first'].max():.3g}, {ratio[peak]:.0f} times the "
+        f"times. The first token is longest before layer {peak} ({table['first'].max():.3g}, {ratio[peak]:.0f} "
+        "times the "
         f"others' median there) and ends at {ratio.iloc[-1]:.1f} times."
         if peak < n else
         f"The median length of the other tokens goes from {table['median'].iloc[0]:.3g} at the embedding to "
@@ -37,8 +38,10 @@ def massive_sentence(table, quantiles):
     layers = sorted(set(table["layer"]))
     shown = ", ".join(map(str, where[:6])) + (" and others" if len(where) > 6 else "")
     return (
-        f"Massive activations (above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of their layer) stand at "
-        f"position{'s' if len(where) > 1 else ''} {shown}, in {len(set(table['dim']))} of the dimensions, from layer state "
+        f"Massive activations (above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of their layer) "
+        "stand at "
+        f"position{'s' if len(where) > 1 else ''} {shown}, in {len(set(table['dim']))} of the dimensions, from "
+        "layer state "
         f"{layers[0]} to {layers[-1]}. The largest relative to its layer is {top['value']:.4g} in dimension "
         f"{int(top['dim'])} of state {int(top['layer'])}, {top['ratio']:.0f} times the median. {tail}"
     )
@@ -51,7 +54,8 @@ def sparsity_sentence(table):
     zeros = "No neuron is exactly 0" if exact == 0 else f"{exact:.1%} of the values are exactly 0"
     return (
         f"{zeros}; {table['small'].mean():.0%} are below 1 % of their token's largest. In the most concentrated layer "
-        f"({low}) {table.loc[low, 'needed']:.1%} of the neurons hold 90 % of the sum of squares, in the broadest ({high}) "
+        f"({low}) {table.loc[low, 'needed']:.1%} of the neurons hold 90 % of the sum of squares, in the broadest "
+        f"({high}) "
         f"{table.loc[high, 'needed']:.1%}; a single neuron holds up to {table['largest'].max():.0%} (layer "
         f"{table['largest'].idxmax()})."
     )
@@ -65,11 +69,14 @@ def contribution_sentence(data):
         values = later["relative"].sel(part=part).values
         if np.isfinite(values).any():
             layer = int(np.nanargmax(values))
-            parts.append(f"{part} adds most in layer {layer} ({values[layer]:.2g} of the stream's length), in the median "
-                         f"layer {np.nanmedian(values):.2g}")
+            parts.append(f"{part} adds most in layer {layer} ({values[layer]:.2g} of the stream's length), in the "
+                         f"median layer {np.nanmedian(values):.2g}")
     against = (later["cosine"] < 0).sum("layer")
     signs = " and ".join(f"{int(against.sel(part=p))} for {p}" for p in data["part"].values)
-    return f"Of the later tokens, {'; '.join(parts)}. The addition points against the stream in {signs} of {later.sizes['layer']} layers."
+    return (
+        f"Of the later tokens, {'; '.join(parts)}. The addition points against the stream in {signs} of "
+        f"{later.sizes['layer']} layers."
+    )
 
 
 def projection_sentence(table, piece):
@@ -79,9 +86,11 @@ def projection_sentence(table, piece):
     half = int((table["cumulative"] >= 0.5).to_numpy().nonzero()[0][0]) if (table["cumulative"] >= 0.5).any() else None
     said = f"Half of it is there after layer {half}. " if half is not None else ""
     sums = table[["attention", "ffn"]].sum()
-    attention, ffn, start = (f"{round(100 * x) + 0}%" for x in (sums["attention"], sums["ffn"], table.attrs["embedding"]))
+    three = (sums["attention"], sums["ffn"], table.attrs["embedding"])
+    attention, ffn, start = (f"{round(100 * x) + 0}%" for x in three)  # + 0: no "-0%"
     return (
-        f"Along the final state of {name(piece)}, attention writes {attention}, the feed-forward blocks {ffn}, the embedding "
+        f"Along the final state of {name(piece)}, attention writes {attention}, the feed-forward blocks {ffn}, the "
+        "embedding "
         f"{start}. {said}The largest single part is {part} of layer "
         f"{layer} ({parts.max():.0%})."
     )
@@ -110,8 +119,10 @@ def gain_sentence(gains, median=1.0):
         return "There are no massive dimensions whose gain could be compared."
     values = gains.to_numpy()
     return (
-        f"In the dimension{'s' if values.shape[1] > 1 else ''} with massive activations ({', '.join(map(str, gains.columns))})"
-        f" the gain of the attention norm is {np.median(values):.2g} times the layer's median (median over layers; lowest "
+        f"In the dimension{'s' if values.shape[1] > 1 else ''} with massive activations "
+        f"({', '.join(map(str, gains.columns))})"
+        f" the gain of the attention norm is {np.median(values):.2g} times the layer's median (median over layers; "
+        "lowest "
         f"{values.min():.2g}, highest {values.max():.2g}): the norm "
         + ("turns them down." if np.median(values) < median else "does not turn them down.")
     )
@@ -123,10 +134,13 @@ def lens_sentence(data, position, vocabulary):
     best = int(one["top"].isel(layer=-1, best=0))
     first = one["layer"].values[np.argmax(one["rank"].values == 0)] if (one["rank"].values == 0).any() else None
     half = np.flatnonzero(one["probability"].values >= 0.5 * float(one["probability"][-1]))
-    said = "it is never the best token of the lens" if first is None else f"it is the lens's best token first at state {first}"
+    said = f"it is the lens's best token first at state {first}"
+    said = "it is never the best token of the lens" if first is None else said
     return (
-        f"The answer {name(vocabulary[best])} has rank {int(one['rank'][0])} at the embedding; {said}, and reaches half of "
-        f"its final probability ({float(one['probability'][-1]):.3f}) at state {one['layer'].values[half[0]]}. The lens's "
+        f"The answer {name(vocabulary[best])} has rank {int(one['rank'][0])} at the embedding; {said}, and reaches "
+        "half of "
+        f"its final probability ({float(one['probability'][-1]):.3f}) at state {one['layer'].values[half[0]]}. The "
+        "lens's "
         f"entropy goes from {float(one['entropy'][0]):.2f} to {float(one['entropy'][-1]):.2f} nats."
     )
 
@@ -147,8 +161,10 @@ def attribution_sentence(table, pieces):
     most, least = blocks.loc[blocks["value"].idxmax()], blocks.loc[blocks["value"].idxmin()]
     return (
         f"{name(pieces[0])} leads {name(pieces[1])} by {table.attrs['total']:.2f} in logit (captured: "
-        f"{table.attrs['captured']:.2f}): {sums['attention']:+.2f} from attention, {sums['ffn']:+.2f} from the feed-forward "
-        f"blocks, {sums['embedding']:+.2f} from the embedding. {most['component']} of layer {int(most['layer'])} adds most "
+        f"{table.attrs['captured']:.2f}): {sums['attention']:+.2f} from attention, {sums['ffn']:+.2f} from the "
+        "feed-forward "
+        f"blocks, {sums['embedding']:+.2f} from the embedding. {most['component']} of layer {int(most['layer'])} "
+        "adds most "
         f"({most['value']:+.2f}); {least['component']} of layer {int(least['layer'])} works hardest against it "
         f"({least['value']:+.2f})."
     )
@@ -174,8 +190,10 @@ def cka_sentence(values, chance):
     far = values[0, -1]
     cut = int(near.argmin())
     return (
-        f"Neighbouring states have a CKA of {near.mean():.3f} on average; the largest step is from state {cut} to {cut + 1} "
-        f"({near.min():.3f}). First and last have {far:.2f}. The same states with their tokens shuffled give {chance:.2f}: "
+        f"Neighbouring states have a CKA of {near.mean():.3f} on average; the largest step is from state {cut} to "
+        f"{cut + 1} "
+        f"({near.min():.3f}). First and last have {far:.2f}. The same states with their tokens shuffled give "
+        f"{chance:.2f}: "
         "only what is above that says something."
     )
 
@@ -186,7 +204,8 @@ def divergence_sentence(data, what):
     same = (data["distance"] == 0).all("layer").values
     peak = int(by_layer.argmax())
     apart = np.flatnonzero(~same)
-    start = (f"{int(same.sum())} of {len(same)} paired positions have identical states in every layer; " if same.any() else "")
+    start = f"{int(same.sum())} of {len(same)} paired positions have identical states in every layer; "
+    start = start if same.any() else ""
     if not len(apart):
         return f"{what}: all paired positions have identical states in every layer."
     last = data.isel(pair=apart[-1])
@@ -201,11 +220,14 @@ def patch_sentence(values, layers, positions, pieces, n_layer):
     """values: (layer, position) restored shares."""
     values = np.asarray(values)
     i, j = np.unravel_index(np.nanargmax(values), values.shape)
-    half = [(int(positions[p]), [int(layers[k]) for k in np.flatnonzero(values[:, p] >= 0.5)]) for p in range(len(positions))]
-    spans = "; ".join(f"position {p} {name(pieces[p])}: states {min(where)} to {max(where)}" for p, where in half if where)
+    half = {int(p): np.asarray(layers)[column >= 0.5] for p, column in zip(positions, values.T)}
+    spans = "; ".join(f"position {p} {name(pieces[p])}: states {where.min()} to {where.max()}"
+                      for p, where in half.items() if len(where))
+    spans = f"At least half of the answer comes back from {spans}." if spans else ""
     return (
-        f"The largest share is {values[i, j]:.2f}, at state {layers[i]} and position {positions[j]} {name(pieces[positions[j]])}. "
-        + (f"At least half of the answer comes back from {spans}." if spans else "No single patch brings back half of the answer.")
+        f"The largest share is {values[i, j]:.2f}, at state {layers[i]} and position {positions[j]} "
+        f"{name(pieces[positions[j]])}. "
+        + (spans or "No single patch brings back half of the answer.")
     )
 
 
@@ -214,9 +236,12 @@ def quantization_sentence(data, change, names):
     by_layer = data["distance"].isel(pair=slice(1, None)).median("pair").values
     steps = np.diff(by_layer)
     return (
-        f"Between {names[0]} and {names[1]} the median relative distance of the later tokens grows from {by_layer[0]:.3f} to "
-        f"{by_layer[-1]:.3f}, most in layer {int(steps.argmax())} ({steps.max():+.3f}). The predictions differ by a mean KL "
-        f"of {change['kl'].mean():.4f} nats and name the same best token at {change['same_top'].mean():.0%} of the positions."
+        f"Between {names[0]} and {names[1]} the median relative distance of the later tokens grows from "
+        f"{by_layer[0]:.3f} to "
+        f"{by_layer[-1]:.3f}, most in layer {int(steps.argmax())} ({steps.max():+.3f}). The predictions differ by a "
+        "mean KL "
+        f"of {change['kl'].mean():.4f} nats and name the same best token at {change['same_top'].mean():.0%} of the "
+        "positions."
     )
 
 
@@ -224,8 +249,10 @@ def models_sentence(values, chance, change, names):
     """Two models of different shape: values, chance: cka_map of both; change: output_change; names: of both."""
     best = np.asarray(values).max(1)
     return (
-        f"The states of {names[0]} and {names[1]} share no space; by CKA a state of the first resembles its nearest state of the "
-        f"second at {best.mean():.2f} on average ({best.min():.2f} at least; shuffled tokens give {chance:.2f}). The predictions "
+        f"The states of {names[0]} and {names[1]} share no space; by CKA a state of the first resembles its nearest "
+        "state of the "
+        f"second at {best.mean():.2f} on average ({best.min():.2f} at least; shuffled tokens give {chance:.2f}). "
+        "The predictions "
         f"differ by a mean KL of {change['kl'].mean():.4f} nats and name the same best token at "
         f"{change['same_top'].mean():.0%} of the positions."
     )
@@ -235,10 +262,12 @@ def generation_sentence(table):
     """table: generation_table."""
     unsure, late = table.loc[table["entropy"].idxmax()], table.loc[table["settled"].idxmax()]
     rho = table[["entropy", "settled"]].corr(method="spearman").iloc[0, 1]
-    agree = f" Entropy and settling state have a rank correlation of {rho:.2f} over {len(table)} tokens." if np.isfinite(rho) else ""
+    agree = f" Entropy and settling state have a rank correlation of {rho:.2f} over {len(table)} tokens."
+    agree = agree if np.isfinite(rho) else ""
     return (
         f"The model was least sure before {name(unsure['piece'])} (position {int(unsure['position'])}: entropy "
-        f"{unsure['entropy']:.2f} nats, probability {unsure['probability']:.2f}) and settled latest on the token at position "
+        f"{unsure['entropy']:.2f} nats, probability {unsure['probability']:.2f}) and settled latest on the token at "
+        "position "
         f"{int(late['position'])} (state {int(late['settled'])}).{agree}"
     )
 
@@ -251,10 +280,10 @@ def graph_sentence(nodes, edges):
     text = f"{len(nodes):,} nodes and {len(edges):,} edges. "
     if len(strong):
         edge = strong.iloc[-1]
-        text += (f"The strongest attention edge (the first token and the token itself aside) goes from {edge['src']} to "
-                 f"{edge['dst']} (layer:position), weight {edge['weight']:.2f}. ")
-    return text + (f"Between the embedding and the last state the lens is surest at {sure['id']}: {name(sure['says'])} with probability "
-                   f"{sure['probability']:.2f}.")
+        text += (f"The strongest attention edge (the first token and the token itself aside) goes from {edge['src']} "
+                 f"to {edge['dst']} (layer:position), weight {edge['weight']:.2f}. ")
+    return text + (f"Between the embedding and the last state the lens is surest at {sure['id']}: "
+                   f"{name(sure['says'])} with probability {sure['probability']:.2f}.")
 
 
 def routing_sentence(load, entropy):
@@ -265,8 +294,10 @@ def routing_sentence(load, entropy):
     most, least = (int(entropy["layer"][i]) for i in (by_layer.values.argmin(), by_layer.values.argmax()))
     idle = int((values == 0).sum())
     return (
-        f"The busiest expert is {expert} of layer {int(load['layer'][layer])} with {values.max():.0%} of the choices (even "
-        f"load: {even:.0%}); {idle} of {values.size} experts were never chosen in this text. The router is most decided "
+        f"The busiest expert is {expert} of layer {int(load['layer'][layer])} with {values.max():.0%} of the "
+        "choices (even "
+        f"load: {even:.0%}); {idle} of {values.size} experts were never chosen in this text. The router is most "
+        "decided "
         f"in layer {most} (entropy {float(by_layer.min()):.2f} nats) and least in layer {least} "
         f"({float(by_layer.max()):.2f}; {np.log(load.shape[1]):.2f} would be undecided)."
     )
@@ -276,7 +307,8 @@ def same_experts_sentence(shares, what):
     """shares: routing.same_experts; what: the other run in words."""
     worst = int(shares["layer"][int(shares.values.argmin())])
     return (
-        f"{what} sends the tokens to {float(shares.mean()):.0%} of the same experts, mean over layers; least in layer {worst} "
+        f"{what} sends the tokens to {float(shares.mean()):.0%} of the same experts, mean over layers; least in "
+        f"layer {worst} "
         f"({float(shares.min()):.0%})."
     )
 

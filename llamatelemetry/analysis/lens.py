@@ -77,11 +77,12 @@ def unembedding(gguf, captured):
         fits.append((np.linalg.norm(factor * mine - final) / np.linalg.norm(final), centred, factor))
     error, centred, factor = min(fits)
     if error > 1e-3:
-        raise CaptureError(f"final_norm of architecture {gguf.architecture!r} is neither the RMS norm nor the layer norm "
-                           f"of the last state (relative difference {error:.2g}): no logit lens for it.")
+        raise CaptureError(f"final_norm of architecture {gguf.architecture!r} is neither the RMS norm nor the layer "
+                           f"norm of the last state (relative difference {error:.2g}): no logit lens for it.")
     factor = 1.0 if abs(factor - 1) < 1e-3 else factor
     output_bias = gguf.tensor("output.bias").astype(np.float64) if "output.bias" in gguf.tensors.index else 0.0
-    head = Unembedding(gguf, centred, gguf.norm_eps or 0.0, gain, bias, factor, 1.0, gguf.final_logit_softcap, output_bias)
+    head = Unembedding(gguf, centred, gguf.norm_eps or 0.0, gain, bias, factor, 1.0, gguf.final_logit_softcap,
+                       output_bias)  # fmt: skip
     return _with_scale(head, final, np.asarray(captured["logits"], dtype=np.float64))
 
 
@@ -97,8 +98,8 @@ def _with_scale(head, final, logits):
     stated = head.gguf.metadata.get(f"{head.gguf.architecture}.logit_scale") or 1.0
     scale = min((1.0, stated, 1.0 / stated), key=lambda s: abs(s - fitted))
     if abs(scale - fitted) > 0.02 * abs(scale):
-        raise CaptureError(f"the logits of architecture {head.gguf.architecture!r} are {fitted:.4g} times final_norm times "
-                           f"{head.gguf.output_name}, and its file does not say so: no logit lens for it.")
+        raise CaptureError(f"the logits of architecture {head.gguf.architecture!r} are {fitted:.4g} times final_norm "
+                           f"times {head.gguf.output_name}, and its file does not say so: no logit lens for it.")
     return Unembedding(**{**vars(head), "scale": scale})
 
 
@@ -261,7 +262,8 @@ def logit_attribution(captured, head, token, other, position=-1):
         rows += [(name, int(layer), x @ reader) for layer, x in zip(captured[stage]["layer"].values, values)]
         rest = rest - values.sum(0)
     offset = 0.0 if np.ndim(head.output_bias) == 0 else head.output_bias[token] - head.output_bias[other]
-    rows += [("other", -1, rest @ reader), ("bias", -1, head.scale * (head.multiplier * head.bias @ direction + offset))]
+    bias = head.scale * (head.multiplier * head.bias @ direction + offset)
+    rows += [("other", -1, rest @ reader), ("bias", -1, bias)]
     table = pd.DataFrame(rows, columns=["component", "layer", "value"])
     ends = np.asarray(captured["logits"].isel(token=position), dtype=np.float64)[[token, other]]
     ends = ends if not head.softcap else head.softcap * np.arctanh(ends / head.softcap)

@@ -1,4 +1,4 @@
-"""Mixture of experts: who is chosen, how decided the router is, and whether kinds of tokens have experts of their own."""
+"""Mixture of experts: who is chosen, how decided the router is, whether kinds of tokens have their own experts."""
 
 import numpy as np
 import pandas as pd

@@ -98,7 +98,8 @@ def projection_bars(table, *, title):
 
 def norm_impact(table, *, title):
     """What the norms do: change of direction, scale, and silenced dimensions. table: analysis.layers_norms."""
-    columns = {"cosine": "cosine before / after", "scale": "length after / before (log)", "silenced": "silenced dimensions"}
+    columns = {"cosine": "cosine before / after", "scale": "length after / before (log)",
+               "silenced": "silenced dimensions"}  # fmt: skip
     figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.1)
     for col, (column, name) in enumerate(columns.items(), start=1):
         for part, rows in table.groupby(level="part"):
@@ -115,7 +116,8 @@ def norm_impact(table, *, title):
 def lens_profile(data, position, *, title):
     """Rank and probability of the answer, entropy, and KL to the output, by state. data: analysis.lens.lens."""
     one = data.isel(token=position)
-    panels = {"rank": "rank (0: best)", "probability": "probability", "entropy": "entropy (nats)", "kl": "KL to output (nats)"}
+    panels = {"rank": "rank (0: best)", "probability": "probability", "entropy": "entropy (nats)",
+              "kl": "KL to output (nats)"}  # fmt: skip
     figure = make_subplots(rows=2, cols=2, horizontal_spacing=0.12, vertical_spacing=0.1, shared_xaxes=True)
     for i, (name, label) in enumerate(panels.items()):
         place = dict(row=1 + i // 2, col=1 + i % 2)
@@ -146,12 +148,14 @@ def lens_table(data, pieces, vocabulary, *, title, last=12, every=1):
         return vocabulary[i] if i < len(vocabulary) else f"<{i}>"
 
     text = [[_short(piece(i[0])) for i in row] for row in ids]
-    hover = [["<br>".join(f"{html.escape(theme.token_text(piece(i)))}  {q:.4f}" for i, q in zip(*cell)) for cell in zip(*row)]
-             for row in zip(ids, p)]
+    def best(tokens, shares):
+        return "<br>".join(f"{html.escape(theme.token_text(piece(i)))}  {q:.4f}" for i, q in zip(tokens, shares))
+
+    hover = [[best(*cell) for cell in zip(*row)] for row in zip(ids, p)]
     labels = [f"{t} {_short(pieces[t])}" for t in tokens]
     figure = go.Figure(go.Heatmap(
-        z=p[..., 0], x=labels, y=[str(s) for s in states[kept]], text=text, texttemplate="%{text}", textfont=dict(size=10),
-        customdata=hover, zmin=0, zmax=1, colorscale=theme.MAGNITUDE, xgap=1, ygap=1,
+        z=p[..., 0], x=labels, y=[str(s) for s in states[kept]], text=text, texttemplate="%{text}",
+        textfont=dict(size=10), customdata=hover, zmin=0, zmax=1, colorscale=theme.MAGNITUDE, xgap=1, ygap=1,
         colorbar=dict(title=dict(text="probability", side="right")),
         hovertemplate="position %{x}, state %{y}<br>%{customdata}<extra></extra>",
     ), layout=dict(template=theme.TEMPLATE, title=title, height=140 + 19 * len(kept)))  # fmt: skip
@@ -163,9 +167,11 @@ def settled_bars(layers, pieces, *, title):
     """State at which the prediction after each token settles. layers: analysis.lens.settled."""
     figure = _lines(title, "token that is read", "settles at state", height=380)
     labels = theme.token_labels(pieces)
-    figure.add_bar(x=labels, y=layers, marker_color=theme.COLOR["residual"], hovertemplate="%{x}: state %{y}<extra></extra>")
+    figure.add_bar(x=labels, y=layers, marker_color=theme.COLOR["residual"],
+                   hovertemplate="%{x}: state %{y}<extra></extra>")  # fmt: skip
     step = max(1, -(-len(labels) // 48))
-    return figure.update_xaxes(tickangle=-90, tickmode="array", tickvals=labels[::step]).update_layout(margin=dict(t=60))
+    figure.update_xaxes(tickangle=-90, tickmode="array", tickvals=labels[::step])
+    return figure.update_layout(margin=dict(t=60))
 
 
 def attribution_bars(table, *, title):
@@ -185,7 +191,8 @@ def attribution_bars(table, *, title):
 def importance_profile(table, *, title):
     """Block Influence above, rise of the loss under ablation below. table: analysis.layers.layer_importance."""
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.4, 0.6])
-    figure.add_bar(x=table.index, y=table["influence"], name="Block Influence", marker_color=theme.CATEGORIES[7], row=1, col=1)
+    figure.add_bar(x=table.index, y=table["influence"], name="Block Influence", marker_color=theme.CATEGORIES[7], row=1,
+                   col=1)  # fmt: skip
     for part in ("attention", "ffn", "both"):
         _line(figure, table.index, table[part], f"without {part}", PARTS[part], place=dict(row=2, col=1), unit="+.4f")
     figure.update_yaxes(title="1 - cosine", row=1)
@@ -197,16 +204,16 @@ def importance_profile(table, *, title):
 def state_map(values, *, title, unit, x_title=STATE, y_title=ROWS, zmax=1.0):
     """A square map over states, such as CKA."""
     values = np.asarray(values)
-    figure = theme.heatmap(values, list(range(values.shape[1])), list(range(values.shape[0])), title=title, x_title=x_title,
-                           y_title=y_title, unit=unit, zmax=zmax, height=620)
+    figure = theme.heatmap(values, list(range(values.shape[1])), list(range(values.shape[0])), title=title,
+                           x_title=x_title, y_title=y_title, unit=unit, zmax=zmax, height=620)
     return figure.update_yaxes(scaleanchor="x", constrain="domain").update_xaxes(constrain="domain")
 
 
 def position_map(values, positions, states, pieces, *, title, unit, signed=False, zmax=None):
     """A map of (state, position): distance of two runs, or what a patch restores. pieces: of all positions."""
     labels = [f"{p} {html.escape(theme.token_text(pieces[p]))}" for p in positions]
-    figure = theme.heatmap(values, labels, [str(s) for s in states], title=title, x_title="token", y_title=ROWS, unit=unit,
-                           signed=signed, zmax=zmax, height=max(380, min(720, 150 + 16 * len(states))))
+    figure = theme.heatmap(values, labels, [str(s) for s in states], title=title, x_title="token", y_title=ROWS,
+                           unit=unit, signed=signed, zmax=zmax, height=max(380, min(720, 150 + 16 * len(states))))
     step = max(1, -(-len(labels) // 48))
     figure.update_xaxes(tickangle=-60, tickmode="array", tickvals=labels[::step])
     return figure.update_yaxes(type="category")
@@ -218,8 +225,8 @@ def drift_profile(data, change, pieces, *, title):
     place = dict(row=1, col=1)
     values = data["distance"].values  # (layer, pair)
     for quantile, color, name in ((0.9, theme.CATEGORIES[4], "90th percentile"), (0.5, theme.CATEGORIES[0], "median")):
-        _line(figure, data["layer"].values, np.quantile(values[:, 1:], quantile, axis=1), f"other tokens, {name}", color,
-              place=place)
+        _line(figure, data["layer"].values, np.quantile(values[:, 1:], quantile, axis=1), f"other tokens, {name}",
+              color, place=place)
     _line(figure, data["layer"].values, values[:, 0], "first token", theme.CATEGORIES[5], dash="dash", place=place)
     labels = [f"{p} {html.escape(theme.token_text(pieces[p]))}" for p in change["position"]]
     figure.add_bar(x=labels, y=change["kl"], marker_color=theme.CATEGORIES[0], showlegend=False, row=2, col=1,
@@ -249,7 +256,8 @@ def generation_map(table, lens_data, *, title):
     figure.add_scatter(x=labels, y=table["settled"], name="settles here", mode="markers", row=2, col=1,
                        marker=dict(color="white", symbol="diamond", size=7, line=dict(color="black", width=1)))
     figure.update_yaxes(title="entropy", row=1, secondary_y=False)
-    figure.update_yaxes(title="probability", range=[0, 1.05], tickvals=[0, 0.5, 1], showgrid=False, row=1, secondary_y=True)
+    figure.update_yaxes(title="probability", range=[0, 1.05], tickvals=[0, 0.5, 1], showgrid=False, row=1,
+                        secondary_y=True)  # fmt: skip
     figure.update_yaxes(title=ROWS, row=2)
     figure.update_xaxes(title="generated token", tickangle=-60, row=2)
     return figure.update_layout(template=theme.TEMPLATE, title=title, height=720, legend=_LEGEND, margin=dict(t=90))
@@ -271,7 +279,7 @@ def routing_maps(load, entropy, *, title):
 
 def kind_map(table, *, title):
     """Share of each kind of token's choices by expert. table: analysis.routing.experts_by_kind."""
-    figure = theme.heatmap(table.to_numpy(), [str(e) for e in table.columns], list(table.index), title=title, x_title="expert",
-                           y_title="kind of token", unit="share of choices", zmax=float(table.to_numpy().max()),
-                           height=200 + 36 * len(table))
+    figure = theme.heatmap(table.to_numpy(), [str(e) for e in table.columns], list(table.index), title=title,
+                           x_title="expert", y_title="kind of token", unit="share of choices",
+                           zmax=float(table.to_numpy().max()), height=200 + 36 * len(table))
     return figure.update_xaxes(type="category")

@@ -1,4 +1,4 @@
-"""The interactive map of notebook 14: layer x token, and beside it the state that was chosen, dimension by dimension."""
+"""The interactive map of notebook 14: layer x token, and beside it the chosen state, dimension by dimension."""
 
 import html
 from importlib import resources
@@ -13,7 +13,7 @@ _STYLE = """
 body { max-width:900px; }
 .two { display:grid; grid-template-columns:minmax(0,1fr) minmax(0,1fr); gap:14px; }
 #mapbox { position:relative; overflow-x:auto; }
-#map { cursor:pointer; display:block; image-rendering:pixelated; width:100%; height:420px; border:1px solid var(--line); }
+#map { cursor:pointer; display:block; width:100%; height:420px; border:1px solid var(--line); }
 #labels { display:block; width:100%; height:70px; }
 #vector { width:100%; height:190px; display:block; border:1px solid var(--line); }
 #scale { width:120px; height:10px; vertical-align:middle; }
@@ -64,9 +64,11 @@ def layers_page(hidden, pieces, measures, *, model, says=None, probability=None,
     every = -(-len(hidden) // room)
     kept = [layer for layer in range(len(hidden)) if (len(hidden) - 1 - layer) % every == 0]  # the last one always
     exact = {32: "exactly (float32)", 16: "within 1/65534", 8: "within 1/254"}[bits]
-    about = "Captured from llama.cpp's own kernels; the values" + ("" if every == 1 else f" of every {_nth(every)} state")
+    about = "Captured from llama.cpp's own kernels; the values"
+    about += "" if every == 1 else f" of every {_nth(every)} state"
     about += f" are stored {exact}" + ("." if bits == 32 else " of each state's largest value.")
-    title = f"Residual stream of {model}: {hidden.shape[0]} states, {hidden.shape[1]} tokens, {hidden.shape[2]} dimensions"
+    states, tokens, width = hidden.shape
+    title = f"Residual stream of {model}: {states} states, {tokens} tokens, {width} dimensions"
     data = {
         "tokens": [theme.token_text(piece) for piece in pieces],
         "states": len(hidden),
