@@ -35,7 +35,7 @@ def relation_bars(relations, model, target):
                      arrayminus=part["rho"] - part["low"], color="#808080"),
         hovertemplate="%{y}<br>Spearman %{x:.3f}<extra></extra>"))  # fmt: skip
     figure.update_xaxes(title_text=f"Spearman correlation with {target} over heads (bar: 95 % interval)", range=[-1, 1])
-    figure.update_yaxes(title_text="measure")
+    figure.update_yaxes(title_text="measure", title_standoff=16)
     return _figure(figure, f"What important heads of {model} have in common (grey: the interval holds 0)",
                    height=26 * len(part) + 150)  # fmt: skip
 
@@ -52,8 +52,8 @@ def zero_against_mean(table, model):
                    text=[f"L{r.layer}H{r.head}" for r in table.itertuples()],
                    hovertemplate="%{text}<br>zero %{x:+.4f}<br>mean %{y:+.4f}<extra></extra>"),
     ])  # fmt: skip
-    figure.update_xaxes(title_text="loss change, output set to zero (nats per token)")
-    figure.update_yaxes(title_text="loss change, output set to its mean (nats per token)")
+    figure.update_xaxes(title_text="loss change with the output zeroed (nats per token)")
+    figure.update_yaxes(title_text="with the output at its mean (nats per token)")
     return _figure(figure, f"Two ways to remove a head of {model}", height=440,
                    legend=dict(orientation="h", y=1.1, x=0))  # fmt: skip
 
