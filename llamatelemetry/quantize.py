@@ -30,6 +30,8 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     itself quantized is taken, with a warning: the result is then no step of a ladder. Returns the path of `dst`.
     Raises ModelNotFoundError, ModelLoadError or QuantizeError (unknown type, disk full, an importance matrix missing).
     """
+    if imatrix is not None and not Path(imatrix).is_file():
+        raise ModelNotFoundError(f"No importance matrix at {imatrix}: make one with imatrix(model, text, dst).")
     kinds = {t.tensor_type.name for t in _open(src).tensors if len(t.shape) > 1}
     if kinds - {*FLOATS, "F64"}:
         warnings.warn(
@@ -41,8 +43,6 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     if pure:
         options += ["--pure"]
     if imatrix is not None:
-        if not Path(imatrix).is_file():
-            raise ModelNotFoundError(f"No importance matrix at {imatrix}: make one with imatrix(model, text, dst).")
         options += ["--imatrix", str(imatrix)]
     for pattern, kind in (tensor_types or {}).items():
         options += ["--tensor-type", f"{pattern}={kind.lower()}"]
