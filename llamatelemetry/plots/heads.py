@@ -72,7 +72,7 @@ def scores_against_baselines(profiled, earned, model):
     figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name="largest shuffled score of any head",
                                 line=dict(color=theme.COLOR["key"], width=2)))  # fmt: skip
     figure.update_xaxes(tickvals=list(range(earned.sizes["label"])), ticktext=list(earned["label"].values),
-                        tickangle=-30, title_text="behaviour", range=[-0.6, earned.sizes["label"] - 0.4])
+                        tickangle=-30, zeroline=False, title_text="behaviour", range=[-0.6, earned.sizes["label"] - 0.4])
     figure.update_yaxes(title_text="share of attention (semantic: correlation)")
     return _figure(figure, f"Scores of {model}'s heads and what shuffling gives", height=480,
                    legend=dict(orientation="h", y=1.08, x=0))  # fmt: skip
