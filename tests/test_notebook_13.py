@@ -6,6 +6,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from notebook_checks import figures_with_sentences
 
 from llamatelemetry.notebooks import NotebookError, run_notebook
 
@@ -60,15 +61,7 @@ def test_the_network_is_of_the_rows_in_the_file(run, smollm2):
 
 @pytest.mark.slow
 def test_every_figure_has_a_sentence(run):
-    notebook, _ = run
-    figures = 0
-    for cell in notebook.cells:
-        shown = "".join(output.get("data", {}).get("text/html", "") for output in cell.get("outputs", []))
-        if "plotly-graph-div" in shown:
-            figures += 1
-            text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
-            assert len(text) > 60 and "nan" not in text.lower().split(), cell.source
-    assert figures >= 13
+    assert figures_with_sentences(run[0]) >= 13
 
 
 @pytest.mark.slow

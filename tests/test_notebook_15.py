@@ -6,6 +6,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from notebook_checks import figures_with_sentences
 
 from llamatelemetry import ablate_head
 from llamatelemetry.analysis import heads_texts
@@ -67,16 +68,7 @@ def test_the_known_induction_head_is_found(run):
 
 @pytest.mark.slow
 def test_every_figure_has_a_sentence(run):
-    notebook, _ = run
-    figures = 0
-    for cell in notebook.cells:
-        shown = [output.get("data", {}).get("text/html", "") for output in cell.get("outputs", [])]
-        if any("plotly-graph-div" in text for text in shown) and "setup" not in cell.metadata.get("tags", []):
-            figures += 1
-            streams = [output for output in cell.outputs if output.output_type == "stream"]
-            text = "".join(output.text for output in streams if output.name == "stdout")
-            assert len(text) > 60 and "nan" not in text.lower().split(), cell.source
-    assert figures >= 10
+    assert figures_with_sentences(run[0]) >= 10
 
 
 @pytest.mark.slow
