@@ -54,13 +54,17 @@ def _compare_difference():
     return f"at most {max(abs(ours - theirs) for ours, theirs in pairs):.1e} nats apart ({len(pairs)} files)"
 
 
-def _umap():
+def _rapids():
+    """(task, how much faster on the GPU) of every stored task that ran on both."""
+    rows = []
     for stored in _results("rapids_gpu_*.json"):
-        for task, row in stored["tasks"].items():
-            if "umap" in task.lower() and "ratio" in row:
-                shape = " x ".join(f"{size:,}" for size in stored["shape"])
-                return f"{row['ratio']:.1f} x ({task}, {shape}: {row['cpu']:.1f} s against {row['gpu']:.1f} s)"
-    return NOT_MEASURED
+        shape = " x ".join(f"{size:,}" for size in stored["shape"])
+        rows += [(f"{task}, {shape}, GPU (RAPIDS) against CPU", "measured",
+                  f"{row['ratio']:.1f} x ({row['cpu']:.1f} s against {row['gpu']:.1f} s)")
+                 for task, row in stored["tasks"].items() if "ratio" in row]
+    if not any("umap" in task.lower() for task, *_ in rows):
+        rows.append(("UMAP on a GPU (cuML) against umap-learn", "measured", NOT_MEASURED))
+    return rows
 
 
 def targets():
@@ -82,7 +86,7 @@ def targets():
          _compare_difference()),
         ("Time of `compare_quantizations` against llama-perplexity's, model loading included", "no more",
          _compare_time()),
-        ("UMAP on a GPU (cuML) against umap-learn", "measured", _umap()),
+        *_rapids(),
         ("All five notebooks, SmolLM2, CPU, no network", "under 720 s",
          _value("notebooks", "all", "seconds", "{:,.0f} s")),
     ]
@@ -97,24 +101,33 @@ def hardware():
         facts = json.loads(path.read_text())["hardware"]
         if isinstance(facts, dict):
             gpu = "" if facts.get("gpu", "none") == "none" else f", {facts['gpu']}"
-            facts = f"{facts.get('cpu', '')}, {facts.get('cores', '?')} cores{gpu}, {facts.get('date', '')}"
+            cores = f", {facts['cores']} cores" if "cores" in facts else ""
+            facts = f"{facts.get('cpu', '')}{cores}{gpu}, {facts.get('date', '')}"
         lines.append(f"- `{path.name}`: {facts}")
     return "\n".join(lines)
 
 
 def notebooks():
     """Time and memory of each notebook."""
-    lines = ["| notebook | time | peak memory of all its processes | as one HTML file |", "|---|---|---|---|"]
+    lines = ["| notebook | time, CPU | peak memory of all its processes | as one HTML file | time, GPU |",
+             "|---|---|---|---|---|"]
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         row = _row("notebooks", path.stem)
         cells = [f"{row['seconds']:,.0f} s", f"{row['peak_mib']:,} MiB", f"{row['html_mb']} MB"] if row else \
             [NOT_MEASURED] * 3
+        cells.append(_value("gpu_notebooks", f"notebook {path.stem[:2]}, SmolLM2", "value", "{:,} s"))
         lines.append(f"| {path.stem[:2]} | {' | '.join(cells)} |")
-    row = _row("notebooks", "all")
-    if row:
-        lines += ["", f"Measured with `make bench` on {row['hardware']['cpu']}, {row['hardware']['cores']} cores, GPU: "
-                      f"{row['hardware']['gpu']}, {row['hardware']['date']}."]
+    machines = [f"{kind}: {facts['cpu']}{', ' + facts['gpu'] if kind == 'GPU' else ''}, {facts['date']}"
+                for kind, row in (("CPU", _row("notebooks", "all")), ("GPU", _row("gpu_notebooks", "notebook")))
+                if row and (facts := row["hardware"])]
+    if machines:
+        lines += ["", "; ".join(machines) + "."]
     return "\n".join(lines)
+
+
+def _plain(text):
+    """Text in which Markdown finds nothing to do."""
+    return re.sub(r"([*_`<\\])", r"\\\1", text)
 
 
 def pictures():
@@ -122,7 +135,7 @@ def pictures():
     path = ROOT / "docs" / "figures" / "captions.json"
     captions = json.loads(path.read_text()) if path.is_file() else {}
     return "\n\n".join(f"![{fact['title']}](docs/figures/{name}.png)\n\n{fact['title']} (notebook {fact['notebook']})."
-                       + (f" *{fact['printed']}*" if fact["printed"] else "") for name, fact in captions.items())
+                       + (f" *{_plain(fact['printed'])}*" if fact["printed"] else "") for name, fact in captions.items())
 
 
 PARTS = {"targets": targets, "hardware": hardware, "notebooks": notebooks, "pictures": pictures}

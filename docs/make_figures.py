@@ -13,27 +13,36 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LIMIT = 300_000  # bytes per picture
-# name, title, notebook, what the source of its cell holds, height of the picture
+# name, title, notebook, what the source of its cell holds, height of the picture, what the caption holds (pages print
+# nothing themselves; another cell of the notebook does)
 FIGURES = (
-    ("heads", "Every attention map of a prompt, one head opened", "12", "attention_page.attention_page(", 700),
-    ("steps", "One token's way through one head, step by step", "12", "attention_page.steps_page(", 720),
-    ("words", "Words as rows of the embedding matrix", "13", "plots.projection_figure(views, colour", 700),
-    ("lens", "What the residual stream says after every layer", "14", "figures.lens_table(", 700),
-    ("dashboard", "A measured profile of every head", "15", "page = heads_page(", 720),
-    ("quantizations", "What each step down in precision costs", "16", "plots.ladder(", 700),
+    ("heads", "Every attention map of a prompt, one head opened", "12", "attention_page.attention_page(", 700,
+     "queries that have a choice"),
+    ("steps", "One token's way through one head, step by step", "12", "attention_page.steps_page(", 720,
+     "in NumPy and the captured attention differ"),
+    ("words", "Words as rows of the embedding matrix", "13", "plots.projection_figure(views, colour", 700, None),
+    ("lens", "What the residual stream says after every layer", "14", "figures.lens_table(", 700, None),
+    ("dashboard", "A measured profile of every head", "15", "page = heads_page(", 720, "clear their baseline"),
+    ("quantizations", "What each step down in precision costs", "16", "plots.ladder(", 700, None),
 )
 
 
-def cell_of(notebook, text):
-    """(cell id, what the cell printed) of the code cell whose source holds `text`, or whose function is called."""
+def cell_of(notebook, text, caption):
+    """(cell id, caption) of the code cell whose source holds `text`, or that shows what is defined there.
+
+    caption: a piece of the text that some cell printed, or None for what this cell printed.
+    """
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     found = next((cell for cell in cells if text in "".join(cell["source"])), None)
     if found is None:
         raise SystemExit(f"no cell with {text!r}")
-    shows = [cell for cell in cells[cells.index(found):]
-             if any("text/html" in output.get("data", {}) for output in cell["outputs"])]
-    printed = "".join("".join(output["text"]) for output in shows[0]["outputs"] if output["output_type"] == "stream")
-    return shows[0]["id"], " ".join(printed.split())
+    shown = next(cell for cell in cells[cells.index(found):]
+                 if any("text/html" in output.get("data", {}) for output in cell["outputs"]))
+    said = {cell["id"]: " ".join("".join("".join(output["text"]) for output in cell["outputs"]
+                                         if output["output_type"] == "stream").split()) for cell in cells}
+    if caption is None:
+        return shown["id"], said[shown["id"]]
+    return shown["id"], next((words for words in said.values() if caption in words), "")
 
 
 def main():
@@ -47,9 +56,9 @@ def main():
     (HERE / "figures").mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
-        for name, title, number, source, height in FIGURES:
+        for name, title, number, source, height, caption in FIGURES:
             path = next(executed.glob(f"{number}-*.ipynb"))
-            cell, printed = cell_of(json.loads(path.read_text()), source)
+            cell, printed = cell_of(json.loads(path.read_text()), source, caption)
             captions[name] = {"title": title, "notebook": number, "printed": printed}
             page = browser.new_page(viewport={"width": 1080, "height": height + 100})
             page.goto(path.with_suffix(".html").absolute().as_uri())
