@@ -46,9 +46,9 @@ class InferenceEngine:
         from .gguf import GGUFFile
         from .models import resolve_model
 
-        self.close()
-        self.plan = gpus.plan(tensor_split)
-        opened = GGUFFile(resolve_model(model))
+        plan, opened = gpus.plan(tensor_split), GGUFFile(resolve_model(model))
+        self.close()  # only now: a misspelt name leaves the loaded model as it was
+        self.plan = plan
         if auto_start and self.server.server_path is None:
             self.server.server_path = find_server()
         if verbose and not silent:
@@ -222,6 +222,9 @@ class InferenceEngine:
     def _call(self, name, *args, **kwargs):
         with self._session_lock:
             model = self._loaded()
+            if self._session is not None and not self._session.alive:  # interrupted, or killed between two calls
+                self._session.close()
+                self._session = None
             if self._session is None:
                 from .capture.session import CaptureSession
 

@@ -1,11 +1,15 @@
 """Captures, edits and measures on a tiny model of every kind that matters, and what happens when something is wrong."""
 
+import glob
 import os
 import signal
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from models import IDS, tiny_model
 
@@ -232,6 +236,14 @@ def test_saved_and_loaded(full, tmp_path):
         (dict(text_or_ids=IDS, layers=[44]), "0 to 3"),
         (dict(text_or_ids=IDS, queries=[99]), "out of range"),
         (dict(text_or_ids=IDS, generate=-1), "generate"),
+        (dict(text_or_ids=IDS, generate="3"), "generate"),
+        (dict(text_or_ids=IDS, generate=2, temperature=-1.0), "temperature"),
+        (dict(text_or_ids=IDS, layers=[]), "at least one"),
+        (dict(text_or_ids=IDS, queries=[]), "at least one"),
+        (dict(text_or_ids=[1.7, 2.2]), "whole numbers"),
+        (dict(text_or_ids=[[1, 2], [3, 4]]), "one sequence"),
+        (dict(text_or_ids=IDS, edits="abc"), "edits are"),
+        (dict(text_or_ids=IDS, edits=[scale("ffn_out", 0, 2.0, positions=[99])]), "position 99"),
         (dict(text_or_ids=IDS, edits=[ablate_head(9, 0)]), "layers 0 to 3"),
         (dict(text_or_ids=IDS, edits=[ablate_head(0, 9)]), "heads 0 to 3"),
     ],
@@ -251,11 +263,62 @@ def test_what_cannot_be_captured_is_said_and_the_next_call_works(session, full, 
         lambda cap: ablate_head(0, 0, "median"),
         lambda cap: ablate_layer(0, "nose"),
         lambda cap: patch("attn_out", 40, cap),
+        lambda cap: patch("logits", 0, cap),
+        lambda cap: patch("hidden", 0, None),
+        lambda cap: ablate_head("a", 0),
+        lambda cap: scale("hidden", 0, 2.0, positions=[-1]),
+        lambda cap: scale("hidden", 0, "x"),
     ],
 )
 def test_edits_that_make_no_sense(full, make):
     with pytest.raises(CaptureError):
         make(full)
+
+
+def test_patch_from_some_queries_only(session):
+    part = session.capture(IDS, stages="attention", queries=[2, 4])
+    with pytest.raises(CaptureError, match="only some queries"):
+        patch("attention", 1, part)
+
+
+def test_a_run_that_has_to_be_planned_again_counts_nothing_twice(tmp_path):
+    """In the worker's own code: the plan is made wrong on purpose, as another graph than the planned one would."""
+    from llamatelemetry.capture.measures import HeadStatistics
+    from llamatelemetry.capture.runs import Runs
+    from llamatelemetry.capture.runtime import Runtime
+    from llamatelemetry.capture.worker import Sampler
+
+    runtime = Runtime(str(tiny_model("llama", tmp_path)), threads=1, cache_type="f32")
+    runs = Runs(runtime, "llama")
+    means = runs.means(IDS, [1])
+    runs.plan(IDS).n_nodes += 1
+    np.testing.assert_array_equal(runs.means(IDS, [1])[1], means[1])
+    runs.plan(IDS).n_nodes += 1
+    reducer = HeadStatistics(IDS, {})
+
+    def setup(recorder, plan):
+        for tap in runs.taps(plan, "attention", 0):
+            recorder.on(tap, reducer.action(0))
+
+    runs.run(IDS, setup, restart=reducer.restart)
+    np.testing.assert_allclose(reducer.table()[0]["mass"], 1, atol=1e-6)
+    runs.plan(IDS).n_nodes += 1
+    sampler = Sampler(3, 1.0, 7, lambda token: False)
+    again = Sampler(3, 1.0, 7, lambda token: False)
+    assert runs.run(IDS, sampler=sampler) == runs.run(IDS, sampler=again)
+    runtime.close()
+
+
+def test_queries_of_generated_tokens(session):
+    cap = session.capture(IDS[:6], stages="attention", generate=3, queries=[2, 7, 2])
+    there = [query for query in (2, 7) if query < len(cap.tokens)]
+    assert list(cap.attention.query_position.values) == there
+    np.testing.assert_allclose(cap.attention.values.sum(-1), 1, atol=1e-5)
+
+
+def test_numpy_numbers_are_numbers(session, full):
+    cap = session.capture(np.array(IDS), "logits", generate=np.int64(0), seed=np.int64(1), temperature=np.float32(0))
+    np.testing.assert_array_equal(cap.logits.values, full.logits.values)
 
 
 def test_patch_of_another_length(session, full):
@@ -279,6 +342,20 @@ def test_killed_worker_is_reported_and_leaves_nothing(tmp_path):
         session.capture(IDS)
     session.close()
     assert not folder.exists()
+
+
+def test_engine_starts_a_new_worker_after_one_died(tmp_path):
+    from llamatelemetry import InferenceEngine, ModelNotFoundError
+
+    with InferenceEngine() as engine:
+        engine.load_model(tiny_model("llama", tmp_path), auto_start=False, silent=True)
+        before = engine.capture(IDS, stages="logits").logits.values.copy()
+        os.kill(engine._session.pid, signal.SIGKILL)
+        engine._session._process.wait()
+        np.testing.assert_array_equal(engine.capture(IDS, stages="logits").logits.values, before)
+        with pytest.raises(ModelNotFoundError):
+            engine.load_model("no-such-model-at-all", silent=True)
+        np.testing.assert_array_equal(engine.capture(IDS, stages="logits").logits.values, before)
 
 
 def test_killed_in_the_middle_of_a_capture(tmp_path):
@@ -323,6 +400,9 @@ def test_worker_ends_with_its_parent(tmp_path):
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
+    folder = next(path.parent for path in map(Path, glob.glob(f"{tempfile.gettempdir()}/llamatelemetry-*/worker.log")
+                                              + glob.glob("/dev/shm/llamatelemetry-*/worker.log"))
+                  if str(path.parent) in " ".join(psutil.Process(pid).cmdline()))  # fmt: skip
     parent.kill()
     parent.wait()
     parent.stdout.close()
@@ -332,6 +412,7 @@ def test_worker_ends_with_its_parent(tmp_path):
         time.sleep(0.1)
     else:
         pytest.fail("the worker outlived its parent by 10 s")
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"just a text, renamed\n" * 99])

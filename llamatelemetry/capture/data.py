@@ -12,10 +12,11 @@ from .names import STAGES
 
 
 class Capture:
-    """Stages of one run as xarray.DataArrays (float32), by attribute or index: `cap.attention`, `cap["q"]`.
+    """Stages of one run as xarray.DataArrays (float32; `experts` int32), by attribute or index: `cap.q`, `cap["q"]`.
 
     stages: the names that are there. tokens: DataFrame (position, id, piece, generated). layers: DataFrame of facts
-    per layer (kind, scale, softcap; sliding: its mask hid earlier positions in this run). model: architecture, n_layer, n_head, n_kv_head, n_embd, n_vocab, name.
+    per layer (kind, scale, softcap; sliding: its mask hid earlier positions in this run). model: architecture, n_layer,
+    n_head, n_kv_head, n_embd, n_vocab, name.
     """
 
     def __init__(self, parts, tokens, model, layers):

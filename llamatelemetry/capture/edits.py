@@ -53,6 +53,8 @@ def ablate_layer(layer, part="both"):
 
 def scale(stage, layer, factor, head=None, positions=None):
     """Multiply a stage of a layer by a factor; `head` and `positions` restrict it."""
+    if isinstance(factor, bool) or not isinstance(factor, (int, float, np.number)):
+        raise CaptureError(f"factor is a number, not {factor!r}.")
     return Edit(stage, _index(layer), None if head is None else _index(head), _positions(positions), float(factor))
 
 
@@ -62,10 +64,16 @@ def patch(stage, layer, source, positions=None, head=None):
     source: a Capture that holds the stage, or an array (token, embd), or (head, token, feature) for stages by head.
     positions: token positions to replace, the same in both runs; None for all (the texts must be equally long).
     """
+    if stage not in EDITABLE:
+        raise CaptureError(f"stage {stage!r} cannot be edited; these can: {', '.join(EDITABLE)}.")
     if isinstance(source, np.ndarray):
         values = source
-    elif stage not in source.stages or layer not in source[stage].layer.values:
-        raise CaptureError(f"the source capture does not hold {stage!r} of layer {layer}: capture it with stages=.")
+    elif stage not in getattr(source, "stages", ()):
+        raise CaptureError(f"a patch's source is an array or a Capture that holds {stage!r}: capture it with stages=.")
+    elif layer not in source[stage].layer.values:
+        raise CaptureError(f"the source capture does not hold {stage!r} of layer {layer}.")
+    elif "query" in source[stage].dims and source[stage].sizes["query"] != source[stage].sizes["key"]:
+        raise CaptureError("the source capture holds only some queries: capture it without queries= to patch from it.")
     else:
         values = source[stage].sel(layer=layer).values
     values = np.ascontiguousarray(values, np.float32)
@@ -76,16 +84,18 @@ def flatten(edits):
     """A flat list of Edit from an edit, a list of edits or lists of edits."""
     if isinstance(edits, Edit):
         return [edits]
+    if not isinstance(edits, (list, tuple)):
+        raise CaptureError(f"edits are what ablate_head, ablate_layer, scale and patch return, not {edits!r}.")
     return [flat for edit in edits for flat in flatten(edit)]
 
 
-def _index(value):
-    if isinstance(value, (bool, float)) or int(value) < 0:
-        raise CaptureError(f"layer and head are counted from 0; {value!r} is not one.")
+def _index(value, what="layer and head are"):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < 0:
+        raise CaptureError(f"{what} whole numbers counted from 0, not {value!r}.")
     return int(value)
 
 
 def _positions(positions):
     if positions is None:
         return None
-    return tuple(int(position) for position in np.atleast_1d(positions))
+    return tuple(_index(position, "positions are") for position in np.atleast_1d(positions))

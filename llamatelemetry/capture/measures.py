@@ -78,7 +78,7 @@ def score(runs, tokens, edits, **options):
         raise CaptureError("scoring predicts each token from those before it: give at least two tokens.")
     means = options.pop("means", None) or runs.means_for(tokens, edits)
     result = Score(tokens, **options)
-    runs.run(tokens, lambda recorder, plan: runs.apply(recorder, plan, edits, means), on_logits=result)
+    runs.run(tokens, lambda recorder, plan: runs.apply(recorder, plan, edits, len(tokens), means), on_logits=result)
     return result
 
 
@@ -112,6 +112,10 @@ class HeadStatistics:
         self._detect = None if device else token_patterns(tokens)
         self._on_device = {}  # layer -> (head, measure), fetched once at the end
         self._ids = None
+
+    def restart(self):
+        self.sums.clear()
+        self._on_device.clear()
 
     def action(self, layer):
         def reduce(values, past):

@@ -57,16 +57,19 @@ class Runs:
             self.taps(plan, stage, next(iter(wanted)) if wanted else 0)
         return layers
 
-    def run(self, tokens, setup=None, *, all_logits=True, on_logits=None, sampler=None):
+    def run(self, tokens, setup=None, *, all_logits=True, on_logits=None, sampler=None, restart=None):
         """Decode tokens in an empty context; setup(recorder, plan) adds the actions.
 
         on_logits(logits, past): after each chunk, (n_outputs, n_vocab). sampler: its `next(logits row)` gives the
-        following token or None; each is decoded alone. Returns all tokens, those generated included.
+        following token or None; each is decoded alone. restart(): forget what a run gave that has to be done again
+        because its graph was not the planned one. Returns all tokens, those generated included.
         """
         try:
             return self._run(list(tokens), setup, all_logits, on_logits, sampler)
         except PlanMismatch:
             self._make_plan(tokens[: self.runtime.n_batch])
+            for again in filter(None, (restart, sampler and sampler.restart)):
+                again()
         try:
             return self._run(list(tokens), setup, all_logits, on_logits, sampler)
         except PlanMismatch:
@@ -103,12 +106,17 @@ class Runs:
             tokens.append(token)
         return tokens
 
-    def apply(self, recorder, plan, edits, means=()):
-        """Add the actions of edits to a recorder. Edits come first: a capture shows the edited values."""
+    def apply(self, recorder, plan, edits, total, means=()):
+        """Add the actions of edits to a recorder. Edits come first: a capture shows the edited values.
+
+        total: tokens that the run may have; an edit beyond them would do nothing and is refused.
+        """
         for edit in edits:
+            if edit.positions is not None and max(edit.positions, default=0) >= total:
+                raise CaptureError(f"an edit names position {max(edit.positions)}: the text has {total} tokens.")
             if not 0 <= edit.layer < self.n_layer + (edit.stage == "hidden"):
                 raise CaptureError(
-                    f"an edit names layer {edit.layer} of {edit.stage!r}: this model has layers 0 to {self.n_layer - 1}."
+                    f"an edit names layer {edit.layer} of {edit.stage!r}: there are layers 0 to {self.n_layer - 1}."
                 )
             taps = self.taps(plan, edit.stage, edit.layer)
             if edit.head is not None and edit.head >= taps[0].shape[0]:
@@ -131,7 +139,7 @@ class Runs:
         def add(layer, values):
             sums[layer] = sums.get(layer, 0) + on_host(values.sum(0, dtype=np.float64))
 
-        self.run(tokens, setup, all_logits=False)
+        self.run(tokens, setup, all_logits=False, restart=sums.clear)
         return {layer: (total / len(tokens)).astype(np.float32) for layer, total in sums.items()}
 
     def means_for(self, tokens, edits):
@@ -141,7 +149,7 @@ class Runs:
     def capture(self, tokens, stages, arena, *, layers=None, queries=None, edits=(), sampler=None):
         """Copy stages of a run into an arena. Returns (tokens, {stage: {layers, offset, shape, dtype}}, layer facts).
 
-        arena(n_bytes) gives a zeroed buffer.
+        arena(n_bytes) gives a buffer, which may hold what an earlier capture left there.
         """
         means = self.means_for(tokens, edits)
         plan = self.plan(tokens)
@@ -177,7 +185,7 @@ class Runs:
 
         def setup(recorder, plan):
             self._watch_masks(recorder, plan, layer_facts)
-            self.apply(recorder, plan, edits, means)
+            self.apply(recorder, plan, edits, total, means)
             for stage, array in arrays.items():
                 for place, layer in enumerate(layout[stage]["layers"]):
                     target = array[place] if STAGES[stage].per_layer else array

@@ -69,7 +69,7 @@ class Runtime:
             raise CaptureError("the prompt is empty: give at least one token.")
         if n_tokens > self.n_ctx_limit:
             raise CaptureError(
-                f"the prompt has {n_tokens} tokens and the context holds {self.n_ctx_limit}: shorten the prompt or load "
+                f"the prompt has {n_tokens} tokens and the context holds {self.n_ctx_limit}: shorten it or load "
                 f"the model with ctx_size={n_tokens} or more (if its training context allows)."
             )
 

@@ -44,7 +44,7 @@ class CaptureSession:
         self._count, self._free = 0, []
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "llamatelemetry.capture.worker"],
+                [sys.executable, "-m", "llamatelemetry.capture.worker", str(self._folder)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 env=_environment(env), start_new_session=True,  # Ctrl-C is ours to handle
             )  # fmt: skip
@@ -76,19 +76,19 @@ class CaptureSession:
         with the seed; every stage then covers prompt and generated tokens (fewer when the model ends its text).
         Raises CaptureError for what cannot be done, WorkerCrashedError when llama.cpp ended.
         """
-        stages = (stages,) if isinstance(stages, str) else tuple(dict.fromkeys(stages))
+        stages = (stages,) if isinstance(stages, str) else tuple(dict.fromkeys(stages or ()))
         unknown = [stage for stage in stages if stage not in STAGES]
         if unknown or not stages:
             raise CaptureError(f"unknown stage {unknown[:1] or stages!r}; stages are {', '.join(STAGES)}.")
-        layers = None if layers is None else sorted({int(layer) for layer in np.atleast_1d(layers)})
-        queries = None if queries is None else [int(query) for query in np.atleast_1d(queries)]
-        if generate < 0:
-            raise CaptureError(f"generate is a number of tokens, not {generate}.")
+        layers, queries = _chosen("layers", layers), _chosen("queries", queries)
+        generate, seed = _count("generate", generate), _count("seed", seed)
+        if not isinstance(temperature, (int, float, np.number)) or not temperature >= 0:
+            raise CaptureError(f"temperature is 0 (always the best token) or more, not {temperature!r}.")
         arena = self._free.pop() if self._free else self._file("arena")
         try:
             answer = self._call(
                 "capture", prompt=_prompt(text_or_ids), stages=stages, path=str(arena), layers=layers, queries=queries,
-                edits=self._pack(edits), generate=generate, temperature=temperature, seed=seed,
+                edits=self._pack(edits), generate=generate, temperature=float(temperature), seed=seed,
             )  # fmt: skip
             memory = np.memmap(arena, np.uint8, "c")  # the user's own copy where it is written to
         except BaseException:
@@ -97,11 +97,14 @@ class CaptureSession:
         weakref.finalize(memory, self._release, self._free, arena)
         ids = answer["tokens"]
         n_given = self._n_given(text_or_ids) if generate else len(ids)
+        there = None if queries is None else [query for query in queries if query < len(ids)]
         parts = {}
         for stage, part in answer["layout"].items():
             array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
+            if stage in GRIDS and queries is not None:  # a text that ended early has fewer positions than asked for
+                array = array[..., : len(there), :]
             kept = None if part["layers"] == [None] else part["layers"]
-            parts[stage] = _crop(stage, array, len(ids), queries), kept, queries if stage in GRIDS else None
+            parts[stage] = _crop(stage, array, len(ids), queries), kept, there if stage in GRIDS else None
         generated = [position >= n_given for position in range(len(ids))]
         return Capture(parts, (ids, self._pieces(ids), generated), self.model_facts(), answer["layers"])
 
@@ -122,7 +125,8 @@ class CaptureSession:
         packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
         answer = self._call("sweep", prompt=_prompt(text_or_ids), variants=packed,
                             progress="ablations" if progress else None)  # fmt: skip
-        table = pd.DataFrame(list(answer["rows"].values()), index=pd.Index(list(variants), name="name", tupleize_cols=False))
+        names = pd.Index(list(variants), name="name", tupleize_cols=False)
+        table = pd.DataFrame(list(answer["rows"].values()), index=names)
         table.attrs["base_loss"] = answer["base"]["loss"]
         return table
 
@@ -138,7 +142,7 @@ class CaptureSession:
         import xarray as xr
 
         pairs = {name: np.asarray(value).tolist() for name, value in (patterns or {}).items()}
-        layers = None if layers is None else [int(layer) for layer in np.atleast_1d(layers)]
+        layers = _chosen("layers", layers)
         answer = self._call("head_statistics", prompt=_prompt(text_or_ids), layers=layers, patterns=pairs)
         data = {name: (("layer", "head"), np.asarray(v)) for name, v in answer["table"].items()}
         return xr.Dataset(data, {"layer": answer["layers"]}, {"n_tokens": len(answer["tokens"])})
@@ -233,6 +237,7 @@ class CaptureSession:
             raise self._crashed() from error
         except KeyboardInterrupt:
             self._process.kill()  # its answer must not be taken for the next command's
+            self._process.wait()
             raise
         finally:
             if bar is not None:
@@ -243,12 +248,21 @@ class CaptureSession:
             raise getattr(errors, answer["error"], CaptureError)(answer["message"])
         return answer["ok"]
 
+    @property
+    def alive(self):
+        """Whether the worker runs."""
+        return self._process.poll() is None
+
     def _crashed(self):
-        self._process.wait()
+        try:
+            self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:  # it answered what no worker says
+            self._process.kill()
+            self._process.wait()
         code = self._process.returncode
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        message = f"the capture worker ended ({how}). The next capture starts a new one. End of its log:\n{self._tail()}"
-        return WorkerCrashedError(message)
+        message = f"the capture worker ended ({how}). The next capture starts a new one. End of its log:"
+        return WorkerCrashedError(f"{message}\n{self._tail()}")
 
     def _tail(self, n_lines=15):
         try:
@@ -262,7 +276,26 @@ def _prompt(text_or_ids):
         if not text_or_ids:  # with a start token put before it, it would not look empty any more
             raise CaptureError("the prompt is empty: give at least one token.")
         return text_or_ids
-    return [int(token) for token in np.asarray(text_or_ids).ravel()]
+    ids = np.asarray(text_or_ids)
+    if ids.ndim != 1 or ids.size and ids.dtype.kind not in "iu":
+        raise CaptureError("a prompt is a text, or one sequence of token ids (whole numbers).")
+    return ids.tolist()
+
+
+def _chosen(name, values):
+    """A sorted list of layers or query positions without repetitions, or None for all."""
+    if values is None:
+        return None
+    values = np.atleast_1d(values)
+    if not values.size or values.dtype.kind not in "iu":
+        raise CaptureError(f"{name} is None for all, or whole numbers, at least one; not {values.tolist()!r}.")
+    return sorted(set(values.tolist()))
+
+
+def _count(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+        raise CaptureError(f"{name} is a whole number, 0 or more; not {value!r}.")
+    return int(value)
 
 
 def _crop(stage, array, n_tokens, queries):

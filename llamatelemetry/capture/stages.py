@@ -41,15 +41,17 @@ def _attention_nodes(graph, n_layer):
 
 
 def _attention(plan, graph, layer, softmax, n_tokens):
-    scores, cap = softmax.src[0], 0.0
+    scores, cap, before_cap = softmax.src[0], 0.0, 1.0
     while scores.op != "MUL_MAT":  # between the product and the softmax: scale, soft-cap, ALiBi bias
-        if scores.op == "TANH":
-            cap = 1.0 / float_param(scores.src[0], 0)
+        if scores.op == "SCALE" and scores.src[0].op == "TANH":  # cap * tanh(before_cap * scores / cap)
+            cap = float_param(scores, 0)
+            before_cap = float_param(scores.src[0].src[0], 0) * cap
         scores = scores.src[0]
     values = next(user for user in softmax.users if user.op == "MUL_MAT" and user.src[1] is softmax)
     mask = softmax.src[1] if len(softmax.src) > 1 else None
     plan.layers[layer].update(
-        kind="attention", scale=float_param(softmax, 0), softcap=cap, max_bias=float_param(softmax, 1),
+        kind="attention", scale=float_param(softmax, 0), softcap=cap, before_cap=before_cap,
+        max_bias=float_param(softmax, 1),
         sinks=len(softmax.src) > 2,
     )  # fmt: skip
     heads = (softmax.ne[2],)

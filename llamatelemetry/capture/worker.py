@@ -1,10 +1,12 @@
 """The child process that owns libllama. Commands come as JSON lines on stdin, answers go out as JSON lines; arrays
 cross as memory-mapped files. It ends when its parent does, and takes llama.cpp's aborts alone."""
 
+import errno
 import json
 import mmap
 import os
 import queue
+import shutil
 import sys
 import threading
 
@@ -21,8 +23,11 @@ class Sampler:
     """The next token of a logits row: the best one, or drawn at a temperature from a seeded generator."""
 
     def __init__(self, limit, temperature, seed, is_end):
-        self.limit, self._left, self._ended, self._is_end = limit, limit, False, is_end
-        self._temperature, self._random = temperature, np.random.default_rng(seed)
+        self.limit, self._is_end, self._temperature, self._seed = limit, is_end, temperature, seed
+        self.restart()
+
+    def restart(self):
+        self._left, self._ended, self._random = self.limit, False, np.random.default_rng(self._seed)
 
     def next(self, logits):
         if self._left == 0 or self._ended:
@@ -113,7 +118,7 @@ class Worker:
         tokens = self.tokens(prompt)
         for name, pairs in (patterns or {}).items():
             if any(not 0 <= key <= query < len(tokens) for query, key in pairs):
-                raise CaptureError(f"pattern {name!r} has a (query, key) pair outside of the text's {len(tokens)} tokens.")
+                raise CaptureError(f"pattern {name!r} has a pair outside of the text's {len(tokens)} tokens.")
         reducer = HeadStatistics(tokens, patterns or {}, self.runtime.ggml.device)
 
         def setup(recorder, plan):
@@ -121,7 +126,7 @@ class Worker:
                 for tap in self.runs.taps(plan, "attention", layer):
                     recorder.on(tap, reducer.action(layer))
 
-        self.runs.run(tokens, setup, all_logits=False)
+        self.runs.run(tokens, setup, all_logits=False, restart=reducer.restart)
         table, kept = reducer.table()
         return {"tokens": tokens, "layers": kept, "table": {name: v.tolist() for name, v in table.items()}}
 
@@ -145,13 +150,15 @@ def _edits(rows):
             for row, v in zip(rows, values)]  # fmt: skip
 
 
-def _commands(pipe):
-    """Lines of stdin through a thread, so that the parent's end is noticed during a long computation too."""
+def _commands(pipe, folder):
+    """Lines of stdin through a thread, so that the parent's end is noticed during a long computation too; then the
+    session's folder goes as well: it may lie in memory."""
     lines = queue.Queue()
 
     def read():
         for line in pipe:
             lines.put(line)
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
@@ -168,7 +175,7 @@ def main():
         out.flush()
 
     worker = Worker(answer)
-    for command in _commands(sys.stdin):
+    for command in _commands(sys.stdin, sys.argv[1]):
         name = command.pop("command")
         try:
             if "edits" in command:
@@ -179,7 +186,9 @@ def main():
         except (LlamaTelemetryError, ModelLoadError) as error:
             answer({"error": type(error).__name__, "message": str(error)})
         except OSError as error:
-            answer({"error": "CaptureError", "message": f"no room for the captured tensors: {error}"})
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+            what = "no room for the captured tensors: " if full else ""
+            answer({"error": "CaptureError", "message": f"{what}{error}"})
         except Exception as error:
             import traceback
 
