@@ -24,6 +24,7 @@ class InferenceEngine:
     def __init__(self, server_path=None):
         self.server = ServerManager(server_path)
         self.model = self.plan = self._session = None
+        self._says = False  # verbose and not silent
         self._lock = threading.RLock()  # one start or restart of the server at a time
         self._session_lock = threading.RLock()  # one capture at a time
         self._in_flight = 0
@@ -51,7 +52,8 @@ class InferenceEngine:
         self.plan = plan
         if auto_start and self.server.server_path is None:
             self.server.server_path = find_server()
-        if verbose and not silent:
+        self._says = verbose and not silent
+        if self._says:
             print(self.plan.line)
         trained = opened.n_ctx_train or DEFAULT_CTX
         if self.plan.split:
@@ -72,6 +74,7 @@ class InferenceEngine:
             except BaseException:
                 self.model = None  # nothing half loaded: the next load_model begins afresh
                 raise
+            self._prove()
         return self
 
     def _start_server(self, **changes):
@@ -229,6 +232,7 @@ class InferenceEngine:
                 from .capture.session import CaptureSession
 
                 self._session = CaptureSession(model, **self._session_args)
+                self._prove()
             try:
                 return getattr(self._session, name)(*args, **kwargs)
             except WorkerCrashedError:
@@ -257,14 +261,22 @@ class InferenceEngine:
 
     # ---- where things are -----------------------------------------------------------------------------------------
 
-    def placement(self):
-        """Which process sits on which GPU with how much memory, as the driver reports it: see gpus.placement."""
+    def _processes(self):
         processes = {"notebook": os.getpid()}
         if self.server.is_running():
             processes["llama-server"] = self.server.pid
         if self._session is not None:
             processes["capture worker"] = self._session.pid
-        return gpus.placement(processes)
+        return processes
+
+    def placement(self):
+        """Which process sits on which GPU with how much memory, as the driver reports it: see gpus.placement."""
+        return gpus.placement(self._processes())
+
+    def _prove(self):
+        """Say where a process that was just started sits, by the driver; nothing on a machine without GPUs."""
+        if self._says and self.plan.inference:
+            print(gpus.proof(self._processes()))
 
     def fit(self, ctx_size=None, **kwargs):
         """Does the loaded model fit, as server and capture worker together: see llamatelemetry.fit.fit.

@@ -235,3 +235,18 @@ def placement(processes):
             rows.append((name, pid, None, None, None, note))
     table = pd.DataFrame(rows, columns=["process", "pid", "gpu", "gpu_name", "memory_mib", "note"])
     return table.astype({"pid": "Int64", "gpu": "Int64", "memory_mib": "Float64"})
+
+
+def proof(processes):
+    """Where things are now, as the driver reports it, in one sentence: memory in use per GPU, and each process's GPU
+    where the driver lists it (in a container, as on Kaggle, it may not). processes: {name: pid}. "" without GPUs."""
+    gpus = list_gpus()
+    if not gpus:
+        return ""
+    table = placement(processes)
+    used = "; ".join(f"GPU {gpu.index} {(gpu.memory_bytes - gpu.free_bytes) / 2**20:,.0f} MiB in use" for gpu in gpus)
+    known = table.dropna(subset=["gpu"])
+    where = "".join(f"; {row.process} on GPU {row.gpu}" for row in known.itertuples())
+    silent = table["process"][table["gpu"].isna() & (table["note"] != "no context on a GPU")]
+    where += f"; where {', '.join(silent)} sits it does not say" if len(silent) else ""
+    return f"The driver reports: {used}{where}."

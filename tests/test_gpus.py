@@ -97,6 +97,17 @@ def test_no_gpu(machine, count, split):
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
+def test_proof_is_what_the_driver_says(machine):
+    machine(2, {0: [(os.getpid(), 500 * 2**20)]})
+    used = f"GPU 0 {15360 - 14913} MiB in use; GPU 1 {15360 - 14913} MiB in use"
+    assert gpus.proof({"llama-server": os.getpid()}) == f"The driver reports: {used}; llama-server on GPU 0."
+    assert gpus.proof({"notebook": os.getppid()}) == f"The driver reports: {used}."
+    machine(2, error="Not Supported")
+    assert gpus.proof({"llama-server": 1}).endswith(f"{used}; where llama-server sits it does not say.")
+    machine(0)
+    assert gpus.proof({"llama-server": 1}) == ""
+
+
 @pytest.mark.parametrize("split", ["", "a,b", "0,0", "-1,2", "nan", 5, "inf"])
 def test_a_split_that_is_none(machine, split):
     machine(2)
