@@ -134,8 +134,11 @@ def pictures():
     """The pictures with what their cells printed."""
     path = ROOT / "docs" / "figures" / "captions.json"
     captions = json.loads(path.read_text()) if path.is_file() else {}
-    return "\n\n".join(f"![{fact['title']}](docs/figures/{name}.png)\n\n{fact['title']} (notebook {fact['notebook']})."
-                       + (f" *{_plain(fact['printed'])}*" if fact["printed"] else "") for name, fact in captions.items())
+    parts = []
+    for name, fact in captions.items():
+        said = f" *{_plain(fact['printed'])}*" if fact["printed"] else ""
+        parts += [f"![{fact['title']}](docs/figures/{name}.png)", f"{fact['title']} (notebook {fact['notebook']}).{said}"]
+    return "\n\n".join(parts)
 
 
 PARTS = {"targets": targets, "hardware": hardware, "notebooks": notebooks, "pictures": pictures}

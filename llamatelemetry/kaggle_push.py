@@ -151,7 +151,7 @@ def _client(*arguments, fail=True):
     done = subprocess.run([sys.executable, "-m", "kaggle", *map(str, arguments)], capture_output=True, text=True)
     said = (done.stdout + done.stderr).strip()
     if "No module named kaggle" in said:
-        raise StageError("The kaggle client is not installed: pip install 'llamatelemetry[kaggle]'.")
+        raise StageError("The kaggle client is not installed: pip install kaggle six.")
     # Some versions end with 0 whatever happened.
     if done.returncode or re.search(r"^\d{3} - |push error|creation error|credentials|kaggle\.json", said, re.M | re.I):
         if not fail:

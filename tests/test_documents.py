@@ -120,7 +120,8 @@ def test_parameters_of_the_guide_are_parameters():
     """Every NAME = value of the guide is in the parameters cell of some notebook."""
     cells = [cell for path in (ROOT / "notebooks").glob("*.ipynb") for cell in json.loads(path.read_text())["cells"]]
     text = "\n".join("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    names = {match[1] for span in spans(written("notebooks/README.md")) if (match := re.match(r"([A-Z_]{4,}) = ", span))}
+    guide = spans(written("notebooks/README.md"))
+    names = {match[1] for span in guide if (match := re.match(r"([A-Z_]{4,}) = ", span))}
     assert names and all(re.search(rf"^{name} = ", text, re.MULTILINE) for name in names), names
 
 
@@ -147,7 +148,8 @@ def test_no_amount_is_typed_in(name):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_measured_parts_are_what_is_stored(maker, name):
     text = (ROOT / name).read_text()
-    assert set(MEASURED.findall(text)) <= set(maker.PARTS) and text.count("<!-- measured:") == text.count("<!-- end -->")
+    assert set(MEASURED.findall(text)) <= set(maker.PARTS)
+    assert text.count("<!-- measured:") == text.count("<!-- end -->")
     assert maker.fill(text) == text, "run `make documents`"
 
 
@@ -158,8 +160,8 @@ def test_a_measured_part_follows_the_measurement(maker, tmp_path, monkeypatch):
     (tmp_path / "capture.json").write_text(json.dumps({"hardware": {"cpu": "C", "cores": 2}, "rows": rows}))
     assert "| at most 1.25 x | 1.17 x |" in maker.targets() and "| 12.3 x |" in maker.targets()
     assert maker.hardware() == "- `capture.json`: C, 2 cores, "
-    rows = [{"what": "compare_quantizations, all files", "seconds": 4.0}, {"what": "llama-perplexity, x", "seconds": 8.0},
-            {"what": "mean KLD of a", "ours": 0.10, "theirs": 0.11}]
+    rows = [{"what": "compare_quantizations, all files", "seconds": 4.0},
+            {"what": "llama-perplexity, x", "seconds": 8.0}, {"what": "mean KLD of a", "ours": 0.10, "theirs": 0.11}]
     (tmp_path / "compare.json").write_text(json.dumps({"hardware": {}, "rows": rows}))
     assert "0.50 x its time (4.0 s against 8.0 s)" in maker.targets() and "at most 1.0e-02 nats" in maker.targets()
 
