@@ -137,7 +137,8 @@ def pictures():
     parts = []
     for name, fact in captions.items():
         said = f" *{_plain(fact['printed'])}*" if fact["printed"] else ""
-        parts += [f"![{fact['title']}](docs/figures/{name}.png)", f"{fact['title']} (notebook {fact['notebook']}).{said}"]
+        heading = f"{fact['title']} (notebook {fact['notebook']})."
+        parts += [f"![{fact['title']}](docs/figures/{name}.png)", heading + said]
     return "\n\n".join(parts)
 
 
