@@ -13,6 +13,7 @@ MIN_CTX = 512
 
 
 DEBUG = 1
+_KEPT = []
 
 
 def _log(level, text, _):
@@ -29,8 +30,9 @@ class Runtime:
         import llama_cpp
 
         self.api, self.ggml = llama_cpp, Ggml()
-        self._log = llama_cpp.llama_log_callback(_log)
-        llama_cpp.llama_log_set(self._log, None)
+        if not _KEPT:  # llama.cpp calls it until the process ends: it must outlive every Runtime
+            _KEPT.append(llama_cpp.llama_log_callback(_log))
+        llama_cpp.llama_log_set(_KEPT[0], None)
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
