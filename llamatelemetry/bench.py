@@ -1,7 +1,6 @@
 """Speed, load time and memory of a model file: llama-bench's definitions, and the driver's word for memory."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from .errors import ModelLoadError
+from .gpus import inference_environment
 from .quantize import _threads, tool
 
 
@@ -40,7 +40,7 @@ def bench(path, n_prompt=256, n_gen=32, repetitions=3, gpu_layers=None, threads=
         "json",
     ]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, env=_env())
+        process = subprocess.Popen(command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, env=inference_environment())
         resident, gpu = _watch(process)
         out.seek(0)
         log.seek(0)
@@ -84,16 +84,10 @@ print(json.dumps(time.perf_counter() - start))
 def load_time(path, gpu_layers=None):
     """Seconds from nothing to a context of 512 tokens, in a process of its own; its imports are not counted."""
     command = [sys.executable, "-c", _LOAD, str(path), str(_threads()), str(999 if gpu_layers is None else gpu_layers)]
-    done = subprocess.run(command, capture_output=True, text=True, env=_env(), errors="replace")
+    done = subprocess.run(command, capture_output=True, text=True, env=inference_environment(), errors="replace")
     if done.returncode:
         raise ModelLoadError(f"llama.cpp cannot load {path}:\n{done.stderr[-800:]}")
     return float(done.stdout.splitlines()[-1])
-
-
-def _env():
-    from .gpus import plan
-
-    return os.environ | plan().inference_env()
 
 
 def _watch(process):

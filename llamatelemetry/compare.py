@@ -12,6 +12,7 @@ import pandas as pd
 
 from .analysis.quantization_quality import summarize
 from .errors import LlamaTelemetryError, ModelLoadError, WorkerCrashedError
+from .gpus import inference_environment
 from .texts import CompareError, load_text
 
 BUFFERS = 640 << 20  # bytes beside the weights: two copies of 256 rows of logits for a vocabulary of 262,144, KV cache
@@ -113,7 +114,7 @@ def _child(job, progress):
         with open(log, "wb") as err:  # stdin stays open as long as this process lives: the child ends with it
             process = subprocess.Popen(
                 [sys.executable, "-m", "llamatelemetry.compare_worker", str(path)],
-                env=_env(),
+                env=inference_environment(),
                 stdout=subprocess.PIPE,
                 stderr=err,
                 stdin=subprocess.PIPE,
@@ -147,12 +148,6 @@ def _child(job, progress):
             result["columns"]["piece"] = [pieces[i] for i in result["columns"]["id"]]
     ending = f"signal {-code}" if code < 0 else f"exit status {code}"
     return results, f"llama.cpp ended with {ending}. Its last words:\n{tail}"
-
-
-def _env():
-    from .gpus import plan
-
-    return os.environ | plan().inference_env()
 
 
 def _settings(job):

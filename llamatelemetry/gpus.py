@@ -76,6 +76,11 @@ def visible_gpus():
     return chosen
 
 
+def inference_environment():
+    """This process's environment with only the inference GPU visible: for children that run llama.cpp."""
+    return os.environ | plan().inference_env()
+
+
 @dataclass(frozen=True)
 class Plan:
     """Who gets which GPU. inference: tuple of Gpu; analytics: Gpu or None; split: for --tensor-split, or None;

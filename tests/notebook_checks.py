@@ -1,6 +1,15 @@
 """What the tests of all five notebooks ask of an executed notebook."""
 
 
+def cells_are_short_and_clean(notebook):
+    """No outputs, no execution counts, and at most 15 lines in every code cell but the set-up."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+            if "setup" not in cell.metadata.get("tags", []):
+                assert len([line for line in cell.source.splitlines() if line.strip()]) <= 15, cell.source
+
+
 def figures_with_sentences(notebook):
     """The number of code cells that show a Plotly figure; each of them must also print what its figure says."""
     figures = 0

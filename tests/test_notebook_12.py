@@ -6,7 +6,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from notebook_checks import figures_with_sentences
+from notebook_checks import cells_are_short_and_clean, figures_with_sentences
 
 from llamatelemetry import Capture
 from llamatelemetry.notebooks import NotebookError, run_notebook
@@ -19,10 +19,7 @@ def test_cells_are_short_and_clean():
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.metadata.get("tags") for cell in code[:2]] == [["parameters"], ["setup"]]
-    for cell in code:
-        assert cell.outputs == [] and cell.execution_count is None
-        if "setup" not in cell.metadata.get("tags", []):
-            assert len([line for line in cell.source.splitlines() if line.strip()]) <= 15, cell.source
+    cells_are_short_and_clean(notebook)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from notebook_checks import figures_with_sentences
+from notebook_checks import cells_are_short_and_clean, figures_with_sentences
 
 from llamatelemetry.gguf import GGUFFile
 from llamatelemetry.notebooks import run_notebook
@@ -21,12 +21,9 @@ def test_cells_are_short_and_clean():
     nbformat.validate(notebook)
     tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
     assert sorted(tags) == ["parameters", "setup"]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == [] and cell.execution_count is None
-            assert max(map(len, cell.source.splitlines())) <= 120
-            if "setup" not in cell.metadata.get("tags", []):
-                assert len([line for line in cell.source.splitlines() if line.strip()]) <= 15, cell.source
+    cells_are_short_and_clean(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert max(len(line) for cell in code for line in cell.source.splitlines()) <= 120
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ Pure functions on arrays, xarray captures of the same tokens, and objects with t
 import numpy as np
 import pandas as pd
 
+from .embeddings import unit
+
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -82,16 +84,12 @@ def embedding_preservation(reference, candidate, pool=8192, queries=512, k=10, s
     overlap (NaN where not a query).
     """
     ids = _some(reference.n_vocab, pool, seed)
-    base, other = (_unit(file.rows("token_embd.weight", ids)) for file in (reference, candidate))  # (pool, embd)
+    base, other = (unit(file.rows("token_embd.weight", ids)) for file in (reference, candidate))  # (pool, embd)
     asked = _some(len(ids), queries, seed + 1)
     near, far = (_neighbours(x, asked, min(k, len(ids) - 1)) for x in (base, other))  # (queries, k)
     overlap = np.full(len(ids), np.nan)
     overlap[asked] = (near[:, :, None] == far[:, None, :]).any(axis=2).mean(axis=1)
     return pd.DataFrame({"cosine": (base * other).sum(axis=1), "overlap": overlap}, index=pd.Index(ids, name="id"))
-
-
-def _unit(x):
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def _neighbours(x, rows, k):
