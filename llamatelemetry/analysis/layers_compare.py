@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .lens import _log_softmax
+from ..capture.measures import log_softmax
 
 
 def align(ids, other, by="position"):
@@ -43,7 +43,7 @@ def divergence(hidden, other, pairs):
 
 def output_change(logits, other, pairs):
     """How the predictions of two runs differ: DataFrame per pair: kl, KL(first || second) in nats, and same_top."""
-    p, q = _log_softmax(np.asarray(logits)[pairs[:, 0]]), _log_softmax(np.asarray(other)[pairs[:, 1]])
+    p, q = log_softmax(np.asarray(logits)[pairs[:, 0]]), log_softmax(np.asarray(other)[pairs[:, 1]])
     kl = (np.exp(p) * (p - q)).sum(-1, dtype=np.float64)
     return pd.DataFrame({"position": pairs[:, 0], "kl": np.maximum(kl, 0), "same_top": p.argmax(-1) == q.argmax(-1)})
 
@@ -83,7 +83,7 @@ def generation_table(tokens, logits, lens_data, settled_layers):
     """
     new = tokens.index[tokens["generated"]].to_numpy()
     before = new - 1
-    logp = _log_softmax(np.asarray(logits)[before])
+    logp = log_softmax(np.asarray(logits)[before])
     chosen = logp[np.arange(len(new)), tokens["id"].to_numpy()[new]]
     return pd.DataFrame({
         "position": new, "piece": tokens["piece"].to_numpy()[new], "probability": np.exp(chosen),

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.measures import log_softmax
 from ..errors import CaptureError
 
 _ELEMENTS = 1 << 24  # logits of one block: rows of the stream x tokens of the vocabulary
@@ -165,7 +166,7 @@ def lens(head, hidden, targets, final_logits=None, k=5, progress=False):
     unique, where = np.unique(targets, return_inverse=True)
     own = _products(head, x, unique)[np.arange(len(x)), np.tile(where, layers)]
     state = _Sums(len(x), k)
-    cross, model = np.zeros(len(x)), None if final_logits is None else _log_softmax(final_logits)  # (token, vocab)
+    cross, model = np.zeros(len(x)), None if final_logits is None else log_softmax(final_logits)  # (token, vocab)
     blocks = head.gguf.iter_rows(head.gguf.output_name, size)
     for start, weights in tqdm(blocks, total=-(-n_vocab // size), desc="logit lens", unit="block",
                                disable=not progress, leave=False):
@@ -180,12 +181,6 @@ def lens(head, hidden, targets, final_logits=None, k=5, progress=False):
 
 def _products(head, x, ids):
     return head.finish(x @ head.gguf.rows(head.gguf.output_name, ids).T, ids).astype(np.float64)
-
-
-def _log_softmax(logits):
-    logits = np.asarray(logits, dtype=np.float32)
-    top = logits.max(-1, keepdims=True)
-    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
 
 
 class _Sums:

@@ -12,6 +12,7 @@ KEEP_LIMIT = 4 * 2**30  # bytes of log-probabilities kept for KL divergences
 
 def log_softmax(logits):
     """(row, vocab) natural log-probabilities, float32."""
+    logits = np.asarray(logits, dtype=np.float32)
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
 
