@@ -115,10 +115,10 @@ def notebooks():
         row = _row("notebooks", path.stem)
         cells = [f"{row['seconds']:,.0f} s", f"{row['peak_mib']:,} MiB", f"{row['html_mb']} MB"] if row else \
             [NOT_MEASURED] * 3
-        cells.append(_value("gpu_notebooks", f"notebook {path.stem[:2]}, SmolLM2", "value", "{:,} s"))
+        cells.append(_value("gpu_notebooks", path.stem, "seconds", "{:,.0f} s"))
         lines.append(f"| {path.stem[:2]} | {' | '.join(cells)} |")
     machines = [f"{kind}: {facts['cpu']}{', ' + facts['gpu'] if kind == 'GPU' else ''}, {facts['date']}"
-                for kind, row in (("CPU", _row("notebooks", "all")), ("GPU", _row("gpu_notebooks", "notebook")))
+                for kind, row in (("CPU", _row("notebooks", "all")), ("GPU", _row("gpu_notebooks", "all")))
                 if row and (facts := row["hardware"])]
     if machines:
         lines += ["", "; ".join(machines) + "."]

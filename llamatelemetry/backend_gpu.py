@@ -10,6 +10,7 @@ from .backend import CpuBackend
 from .errors import GpuError
 
 RAPIDS = ("cupy", "cudf", "cuml")
+CUGRAPH_FROM = 1000  # nodes of a component
 
 
 class GpuBackend(CpuBackend):
@@ -65,19 +66,20 @@ class GpuBackend(CpuBackend):
         return self._cupy.asnumpy(array)
 
     def layout(self, edges, n_nodes, weights=None, dims=2, seed=0):
-        edges, weights = graph_layout.check_edges(edges, n_nodes, weights)
-        if self._cugraph is None or dims != 2 or len(edges) == 0:
-            return super().layout(edges, n_nodes, weights, dims, seed)
-        found = self._cugraph.force_atlas2(self._graph(edges, n_nodes, weights), max_iter=500, random_state=seed)
-        found = found.to_pandas().set_index("vertex").reindex(np.arange(n_nodes))
-        lone = found["x"].isna().to_numpy()  # cuGraph leaves out nodes without edges
-        positions = found[["x", "y"]].to_numpy(dtype=np.float64)
-        if lone.any():  # they go on a ring around the rest, as force would put them
-            centre = np.nanmean(positions, axis=0)
-            radius = 1.1 * np.nanmax(np.linalg.norm(positions - centre, axis=1))
-            angle = np.linspace(0, 2 * np.pi, lone.sum(), endpoint=False)
-            positions[lone] = centre + radius * np.column_stack([np.cos(angle), np.sin(angle)])
-        return graph_layout.to_unit(positions)
+        force = self._force_atlas2 if self._cugraph is not None and dims == 2 else None
+        return graph_layout.layout(edges, n_nodes, weights, dims, seed, force)
+
+    def _force_atlas2(self, graph, dims, seed):
+        """One component: cuGraph for a large one; a small one is placed before the GPU has started on it."""
+        n = graph.vcount()
+        if n < CUGRAPH_FROM:
+            return graph_layout.igraph_force(graph, dims, seed)
+        weights = np.asarray(graph.es["weight"]) if "weight" in graph.es.attributes() else None
+        start = graph_layout.start_positions(n, 2, seed).astype(np.float32)
+        start = self._cudf.DataFrame({"vertex": np.arange(n, dtype=np.int32), "x": start[:, 0], "y": start[:, 1]})
+        whole = self._graph(np.asarray(graph.get_edgelist()), n, weights)
+        found = self._cugraph.force_atlas2(whole, max_iter=500, pos_list=start).to_pandas()
+        return found.set_index("vertex").loc[np.arange(n), ["x", "y"]].to_numpy(dtype=np.float64)
 
     def pagerank(self, edges, n_nodes, weights=None, directed=True):
         edges, weights = graph_layout.check_edges(edges, n_nodes, weights)

@@ -293,6 +293,18 @@ def test_layout_separates_two_cliques(backend, dims):
     assert np.linalg.norm(found, axis=1).max() == pytest.approx(1, abs=1e-5)
 
 
+def test_a_large_layout_separates_two_communities(backend):
+    random = np.random.default_rng(0)
+    inside = np.concatenate([random.integers(0, 700, (7000, 2)), random.integers(700, 1400, (7000, 2))])
+    rings = np.column_stack([np.arange(1400), np.r_[1:700, 0, 701:1400, 700]])  # no node of a community is left out
+    edges = np.unique(np.sort(np.concatenate([inside[inside[:, 0] != inside[:, 1]], rings, [(0, 700)]]), axis=1), axis=0)
+    found = backend.layout(edges, 1403, random.uniform(0.5, 2, len(edges)))  # and three nodes without an edge
+    parts = found[:700], found[700:1400]
+    gap = np.linalg.norm(parts[0].mean(axis=0) - parts[1].mean(axis=0))
+    assert found.shape == (1403, 2) and len(np.unique(found, axis=0)) == 1403
+    assert gap > 2 * max(np.linalg.norm(part - part.mean(axis=0), axis=1).mean() for part in parts)
+
+
 def test_layout_is_repeatable_and_leaves_random_alone():
     import random
 

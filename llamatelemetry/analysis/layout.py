@@ -22,14 +22,16 @@ def check_edges(edges, n_nodes, weights=None):
     return edges, weights
 
 
-def layout(edges, n_nodes, weights=None, dims=2, seed=0):
+def layout(edges, n_nodes, weights=None, dims=2, seed=0, force=None):
     """Node positions by force (see backend.layout), each connected component by itself, then packed side by side:
     forces alone would drive unconnected parts away from each other without end.
 
+    force: what places one component, called like igraph_force, which it is if None
     -> (n_nodes, dims) float32, in the unit disc or ball
     """
     import igraph
 
+    force = force or igraph_force
     edges, weights = check_edges(edges, n_nodes, weights)
     if dims not in (2, 3):
         raise ValueError(f"a layout has 2 or 3 dimensions, not {dims}")
@@ -45,20 +47,24 @@ def layout(edges, n_nodes, weights=None, dims=2, seed=0):
     igraph.set_random_number_generator(random.Random(seed))
     try:
         for part, radius, centre in zip(parts, radii, centres):
-            inside = _into_disc(_force(graph.subgraph(part), dims, seed)) if len(part) > 1 else 0.0
+            inside = _into_disc(force(graph.subgraph(part), dims, seed)) if len(part) > 1 else 0.0
             positions[part] = centre + 0.9 * radius * inside
     finally:
         igraph.set_random_number_generator(random)
     return to_unit(positions)
 
 
-def _force(graph, dims, seed):
-    """Positions of one connected component."""
+def start_positions(n_nodes, dims, seed):
+    """Where forces find the nodes: (n_nodes, dims) float64, evenly in a box whose area grows with the nodes."""
+    return np.random.default_rng(seed).uniform(-1, 1, (n_nodes, dims)) * np.sqrt(n_nodes)
+
+
+def igraph_force(graph, dims, seed):
+    """Positions (n, dims) of one connected component, an igraph.Graph whose edges may have "weight"."""
     n = graph.vcount()
-    start = (np.random.default_rng(seed).uniform(-1, 1, (n, dims)) * np.sqrt(n)).tolist()
     weights = "weight" if "weight" in graph.es.attributes() else None
     method = graph.layout_drl if n > DRL_ABOVE else graph.layout_fruchterman_reingold
-    return np.asarray(method(weights=weights, dim=dims, seed=start).coords)
+    return np.asarray(method(weights=weights, dim=dims, seed=start_positions(n, dims, seed).tolist()).coords)
 
 
 def _into_disc(positions):

@@ -1,8 +1,9 @@
 """Every notebook from top to bottom with its own parameters: time, and the peak memory of all its processes together.
 
-    python tests/benchmarks/bench_notebooks.py [12 13 ...] [--out FOLDER]
+    python tests/benchmarks/bench_notebooks.py [12 13 ...] [--backend gpu] [--out FOLDER] [--results FILE]
 
-One after the other, as `make run` does; the executed notebooks are kept in --out.
+One after the other, as `make run` does; the executed notebooks are kept in --out. With --backend gpu the analytics must
+run on RAPIDS, and the GPU memory that the notebook takes is watched as well.
 """
 
 import argparse
@@ -16,19 +17,28 @@ from common import memory_of, report
 FOLDER = Path(__file__).parents[2] / "notebooks"
 
 
+def gpu_mib():
+    """Memory in use on all GPUs together, in MiB."""
+    from llamatelemetry.gpus import list_gpus
+
+    return sum(gpu.memory_bytes - gpu.free_bytes for gpu in list_gpus()) / 2**20
+
+
 class Peak:
-    """The largest sum of the resident memory of this process's descendants, in MiB, sampled every quarter second."""
+    """The largest sum of the resident memory of this process's descendants (mib), and the most that was in use on all
+    GPUs beyond what was when it began (gpu_mib), both in MiB, sampled every quarter second."""
 
     def __enter__(self):
-        self.mib, self._stop = 0.0, threading.Event()
+        self.mib, self.gpu_mib, self._stop = 0.0, 0.0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def _watch(self):
-        own = memory_of(os.getpid())
+        own, before = memory_of(os.getpid()), gpu_mib()
         while not self._stop.wait(0.25):
             try:
+                self.gpu_mib = max(self.gpu_mib, gpu_mib() - before)
                 self.mib = max(self.mib, memory_of(os.getpid()) - own)
             except Exception:  # a process ended between being listed and being asked
                 pass
@@ -43,19 +53,23 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--backend", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("executed"))
+    parser.add_argument("--results", type=Path, help="file for the figures instead of the one in results/")
     options = parser.parse_args()
+    name = ("gpu_" if options.backend == "gpu" else "") + ("notebooks" if not options.names else "notebooks-partial")
     rows = []
     for path in find(FOLDER, options.names):
         with Peak() as peak:
             started = time.perf_counter()
-            executed = run_notebook(path, options.out, progress=False)
+            executed = run_notebook(path, options.out, {"BACKEND": options.backend}, progress=False)
             seconds = time.perf_counter() - started
         rows.append({"what": path.stem, "seconds": round(seconds, 1), "peak_mib": round(peak.mib),
-                     "html_mb": round(executed.with_suffix(".html").stat().st_size / 1e6, 1)})
-    rows.append({"what": "all", "seconds": round(sum(row["seconds"] for row in rows), 1),
-                 "peak_mib": max(row["peak_mib"] for row in rows)})
-    report("notebooks" if not options.names else "notebooks-partial", rows)
+                     "html_mb": round(executed.with_suffix(".html").stat().st_size / 1e6, 1)}
+                    | ({"gpu_mib": round(peak.gpu_mib)} if options.backend == "gpu" else {}))
+        whole = {"what": "all", "seconds": round(sum(row["seconds"] for row in rows), 1),
+                 "peak_mib": max(row["peak_mib"] for row in rows)}
+        report(name, [*rows, whole], options.results)  # after each: a run that is cut off keeps what it has
 
 
 if __name__ == "__main__":

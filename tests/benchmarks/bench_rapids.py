@@ -54,9 +54,9 @@ def versions():
     return found
 
 
-def knn_edges(indices):
-    """The k-nearest-neighbour graph's edges among the first GRAPH_NODES rows. (n, k) -> (m, 2), each once"""
-    head = indices[:GRAPH_NODES]
+def knn_edges(indices, n_nodes):
+    """The k-nearest-neighbour graph's edges among the first rows. (n, k) -> (m, 2), each once"""
+    head = indices[:n_nodes]
     edges = np.column_stack([np.repeat(np.arange(len(head)), head.shape[1]), head.ravel()])
     edges = edges[edges[:, 1] < len(head)]
     return np.unique(np.sort(edges, axis=1), axis=0)
@@ -64,6 +64,7 @@ def knn_edges(indices):
 
 def tasks(x, given):
     """{task: function of a backend}; what earlier tasks of the CPU left is in `given`, so that both get the same."""
+    sizes = sorted({min(GRAPH_NODES, len(x)), len(x)})
     return {
         f"{K} nearest neighbours, exact": lambda b: b.neighbors(x, K)[1],
         "UMAP 3-D, seed 0": lambda b: b.umap(x, 3, seed=0),
@@ -71,13 +72,22 @@ def tasks(x, given):
         "PCA 50": lambda b: b.pca(x, min(50, *x.shape))[0],
         f"k-means {CLUSTERS}": lambda b: b.kmeans(x, CLUSTERS),
         "HDBSCAN of the UMAP map": lambda b: b.hdbscan(given["UMAP 3-D, seed 0"], 30),
-        f"layout of the neighbour graph, {min(GRAPH_NODES, len(x))} nodes": lambda b: b.layout(
-            knn_edges(given[f"{K} nearest neighbours, exact"]), min(GRAPH_NODES, len(x))
-        ),
+    } | {
+        f"layout of the neighbour graph, {size} nodes": lambda b, size=size: b.layout(
+            knn_edges(given[f"{K} nearest neighbours, exact"], size), size
+        )
+        for size in sizes
     }
 
 
-def agreement(task, x, cpu, gpu):
+def edge_length(positions, edges):
+    """Median length of an edge as a share of the median distance of random pairs: how well a layout keeps neighbours."""
+    pairs = np.random.default_rng(0).integers(0, len(positions), (100_000, 2))
+    lengths = [np.median(np.linalg.norm(positions[p[:, 0]] - positions[p[:, 1]], axis=1)) for p in (edges, pairs)]
+    return lengths[0] / lengths[1]
+
+
+def agreement(task, x, cpu, gpu, given):
     """How far the two results say the same, as a sentence."""
     from sklearn.manifold import trustworthiness
     from sklearn.metrics import adjusted_rand_score
@@ -92,7 +102,9 @@ def agreement(task, x, cpu, gpu):
         return f"largest difference {np.abs(cpu - gpu).max() / np.abs(cpu).max():.1e} of the largest score"
     if task.startswith(("k-means", "HDBSCAN")):
         return f"adjusted Rand {adjusted_rand_score(cpu, gpu):.3f}"
-    return ""
+    edges = knn_edges(given[f"{K} nearest neighbours, exact"], len(cpu))
+    lengths = [edge_length(found, edges) for found in (cpu, gpu)]
+    return f"median edge {lengths[0]:.3f} (CPU), {lengths[1]:.3f} (GPU) of a random pair's distance"
 
 
 def main():
@@ -124,7 +136,7 @@ def main():
         start = time.perf_counter()
         small = x[:2000]
         b.neighbors(small, K), b.umap(small, 3), b.umap(small, 3, seed=None), b.pca(small, 5), b.kmeans(small, 5)
-        b.hdbscan(small[:, :3], 30)
+        b.hdbscan(small[:, :3], 30), b.layout(knn_edges(b.neighbors(small, K)[1], len(small)), len(small))
         report[f"warm_up_{b.name}_s"] = time.perf_counter() - start
         print(f"warm-up {b.name}: {report[f'warm_up_{b.name}_s']:.1f} s")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -146,7 +158,7 @@ def main():
         if found:
             given[task] = found[0]
         if len(found) == 2:
-            row["ratio"], row["agreement"] = row["cpu"] / row["gpu"], agreement(task, x, *found)
+            row["ratio"], row["agreement"] = row["cpu"] / row["gpu"], agreement(task, x, *found, given)
         report["tasks"][task] = row
         cells = [f"{row[name]:.2f}" if name in row else "-" for name in ("cpu", "gpu", "ratio")]
         said = row.get("failed", row.get("agreement", ""))
