@@ -54,6 +54,22 @@ def _compare_difference():
     return f"at most {max(abs(ours - theirs) for ours, theirs in pairs):.1e} nats apart ({len(pairs)} files)"
 
 
+def _rounding():
+    """Rows of how far CUDA's quantized kernels are from the CPU's, and both from exact arithmetic."""
+    rows = []
+    for kind in ("Q8_0", "Q4_1"):
+        found = {stage: _row("gpu_rounding", f"{kind}, {stage}") for stage in ("attention", "hidden")}
+        said = "; ".join(f"{stage} {row['gpu_cpu']:.1%} (from exact arithmetic: GPU {row['gpu_exact']:.1%}, "
+                         f"CPU {row['cpu_exact']:.1%})" for stage, row in found.items() if row)
+        rows.append((f"Captures on a GPU against the CPU's, {kind}, root mean square", "2 %", said or NOT_MEASURED))
+    return rows
+
+
+def _given_back():
+    row = _row("gpu_placement", "of server and worker")
+    return f"{row['freed']:,} MiB; together they held {row['held']:,}" if row else NOT_MEASURED
+
+
 def _rapids():
     """(task, how much faster on the GPU) of every stored task that ran on both."""
     rows = []
@@ -86,6 +102,8 @@ def targets():
          _compare_difference()),
         ("Time of `compare_quantizations` against llama-perplexity's, model loading included", "no more",
          _compare_time()),
+        *_rounding(),
+        ("GPU memory that server and capture worker give back when they are closed", "all", _given_back()),
         *_rapids(),
         ("All five notebooks, SmolLM2, CPU, no network", "under 720 s",
          _value("notebooks", "all", "seconds", "{:,.0f} s")),
@@ -98,11 +116,14 @@ def hardware():
     """One line per stored benchmark: on what it was measured."""
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
-        facts = json.loads(path.read_text())["hardware"]
+        stored = json.loads(path.read_text())
+        facts = stored["hardware"]
         if isinstance(facts, dict):
             gpu = "" if facts.get("gpu", "none") == "none" else f", {facts['gpu']}"
             cores = f", {facts['cores']} cores" if "cores" in facts else ""
             facts = f"{facts.get('cpu', '')}{cores}{gpu}, {facts.get('date', '')}"
+        else:  # the RAPIDS benchmark keeps a sentence
+            facts = f"{facts}, {stored['backends'].get('gpu', 'no GPU')}, {stored['date']}"
         lines.append(f"- `{path.name}`: {facts}")
     return "\n".join(lines)
 

@@ -179,7 +179,7 @@ class CpuBackend:
         """Node positions by force. edges: (m, 2) ids 0 to n_nodes-1; weights: (m,), larger pulls closer.
 
         -> (n_nodes, dims) float32, centred, the largest distance from the centre 1. igraph: Fruchterman and Reingold
-        (1991), DrL above 20,000 nodes; cuGraph, where there is one: ForceAtlas2 (Jacomy et al. 2014), dims=2.
+        (1991); cuGraph, where there is one: ForceAtlas2 (Jacomy et al. 2014), dims=2 and parts of 1,000 nodes or more.
         """
         return graph_layout.layout(edges, n_nodes, weights, dims, seed)
 

@@ -13,6 +13,17 @@ RAPIDS = ("cupy", "cudf", "cuml")
 CUGRAPH_FROM = 1000  # nodes of a component
 
 
+def _import_cugraph():
+    """(the module or None, what the layouts are made by): the rest of RAPIDS is worth having without it."""
+    if importlib.util.find_spec("cugraph") is None:
+        return None, "igraph (cuGraph is not installed)"
+    try:
+        import cugraph
+    except Exception as error:  # it brings communication libraries of its own that may not load: OSError
+        return None, f"igraph (cuGraph does not load: {type(error).__name__}: {error})"
+    return cugraph, "cuGraph"
+
+
 class GpuBackend(CpuBackend):
     """cuDF, CuPy and cuML (25.x and 26.x) on the analytics GPU; cuGraph where it is installed, else igraph."""
 
@@ -41,21 +52,13 @@ class GpuBackend(CpuBackend):
             reason = f"RAPIDS does not work here: {type(error).__name__}: {error}"
             raise GpuError(f"{reason}. Mend that, or use backend='cpu'") from error
         self._cupy, self._cudf = cupy, cudf
-        graphs = "cuGraph" if self._cugraph else "igraph (cuGraph is not installed)"
+        self._cugraph, graphs = _import_cugraph()
         versions = f"cuML {cuml.__version__}, cuDF {cudf.__version__}"
         self.line = f"analytics on {device} ({why}): {versions}, layouts by {graphs}"
 
     @cached_property
     def xp(self):
         return self._cupy
-
-    @cached_property
-    def _cugraph(self):
-        if importlib.util.find_spec("cugraph") is None:
-            return None
-        import cugraph
-
-        return cugraph
 
     def table(self, frame):
         return self._cudf.from_pandas(frame)
@@ -74,39 +77,16 @@ class GpuBackend(CpuBackend):
         n = graph.vcount()
         if n < CUGRAPH_FROM:
             return graph_layout.igraph_force(graph, dims, seed)
-        weights = np.asarray(graph.es["weight"]) if "weight" in graph.es.attributes() else None
+        edges = np.asarray(graph.get_edgelist(), dtype=np.int32)
+        frame = {"src": edges[:, 0], "dst": edges[:, 1], "weight": np.ones(len(edges), np.float32)}
+        if "weight" in graph.es.attributes():
+            frame["weight"] = np.asarray(graph.es["weight"], dtype=np.float32)
+        whole = self._cugraph.Graph()
+        whole.from_cudf_edgelist(self._cudf.DataFrame(frame), "src", "dst", edge_attr="weight")
         start = graph_layout.start_positions(n, 2, seed).astype(np.float32)
         start = self._cudf.DataFrame({"vertex": np.arange(n, dtype=np.int32), "x": start[:, 0], "y": start[:, 1]})
-        whole = self._graph(np.asarray(graph.get_edgelist()), n, weights)
         found = self._cugraph.force_atlas2(whole, max_iter=500, pos_list=start).to_pandas()
         return found.set_index("vertex").loc[np.arange(n), ["x", "y"]].to_numpy(dtype=np.float64)
-
-    def pagerank(self, edges, n_nodes, weights=None, directed=True):
-        edges, weights = graph_layout.check_edges(edges, n_nodes, weights)
-        if self._cugraph is None or len(edges) == 0:
-            return super().pagerank(edges, n_nodes, weights, directed)
-        graph = self._graph(edges, n_nodes, weights, directed)
-        found = self._cugraph.pagerank(graph, alpha=0.85, tol=1e-9, max_iter=1000).to_pandas()
-        return found.set_index("vertex")["pagerank"].reindex(np.arange(n_nodes)).to_numpy()
-
-    def betweenness(self, edges, n_nodes, directed=False):
-        edges, _ = graph_layout.check_edges(edges, n_nodes)
-        if self._cugraph is None or len(edges) == 0:
-            return super().betweenness(edges, n_nodes, directed)
-        found = self._cugraph.betweenness_centrality(self._graph(edges, n_nodes, None, directed), normalized=True)
-        found = found.to_pandas().set_index("vertex")["betweenness_centrality"]
-        return found.reindex(np.arange(n_nodes)).fillna(0).to_numpy()
-
-    def _graph(self, edges, n_nodes, weights=None, directed=False):
-        frame = self._cudf.DataFrame({"src": edges[:, 0].astype(np.int32), "dst": edges[:, 1].astype(np.int32)})
-        if weights is not None:
-            frame["weight"] = weights.astype(np.float32)
-        graph = self._cugraph.Graph(directed=directed)
-        vertices = self._cudf.Series(np.arange(n_nodes, dtype=np.int32))
-        graph.from_cudf_edgelist(
-            frame, "src", "dst", edge_attr=None if weights is None else "weight", renumber=True, vertices=vertices
-        )
-        return graph
 
     def _umap(self, x, n_components, n_neighbors, min_dist, metric, seed):
         from cuml.manifold import UMAP

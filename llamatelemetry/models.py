@@ -29,6 +29,8 @@ def resolve_model(name=None, progress=True):
     fetched), ModelLoadError for a folder without exactly one model or a file that arrived damaged.
     """
     text = os.fspath(DEFAULT_MODEL if name is None else name)
+    if not text.strip():
+        raise ModelNotFoundError(f"The model's name is empty. Give a file or a name of list_models(), as {DEFAULT_MODEL!r}.")
     path = Path(text).expanduser()
     model = _by_name(text)
     if path.is_file() or (path.is_dir() and model is None):

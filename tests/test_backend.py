@@ -13,6 +13,7 @@ from llamatelemetry import backend as backend_module
 from llamatelemetry import gpus
 from llamatelemetry.analysis.layout import layout, pack_discs
 from llamatelemetry.backend import get_backend
+from llamatelemetry.backend_gpu import _import_cugraph
 from llamatelemetry.errors import GpuError
 
 RAPIDS_HERE = all(importlib.util.find_spec(name) for name in ("cupy", "cudf", "cuml"))
@@ -257,6 +258,18 @@ def test_rapids_is_imported_after_the_process_has_its_gpu(fresh, monkeypatch, tm
     assert (tmp_path / "order").read_text().split() == ["assigned", "cudf", "cuml", "cupy"]
     for name in ("cudf", "cuml", "cupy"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("text, by", [(None, "not installed"), ("raise OSError('no libucs')", "OSError: no libucs"),
+                                      ("", "cuGraph")])  # fmt: skip
+def test_rapids_goes_on_without_cugraph(monkeypatch, tmp_path, text, by):
+    monkeypatch.delitem(sys.modules, "cugraph", raising=False)
+    specs(monkeypatch, () if text is None else ("cugraph",))
+    (tmp_path / "cugraph.py").write_text(text or "")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module, said = _import_cugraph()
+    assert by in said and (module is None) == (by != "cuGraph")
+    sys.modules.pop("cugraph", None)
 
 
 @pytest.mark.gpu

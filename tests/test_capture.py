@@ -212,8 +212,8 @@ def test_score_and_sweep_agree_with_captured_logits(session, full):
 
 
 def test_saved_and_loaded(full, tmp_path):
-    full.save(tmp_path / "x.safetensors")
-    loaded = Capture.load(tmp_path / "x.safetensors")
+    full.save(tmp_path / "new folder" / "x.safetensors")
+    loaded = Capture.load(tmp_path / "new folder" / "x.safetensors")
     assert loaded.stages == full.stages and vars(loaded.model) == vars(full.model)
     for stage in ALL:
         assert loaded[stage].equals(full[stage]), stage

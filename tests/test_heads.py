@@ -126,13 +126,20 @@ def test_baselines_are_what_chance_gives(measured, texts):
     assert interval["low"] < interval["value"] < interval["high"]
 
 
+def pattern_scores(attention, patterns, rows):
+    """The scores of a Text from a full capture (layer, head, query, key): {pattern: (layer, head)}."""
+    values = np.asarray(attention, np.float64)
+    return {name: values[:, :, pairs[:, 0], pairs[:, 1]].sum(-1) / rows["".join(name[1:].partition("~")[:2])]
+            for name, pairs in patterns.items()}  # fmt: skip
+
+
 def test_scores_streamed_equal_those_of_the_full_matrix(texts):
     rng = np.random.default_rng(0)
     for text in texts[::5]:
         n = len(text.ids)
         attention = np.tril(rng.random((2, 3, n, n)))
         attention /= attention.sum(-1, keepdims=True)
-        full = heads.pattern_scores(attention, text.patterns, text.rows)
+        full = pattern_scores(attention, text.patterns, text.rows)
         streams = HeadStatistics(text.ids, text.patterns)
         for layer in (0, 1):
             for start in range(0, n, 31):  # in pieces, as a long prompt comes
@@ -377,6 +384,6 @@ def test_profile_of_smollm2_streamed_is_that_of_the_full_capture(engine):
     for text in (texts[0], texts[12], texts[-1]):
         stats = engine.head_statistics(text.ids, patterns=text.patterns)
         attention = engine.capture(text.ids, stages=("attention",)).attention
-        for name, expected in heads.pattern_scores(attention, text.patterns, text.rows).items():
+        for name, expected in pattern_scores(attention, text.patterns, text.rows).items():
             rows = text.rows["".join(name[1:].partition("~")[:2])]
             np.testing.assert_allclose(stats[name] * stats["mass"] * len(text.ids) / rows, expected, atol=1e-5)

@@ -109,11 +109,10 @@ def test_block_influence_is_one_minus_cosine():
 
 def test_cka_of_rotated_and_scaled_states_is_one():
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((40, 6))
+    x, other = rng.standard_normal((2, 40, 6))
     rotation = np.linalg.qr(rng.standard_normal((6, 6)))[0]
-    assert layers.linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
-    assert layers.linear_cka(x, rng.standard_normal((40, 6))) < 0.5
-    assert np.isnan(layers.linear_cka(x, np.ones((40, 6))))
+    values = layers.cka_map(stage(np.stack([x, 3 * x @ rotation + 5, other])))[0]
+    assert values[0, 1] == pytest.approx(1) and values[0, 2] < 0.5
 
 
 def test_cka_equals_the_feature_form_and_leaves_the_first_token_out():

@@ -82,6 +82,12 @@ def test_any_part_of_a_split_model_gives_the_first(machine):
         resolve_model(second)
 
 
+@pytest.mark.parametrize("name", ["", "  "])
+def test_empty_name(name):
+    with pytest.raises(ModelNotFoundError, match="name is empty"):
+        resolve_model(name)
+
+
 @pytest.mark.parametrize("name", ["none.gguf", "folder/none.gguf", "/nowhere/none", "~/none.gguf"])
 def test_path_that_is_not_there(name):
     with pytest.raises(ModelNotFoundError, match="There is no file"):

@@ -7,19 +7,23 @@ import xarray as xr
 from .attention import per_head, query_positions
 
 
+def jensen_shannon(p, q):
+    """Jensen-Shannon divergence of distributions along the last axis, in bits: 0 for the same, 1 for disjoint ones
+    (Lin 1991). NumPy arrays (..., n) -> (...); rows need not have been normalized to the last bit."""
+    p, q = (np.asarray(x, np.promote_types(np.asarray(x).dtype, np.float32)) for x in (p, q))
+    middle = (p + q) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total = sum(np.where(x > 0, x * np.log2(x / middle), 0).sum(axis=-1) for x in (p, q))
+    return np.clip(total / 2, 0, 1)
+
+
 def js_distance(a, b):
     """Jensen-Shannon distance between the weights of two captures: square root of the divergence in bits, 0 to 1
-    (Lin 1991; Endres and Schindelin 2003). a, b: (..., query, key); returns their dims without key."""
+    (Endres and Schindelin 2003). a, b: (..., query, key); returns their dims without key."""
     p, q = np.asarray(a, dtype=np.float64), np.asarray(b.transpose(*a.dims), dtype=np.float64)
     if p.shape != q.shape:
         raise ValueError(f"two captures of different shape: {p.shape} and {q.shape}; capture the same text twice")
-    m = (p + q) / 2
-
-    def divergence(x):
-        return np.sum(np.where(x > 0, x * np.log2(np.where(x > 0, x, 1) / np.where(m > 0, m, 1)), 0), axis=-1)
-
-    distance = np.sqrt(np.clip((divergence(p) + divergence(q)) / 2, 0, 1))
-    return per_head(a, distance)
+    return per_head(a, np.sqrt(jensen_shannon(p, q)))
 
 
 def compare_heads(a, b):

@@ -146,16 +146,6 @@ def label_counts(earned, profiled):
     return pd.DataFrame(rows).set_index("label")
 
 
-def pattern_scores(attention, patterns, rows):
-    """The same scores from a full capture: {pattern: (layer, head)}, the check of what is streamed.
-
-    attention: (layer, head, query, key); patterns, rows: of a Text.
-    """
-    values = np.asarray(attention, np.float64)
-    return {name: values[:, :, pairs[:, 0], pairs[:, 1]].sum(-1) / rows["".join(name[1:].partition("~")[:2])]
-            for name, pairs in patterns.items()}  # fmt: skip
-
-
 def by_depth(profiled, measures=None):
     """How each measure changes over the layers: DataFrame (measure) of mean in the first, middle and last third of the
     layers, the layer with the highest mean, and Spearman's correlation of a head's score with its layer."""

@@ -130,18 +130,9 @@ def block_influence(hidden):
     return pd.DataFrame({"influence": change[:, 1:].mean(1), "first": change[:, 0]}).rename_axis("layer")
 
 
-def linear_cka(x, y):
-    """Linear centred kernel alignment of two sets of states of the same tokens (Kornblith et al. 2019), 0 to 1.
-
-    x: (token, width), y: (token, other width). NaN where one of them is the same for all tokens.
-    """
-    grams = [a @ a.T for a in (np.asarray(z, dtype=np.float64) - np.mean(z, axis=0, dtype=np.float64) for z in (x, y))]
-    product = np.linalg.norm(grams[0]) * np.linalg.norm(grams[1])
-    return float((grams[0] * grams[1]).sum() / product) if product > 0 else np.nan
-
-
 def cka_map(hidden, other=None, seed=0):
-    """Linear CKA between all layers, without the first token: (map (layer, layer of other), chance).
+    """Linear centred kernel alignment (Kornblith et al. 2019), 0 to 1, between all layers, without the first token:
+    (map (layer, layer of other), chance).
 
     other: states of the same tokens in another run or model (None: of the same). chance: the mean over layers of the
     CKA of a layer with itself after its tokens were shuffled. With fewer tokens than dimensions it is far from 0.

@@ -4,8 +4,6 @@ import random
 
 import numpy as np
 
-DRL_ABOVE = 20_000  # nodes: Fruchterman-Reingold takes minutes from here on, DrL seconds
-
 
 def check_edges(edges, n_nodes, weights=None):
     """edges as int64 (m, 2) and weights as float64 (m,) or None; ValueError for ids outside 0 to n_nodes-1, and for
@@ -63,8 +61,8 @@ def igraph_force(graph, dims, seed):
     """Positions (n, dims) of one connected component, an igraph.Graph whose edges may have "weight"."""
     n = graph.vcount()
     weights = "weight" if "weight" in graph.es.attributes() else None
-    method = graph.layout_drl if n > DRL_ABOVE else graph.layout_fruchterman_reingold
-    return np.asarray(method(weights=weights, dim=dims, seed=start_positions(n, dims, seed).tolist()).coords)
+    start = start_positions(n, dims, seed).tolist()
+    return np.asarray(graph.layout_fruchterman_reingold(weights=weights, dim=dims, seed=start).coords)
 
 
 def _into_disc(positions):

@@ -6,6 +6,7 @@ Pure functions on arrays, xarray captures of the same tokens, and objects with t
 import numpy as np
 import pandas as pd
 
+from .attention_compare import jensen_shannon
 from .embeddings import unit
 
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -96,20 +97,6 @@ def _neighbours(x, rows, k):
     similarity = x[rows] @ x.T  # (queries, pool)
     similarity[np.arange(len(rows)), rows] = -np.inf
     return np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-
-
-def jensen_shannon(p, q):
-    """Jensen-Shannon divergence of distributions along the last axis, in bits: 0 for the same, 1 for disjoint ones.
-
-    Lin (1991), "Divergence measures based on the Shannon entropy". Rows need not have been normalized to the last bit.
-    """
-    p, q = np.asarray(p, np.float32), np.asarray(q, np.float32)
-    middle = (p + q) / 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        total = np.where(p > 0, p * np.log2(p / middle), 0).sum(-1) + np.where(q > 0, q * np.log2(q / middle), 0).sum(
-            -1
-        )
-    return np.maximum(total / 2, 0)
 
 
 def attention_divergence(reference, candidate):

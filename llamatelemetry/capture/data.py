@@ -2,6 +2,7 @@
 
 import json
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,8 +58,10 @@ class Capture:
         return f"<Capture of {self.model.name or self.model.architecture}, {len(self._tokens[0])} tokens: {shapes}>"
 
     def save(self, path):
-        """Write everything as one safetensors file; returns the path."""
+        """Write everything as one safetensors file, in a new folder if need be; returns the path."""
         from safetensors.numpy import save_file
+
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
         ids, pieces, generated = self._tokens
         facts = {

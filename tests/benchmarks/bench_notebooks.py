@@ -58,8 +58,8 @@ def main():
     parser.add_argument("--results", type=Path, help="file for the figures instead of the one in results/")
     options = parser.parse_args()
     name = ("gpu_" if options.backend == "gpu" else "") + ("notebooks" if not options.names else "notebooks-partial")
-    rows = []
-    for path in find(FOLDER, options.names):
+    rows, paths = [], find(FOLDER, options.names)
+    for path in paths:
         with Peak() as peak:
             started = time.perf_counter()
             executed = run_notebook(path, options.out, {"BACKEND": options.backend}, progress=False)
@@ -67,7 +67,7 @@ def main():
         rows.append({"what": path.stem, "seconds": round(seconds, 1), "peak_mib": round(peak.mib),
                      "html_mb": round(executed.with_suffix(".html").stat().st_size / 1e6, 1)}
                     | ({"gpu_mib": round(peak.gpu_mib)} if options.backend == "gpu" else {}))
-        whole = {"what": "all", "seconds": round(sum(row["seconds"] for row in rows), 1),
+        whole = {"what": "all" if path == paths[-1] else "so far", "seconds": round(sum(row["seconds"] for row in rows), 1),
                  "peak_mib": max(row["peak_mib"] for row in rows)}
         report(name, [*rows, whole], options.results)  # after each: a run that is cut off keeps what it has
 
