@@ -44,14 +44,18 @@ def ladder(table, model):
             y=[max(row["kld_mean"], 1e-9)],
             name=name,
             mode="markers+text",
-            text=[name],
-            textposition="top center",
+            text=[f"  {name}"],
+            textposition="middle right",  # beside the interval, not on it
             marker=dict(size=11, color=color[name]),
             showlegend=False,
             error_y=dict(array=[high - row["kld_mean"]], arrayminus=[row["kld_mean"] - low], type="data"),
             hovertemplate=f"{html.escape(str(name))}<br>%{{x:.3f}} bits per weight<br>KLD %{{y:.5g}} nats"
             f"<br>95 % by window: {low:.5g} to {high:.5g}<extra></extra>",
         )
+    bits = table.dropna(subset="kld_mean")["bits_per_weight"]
+    if len(bits):
+        step = (bits.max() - bits.min() or 1) / 20
+        figure.update_xaxes(range=[bits.min() - step, bits.max() + 3 * step])  # room for the last name
     return figure.update_yaxes(**DECADES)
 
 
