@@ -37,7 +37,8 @@ def projection_figure(views, groups, pieces, ids, norms, *, title, extra=None, s
                 x=xyz[here, 0], y=xyz[here, 1], z=xyz[here, 2], mode="markers", text=labels[here], meta=str(name),
                 customdata=np.stack([np.asarray(values)[here] for values in columns.values()], axis=1),
                 hovertemplate=template, name=f"{name} ({here.sum():,})", legendgroup=str(name), showlegend=column == 1,
-                marker=dict(size=size, opacity=0.8, color=CATEGORIES[number % len(CATEGORIES)],
+                marker=dict(size=size, opacity=float(np.clip(1500 / here.sum(), 0.12, 0.8)),  # else 10,000 hide the rest
+                            color=CATEGORIES[number % len(CATEGORIES)],
                             symbol=_SYMBOLS[number // len(CATEGORIES) % len(_SYMBOLS)]), row=1, col=column)
     for view, scene in zip(views, ("scene", "scene2")):
         axes = {f"{axis}axis": dict(title=f"{view} {number}", showticklabels=False, showspikes=False,
