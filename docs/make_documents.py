@@ -120,15 +120,22 @@ def targets():
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
+def _machine(stored):
+    """On what something was measured; stored: a row of _row, a stored benchmark, or None."""
+    if stored is None:
+        return NOT_MEASURED
+    facts = stored["hardware"]
+    cores = f", {facts['cores']} cores" if "cores" in facts else ""
+    gpu = "" if facts.get("gpu", "none") == "none" else f", {facts['gpu']}"
+    return f"{facts.get('cpu', '')}{cores}{gpu}, {facts.get('date', '')}"
+
+
 def speed():
     """What a user waits for, in one paragraph for the README."""
-    cpu, gpu = _row("notebooks", "all"), _row("gpu_notebooks", "all")
-    machines = [f"{row['hardware']['cores']} cores{kind}" if row else NOT_MEASURED
-                for row, kind in ((cpu, ""), (gpu, f" and an {gpu['hardware']['gpu'].partition(',')[0]}" if gpu else ""))]
     return (
-        f"All five run in {_value('notebooks', 'all', 'seconds', '{:,.0f} s')} ({machines[0]}) or "
-        f"{_value('gpu_notebooks', 'all', 'seconds', '{:,.0f} s')} ({machines[1]}) with that model and the parameters as "
-        f"they are. On the CPU a capture of attention, q, k, v and hidden states takes "
+        f"All five run in {_value('notebooks', 'all', 'seconds', '{:,.0f} s')} ({_machine(_row('notebooks', 'all'))}) or "
+        f"{_value('gpu_notebooks', 'all', 'seconds', '{:,.0f} s')} ({_machine(_row('gpu_notebooks', 'all'))}) with that "
+        f"model and the parameters as they are. On the CPU a capture of attention, q, k, v and hidden states takes "
         f"{_value('capture', 'capture / plain', 'value', '{:.2f} x')} the time of the decode alone. On the GPU the "
         f"statistics of 1,024 heads at 4,096 tokens take {_value('gpu', 'head_statistics, 8B shape', 'ratio', '{:.2f} x')} "
         f"the decode of a model with the shape of Llama 3.1 8B, and 64 tokens of one with that of Llama 3.2 1B come after "
@@ -138,18 +145,7 @@ def speed():
 
 def hardware():
     """One line per stored benchmark: on what it was measured."""
-    lines = []
-    for path in sorted(RESULTS.glob("*.json")):
-        stored = json.loads(path.read_text())
-        facts = stored["hardware"]
-        if isinstance(facts, dict):
-            gpu = "" if facts.get("gpu", "none") == "none" else f", {facts['gpu']}"
-            cores = f", {facts['cores']} cores" if "cores" in facts else ""
-            facts = f"{facts.get('cpu', '')}{cores}{gpu}, {facts.get('date', '')}"
-        else:  # the RAPIDS benchmark keeps a sentence
-            facts = f"{facts}, {stored['backends'].get('gpu', 'no GPU')}, {stored['date']}"
-        lines.append(f"- `{path.name}`: {facts}")
-    return "\n".join(lines)
+    return "\n".join(f"- `{path.name}`: {_machine(json.loads(path.read_text()))}" for path in sorted(RESULTS.glob("*.json")))
 
 
 def notebooks():
@@ -162,9 +158,8 @@ def notebooks():
             [NOT_MEASURED] * 3
         cells.append(_value("gpu_notebooks", path.stem, "seconds", "{:,.0f} s"))
         lines.append(f"| {path.stem[:2]} | {' | '.join(cells)} |")
-    machines = [f"{kind}: {facts['cpu']}{', ' + facts['gpu'] if kind == 'GPU' else ''}, {facts['date']}"
-                for kind, row in (("CPU", _row("notebooks", "all")), ("GPU", _row("gpu_notebooks", "all")))
-                if row and (facts := row["hardware"])]
+    machines = [f"{kind}: {_machine(row)}" for kind, name in (("CPU", "notebooks"), ("GPU", "gpu_notebooks"))
+                if (row := _row(name, "all"))]
     if machines:
         lines += ["", "; ".join(machines) + "."]
     return "\n".join(lines)
@@ -187,8 +182,7 @@ def pictures():
     return "\n\n".join(parts)
 
 
-PARTS = {"targets": targets, "hardware": hardware, "notebooks": notebooks, "pictures": pictures,
-         "speed": speed}
+PARTS = {"targets": targets, "hardware": hardware, "notebooks": notebooks, "pictures": pictures, "speed": speed}
 
 
 def fill(text):

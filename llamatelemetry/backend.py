@@ -181,7 +181,7 @@ class CpuBackend:
         -> (n_nodes, dims) float32, centred, the largest distance from the centre 1. igraph: Fruchterman and Reingold
         (1991); cuGraph, where there is one: ForceAtlas2 (Jacomy et al. 2014), dims=2 and parts of 1,000 nodes or more.
         """
-        return graph_layout.layout(edges, n_nodes, weights, dims, seed)
+        return graph_layout.layout(edges, n_nodes, weights, dims, seed, self._force)
 
     def pagerank(self, edges, n_nodes, weights=None, directed=True):
         """PageRank, damping 0.85. edges: (m, 2), weights: (m,) -> (n_nodes,) float64 that sums to 1."""
@@ -192,6 +192,9 @@ class CpuBackend:
         return graph_layout.betweenness(edges, n_nodes, directed)
 
     # What differs between the backends: the libraries' calls, on checked float32 matrices.
+
+    def _force(self, graph, dims, seed):
+        return graph_layout.igraph_force(graph, dims, seed)
 
     def _umap(self, x, n_components, n_neighbors, min_dist, metric, seed):
         with warnings.catch_warnings():

@@ -68,15 +68,10 @@ class GpuBackend(CpuBackend):
             return array.to_pandas().to_numpy()
         return self._cupy.asnumpy(array)
 
-    def layout(self, edges, n_nodes, weights=None, dims=2, seed=0):
-        force = self._force_atlas2 if self._cugraph is not None and dims == 2 else None
-        return graph_layout.layout(edges, n_nodes, weights, dims, seed, force)
-
-    def _force_atlas2(self, graph, dims, seed):
-        """One component: cuGraph for a large one; a small one is placed before the GPU has started on it."""
+    def _force(self, graph, dims, seed):
         n = graph.vcount()
-        if n < CUGRAPH_FROM:
-            return graph_layout.igraph_force(graph, dims, seed)
+        if self._cugraph is None or dims != 2 or n < CUGRAPH_FROM:  # igraph is done before the GPU has started on a few
+            return super()._force(graph, dims, seed)
         edges = np.asarray(graph.get_edgelist(), dtype=np.int32)
         frame = {"src": edges[:, 0], "dst": edges[:, 1], "weight": np.ones(len(edges), np.float32)}
         if "weight" in graph.es.attributes():

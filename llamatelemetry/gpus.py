@@ -25,6 +25,10 @@ class Gpu:
     memory_bytes: int
     free_bytes: int
 
+    @property
+    def used_bytes(self):
+        return self.memory_bytes - self.free_bytes
+
     def __str__(self):
         return f"GPU {self.index} ({self.name}, {self.memory_bytes / 2**20:,.0f} MiB)"
 
@@ -249,7 +253,7 @@ def proof(processes):
     if not gpus:
         return ""
     table = placement(processes)
-    used = "; ".join(f"GPU {gpu.index} {(gpu.memory_bytes - gpu.free_bytes) / 2**20:,.0f} MiB in use" for gpu in gpus)
+    used = "; ".join(f"GPU {gpu.index} {gpu.used_bytes / 2**20:,.0f} MiB in use" for gpu in gpus)
     known = table.dropna(subset=["gpu"])
     where = "".join(f"; {row.process} on GPU {row.gpu}" for row in known.itertuples())
     silent = table["process"][table["gpu"].isna() & (table["note"] != "no context on a GPU")]

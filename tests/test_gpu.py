@@ -9,7 +9,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from benchmarks.bench_rounding import errors, rms
+from bench_rounding import ON_CPU, errors, rms
 from models import IDS, tiny_model
 
 from llamatelemetry import InferenceEngine, ablate_head, patch, scale
@@ -19,7 +19,6 @@ from llamatelemetry.expand import expand
 pytestmark = pytest.mark.gpu
 STAGES = ("attn_norm", "ffn_norm", "q", "k", "v", "q_pre", "k_pre", "scores", "attention", "attn_heads", "attn_out",
           "ffn_out", "ffn_act", "hidden", "final_norm", "logits")  # fmt: skip
-NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
 # ggml lets cuBLAS round float32 factors to TF32 (10 bits, 1e-3). Without that the two devices must agree closely.
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 
@@ -41,7 +40,7 @@ def cuda():
 def pair(request, tmp_path_factory):
     """The same F32 file on the GPU and on the CPU."""
     path = tiny_model(request.param, tmp_path_factory.mktemp("models"))
-    with CaptureSession(path, env=EXACT) as gpu, CaptureSession(path, env=NO_GPU, gpu_layers=0) as cpu:
+    with CaptureSession(path, env=EXACT) as gpu, CaptureSession(path, **ON_CPU) as cpu:
         yield gpu, cpu
 
 
@@ -61,7 +60,7 @@ def test_every_stage_equals_the_cpus(pair):
 
 def test_default_rounding_stays_within_tf32(tmp_path):
     path = tiny_model("llama", tmp_path)
-    with CaptureSession(path) as gpu, CaptureSession(path, env=NO_GPU, gpu_layers=0) as cpu:
+    with CaptureSession(path) as gpu, CaptureSession(path, **ON_CPU) as cpu:
         a, b = (session.capture(IDS, STAGES) for session in (gpu, cpu))
     assert max(float(rms(a[s].values, b[s].values)) for s in STAGES if s != "scores") < 2e-3
 

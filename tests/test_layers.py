@@ -113,6 +113,8 @@ def test_cka_of_rotated_and_scaled_states_is_one():
     rotation = np.linalg.qr(rng.standard_normal((6, 6)))[0]
     values = layers.cka_map(stage(np.stack([x, 3 * x @ rotation + 5, other])))[0]
     assert values[0, 1] == pytest.approx(1) and values[0, 2] < 0.5
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(layers.cka_map(stage(np.stack([x, np.ones((40, 6))])))[0][0, 1])
 
 
 def test_cka_equals_the_feature_form_and_leaves_the_first_token_out():

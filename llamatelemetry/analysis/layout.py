@@ -20,16 +20,28 @@ def check_edges(edges, n_nodes, weights=None):
     return edges, weights
 
 
-def layout(edges, n_nodes, weights=None, dims=2, seed=0, force=None):
+def start_positions(n_nodes, dims, seed):
+    """Where forces find the nodes: (n_nodes, dims) float64, evenly in a box whose area grows with the nodes."""
+    return np.random.default_rng(seed).uniform(-1, 1, (n_nodes, dims)) * np.sqrt(n_nodes)
+
+
+def igraph_force(graph, dims, seed):
+    """Positions (n, dims) of one connected component, an igraph.Graph whose edges may have "weight"."""
+    n = graph.vcount()
+    weights = "weight" if "weight" in graph.es.attributes() else None
+    start = start_positions(n, dims, seed).tolist()
+    return np.asarray(graph.layout_fruchterman_reingold(weights=weights, dim=dims, seed=start).coords)
+
+
+def layout(edges, n_nodes, weights=None, dims=2, seed=0, force=igraph_force):
     """Node positions by force (see backend.layout), each connected component by itself, then packed side by side:
     forces alone would drive unconnected parts away from each other without end.
 
-    force: what places one component, called like igraph_force, which it is if None
+    force: what places one component, called like igraph_force
     -> (n_nodes, dims) float32, in the unit disc or ball
     """
     import igraph
 
-    force = force or igraph_force
     edges, weights = check_edges(edges, n_nodes, weights)
     if dims not in (2, 3):
         raise ValueError(f"a layout has 2 or 3 dimensions, not {dims}")
@@ -50,19 +62,6 @@ def layout(edges, n_nodes, weights=None, dims=2, seed=0, force=None):
     finally:
         igraph.set_random_number_generator(random)
     return to_unit(positions)
-
-
-def start_positions(n_nodes, dims, seed):
-    """Where forces find the nodes: (n_nodes, dims) float64, evenly in a box whose area grows with the nodes."""
-    return np.random.default_rng(seed).uniform(-1, 1, (n_nodes, dims)) * np.sqrt(n_nodes)
-
-
-def igraph_force(graph, dims, seed):
-    """Positions (n, dims) of one connected component, an igraph.Graph whose edges may have "weight"."""
-    n = graph.vcount()
-    weights = "weight" if "weight" in graph.es.attributes() else None
-    start = start_positions(n, dims, seed).tolist()
-    return np.asarray(graph.layout_fruchterman_reingold(weights=weights, dim=dims, seed=start).coords)
 
 
 def _into_disc(positions):

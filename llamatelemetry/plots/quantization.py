@@ -34,8 +34,8 @@ def ladder(table, model):
         "bits per weight",
         "mean KL divergence (nats, log scale)",
     )
-    color = colors(table.index)
-    for name, row in table.dropna(subset="kld_mean").iterrows():
+    color, measured = colors(table.index), table.dropna(subset="kld_mean")
+    for name, row in measured.iterrows():
         low, high = (
             row["kld_mean"] if np.isnan(row[f"kld_mean_{end}"]) else row[f"kld_mean_{end}"] for end in ("low", "high")
         )
@@ -52,7 +52,7 @@ def ladder(table, model):
             hovertemplate=f"{html.escape(str(name))}<br>%{{x:.3f}} bits per weight<br>KLD %{{y:.5g}} nats"
             f"<br>95 % by window: {low:.5g} to {high:.5g}<extra></extra>",
         )
-    bits = table.dropna(subset="kld_mean")["bits_per_weight"]
+    bits = measured["bits_per_weight"]
     if len(bits):
         step = (bits.max() - bits.min() or 1) / 20
         figure.update_xaxes(range=[bits.min() - step, bits.max() + 3 * step])  # room for the last name

@@ -21,7 +21,7 @@ def gpu_mib():
     """Memory in use on all GPUs together, in MiB."""
     from llamatelemetry.gpus import list_gpus
 
-    return sum(gpu.memory_bytes - gpu.free_bytes for gpu in list_gpus()) / 2**20
+    return sum(gpu.used_bytes for gpu in list_gpus()) / 2**20
 
 
 class Peak:

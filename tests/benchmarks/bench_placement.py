@@ -21,7 +21,7 @@ def step(what, engine=None):
 
     row = {"what": what}
     for gpu in list_gpus():
-        row[f"GPU {gpu.index}, MiB"] = round((gpu.memory_bytes - gpu.free_bytes) / 2**20)
+        row[f"GPU {gpu.index}, MiB"] = round(gpu.used_bytes / 2**20)
     for held in engine.placement().dropna(subset=["gpu", "memory_mib"]).itertuples() if engine else ():
         row[f"{held.process} on GPU {held.gpu}, MiB"] = round(held.memory_mib)
     return row

@@ -10,22 +10,18 @@ every task runs once per backend on the same rows. Prints a table with hardware 
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+from common import hardware
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from llamatelemetry.backend import get_backend  # noqa: E402
 from llamatelemetry.errors import GpuError  # noqa: E402
 
 K, CLUSTERS, SAMPLE, GRAPH_NODES = 10, 50, 5000, 5000
-PACKAGES = ("numpy", "pandas", "scikit-learn", "umap-learn", "igraph", "cupy-cuda13x", "cupy-cuda12x", "cuml-cu13")
-PACKAGES += ("cuml-cu12", "cudf-cu13", "cudf-cu12", "cugraph-cu12")
 
 
 def matrix(args):
@@ -37,21 +33,6 @@ def matrix(args):
 
     file = GGUFFile(args.gguf or resolve_model("smollm2-135m-Q4_1"))
     return file.rows("token_embd.weight", slice(0, args.rows or file.n_vocab)), f"{file.name}, token_embd.weight"
-
-
-def hardware():
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-    return f"{model or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def versions():
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
-    return found
 
 
 def knn_edges(indices, n_nodes):
@@ -131,11 +112,11 @@ def main():
         args.rows = 10_000  # no ratio without a GPU: only to show that the CPU half runs
     x, what = matrix(args)
     report = {
-        "matrix": what, "shape": x.shape, "hardware": hardware(), "versions": versions(), "no_gpu": missing,
-        "backends": {b.name: b.line for b in backends}, "date": time.strftime("%Y-%m-%d"), "tasks": {},
+        "matrix": what, "shape": x.shape, "hardware": hardware(), "no_gpu": missing,
+        "backends": {b.name: b.line for b in backends}, "tasks": {},
     }
-    print(f"{what}: {x.shape[0]} x {x.shape[1]}\n{hardware()}\n" + "\n".join(b.line for b in backends))
-    print(" ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    print(f"{what}: {x.shape[0]} x {x.shape[1]}\n" + "\n".join(b.line for b in backends))
+    print(", ".join(f"{name} {value}" for name, value in report["hardware"].items()))
     print(f"no GPU half: {missing}" if missing else "")
     for b in backends:
         start = time.perf_counter()
@@ -146,8 +127,10 @@ def main():
         print(f"warm-up {b.name}: {report[f'warm_up_{b.name}_s']:.1f} s")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"rapids_{'gpu' if len(backends) == 2 else 'cpu'}_{x.shape[0]}x{x.shape[1]}.json"
-    if args.tasks and path.is_file() and (stored := json.loads(path.read_text()))["hardware"] == report["hardware"]:
-        report["tasks"] = stored["tasks"]  # those that do not run now stay as they were measured on this hardware
+    if args.tasks and path.is_file():
+        stored = json.loads(path.read_text())
+        if all(stored["hardware"].get(part) == report["hardware"][part] for part in ("cpu", "cores", "gpu")):
+            report["tasks"] = stored["tasks"]  # those that do not run now stay as they were measured on this hardware
     given, wanted = {}, [part for part in args.tasks.split(",") if part]
     print(f"\n{'task':44} {'CPU s':>9} {'GPU s':>9} {'ratio':>7}  agreement")
     for task, run in tasks(x, given).items():

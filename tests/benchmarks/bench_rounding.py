@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from common import report
 
 STAGES = ("attention", "q", "hidden", "logits")
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome."
@@ -46,8 +47,6 @@ def errors(source, kind, folder):
 
 
 def main():
-    from common import report
-
     from llamatelemetry.expand import expand
     from llamatelemetry.gpus import list_gpus
     from llamatelemetry.models import resolve_model

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("llama-cpp-python", "numpy", "scikit-learn", "umap-learn", "transformers", "torch", "cupy-cuda13x",
-            "cuml-cu13", "cudf-cu13")  # fmt: skip
+PACKAGES = ("llama-cpp-python", "numpy", "pandas", "scikit-learn", "umap-learn", "igraph", "transformers", "torch",
+            "cupy-cuda13x", "cupy-cuda12x", "cuml-cu13", "cuml-cu12", "cudf-cu13", "cudf-cu12", "cugraph-cu13",
+            "cugraph-cu12")  # fmt: skip
 
 
 def hardware():
