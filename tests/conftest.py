@@ -1,8 +1,8 @@
 """What the tests share: the embedded model, engines, a browser, a check that nothing of ours outlives the session."""
 
+import contextlib
 import os
 import shutil
-import signal
 import time
 
 import psutil
@@ -94,7 +94,7 @@ def ours():
     for process in psutil.Process().children(recursive=True):
         try:
             if any(name in part for part in process.cmdline() for name in names) and process.status() != "zombie":
-                found.append(process)
+                found.append((process, f"{process.pid} {' '.join(process.cmdline())[:120]}"))
         except psutil.NoSuchProcess:
             pass
     return found
@@ -107,7 +107,7 @@ def nothing_left_running():
     deadline = time.monotonic() + 5
     while (left := ours()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    described = [f"{process.pid} {' '.join(process.cmdline())[:120]}" for process in left]
-    for process in left:
-        process.send_signal(signal.SIGKILL)
-    assert not described, f"left running after the tests: {described}"
+    for process, _ in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert not left, f"left running after the tests: {[described for _, described in left]}"

@@ -10,8 +10,8 @@ import time
 import zipfile
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import gone
 
 from llamatelemetry import build
 from llamatelemetry.slim import slim
@@ -188,10 +188,7 @@ def test_interrupted_build_ends_its_compilers(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build._pip_wheel(build.FLAGS, tmp_path / "out", tmp_path / "log", 1)
     compiler = int(pid_file.read_text())
-    deadline = time.monotonic() + 5
-    while psutil.pid_exists(compiler) and psutil.Process(compiler).status() != "zombie":
-        assert time.monotonic() < deadline, "the compiler is still running"
-        time.sleep(0.05)
+    assert gone(compiler)
 
 
 def test_cmake_arguments_survive_the_way_to_cmake(tmp_path, monkeypatch):

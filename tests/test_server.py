@@ -12,21 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import alive, gone
 
 from llamatelemetry import ModelLoadError, ModelNotFoundError, ServerError, ServerManager, guard
 from llamatelemetry import server as module
 from llamatelemetry.server import find_server, flags, physical_cores
-
-
-def alive(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def gone(pid, seconds=5):
-    deadline = time.monotonic() + seconds
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not alive(pid)
 
 
 @pytest.fixture
