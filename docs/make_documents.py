@@ -55,11 +55,13 @@ def _compare_difference():
 
 
 def _rounding():
-    """Rows of how far CUDA's quantized kernels are from the CPU's, and both from exact arithmetic."""
+    """Rows of how far CUDA's quantized kernels are from the CPU's, and both from exact arithmetic; how far the model in
+    NumPy is from it with CUDA's way of rounding."""
     rows = []
     for kind in ("Q8_0", "Q4_1"):
         found = {stage: _row("gpu_rounding", f"{kind}, {stage}") for stage in ("attention", "hidden")}
         said = "; ".join(f"{stage} {row['gpu_cpu']:.1%} (from exact arithmetic: GPU {row['gpu_exact']:.1%}, "
+                         f"its way of rounding in NumPy {_value('rounding_cause', row['what'], 'before_exact', '{:.1%}')}, "
                          f"CPU {row['cpu_exact']:.1%})" for stage, row in found.items() if row)
         rows.append((f"Captures on a GPU against the CPU's, {kind}, root mean square", "2 %", said or NOT_MEASURED))
     return rows

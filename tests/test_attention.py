@@ -1,5 +1,7 @@
 """Attention analysis on arrays made by hand, whose answers are known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -57,6 +59,12 @@ class FakeGGUF:
 
     def rows(self, name, ids):
         return self._tensors[name][ids]
+
+
+class FakeCapture(dict):
+    """Stages of a run on a CPU, by name."""
+
+    model = SimpleNamespace(gpu=False)
 
 
 def test_query_heads_map_to_consecutive_kv_heads():
@@ -271,10 +279,12 @@ def test_logit_parts_add_up_to_the_logit(softcap):
     logits = weights.rms_norm(h[-1], norm, 0) @ unembed.T
     logits = logits if not softcap else softcap * np.tanh(logits / softcap)
     stages = {"hidden": h, "attn_out": a, "ffn_out": f}
-    captured = {k: xr.DataArray(x, dims=("layer", "token", "embd")) for k, x in stages.items()}
+    captured = FakeCapture({k: xr.DataArray(x, dims=("layer", "token", "embd")) for k, x in stages.items()})
     captured["logits"] = xr.DataArray(logits, dims=("token", "vocab"))
     table = output.logit_parts(captured, gguf, [2, 5])
     np.testing.assert_allclose(table["total"], table["captured"])
+    largest = table["captured"].abs().max()
+    assert table["tolerance"].between(1e-4 * largest, 1.1e-4 * largest).all()  # floats: hardly more than the slack
     np.testing.assert_allclose(table["by_layer"][0].sum(0), table.loc[0, ["attention", "ffn"]].astype(float))
 
 
@@ -377,12 +387,25 @@ def test_figures_leave_the_future_blank_and_escape_tokens():
 
 @pytest.mark.slow
 def test_every_step_of_a_real_layer_is_recomputed_and_a_wrong_one_is_found(engine):
+    from bench_rounding_cause import BEFORE, product
+    from bench_rounding_cause import weights as matrix_of
+    from gguf import GGUFReader
+
     from llamatelemetry.analysis.attention_steps import STAGES, check_steps
 
     cap = engine.capture("The cat sat on the mat and the cat", stages=STAGES)
-    for layer in (0, 17):
+    for layer in (0, 13, 17):
         steps = check_steps(cap, engine.model, layer)
         assert len(steps) == 12 and steps["agrees"].all(), steps
+        quantized = steps[steps["kind"] == "quantized"]  # the tolerance is twice what rounding explains: neither more ...
+        used = quantized["relative_difference"] / (quantized["tolerance"] - 1e-3)
+        assert len(used) == 4 and used.between(0.4, 0.65).all(), steps  # ... nor less is there
+    tensor = next(t for t in GGUFReader(engine.model.path).tensors if t.name == "blk.13.attn_v.weight")
+    on_cuda = product(np.asarray(cap.attn_norm.sel(layer=13)), matrix_of(tensor), BEFORE)
+    cap.v.values[13] = on_cuda.reshape(len(on_cuda), engine.model.n_kv_head, -1).swapaxes(0, 1)
+    for gpu in (False, True):  # a GPU rounds more coarsely there, and is allowed to
+        cap.model.gpu = gpu
+        assert check_steps(cap, engine.model, 13).set_index("step")["agrees"]["project to v"] == gpu
     cap.v.values[17] *= 1.01  # one percent: within what quantized kernels differ by, but not for the weighted values
     steps = check_steps(cap, engine.model, 17).set_index("step")
     assert steps.index[~steps["agrees"]].tolist() == ["weighted values"]

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from bench_rounding import ON_CPU, errors, rms
+from bench_rounding import ON_CPU, TEXT, errors, rms
 from models import IDS, tiny_model
 
 from llamatelemetry import InferenceEngine, ablate_head, patch, scale
@@ -125,7 +125,7 @@ def dequantized(smollm2, tmp_path_factory):
     return expand(smollm2, tmp_path_factory.mktemp("dequantized") / "F32.gguf", progress=False)
 
 
-# Q4_1 has a minimum per block: there CUDA rounds more coarsely than the CPU (bench_rounding.py says why, and how much).
+# Q4_1 has a minimum per block: there CUDA rounds more coarsely than the CPU (bench_rounding_cause.py says why).
 @pytest.mark.parametrize("kind, times_the_cpus, apart", [("Q8_0", 1.25, 2e-2), ("Q4_1", 4, 6e-2)])
 def test_quantized_kernels_are_near_exact_arithmetic_and_each_other(dequantized, tmp_path, kind, times_the_cpus, apart):
     found = {row["stage"]: row for row in errors(dequantized, kind, tmp_path)}
@@ -133,6 +133,23 @@ def test_quantized_kernels_are_near_exact_arithmetic_and_each_other(dequantized,
         assert row["gpu_exact"] < times_the_cpus * row["cpu_exact"], found
     assert max(found["attention"]["gpu_cpu"], found["q"]["gpu_cpu"]) < apart, found
     assert found["hidden"]["gpu_cpu"] < 2e-2, found
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0", "Q4_1"])
+def test_what_notebooks_allow_for_rounding_is_what_the_gpu_rounds(dequantized, tmp_path, kind):
+    from llamatelemetry.analysis import attention_steps, lens
+    from llamatelemetry.quantize import quantize
+
+    path = dequantized
+    if kind != "F32":
+        path = quantize(dequantized, tmp_path / f"{kind}.gguf", kind, progress=False, pure=True)
+    with CaptureSession(path) as session:
+        assert session.facts["gpu"]
+        cap = session.capture(TEXT, (*attention_steps.STAGES, "final_norm", "logits"))
+        for layer in (0, 13, 29):
+            steps = attention_steps.check_steps(cap, session.model, layer)
+            assert steps["agrees"].all(), steps
+        assert lens.logit_error(lens.unembedding(session.model, cap), cap)["ratio"].max() < 1
 
 
 def test_server_and_worker_sit_on_the_gpu_and_give_it_back(smollm2):

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from . import rounding
 from .attention import kv_head, softmax
 from .attention_weights import output_weight, project_output
 
@@ -66,13 +67,15 @@ def logit_parts(captured, gguf, token_ids, position=-1):
     2020; Elhage et al. 2021), exact because the final norm's divisor is the one that this position had.
 
     Needs stages hidden, attn_out, ffn_out, logits. DataFrame, one row per token id: embedding, attention and ffn (sums
-    over layers), total (before a soft-cap), captured (the runtime's logit, soft-cap undone), by_layer: (layer, 2).
+    over layers), total (before a soft-cap), captured (the runtime's logit, soft-cap undone), tolerance (what the
+    runtime's rounding can do to it), by_layer: (layer, 2).
     """
     h = np.asarray(captured["hidden"].isel(token=position), dtype=np.float64)  # (layer + 1, embd)
     a = np.asarray(captured["attn_out"].isel(token=position), dtype=np.float64)
     f = np.asarray(captured["ffn_out"].isel(token=position), dtype=np.float64)
     divisor = np.sqrt(np.mean(h[-1] ** 2) + gguf.norm_eps)
-    unembed = gguf.rows(gguf.output_name, token_ids).astype(np.float64) * gguf.tensor("output_norm.weight") / divisor
+    matrix, gain = gguf.rows(gguf.output_name, token_ids).astype(np.float64), gguf.tensor("output_norm.weight") / divisor
+    unembed = matrix * gain
     logits = np.asarray(captured["logits"].isel(token=position), dtype=np.float64)[list(token_ids)]
     cap = gguf.final_logit_softcap
     by_layer = np.stack([a @ unembed.T, f @ unembed.T], axis=-1)  # (layer, token id, 2)
@@ -80,6 +83,10 @@ def logit_parts(captured, gguf, token_ids, position=-1):
     table["attention"], table["ffn"] = by_layer.sum(0).T
     table["total"] = table[["embedding", "attention", "ffn"]].sum(axis=1)
     table["captured"] = logits if not cap else cap * np.arctanh(logits / cap)
+    kind = gguf.tensors.loc[gguf.output_name, "type"]
+    table["tolerance"] = rounding.logit_tolerance(
+        h[-1:] * gain, matrix, kind, captured.model.gpu, np.abs(table["captured"]).max()
+    )[0]
     return table.assign(by_layer=list(by_layer.transpose(1, 0, 2)))
 
 

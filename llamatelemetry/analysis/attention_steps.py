@@ -6,20 +6,38 @@ import pandas as pd
 from ..errors import CaptureError
 from . import attention as att
 from . import attention_weights as weights
+from . import rounding
 
 STAGES = ("hidden", "attn_norm", "q_pre", "k_pre", "q", "k", "v", "scores", "attention", "attn_heads", "attn_out")
 
 # Relative differences (L2) that the runtime's own rounding explains. Float operations differ in summation order. The KV
 # cache holds keys and values in 16 bits. A matrix product with quantized weights also rounds its input to 8 bits, which
-# a product of dequantized weights in NumPy does not: that gap is the runtime's, and it is shown, not hidden.
-TOLERANCE = {"float": 1e-5, "16-bit cache": 2e-3, "16-bit weights": 1e-2, "quantized": 5e-2}
+# a product of dequantized weights in NumPy does not: that gap is the runtime's, and it is shown, not hidden. A GPU
+# multiplies 32-bit floats as TF32, whose fractions have 10 bits as those of 16-bit floats have.
+TOLERANCE = {"float": 1e-5, "16-bit cache": 2e-3, "16-bit weights": 1e-2, "TF32": 1e-2}
 
 
-def _kernel(gguf, layer, *parts):
-    """Which tolerance a matrix product of these tensors has: by the coarsest type among them."""
-    names = [f"blk.{layer}.attn_{part}.weight" for part in parts]
-    types = {gguf.tensors["type"][name] for name in names if name in gguf.tensors.index}
-    return "float" if types == {"F32"} else "16-bit weights" if types <= {"F32", "F16", "BF16"} else "quantized"
+def _projection(gguf, layer, part, x, weight, bias, gpu):
+    """(kind of rounding, tolerance) of a layer's projection `part`, one of q, k, v, output.
+
+    x: (token, in), what it multiplies. For a quantized matrix the tolerance is twice the relative difference that
+    rounding x to 8 bits gives (see `rounding`), + 1e-3 because the steps are kept in 16 bits.
+    """
+    prefix, types = f"blk.{layer}.", gguf.tensors["type"]
+    name = f"{prefix}attn_{part}.weight"
+    file_type = types[name if name in types.index else f"{prefix}attn_qkv.weight"]
+    floats = {"F32": "TF32" if gpu else "float", "F16": "16-bit weights", "BF16": "16-bit weights"}
+    kind = floats.get(file_type, "quantized")
+    if kind != "quantized":
+        return kind, TOLERANCE[kind]
+    exact = x @ weight.T.astype(np.float64) + (0.0 if bias is None else bias)
+    off = rounding.deviation(x, weight, file_type, gpu)
+    norm, size = ("post_attention_norm", len(weight)) if part == "output" else (f"attn_{part}_norm", gguf.head_dim)
+    if f"{prefix}{norm}.weight" in types.index:  # a norm after the product scales rows, and with them their errors
+        rows = exact.reshape(-1, size)
+        factor = gguf.tensor(f"{prefix}{norm}.weight") / np.sqrt(np.mean(rows**2, axis=1, keepdims=True))
+        off, exact = off.reshape(-1, size) * factor, rows * factor
+    return kind, 2 * float(np.linalg.norm(off) / np.linalg.norm(exact)) + 1e-3
 
 
 def layer_facts(captured, gguf, layer):
@@ -51,12 +69,13 @@ def check_steps(captured, gguf, layer):
     scale, softcap, window = layer_facts(captured, gguf, layer)
     rows = []
 
-    def compare(step, inputs, mine, stage, kind):
+    def compare(step, inputs, mine, stage, kind, tolerance=None):
         theirs = np.asarray(at[stage], dtype=np.float64)
         difference = np.asarray(mine) - theirs
         relative = float(np.linalg.norm(difference) / (np.linalg.norm(theirs) or 1.0))
         shape = " x ".join(map(str, theirs.shape))
-        rows.append((step, inputs, shape, float(np.abs(difference).max()), relative, kind, TOLERANCE[kind]))
+        rows.append((step, inputs, shape, float(np.abs(difference).max()), relative, kind,
+                     TOLERANCE[kind] if tolerance is None else tolerance))
 
     if not {"token_embd_norm.weight", "position_embd.weight"} & set(gguf.tensors.index):
         at["embedding"] = captured["hidden"].sel(layer=0)
@@ -65,9 +84,11 @@ def check_steps(captured, gguf, layer):
         factor = np.linalg.norm(at["embedding"]) / np.linalg.norm(embedded)
         compare("embedding rows", "token ids", embedded * factor, "embedding", "float")
     compare("norm", "hidden", weights.norm(at["hidden"], gguf, f"blk.{layer}.attn_norm"), "attn_norm", "float")
-    parts = weights.project_qkv(at["attn_norm"], gguf, layer)
+    matrices, gpu = weights.projection_weights(gguf, layer), captured.model.gpu
+    parts, normed = weights.project_qkv(at["attn_norm"], gguf, layer), np.asarray(at["attn_norm"], dtype=np.float64)
     for name, stage in (("q", "q_pre"), ("k", "k_pre"), ("v", "v")):
-        compare(f"project to {name}", "attn_norm", parts[name], stage, _kernel(gguf, layer, name, "qkv"))
+        rounds = _projection(gguf, layer, name, normed, *matrices[name], gpu)
+        compare(f"project to {name}", "attn_norm", parts[name], stage, *rounds)
     # YaRN mixes two rotations: not recomputed, no row.
     for name in ("q", "k") if gguf.metadata.get(f"{gguf.architecture}.rope.scaling.type") != "yarn" else ():
         turned = weights.fitted_rope(at[f"{name}_pre"], at[name], gguf)[2]
@@ -82,8 +103,10 @@ def check_steps(captured, gguf, layer):
     group = [att.kv_head(h, gguf.n_head, gguf.n_kv_head) for h in range(gguf.n_head)]
     mixed = np.einsum("hqk,hkd->hqd", at["attention"], np.asarray(at["v"])[group])
     compare("weighted values", "attention, v", mixed, "attn_heads", "16-bit cache")
-    out = weights.project_output(at["attn_heads"], gguf, layer)
-    compare("output projection", "attn_heads", out, "attn_out", _kernel(gguf, layer, "output"))
+    heads = np.asarray(at["attn_heads"], dtype=np.float64)
+    joined = heads.transpose(1, 0, 2).reshape(heads.shape[1], -1)  # (token, head * feature)
+    rounds = _projection(gguf, layer, "output", joined, *weights.projection(gguf, layer, "output"), gpu)
+    compare("output projection", "attn_heads", weights.project_output(heads, gguf, layer), "attn_out", *rounds)
     columns = ["step", "inputs", "shape", "max_difference", "relative_difference", "kind", "tolerance"]
     table = pd.DataFrame(rows, columns=columns)
     return table.assign(agrees=table["relative_difference"] <= table["tolerance"])

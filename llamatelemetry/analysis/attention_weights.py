@@ -12,12 +12,16 @@ def _bias(gguf, name):
     return gguf.tensor(name) if name in gguf.tensors.index else None
 
 
+def projection(gguf, layer, part):
+    """(weight (out, in), bias or None) of the matrix attn_`part` of a layer."""
+    return gguf.tensor(f"blk.{layer}.attn_{part}.weight"), _bias(gguf, f"blk.{layer}.attn_{part}.bias")
+
+
 def projection_weights(gguf, layer):
     """W_Q, W_K, W_V, also from a fused matrix: {"q": (weight (heads * feature, embd), bias or None), "k":, "v":}."""
-    prefix = f"blk.{layer}.attn_"
-    if prefix + "q.weight" in gguf.tensors.index:
-        return {x: (gguf.tensor(f"{prefix}{x}.weight"), _bias(gguf, f"{prefix}{x}.bias")) for x in "qkv"}
-    fused, bias = gguf.tensor(prefix + "qkv.weight"), _bias(gguf, prefix + "qkv.bias")
+    if f"blk.{layer}.attn_q.weight" in gguf.tensors.index:
+        return {part: projection(gguf, layer, part) for part in "qkv"}
+    fused, bias = projection(gguf, layer, "qkv")
     n_q, n_k = gguf.n_head * gguf.head_dim, gguf.n_kv_head * gguf.head_dim
     parts = np.split(fused, [n_q, n_q + n_k])
     biases = [None] * 3 if bias is None else np.split(bias, [n_q, n_q + n_k])

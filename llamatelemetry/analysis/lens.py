@@ -12,6 +12,7 @@ import xarray as xr
 
 from ..capture.measures import log_softmax
 from ..errors import CaptureError
+from . import rounding
 
 _ELEMENTS = 1 << 24  # logits of one block: rows of the stream x tokens of the vocabulary
 NORM_NAMES = ("output_norm", "token_embd_norm")  # LFM2 keeps its final norm under the second name
@@ -108,11 +109,7 @@ def logit_error(head, captured, positions=None):
     """The lens of the last layer against the captured logits: DataFrame per position (error, tolerance, ratio).
 
     error: the largest difference of a logit; tolerance: what the runtime's rounding can do to that logit; ratio: the
-    largest error / tolerance over the vocabulary, above 1 where the lens is not the model's. llama.cpp multiplies a
-    quantized matrix with activations that it has rounded to 8 bits, in blocks of 32 with one step each (256 for
-    k-quants and i-quants); the lens does not. Rounding to steps s has variance s^2 / 12, so a logit is off by about
-    sqrt(sum_i w_i^2 s_i^2 / 12): the tolerance is six times that, plus 1e-4 of the largest logit (1e-3 for 16-bit
-    matrices, whose sums a GPU may keep in 16 bits).
+    largest error / tolerance over the vocabulary, above 1 where the lens is not the model's. See `rounding`.
     positions: default at most 8, evenly over the text.
     """
     state = np.asarray(captured["hidden"].isel(layer=-1), dtype=np.float64)
@@ -120,13 +117,13 @@ def logit_error(head, captured, positions=None):
         positions = np.unique(np.linspace(0, len(state) - 1, 8).astype(int))
     x, logits = head.normalize(state[positions]), np.asarray(captured["logits"])[positions]
     kind = head.gguf.tensors.loc[head.gguf.output_name, "type"]
-    noise, slack = _rounding_variance(x, kind), (1e-3 if kind in ("F16", "BF16") else 1e-4) * np.abs(logits).max()
+    gpu, largest = captured.model.gpu, np.abs(logits).max()
     worst, error, allowed = (np.zeros(len(positions)) for _ in range(3))
     for start, weights in head.gguf.iter_rows(head.gguf.output_name, 4096):
         ids = slice(start, start + len(weights))
         w = weights.astype(np.float64)
         difference = np.abs(head.finish(x @ w.T, ids) - logits[:, ids])
-        tolerance = 6 * abs(head.scale) * np.sqrt(noise @ (w * w).T) + slack
+        tolerance = rounding.logit_tolerance(head.scale * x, w, kind, gpu, largest)
         worst = np.maximum(worst, (difference / tolerance).max(1))
         at = difference.argmax(1)
         larger = difference.max(1) > error
@@ -134,17 +131,6 @@ def logit_error(head, captured, positions=None):
         error = np.maximum(error, difference.max(1))
     return pd.DataFrame({"error": error, "tolerance": allowed, "ratio": worst},
                         index=pd.Index(positions, name="position"))
-
-
-def _rounding_variance(x, kind):
-    """Variance of the runtime's rounding of every activation that meets a matrix of this type. (token, embd)"""
-    relative = {"F32": 2.0**-23, "F64": 2.0**-23, "F16": 2.0**-11, "BF16": 2.0**-8}
-    if kind in relative:
-        return (relative[kind] * x) ** 2 / 3
-    size = 256 if "_K" in kind or (kind.startswith(("IQ", "TQ")) and kind != "IQ4_NL") else 32
-    padded = np.pad(np.abs(x), ((0, 0), (0, -x.shape[1] % size)))
-    step = padded.reshape(len(x), -1, size).max(-1) / 127
-    return np.repeat(step, size, axis=1)[:, : x.shape[1]] ** 2 / 12
 
 
 def lens(head, hidden, targets, final_logits=None, k=5, progress=False):

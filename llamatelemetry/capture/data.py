@@ -17,7 +17,7 @@ class Capture:
 
     stages: the names that are there. tokens: DataFrame (position, id, piece, generated). layers: DataFrame of facts
     per layer (kind, scale, softcap; sliding: its mask hid earlier positions in this run). model: architecture, n_layer,
-    n_head, n_kv_head, n_embd, n_vocab, name.
+    n_head, n_kv_head, n_embd, n_vocab, name, gpu (whether a GPU took part).
     """
 
     def __init__(self, parts, tokens, model, layers):

@@ -53,10 +53,11 @@ class Worker:
 
         self.runtime = Runtime(path, **options)
         self.runs = Runs(self.runtime, architecture)
-        if self.runtime.api.llama_supports_gpu_offload() and options.get("gpu_layers") != 0:
+        gpu = self.runtime.api.llama_supports_gpu_offload() and options.get("gpu_layers") != 0
+        if gpu:
             self.runtime.ggml.device = open_device()
         return {"n_vocab": self.runtime.n_vocab, "n_layer": self.runtime.n_layer, "n_ctx": self.runtime.n_ctx_limit,
-                "cupy": self.runtime.ggml.device is not None}  # fmt: skip
+                "gpu": gpu, "cupy": self.runtime.ggml.device is not None}  # fmt: skip
 
     def tokenize(self, text, add_special=True):
         return {"tokens": self.runtime.tokenize(text, add_special)}

@@ -3,10 +3,8 @@
     python tests/benchmarks/bench_rounding.py [--types Q8_0 Q4_1 Q5_0 Q5_1] [--results FILE]
 
 SmolLM2 is dequantized to F32 and quantized to each type; "exact" is that file dequantized again, on the CPU in F32. All
-differences are root mean squares as shares of the reference's. Both kinds of kernel round activations to 8 bits. For
-types with a minimum per block (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K) or an offset treated like one (Q4_0) ggml's CUDA kernels
-multiply it by the sum of the activations before rounding, the CPU's by the sum after it (ggml-cuda/quantize.cu, mmq.cuh;
-ggml-cpu/arch/x86/quants.c): the CUDA rounding error is then multiplied by codes from 0 up instead of weights around 0.
+differences are root mean squares as shares of the reference's. Both kinds of kernel round activations to 8 bits, in
+ways that differ for types with a minimum per block: bench_rounding_cause.py computes both, and needs no GPU.
 """
 
 import argparse
