@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 MAKEFLAGS += --no-print-directory
 
-.PHONY: run test fast bench architectures clean distclean
+.PHONY: run test fast bench architectures documents clean distclean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.notebooks $(VENV)/.engine $(VENV)/.model
