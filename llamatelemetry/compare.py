@@ -48,8 +48,9 @@ def compare_quantizations(
     reference, candidates: paths or registry names. text: the text, a path to one, or None for the public-domain text
     of this package (see data/text.md). n_ctx: tokens per window; the second half of each is scored, and a
     text that ends within a window loses that remainder. max_windows: use only the first so many. gpu_layers: None
-    puts all layers on the visible GPU if the engine can use one. client: a dask.distributed Client; then each
-    candidate is a task of its own, restarted up to `retries` times if its worker dies.
+    puts all layers on the visible GPU if the engine can use one. client: a dask.distributed Client (for one worker
+    per GPU: cluster.local_cluster); then each candidate is a task of its own, restarted up to `retries` times if its
+    worker dies.
 
     Definitions are llama-perplexity's (--kl-divergence), in nats and fractions. Returns a Comparison, one row per
     candidate in the order given, indexed by name: file, size_bytes, bits_per_weight, ppl, ppl_base, ppl_ratio,

@@ -64,7 +64,7 @@ class InferenceEngine:
                                  warmup=None if self.plan.inference else False) | server_kwargs
         self._session_args = dict(n_ctx=ctx_size, gpu_layers=gpu_layers, env=self.plan.inference_env(),
                                   threads=server_kwargs.get("threads") or physical_cores(),
-                                  tensor_split=gpus.parse_split(self.plan.split) if self.plan.split else None)
+                                  tensor_split=self.plan.shares if self.plan.split else None)
         self.model = opened
         if not silent and not (found := self.fit(server=auto_start)).fits:
             print(found)  # not an error: llama.cpp may leave layers in the machine's memory, and captures come later
@@ -281,11 +281,16 @@ class InferenceEngine:
     def fit(self, ctx_size=None, **kwargs):
         """Does the loaded model fit, as server and capture worker together: see llamatelemetry.fit.fit.
 
-        What our own processes hold on the GPU already counts as there.
+        What our own processes hold on the GPU already counts as there. Of several GPUs, the answer is that for the one
+        where the most is missing, or the least is left.
         """
         model, table = self._loaded(), self.placement()
-        if self.plan.inference and kwargs.get("memory_bytes") is None:
-            held = table.loc[table["process"] != "notebook", "memory_mib"].fillna(0).sum()
-            kwargs["memory_bytes"] = int(held * 2**20) + min(gpu.free_bytes for gpu in gpus.list_gpus()
-                                                             if gpu.uuid in {g.uuid for g in self.plan.inference})
-        return gpus.fit(model, ctx_size or self._server_args["ctx_size"], self._server_args["n_parallel"], **kwargs)
+        sizes = ctx_size or self._server_args["ctx_size"], self._server_args["n_parallel"]
+        if not self.plan.inference or kwargs.get("memory_bytes") is not None:
+            return gpus.fit(model, *sizes, **kwargs)
+        ours, now, found = table[table["process"] != "notebook"], {gpu.uuid: gpu for gpu in gpus.list_gpus()}, []
+        for gpu, share in zip(self.plan.inference, self.plan.shares):
+            held = ours.loc[ours["gpu"] == gpu.index, "memory_mib"].fillna(0).sum()
+            there = int(held * 2**20) + now[gpu.uuid].free_bytes
+            found.append(gpus.fit(model, *sizes, memory_bytes=there, share=share, **kwargs))
+        return max(found, key=lambda fit: fit.need_bytes - fit.memory_bytes)

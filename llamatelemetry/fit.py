@@ -78,17 +78,21 @@ class Fit:
         return self.sentence
 
 
-def _needs(gguf, ctx_size, n_parallel, server, capture, gpu, scale=1.0):
-    """{process: (weights, kv, compute, context)} in bytes."""
+def _needs(gguf, ctx_size, n_parallel, server, capture, gpu, share, scale=1.0):
+    """{process: (weights, kv, compute, context)} in bytes, on a GPU with `share` of the layers."""
     context = CONTEXT_BYTES if gpu else 0
-    weights = int(weight_bytes(gguf, gpu) * scale)
+    weights = int(weight_bytes(gguf, gpu) * scale * share)
+
+    def cache(**options):
+        return int(kv_bytes(gguf, ctx_size, **options) * share)
+
     needs = {}
     if server:
-        needs["llama-server"] = (weights, kv_bytes(gguf, ctx_size, n_parallel), compute_bytes(gguf, ctx_size), context)
+        needs["llama-server"] = (weights, cache(n_parallel=n_parallel), compute_bytes(gguf, ctx_size), context)
     if capture:
         # Without a GPU both processes map the same pages of the file: one copy.
         shared = 0 if server and not gpu else weights
-        needs["capture worker"] = (shared, kv_bytes(gguf, ctx_size, swa_full=True),
+        needs["capture worker"] = (shared, cache(swa_full=True),
                                    compute_bytes(gguf, ctx_size, n_outputs=min(512, ctx_size), flash=False), context)
     return needs
 
@@ -97,13 +101,15 @@ def _total(needs):
     return sum(map(sum, needs.values()))
 
 
-def fit(gguf, ctx_size=4096, n_parallel=1, memory_bytes=None, capture=True, server=True, gpu=None):
+def fit(gguf, ctx_size=4096, n_parallel=1, memory_bytes=None, capture=True, server=True, gpu=None,
+        share=1.0):
     """Does the model of `gguf` (a GGUFFile) fit, as llama-server and capture worker together?
 
     ctx_size: tokens per request; memory_bytes: what there is, None: free on the inference GPU, or of the machine
     without one. gpu: count for a GPU (each process its own weights and CUDA context) or for the machine's memory.
-    Returns a Fit. Weights and KV cache are exact; compute buffers are llama.cpp's within some tens of MiB, and CUDA's
-    own share per process is an allowance.
+    share: of the layers on that GPU, where tensor_split spreads them. Returns a Fit. Weights and KV cache are exact
+    (with share < 1 within a layer); compute buffers are llama.cpp's within some tens of MiB, and CUDA's own share per
+    process is an allowance.
     """
     import pandas as pd
 
@@ -115,12 +121,13 @@ def fit(gguf, ctx_size=4096, n_parallel=1, memory_bytes=None, capture=True, serv
         import psutil
 
         memory_bytes = min(g.free_bytes for g in chosen) if chosen and gpu else psutil.virtual_memory().available
-    ask = dict(n_parallel=n_parallel, server=server, capture=capture, gpu=gpu)
+    ask = dict(n_parallel=n_parallel, server=server, capture=capture, gpu=gpu, share=share)
     needs = _needs(gguf, ctx_size, **ask)
     need = _total(needs)
     rows = [(name, *(part / MIB for part in parts), sum(parts) / MIB) for name, parts in needs.items()]
     table = pd.DataFrame(rows, columns=["process", "weights", "kv_cache", "compute", "context", "total"])
-    have = (f"{need / MIB:,.0f} MiB needed by {' and '.join(needs)} at {ctx_size:,} tokens, "
+    part = "" if share == 1 else f" on the GPU with {share:.0%} of the layers"
+    have = (f"{need / MIB:,.0f} MiB needed by {' and '.join(needs)} at {ctx_size:,} tokens{part}, "
             f"{memory_bytes / MIB:,.0f} MiB there")
     if need <= memory_bytes:
         return Fit(table, need, memory_bytes, True, f"{gguf.name} fits: {have}.")
@@ -128,6 +135,14 @@ def fit(gguf, ctx_size=4096, n_parallel=1, memory_bytes=None, capture=True, serv
     mend = (f" What would fit: {'; '.join(ways)}." if ways
             else " Nothing smaller of this model would: choose a smaller one.")
     return Fit(table, need, memory_bytes, False, f"{gguf.name} does not fit: {have}.{mend}")
+
+
+def _spread(ask):
+    """How many GPUs could share a model that is meant for one; 0 where there is no second."""
+    from . import gpus
+
+    count = len(gpus.visible_gpus()) if ask["gpu"] and ask["share"] == 1 else 0
+    return count if count > 1 else 0
 
 
 def _ways(gguf, ctx_size, memory_bytes, ask):
@@ -141,6 +156,8 @@ def _ways(gguf, ctx_size, memory_bytes, ask):
         alone = _total(_needs(gguf, ctx_size, **(ask | {"server": False})))
         if alone <= memory_bytes:
             ways.append(f"captures without the server, {alone / MIB:,.0f} MiB (auto_start=False)")
+    if (count := _spread(ask)) and _total(_needs(gguf, ctx_size, **(ask | {"share": 1 / count}))) <= memory_bytes:
+        ways.append(f'{count} GPUs together (tensor_split="{",".join([f"{1 / count:g}"] * count)}")')
     for name, bits in SMALLER.items():
         need = _total(_needs(gguf, ctx_size, **ask, scale=bits / gguf.bits_per_weight))
         if bits < gguf.bits_per_weight and need <= memory_bytes:

@@ -95,6 +95,12 @@ class Plan:
     split: str | None
     line: str
 
+    @property
+    def shares(self):
+        """How much of the layers each inference GPU holds: tuple, sum 1; () without GPUs."""
+        given = parse_split(self.split) if self.split else [1.0] * len(self.inference)
+        return tuple(share / sum(given) for share in given)
+
     def inference_env(self):
         """Environment of llama-server and of the capture worker."""
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in self.inference)} if self.inference else {}

@@ -15,6 +15,7 @@ from models import IDS, tiny_model
 from llamatelemetry import InferenceEngine, ablate_head, patch, scale
 from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.expand import expand
+from llamatelemetry.gpus import list_gpus, placement
 
 pytestmark = pytest.mark.gpu
 STAGES = ("attn_norm", "ffn_norm", "q", "k", "v", "q_pre", "k_pre", "scores", "attention", "attn_heads", "attn_out",
@@ -26,8 +27,6 @@ EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 @pytest.fixture(scope="module", autouse=True)
 def cuda():
     """Skips unless there is a GPU and an engine built for it."""
-    from llamatelemetry.gpus import list_gpus
-
     if not list_gpus():
         pytest.skip("no NVIDIA GPU on this machine")
     import llama_cpp
@@ -99,6 +98,36 @@ def test_several_ubatches_and_generation(architecture, tmp_path):
         part = several.capture(IDS, "attention", queries=[2, 20], layers=[1])
         whole = several.capture(IDS, "attention")
         np.testing.assert_array_equal(part.attention.values[0], whole.attention.sel(layer=1).values[:, [2, 20]])
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Environments in which one GPU, and two, are to be seen."""
+    found = list_gpus()
+    if len(found) < 2:
+        pytest.skip("needs two GPUs")
+    return [{**EXACT, "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in found[:count])} for count in (1, 2)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3"])
+def test_a_model_spread_over_two_gpus_is_captured_as_on_one(both, architecture, tmp_path):
+    path = tiny_model(architecture, tmp_path, n_layer=6, n_ctx=1024)
+    long = IDS * 4  # with 9 tokens at a time: several batches, and contexts that are made anew as the text grows
+    with CaptureSession(path, env=both[0], n_ubatch=9) as one, \
+            CaptureSession(path, env=both[1], n_ubatch=9, tensor_split=[0.5, 0.5]) as spread:  # fmt: skip
+        assert {row.gpu for row in placement({"worker": spread.pid}).itertuples()} == {0, 1}
+        source = one.capture(IDS[::-1], "hidden")
+        for tokens in (IDS, long * 6, long):
+            edits = [ablate_head(1, 2), scale("ffn_out", 4, 0.25), patch("hidden", 3, source, positions=[5, 6])]
+            for change in ((), edits):
+                a, b = (session.capture(tokens, STAGES, edits=change) for session in (one, spread))
+                for stage in STAGES:
+                    np.testing.assert_array_equal(a[stage].values, b[stage].values, err_msg=stage)
+            a, b = (session.head_statistics(tokens) for session in (one, spread))
+            for name in a:
+                np.testing.assert_allclose(a[name].values, b[name].values, atol=1e-6, err_msg=name)
+        a, b = (session.capture(IDS, ("attention", "logits"), generate=5) for session in (one, spread))
+        np.testing.assert_array_equal(a.logits.values, b.logits.values)
 
 
 def test_without_cupy_the_tensors_are_copied_and_equal(tmp_path, monkeypatch):

@@ -81,6 +81,16 @@ def test_the_second_for_inference(machine):
     assert plan.inference_env() == {"CUDA_VISIBLE_DEVICES": second} and plan.analytics.uuid == first
 
 
+@pytest.mark.parametrize("split, shares", [
+    (None, (1.0,)), ("0.5,0.5", (0.5, 0.5)), ("3,1", (0.75, 0.25)), ("0,1", (1.0,)),
+])
+def test_shares_of_the_layers(machine, split, shares):
+    machine(2)
+    assert gpus.plan(split).shares == shares
+    machine(0)
+    assert gpus.plan(split).shares == ()
+
+
 def test_one_gpu_is_shared(machine):
     (only,) = machine(1)
     plan = gpus.plan("1.0,0.0")
@@ -168,6 +178,19 @@ def test_a_context_that_the_driver_reports(machine):
     machine(2, {0: [(os.getpid(), 300 * 2**20)]})
     with pytest.raises(GpuError, match="GPU 0"):
         gpus.assign_analytics()
+
+
+def test_each_worker_of_a_cluster_is_shown_a_gpu_of_its_own(machine):
+    distributed = pytest.importorskip("distributed")
+    from llamatelemetry.cluster import local_cluster
+
+    def shown(workers=None):
+        with local_cluster(workers) as cluster, distributed.Client(cluster) as client:
+            return sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values())
+
+    first, second = machine(2)
+    gpus.assign_analytics()  # in this process only the second is left
+    assert shown() == [first, second] and shown(3) == [first, first, second]
 
 
 def test_cuda_is_asked_without_being_started():
@@ -301,6 +324,41 @@ def test_what_would_fit():
     assert fit(File(weights=4 * 2**30), shorter, memory_bytes=int(0.95 * need), gpu=True).fits
     assert "auto_start=False" in str(found) and "the Q6_K quantization" in str(found)
     assert "choose a smaller one" in str(fit(File(), 65536, memory_bytes=10, gpu=True))
+
+
+def test_what_fits_spread_over_gpus(machine):
+    machine(2)
+    file = File(weights=4 * 2**30)
+    whole, half = (fit(file, 65536, memory_bytes=1, gpu=True, share=share) for share in (1, 0.5))
+    for part in ("weights", "kv_cache"):
+        assert half.table[part].tolist() == pytest.approx((whole.table[part] / 2).tolist())
+    for part in ("compute", "context"):  # every GPU needs its own
+        assert half.table[part].equals(whole.table[part])
+    there = dict(memory_bytes=half.need_bytes, gpu=True)
+    assert '2 GPUs together (tensor_split="0.5,0.5")' in str(fit(file, 65536, **there))
+    found = fit(file, 65536, **there, share=0.5)
+    assert found.fits and "on the GPU with 50% of the layers" in str(found)
+    assert "together" not in str(fit(file, 65536, **there, share=0.75))
+    machine(1)
+    assert "together" not in str(fit(file, 65536, **there))
+
+
+@pytest.mark.parametrize("split, share, there, fits", [
+    ("0.5,0.5", 0.5, 3, False), ("3,1", 0.25, 3, True), ("1,0", 1, 9, True),
+])
+def test_a_model_must_fit_where_the_least_is_left(machine, monkeypatch, split, share, there, fits):
+    from llamatelemetry import InferenceEngine
+
+    uuids = machine(2)
+    ours = [gpus.Gpu(i, uuid, "T4", T4, free * 2**30) for i, (uuid, free) in enumerate(zip(uuids, (9, 3)))]
+    monkeypatch.setattr(gpus, "list_gpus", lambda: ours)
+    engine = InferenceEngine()
+    engine.model, engine._server_args = File(weights=8 * 2**30), {"ctx_size": 1024, "n_parallel": 1}
+    engine.plan = gpus.plan(split)
+    found = engine.fit(server=False)
+    assert found.memory_bytes == there * 2**30 and found.fits == fits
+    assert found.table["weights"][0] == pytest.approx(share * weight_bytes(engine.model) / 2**20)
+    engine.model = None
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
 """Tensors where they lie on a CUDA device, through CuPy in the worker: looked at in place, cropped there, copied once.
 
-llama.cpp and CuPy share the device's primary context, so CuPy can address llama.cpp's tensors. The scheduler has
+llama.cpp and CuPy share each device's primary context, so CuPy can address llama.cpp's tensors. The scheduler has
 synchronized before a callback; whoever reads or writes a tensor must be done before the callback returns
 (`synchronize`). Copies to the host go on while the next layers are computed: the tensor is put in order into memory of
-our own, which is quick, and leaves the device from there on a stream of its own, until `drain`.
+our own, which is quick, and leaves the device from there on a stream of its own, until `drain`. A model may lie on
+several devices: whichever holds the tensor that was asked for last is the current one, with streams of its own.
 """
 
 import numpy as np
@@ -71,12 +72,26 @@ IN_FLIGHT = 2**28  # bytes of device memory that copies on their way to the host
 class Device:
     def __init__(self, cupy):
         self.cupy = cupy
-        self._work, self._leave = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
-        self._work.use()
+        self._streams = {}  # CUDA device number -> (where we compute, where copies leave)
         self._leaving, self._leaving_bytes = [], 0
         self._kernel = None
         self._pinned = {}  # address -> bytes
         self._number = {}  # llama.cpp buffer -> CUDA device number
+        self._enter(cupy.cuda.runtime.getDevice())
+
+    def _enter(self, number):
+        """Make a CUDA device the current one. Streams belong to a device: each has its own two."""
+        runtime = self.cupy.cuda.runtime
+        if runtime.getDevice() != number:  # asked every time: llama.cpp changes it, too
+            runtime.setDevice(number)
+        if number not in self._streams:
+            self._streams[number] = tuple(self.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+            self._streams[number][0].use()  # on this device, from now on
+        self._work, self._leave = self._streams[number]
+
+    def forget(self):
+        """The buffers that were seen are gone: another one may be made at the same address, on another device."""
+        self._number.clear()
 
     def array(self, tensor, offset, dtype, ne, nb):
         """A tensor's memory as a cupy.ndarray, slowest dimension first; in place, valid inside the callback."""
@@ -85,8 +100,7 @@ class Device:
         if tensor.buffer not in self._number:
             self._number[tensor.buffer] = cupy.cuda.runtime.pointerGetAttributes(tensor.data).device
         number = self._number[tensor.buffer]
-        if number != cupy.cuda.runtime.getDevice():
-            cupy.cuda.runtime.setDevice(number)
+        self._enter(number)
         memory = cupy.cuda.UnownedMemory(tensor.data + offset, span, self, number)
         return cupy.ndarray(ne[::-1], dtype, cupy.cuda.MemoryPointer(memory, 0), strides=nb[::-1])
 
@@ -96,14 +110,15 @@ class Device:
 
     def drain(self):
         """Wait for the copies to the host."""
-        self._leave.synchronize()
+        for _, leave in self._streams.values():
+            leave.synchronize()
         self._leaving, self._leaving_bytes = [], 0
 
     def pin(self, address, n_bytes):
         """Page-lock host memory once, so that copies into it run at the bus's speed."""
         if self._pinned.get(address, 0) < n_bytes:
             try:
-                self.cupy.cuda.runtime.hostRegister(address, n_bytes, 0)
+                self.cupy.cuda.runtime.hostRegister(address, n_bytes, 1)  # for every device
                 self._pinned[address] = n_bytes
             except self.cupy.cuda.runtime.CUDARuntimeError:  # a limit on locked memory: copies are slower, not wrong
                 pass

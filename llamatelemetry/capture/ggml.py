@@ -68,6 +68,13 @@ class Ggml:
         self._on_cuda = {}
         self.device = None  # a Device where CuPy can look at CUDA tensors in place
 
+    def forget(self):
+        """A context was freed, and its buffers with it: others may be made at the same addresses."""
+        self._host.clear()
+        self._on_cuda.clear()
+        if self.device:
+            self.device.forget()
+
     def check_layout(self, address):
         """Raise CaptureError unless a live tensor's name and size are where `Tensor` says they are."""
         tensor = Tensor.from_address(address)

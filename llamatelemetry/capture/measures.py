@@ -112,7 +112,7 @@ class HeadStatistics:
         self.sums = {}  # layer -> {measure: (head,)}
         self._detect = None if device else token_patterns(tokens)
         self._on_device = {}  # layer -> (head, measure), fetched once at the end
-        self._ids = None
+        self._ids = {}  # CUDA device number -> the tokens there
 
     def restart(self):
         self.sums.clear()
@@ -128,9 +128,9 @@ class HeadStatistics:
             if isinstance(values, np.ndarray):
                 self._on_host(sums, values, past)
             else:
-                if self._ids is None:
-                    self._ids = self.device.cupy.asarray(self.tokens, np.int32)
-                total = self.device.row_sums(values, past, self._ids)
+                if values.device.id not in self._ids:
+                    self._ids[values.device.id] = self.device.cupy.asarray(self.tokens, np.int32)
+                total = self.device.row_sums(values, past, self._ids[values.device.id])
                 self._on_device[layer] = self._on_device.get(layer, 0) + total
 
         return reduce

@@ -168,6 +168,7 @@ class Runtime:
         if self.context:
             self.api.llama_free(self.context)
             self.context = None
+            self.ggml.forget()
 
     def close(self):
         self.close_context()

@@ -7,8 +7,11 @@ plain decode for statistics.
 """
 
 import argparse
+import os
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 from common import report
@@ -58,10 +61,19 @@ def capture(path, name, n_tokens, rate, repeat=9):
             "limit_ms": limit * 1e3, "ratio": captured / limit, "mb": size / 1e6}  # fmt: skip
 
 
-def head_statistics(path, name, n_tokens, repeat=5):
+def without_cupy(folder):
+    """An environment in which CuPy cannot be imported."""
+    (folder / "cupy").mkdir()
+    (folder / "cupy" / "__init__.py").write_text("raise ImportError('blocked by a benchmark')")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
+def head_statistics(path, name, n_tokens, repeat=5, env=None):
     from llamatelemetry.capture.session import CaptureSession
 
-    with CaptureSession(path, n_ctx=n_tokens) as session, CaptureSession(path, n_ctx=n_tokens, env=FUSED) as other:
+    with CaptureSession(path, n_ctx=n_tokens, env=env) as session, \
+            CaptureSession(path, n_ctx=n_tokens, env=FUSED) as other:  # fmt: skip
+        assert session.facts["cupy"] == (env is None)
         tokens = text_of(session, n_tokens)
         session.time_decode(tokens, 2, all_logits=False)
         other.time_decode(tokens, 2, all_logits=False)
@@ -126,6 +138,8 @@ def main():
         if path:
             rows.append(capture(path, name, 512, rate))
             rows.append(head_statistics(path, name, 4096))
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(head_statistics(path, f"without CuPy, {name}", 4096, 3, without_cupy(Path(folder))))
             report("gpu", rows, options.out)
     if options.shape1b:
         rows += inference(options.shape1b, "1B shape")

@@ -33,7 +33,8 @@ def hardware():
             pass
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        facts["gpu"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+        facts["gpu"] = "; ".join(f"{n} x {name}" if (n := names.count(name)) > 1 else name for name in dict.fromkeys(names))
     except (OSError, subprocess.CalledProcessError):
         facts["gpu"] = "none"
     return facts
