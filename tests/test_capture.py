@@ -23,7 +23,8 @@ from llamatelemetry import (
     patch,
     scale,
 )
-from llamatelemetry.capture.measures import Score, log_softmax, token_patterns
+from llamatelemetry.analysis.heads_texts import token_pairs
+from llamatelemetry.capture.measures import HeadStatistics, Score, log_softmax
 from llamatelemetry.capture.session import CaptureSession
 
 ALL = ("attn_norm", "ffn_norm", "q", "k", "v", "q_pre", "k_pre", "scores", "attention", "mask", "attn_heads", "attn_out",
@@ -163,26 +164,39 @@ def test_statistics_equal_those_of_the_full_capture(session, full):
     stats = session.head_statistics(IDS, patterns={"diagonal": [(i, i) for i in range(len(IDS))]})
     p = full.attention.values.astype(np.float64)
     n, position = len(IDS), np.arange(len(IDS))
-    masks = token_patterns(IDS)
+    pairs = token_pairs(IDS, position)
     expected = {
         "entropy": -(p * np.log(np.maximum(p, 1e-30))).sum(-1).mean(-1),
         "sink": p[..., 0].mean(-1),
         "distance": (p * (position[:, None] - position)).sum(-1).mean(-1),
         "top": p.max(-1).mean(-1),
         "diagonal": p[:, :, position, position].sum(-1) / n,
-        **{name: (p * mask).sum((-1, -2)) / n for name, mask in masks.items()},
+        **{name: p[:, :, *pairs[pattern].T].sum(-1) / n for name, pattern in
+           (("previous_token", "previous token"), ("duplicate_token", "duplicate"), ("induction", "induction"))},
     }
     for name, values in expected.items():
         np.testing.assert_allclose(stats[name].values, values, atol=1e-5, err_msg=name)
 
 
 def test_patterns_by_hand():
-    patterns = token_patterns([5, 6, 5, 6, 7])
-    assert patterns["previous_token"][2].tolist() == [0, 1, 0, 0, 0]
-    assert patterns["duplicate_token"][3].tolist() == [0, 1, 0, 0, 0]
-    assert patterns["induction"][2].tolist() == [0, 1, 0, 0, 0]  # 5 came at 0, what followed is at 1
-    assert patterns["induction"][3].tolist() == [0, 0, 1, 0, 0]
-    assert not patterns["induction"][4].any()
+    pairs = [(query, key) for query in range(5) for key in range(query + 1)]
+    attention = np.zeros((len(pairs), 5, 5), np.float32)  # every head attends once, each to another pair
+    attention[range(len(pairs)), *np.transpose(pairs)] = 1
+    found = []
+    for threads, block in ((1, 2**18), (3, 1)):
+        statistics = HeadStatistics([5, 6, 5, 6, 7], {"some": [(4, 1), (2, 2)]}, threads=threads)
+        statistics.BLOCK = block
+        for start in (0, 2):  # as two batches give it
+            statistics.action(0)(attention[:, start : start + (2 if start == 0 else 3)], start)
+        table, _ = statistics.table()
+        found.append({name: {pair for pair, score in zip(pairs, table[name][0]) if score == 1} for name in table})
+        assert set(np.unique(table["induction"])) == {0, 1}
+    one, several = found
+    assert one == several
+    assert one["previous_token"] == {(1, 0), (2, 1), (3, 2), (4, 3)}
+    assert one["duplicate_token"] == {(2, 0), (3, 1)}
+    assert one["induction"] == {(2, 1), (3, 2)}  # 5 came at 0, what followed is at 1
+    assert one["some"] == {(4, 1), (2, 2)}
 
 
 def test_score_by_hand():
@@ -283,7 +297,6 @@ def test_patch_from_some_queries_only(session):
 
 def test_a_run_that_has_to_be_planned_again_counts_nothing_twice(tmp_path):
     """In the worker's own code: the plan is made wrong on purpose, as another graph than the planned one would."""
-    from llamatelemetry.capture.measures import HeadStatistics
     from llamatelemetry.capture.runs import Runs
     from llamatelemetry.capture.runtime import Runtime
     from llamatelemetry.capture.worker import Sampler

@@ -166,3 +166,14 @@ class Device:
         self._kernel((n_query, n_head), (256,), (values, tokens, out, np.int32(n_query), np.int32(n_key), strides[1],
                                                  strides[0], np.int32(past)))  # fmt: skip
         return out.sum(1, dtype=np.float64)
+
+    def pair_sums(self, values, row, key, number, count):
+        """(head, number) float64 sums of attention (head, query, key) at (row, key), each counted for its number."""
+        import cupyx
+
+        cupy = self.cupy
+        out = cupy.zeros((len(values), count))
+        if len(row):
+            row, key, number = map(cupy.asarray, (row, key, number))
+            cupyx.scatter_add(out, (slice(None), number), values[:, row, key].astype(np.float64))
+        return out

@@ -1,5 +1,7 @@
 """What is reduced where it is computed: losses of a text under edits, and statistics of every head's attention."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from ..errors import CaptureError
@@ -7,6 +9,7 @@ from .recorder import on_host
 
 ROWS = 64  # logits rows worked on at a time: bounded memory for vocabularies of 262 thousand
 NAMES = ("entropy", "normalized_entropy", "distance", "sink", "top", "previous_token", "duplicate_token", "induction")
+DETECTED = NAMES[-3:]
 KEEP_LIMIT = 4 * 2**30  # bytes of log-probabilities kept for KL divergences
 
 
@@ -99,19 +102,24 @@ class HeadStatistics:
     """Sums over query rows of every head's attention, taken from the tensor where it lies.
 
     patterns: {name: [(query, key), ...]}; a pattern's score is the attention on those pairs over all attention, which
-    is what TransformerLens's head detector computes with error_measure="mul".
+    is what TransformerLens's head detector computes with error_measure="mul". threads: that share the rows of a tensor
+    in the machine's memory.
     """
 
-    BLOCK = 2**22  # attention weights worked on at a time on the CPU
+    BLOCK = 2**18  # attention weights that a thread works on at a time: they stay in its cache
 
-    def __init__(self, tokens, pairs, device=None):
+    def __init__(self, tokens, pairs, device=None, threads=1):
         if taken := set(pairs) & ({"mass", *NAMES}):
             raise CaptureError(f"pattern {sorted(taken)[0]!r} has the name of a measure: give it another one.")
-        self.n, self.tokens, self.device = len(tokens), tokens, device
-        self.pairs = {name: np.asarray(value, int).reshape(-1, 2) for name, value in pairs.items()}
-        self.sums = {}  # layer -> {measure: (head,)}
-        self._detect = None if device else token_patterns(tokens)
-        self._on_device = {}  # layer -> (head, measure), fetched once at the end
+        self.n, self.tokens, self.device, self.threads = len(tokens), np.asarray(tokens), device, threads
+        self._pool = ThreadPoolExecutor(threads)
+        rows = [np.asarray(value, int).reshape(-1, 2) for value in pairs.values()]
+        found = np.vstack([np.empty((0, 2), int), *rows])
+        number = np.repeat(np.arange(len(rows)), [len(some) for some in rows])  # of the pattern that a pair belongs to
+        order = found[:, 0].argsort(kind="stable")
+        self.patterns, self._pairs = list(pairs), (*found[order].T, number[order])  # query, key, pattern
+        self.sums = {}  # layer -> {measure: (head,)}, "patterns": (head, pattern)
+        self._on_device = {}  # layer -> (head, measure) and (head, pattern), fetched once at the end
         self._ids = {}  # CUDA device number -> the tokens there
 
     def restart(self):
@@ -120,75 +128,86 @@ class HeadStatistics:
 
     def action(self, layer):
         def reduce(values, past):
-            sums = self.sums.setdefault(layer, {})
-            for name, pairs in self.pairs.items():
-                here = pairs[(pairs[:, 0] >= past) & (pairs[:, 0] < past + values.shape[1])]
-                on_pairs = values[:, here[:, 0] - past, here[:, 1]].sum(-1) if len(here) else np.zeros(len(values))
-                sums[name] = sums.get(name, 0) + on_host(on_pairs)
             if isinstance(values, np.ndarray):
-                self._on_host(sums, values, past)
-            else:
-                if values.device.id not in self._ids:
-                    self._ids[values.device.id] = self.device.cupy.asarray(self.tokens, np.int32)
-                total = self.device.row_sums(values, past, self._ids[values.device.id])
-                self._on_device[layer] = self._on_device.get(layer, 0) + total
+                self._add(self.sums.setdefault(layer, {}), self._on_host(values, past))
+                return
+            if values.device.id not in self._ids:
+                self._ids[values.device.id] = self.device.cupy.asarray(self.tokens, np.int32)
+            rows = self.device.row_sums(values, past, self._ids[values.device.id])
+            pairs = self.device.pair_sums(values, *self._here(past, values.shape[1]), len(self.patterns))
+            before = self._on_device.get(layer, (0, 0))
+            self._on_device[layer] = before[0] + rows, before[1] + pairs
 
         return reduce
 
-    def _on_host(self, sums, values, past):
-        n_head, n_query, _ = values.shape
-        block = max(1, self.BLOCK // (n_head * min(self.n, past + n_query)))
-        for start in range(0, n_query, block):
-            stop = min(start + block, n_query)
-            rows = values[:, start:stop, : min(past + stop, self.n)]
-            for name, total in self._rows(rows, past + start).items():
-                sums[name] = sums.get(name, 0) + total
+    @staticmethod
+    def _add(sums, parts):
+        for part in parts:
+            for name, total in part.items():
+                sums[name] = sums.get(name, 0) + total.astype(np.float64)
 
-    def _rows(self, p, first):
-        """Sums over the rows of p (head, query, key); the first query is at position `first`."""
+    def _here(self, first, count):
+        """(row, key, pattern) of the pairs whose queries are the `count` rows from position `first`."""
+        some = slice(*np.searchsorted(self._pairs[0], (first, first + count)))
+        query, key, pattern = (part[some] for part in self._pairs)
+        return query - first, key, pattern
+
+    def _on_host(self, values, past):
+        """Sums of a tensor's rows, one dict per thread."""
+        n_head, n_query, _ = values.shape
+        rows = max(1, self.BLOCK // (n_head * min(self.n, past + n_query)))
+        starts = range(0, n_query, rows)
+        count = min(self.threads, len(starts))
+
+        def share(number):  # its own rows to each: handing them out block by block costs more than the arithmetic
+            sums, logs = {}, np.empty(n_head * rows * min(self.n, past + n_query), np.float32)
+            for start in starts[number::count]:
+                stop = min(start + rows, n_query)
+                block = values[:, start:stop, : min(past + stop, self.n)]
+                self._add(sums, [self._rows(block, past + start, logs)])
+            return sums
+
+        return list(self._pool.map(share, range(count)))
+
+    def _rows(self, p, first, logs):
+        """Sums over the rows of p (head, query, key); the first query is at position `first`. logs: room for a copy."""
         n_query, n_key = p.shape[1:]
-        query = np.arange(first, first + n_query, dtype=np.float32)
+        query, key = np.arange(first, first + n_query), np.arange(n_key)
+        row, column, pattern = self._here(first, n_query)
+        logs = np.maximum(p, np.float32(1e-30), out=logs[: p.size].reshape(p.shape))
+        np.log(logs, out=logs)
         mass = p.sum(-1)  # (head, query): 1, or less with an attention sink
-        entropy = -np.einsum("hqk,hqk->hq", p, np.log(np.maximum(p, 1e-30)))
-        flat = p.reshape(len(p), -1)
-        sums = {
+        entropy = -np.einsum("hqk,hqk->hq", p, logs)
+        earlier = query[query > 0]
+        same = (self.tokens[:n_key] == self.tokens[query][:, None]) & (key < query[:, None])  # (query, key)
+        same = same.astype(np.float32)
+        return {
             "mass": mass.sum(-1),
             "entropy": entropy.sum(-1),
             "normalized_entropy": (entropy / np.log(np.maximum(query, 1) + 1)).sum(-1),
-            "distance": (query * mass - p @ np.arange(n_key, dtype=np.float32)).sum(-1),
+            "distance": (query * mass - np.einsum("hqk,k->hq", p, key.astype(np.float32))).sum(-1),
             "sink": p[:, :, 0].sum(-1),
             "top": p.max(-1).sum(-1),
+            "previous_token": p[:, earlier - first, earlier - 1].sum(-1),
+            "duplicate_token": np.einsum("hqk,qk->h", p, same),
+            "induction": np.einsum("hqk,qk->h", p[:, :, 1:], same[:, :-1]),  # what followed the duplicate
+            "patterns": np.stack([np.bincount(pattern, weights, len(self.patterns)) for weights in p[:, row, column]]),
         }
-        for name, weights in (self._detect or token_patterns(self.tokens)).items():
-            sums[name] = flat @ weights[first : first + n_query, :n_key].reshape(-1)
-        return sums
 
     def table(self):
         """{measure: (layer, head)} and the layers; patterns over the attention's sum, the rest over the rows."""
         from .device import MEASURES
 
-        for layer, totals in self._on_device.items():
-            self.sums[layer] |= dict(zip(MEASURES, on_host(totals).T))
-        layers = sorted(self.sums)
-        heads = max(len(self.sums[layer]["mass"]) for layer in layers)
-        patterns = set(self.pairs) | {"previous_token", "duplicate_token", "induction"}
-        out = {name: np.full((len(layers), heads), np.nan) for name in self.sums[layers[0]]}
-        for row, layer in enumerate(layers):
-            for name, values in self.sums[layer].items():
-                out[name][row, : len(values)] = values / (self.sums[layer]["mass"] if name in patterns else self.n)
+        sums = dict(self.sums)
+        for layer, (rows, pairs) in self._on_device.items():
+            sums[layer] = dict(zip(MEASURES, on_host(rows).T)) | {"patterns": on_host(pairs)}
+        layers = sorted(sums)
+        heads = max(len(sums[layer]["mass"]) for layer in layers)
+        out = {name: np.full((len(layers), heads), np.nan) for name in ("mass", *NAMES, *self.patterns)}
+        for place, layer in enumerate(layers):
+            found = sums[layer] | dict(zip(self.patterns, sums[layer]["patterns"].T))
+            for name, row in ((name, rows[place]) for name, rows in out.items()):
+                by_mass = name in DETECTED or name in self.patterns
+                row[: len(found[name])] = found[name] / (found["mass"] if by_mass else self.n)
         return out, layers
 
-
-def token_patterns(tokens):
-    """The detection patterns of TransformerLens's head detector (Olsson et al. 2022): {name: (query, key) 0/1}.
-
-    previous_token: the key just before the query. duplicate_token: earlier occurrences of the query's token.
-    induction: what followed those occurrences.
-    """
-    tokens = np.asarray(tokens)
-    n = len(tokens)
-    duplicate = np.tril(tokens[:, None] == tokens[None, :], -1).astype(np.float32)
-    induction = np.zeros_like(duplicate)
-    induction[:, 1:] = duplicate[:, :-1]
-    return {"previous_token": np.eye(n, k=-1, dtype=np.float32), "duplicate_token": duplicate,
-            "induction": np.tril(induction)}  # fmt: skip

@@ -120,7 +120,7 @@ class Worker:
         for name, pairs in (patterns or {}).items():
             if any(not 0 <= key <= query < len(tokens) for query, key in pairs):
                 raise CaptureError(f"pattern {name!r} has a pair outside of the text's {len(tokens)} tokens.")
-        reducer = HeadStatistics(tokens, patterns or {}, self.runtime.ggml.device)
+        reducer = HeadStatistics(tokens, patterns or {}, self.runtime.ggml.device, self.runtime.threads)
 
         def setup(recorder, plan):
             for layer in self.runs.layers_of(plan, "attention", layers):
