@@ -49,8 +49,8 @@ def compare_quantizations(
     of this package (see data/text.md). n_ctx: tokens per window; the second half of each is scored, and a
     text that ends within a window loses that remainder. max_windows: use only the first so many. gpu_layers: None
     puts all layers on the visible GPU if the engine can use one. client: a dask.distributed Client (for one worker
-    per GPU: cluster.local_cluster); then each candidate is a task of its own, restarted up to `retries` times if its
-    worker dies.
+    per GPU: cluster.local_cluster); then the candidates are shared out to its workers, and those of a worker that dies
+    are started again, up to `retries` times.
 
     Definitions are llama-perplexity's (--kl-divergence), in nats and fractions. Returns a Comparison, one row per
     candidate in the order given, indexed by name: file, size_bytes, bits_per_weight, ppl, ppl_base, ppl_ratio,
@@ -76,13 +76,19 @@ def compare_quantizations(
     }
     unique = list(dict.fromkeys(str(p) for p in paths))
     if client is None:
-        found = {}
-        for some in _groups(reference, unique):
-            found |= measure(job | {"candidates": some}, progress)
+        found = measure_all(job | {"candidates": unique}, progress)
         attempts = {p: f["attempts"] for p, f in found.items()}
     else:
         found, attempts = _distributed(client, job, unique, retries, progress)
     return _result(found, attempts, [str(p) for p in paths], seed)
+
+
+def measure_all(job, progress=False):
+    """`measure` for as many candidates at a time as fit into memory beside the reference."""
+    found = {}
+    for some in _groups(job["reference"], job["candidates"]):
+        found |= measure(job | {"candidates": some}, progress)
+    return found
 
 
 def measure(job, progress=False):
@@ -154,7 +160,8 @@ def _child(job, progress):
 def _settings(job):
     import psutil
 
-    threads = job["threads"] or psutil.cpu_count(logical=False) or os.cpu_count()
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    threads = job["threads"] or max(1, cores // job.get("workers_here", 1))
     return job | {"threads": threads, "gpu_layers": 999 if job["gpu_layers"] is None else job["gpu_layers"]}
 
 
@@ -212,26 +219,32 @@ def _groups(reference, paths):
 
 
 def _distributed(client, job, paths, retries, progress):
+    """Every worker gets a share of the candidates: the reference is read once per worker, not once per candidate."""
     from tqdm.auto import tqdm
 
-    futures = {
-        p: client.submit(
-            measure, job | {"candidates": [p]}, retries=retries, pure=False, key=f"compare-{i}-{os.urandom(4).hex()}"
-        )
-        for i, p in enumerate(paths)
-    }
+    hosts = [address.rpartition(":")[0] for address in client.nthreads()] or ["none yet"]
+    job = job | {"workers_here": max(map(hosts.count, hosts))}
+    shares = [paths[number :: len(hosts)] for number in range(min(len(paths), len(hosts)))]
+    futures = [
+        client.submit(measure_all, job | {"candidates": share}, retries=retries, pure=False,
+                      key=f"compare-{number}-{os.urandom(4).hex()}")
+        for number, share in enumerate(shares)
+    ]  # fmt: skip
     found, attempts = {}, {}
-    for path, future in tqdm(futures.items(), desc="compare", unit="file", disable=not progress):
-        try:
-            found |= future.result()
-        except LlamaTelemetryError:
-            raise
-        except Exception as error:  # a worker that died too often, or the scheduler's own trouble
-            found[path] = {"error": f"{type(error).__name__}: {error}", "kind": "crash"}
-        died = client.run_on_scheduler(_suspicious, key=future.key)
-        attempts[path] = died + found[path].get("attempts", 1)
-        if died:
-            warnings.warn(f"{path}: its worker died {died} time(s); it was started again elsewhere.", stacklevel=3)
+    with tqdm(desc="compare", unit="file", total=len(paths), disable=not progress) as meter:
+        for share, future in zip(shares, futures):
+            try:
+                found |= future.result()
+            except LlamaTelemetryError:
+                raise
+            except Exception as error:  # a worker that died too often, or the scheduler's own trouble
+                found |= {p: {"error": f"{type(error).__name__}: {error}", "kind": "crash"} for p in share}
+            died = client.run_on_scheduler(_suspicious, key=future.key)
+            attempts |= {p: died + found[p].get("attempts", 1) for p in share}
+            if died:
+                warnings.warn(f"{', '.join(share)}: the worker died {died} time(s); it was started again elsewhere.",
+                              stacklevel=3)  # fmt: skip
+            meter.update(len(share))
     return found, attempts
 
 
@@ -260,29 +273,9 @@ def _result(found, attempts, order, seed):
         rows.append(row)
     result = Comparison(pd.DataFrame(rows).set_index("name"))
     result["error"] = result.pop("error")
-    object.__setattr__(
-        result,
-        "tokens",
-        pd.concat(tables, ignore_index=True)[
-            [
-                "candidate",
-                "window",
-                "position",
-                "id",
-                "piece",
-                "logprob_base",
-                "logprob",
-                "entropy_base",
-                "kld",
-                "dp",
-                "same_top",
-                "top5",
-                "top10",
-                "top_base",
-                "top",
-            ]
-        ],
-    )
+    columns = ["candidate", "window", "position", "id", "piece", "logprob_base", "logprob", "entropy_base", "kld", "dp",
+               "same_top", "top5", "top10", "top_base", "top"]  # fmt: skip
+    object.__setattr__(result, "tokens", pd.concat(tables, ignore_index=True)[columns])
     object.__setattr__(result, "attempts", {Path(p).stem: attempts[p] for p in order})
     return result
 
