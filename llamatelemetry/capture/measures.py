@@ -119,7 +119,7 @@ class HeadStatistics:
         order = found[:, 0].argsort(kind="stable")
         self.patterns, self._pairs = list(pairs), (*found[order].T, number[order])  # query, key, pattern
         self.sums = {}  # layer -> {measure: (head,)}, "patterns": (head, pattern)
-        self._on_device = {}  # layer -> (head, measure) and (head, pattern), fetched once at the end
+        self._on_device = {}  # layer -> [(head, measure), (head, pattern) if there are any], fetched once at the end
         self._ids = {}  # CUDA device number -> the tokens there
 
     def restart(self):
@@ -133,10 +133,11 @@ class HeadStatistics:
                 return
             if values.device.id not in self._ids:
                 self._ids[values.device.id] = self.device.cupy.asarray(self.tokens, np.int32)
-            rows = self.device.row_sums(values, past, self._ids[values.device.id])
-            pairs = self.device.pair_sums(values, *self._here(past, values.shape[1]), len(self.patterns))
-            before = self._on_device.get(layer, (0, 0))
-            self._on_device[layer] = before[0] + rows, before[1] + pairs
+            found = [self.device.row_sums(values, past, self._ids[values.device.id])]
+            if self.patterns:
+                found.append(self.device.pair_sums(values, *self._here(past, values.shape[1]), len(self.patterns)))
+            before = self._on_device.get(layer)
+            self._on_device[layer] = [a + b for a, b in zip(before, found)] if before else found
 
         return reduce
 
@@ -199,8 +200,9 @@ class HeadStatistics:
         from .device import MEASURES
 
         sums = dict(self.sums)
-        for layer, (rows, pairs) in self._on_device.items():
-            sums[layer] = dict(zip(MEASURES, on_host(rows).T)) | {"patterns": on_host(pairs)}
+        for layer, (rows, *pairs) in self._on_device.items():
+            pairs = on_host(pairs[0]) if pairs else np.empty((len(rows), 0))
+            sums[layer] = dict(zip(MEASURES, on_host(rows).T)) | {"patterns": pairs}
         layers = sorted(sums)
         heads = max(len(sums[layer]["mass"]) for layer in layers)
         out = {name: np.full((len(layers), heads), np.nan) for name in ("mass", *NAMES, *self.patterns)}

@@ -1,10 +1,10 @@
 """What a second GPU gives: who sits where while notebooks run, inference beside analytics, a model spread over both,
 quantizations compared on both.
 
-    python tests/benchmarks/bench_two_gpus.py [--shape1b 1b.gguf] [--shape8b 8b.gguf] [--parts PART ...] [--results FILE]
+    python tests/benchmarks/bench_two_gpus.py [--shape1b FILE] [--shape8b FILE] [--parts PART ...] [--results FILE]
 
-The shapes are make_shapes.py's. Parts: notebooks, overlap, spread, compare. What ran is stored after every part, the samples of
-the notebooks' memory and use beside it.
+The shapes are make_shapes.py's. Parts: notebooks, overlap, spread, compare. What ran is stored after every part, the
+samples of the notebooks' memory and use beside it. Parts that do not run now stay as they were measured on this hardware.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, report
+from common import RESULTS, hardware, report
 from watch import Watch
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -56,11 +56,10 @@ def notebooks(options):
             started = time.perf_counter()
             run_notebook(path, options.out, {"BACKEND": "gpu"}, progress=False)
             seconds = time.perf_counter() - started
-        peaks = {f"{kind} on GPU {gpu}, MiB": mib for kind, on in sorted(watch.peaks().items()) for gpu, mib in sorted(on.items())}
-        busy = {f"GPU {gpu} in use, % of the time": round(100 * np.mean([row["use"] > 0 for row in watch.samples if row["gpu"] == gpu]))
-                for gpu in range(len(before))}  # fmt: skip
-        rows.append({"what": f"notebook {path.stem[:2]}", "seconds": round(seconds, 1), **peaks, **busy,
-                     "GPUs before, MiB": before, "GPUs after, MiB": settled(before)})  # fmt: skip
+        peaks = {f"{kind} on GPU {gpu}, MiB": mib for kind, on in sorted(watch.peaks().items())
+                 for gpu, mib in sorted(on.items())}  # fmt: skip
+        rows.append({"what": f"notebook {path.stem[:2]}", "seconds": round(seconds, 1), **peaks,
+                     "before, MiB": before, "after, MiB": settled(before)})  # fmt: skip
         name = f"two_gpus_{path.stem[:2]}.json"
         (options.results.parent / name).write_text(json.dumps(watch.samples).replace("}, ", "},\n") + "\n")
     return rows
@@ -71,10 +70,10 @@ def overlap(options):
     rows = []
     for shown in ("0,1", "0"):
         command = [sys.executable, __file__, "--overlap", options.shape1b or MODEL]
-        done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": shown}, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(f"the overlap on GPUs {shown} failed")
-        rows.append({"what": f"inference beside analytics, {len(shown.split(','))} GPU(s)"} | json.loads(done.stdout.splitlines()[-1]))
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": shown}
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        rows.append({"what": f"inference beside analytics, {len(shown.split(','))} GPU(s)"} | found)
     return rows
 
 
@@ -152,7 +151,8 @@ def spread(options):
         one.time_decode(tokens, 2)
         rows.append({"what": "one GPU: decode of 512 tokens", "ms": 1e3 * statistics.median(one.time_decode(tokens, 9))})
     room = [8 * 2**30] * 2  # server and worker hold 4.9 GB of weights each: too much for one, enough for two halves
-    ballast = subprocess.Popen([sys.executable, "-c", HOLD, *map(str, room)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    ballast = subprocess.Popen([sys.executable, "-c", HOLD, *map(str, room)], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)  # fmt: skip
     try:
         ballast.stdout.readline()
         held = used()
@@ -172,8 +172,10 @@ def spread(options):
             rows.append({"what": "both GPUs: decode of 512 tokens",
                          "ms": 1e3 * statistics.median(engine._call("time_decode", tokens, repeat=9))})  # fmt: skip
             table = engine.placement().dropna(subset=["gpu", "memory_mib"])
-            rows.append({"what": "both GPUs: MiB of each process"} | {f"{row.process} on GPU {row.gpu}": round(row.memory_mib) for row in table.itertuples()})
-        rows.append({"what": "both GPUs: MiB in use before loading, after close()", "before": held, "after": settled(held)})
+            rows.append({"what": "both GPUs: MiB of each process"} | {f"{row.process} on GPU {row.gpu}": round(row.memory_mib)
+                                                                      for row in table.itertuples()})  # fmt: skip
+        after = settled(held)
+        rows.append({"what": "both GPUs: MiB in use before loading, after close()", "before": held, "after": after})
     finally:
         ballast.communicate()
     rows.append({"what": "MiB in use at first, in the end", "before": before, "after": settled(before)})
@@ -191,7 +193,8 @@ def compare(options):
 
     with tempfile.TemporaryDirectory() as folder:
         reference = make_reference(resolve_model(MODEL), Path(folder) / "reference.gguf", progress=False)
-        files = [quantize(reference, Path(folder) / f"{kind}.gguf", kind, progress=False) for kind in ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")]
+        files = [quantize(reference, Path(folder) / f"{kind}.gguf", kind, progress=False)
+                 for kind in ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")]  # fmt: skip
         settings = dict(n_ctx=512, max_windows=24, progress=False)
         before, runs, tables = used(), {"one GPU": [], "a worker per GPU": []}, {}
         compare_quantizations(reference, files[:1], **settings)
@@ -203,8 +206,8 @@ def compare(options):
                     runs[how].append(time.perf_counter() - started)
         one, two = tables.values()
     numbers = one.select_dtypes("number").columns
-    return [{"what": f"compare_quantizations, {len(files)} files, 24 windows of 512, {how}", "s": round(statistics.median(found), 2)}
-            for how, found in runs.items()] + [
+    what = f"compare_quantizations, {len(files)} files, 24 windows of 512"
+    return [{"what": f"{what}, {how}", "s": round(statistics.median(found), 2)} for how, found in runs.items()] + [
             {"what": "compare_quantizations, both ways", "equal": bool(one[numbers].equals(two[numbers])),
              **{f"compare worker on GPU {gpu}, MiB": mib for gpu, mib in sorted(watch.peaks()["compare worker"].items())},
              "before": before, "after": settled(before)}]  # fmt: skip
@@ -229,14 +232,19 @@ def main():
     if len(list_gpus()) < 2:
         return print("bench_two_gpus: needs two NVIDIA GPUs: not run")
     rows = []
+    if options.results.is_file():
+        stored = json.loads(options.results.read_text())
+        if all(stored["hardware"].get(key) == value for key, value in hardware().items() if key in ("cpu", "cores", "gpu")):
+            rows = [row for row in stored["rows"] if row["part"] not in options.parts]
     for part in options.parts:
         if part == "spread" and not options.shape8b:
             print("bench_two_gpus: spread needs --shape8b (make_shapes.py): not run")
             continue
         try:
-            rows += PARTS[part](options)
+            found = PARTS[part](options)
         except Exception as error:  # the other parts are still worth their time on a host that is hard to get
-            rows.append({"what": part, "failed": f"{type(error).__name__}: {error}"})
+            found = [{"what": part, "failed": f"{type(error).__name__}: {error}"}]
+        rows += [{"part": part, **row} for row in found]
         report("two_gpus", rows, options.results)
     if any("failed" in row for row in rows):
         raise SystemExit(1)

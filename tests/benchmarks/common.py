@@ -34,7 +34,8 @@ def hardware():
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
-        facts["gpu"] = "; ".join(f"{n} x {name}" if (n := names.count(name)) > 1 else name for name in dict.fromkeys(names))
+        facts["gpu"] = "; ".join(f"{n} x {name}" if (n := names.count(name)) > 1 else name
+                                 for name in dict.fromkeys(names))  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         facts["gpu"] = "none"
     return facts
@@ -53,7 +54,11 @@ def report(name, rows, out=None):
 
     facts = hardware()
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), file=sys.stderr)
-    print(pd.DataFrame(rows).to_string(index=False))
+    if len({key for row in rows for key in row}) > 12:  # rows that say different things are no table
+        for row in rows:
+            print("; ".join(f"{key}: {value}" if key != "what" else value for key, value in row.items()))
+    else:
+        print(pd.DataFrame(rows).to_string(index=False))
     path = Path(out) if out else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmark": name, "hardware": facts, "rows": rows}, indent=1) + "\n")
