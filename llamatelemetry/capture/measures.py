@@ -106,13 +106,16 @@ class HeadStatistics:
     in the machine's memory.
     """
 
-    BLOCK = 2**18  # attention weights that a thread works on at a time: they stay in its cache
+    # A thread works on threads * BLOCK weights at a time: few fit its cache, but the more threads there are, the longer
+    # NumPy's calls must be, because between two calls a thread waits for Python's lock.
+    BLOCK, THREADS = 2**18, 8
 
     def __init__(self, tokens, pairs, device=None, threads=1):
         if taken := set(pairs) & ({"mass", *NAMES}):
             raise CaptureError(f"pattern {sorted(taken)[0]!r} has the name of a measure: give it another one.")
-        self.n, self.tokens, self.device, self.threads = len(tokens), np.asarray(tokens), device, threads
-        self._pool = ThreadPoolExecutor(threads)
+        self.n, self.tokens, self.device = len(tokens), np.asarray(tokens), device
+        self.threads = min(threads, self.THREADS)
+        self._pool = ThreadPoolExecutor(self.threads)
         rows = [np.asarray(value, int).reshape(-1, 2) for value in pairs.values()]
         found = np.vstack([np.empty((0, 2), int), *rows])
         number = np.repeat(np.arange(len(rows)), [len(some) for some in rows])  # of the pattern that a pair belongs to
@@ -156,7 +159,7 @@ class HeadStatistics:
     def _on_host(self, values, past):
         """Sums of a tensor's rows, one dict per thread."""
         n_head, n_query, _ = values.shape
-        rows = max(1, self.BLOCK // (n_head * min(self.n, past + n_query)))
+        rows = max(1, self.threads * self.BLOCK // (n_head * min(self.n, past + n_query)))
         starts = range(0, n_query, rows)
         count = min(self.threads, len(starts))
 
