@@ -85,6 +85,34 @@ def _rapids():
     return rows
 
 
+def _two_gpus():
+    """Rows of what a second GPU gives."""
+    def row(what):
+        return _row("two_gpus", what)
+
+    def share(found):
+        return f"{found['all, together, s'] / found['all, alone, s']:.2f} x"
+
+    two, one = (row(f"inference beside analytics, {count} GPU(s)") for count in (2, 1))
+    apart = row("both GPUs: largest difference of a captured value")
+    before, after = (row(f"compare_quantizations, 4 files, 24 windows of 512, {how}") for how in ("one GPU", "a worker"))
+    beside = lost = spread = compared = NOT_MEASURED
+    if two and one:
+        beside = (f"{share(two)} ({two['all, together, s']:.1f} s against {two['all, alone, s']:.1f} s); "
+                  f"on one GPU {share(one)}")
+        lost = "; ".join(f"{name} {two[f'{part}, together, s'] / two[f'{part}, alone, s'] - 1:+.1%}"
+                         for name, part in (("inference", "infer"), ("analytics", "analyse")))
+    if apart:
+        stages = {name: value for name, value in apart.items() if isinstance(value, float)}
+        spread = f"{max(stages.values()):g} ({', '.join(stages)})"
+    if before and after:
+        compared = f"{after['s'] / before['s']:.2f} x ({after['s']:.1f} s against {before['s']:.1f} s)"
+    return [("Inference and analytics at once on two GPUs, against one after the other", "measured", beside),
+            ("What either takes longer beside the other there", "at most 5 %", lost),
+            ("8B shape spread over two GPUs: largest difference of a captured value from one GPU's", "none", spread),
+            ("`compare_quantizations`, four files, a worker per GPU against one GPU", "measured", compared)]
+
+
 def targets():
     """The table of what was to be reached and what was measured."""
     rows = [
@@ -100,6 +128,8 @@ def targets():
          _value("gpu", "head_statistics, 8B shape", "mb", "{:,.0f} MB")),
         ("The same of SmolLM2 on the CPU, 2,048 tokens", "under 2,048 MiB",
          _value("heads", "head_statistics", "added_mib", "{:,} MiB")),
+        ("Its time there, against the plain decode", "measured",
+         _value("heads", "head_statistics", "times_plain", "{:.2f} x")),
         ("Capture to the host on a GPU, 8B shape, 512 tokens, against plain decode + bytes / copy bandwidth",
          "at most 1.3 x", _value("gpu", "capture, 8B shape", "ratio", "{:.2f} x")),
         ("64 tokens of the 1B shape through `infer`, GPU, median of 20", "under 1,000 ms",
@@ -114,6 +144,7 @@ def targets():
          _compare_time()),
         *_rounding(),
         ("GPU memory that server and capture worker give back when they are closed", "all", _given_back()),
+        *_two_gpus(),
         *_rapids(),
         ("All five notebooks, SmolLM2, CPU, no network", "under 720 s",
          _value("notebooks", "all", "seconds", "{:,.0f} s")),

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from . import gpus
 from .completion import InferResult, as_result, request_body  # noqa: F401  InferResult is public here
 from .errors import LlamaTelemetryError, ServerError, WorkerCrashedError
+from .fit import spread
 from .server import ServerManager, find_server, physical_cores
 
 DEFAULT_CTX = 4096  # tokens, where the model was trained for more: a KV cache for 128k tokens does not fit a T4
@@ -289,8 +290,8 @@ class InferenceEngine:
         if not self.plan.inference or kwargs.get("memory_bytes") is not None:
             return gpus.fit(model, *sizes, **kwargs)
         ours, now, found = table[table["process"] != "notebook"], {gpu.uuid: gpu for gpu in gpus.list_gpus()}, []
-        for gpu, share in zip(self.plan.inference, self.plan.shares):
+        for gpu, (share, output) in zip(self.plan.inference, spread(model.n_layer, self.plan.shares)):
             held = ours.loc[ours["gpu"] == gpu.index, "memory_mib"].fillna(0).sum()
             there = int(held * 2**20) + now[gpu.uuid].free_bytes
-            found.append(gpus.fit(model, *sizes, memory_bytes=there, share=share, **kwargs))
+            found.append(gpus.fit(model, *sizes, memory_bytes=there, share=share, output=output, **kwargs))
         return max(found, key=lambda fit: fit.need_bytes - fit.memory_bytes)

@@ -42,13 +42,22 @@ def kv_bytes(gguf, ctx_size, n_parallel=1, n_ubatch=512, swa_full=False):
                             for n_kv, slides in zip(heads, sliding_layers(gguf)))
 
 
-def weight_bytes(gguf, gpu=True):
+def weight_bytes(gguf, gpu=True, share=1.0, output=True):
     """Bytes of weights that a process holds: on a GPU without the token embedding, which stays in the machine's
-    memory unless it also makes the logits."""
+    memory unless it also makes the logits. share, output: of the layers, and whether the output is there (`spread`)."""
     sizes = gguf.tensors["size_bytes"]
-    total = int(sizes.sum())
-    separate = gguf.output_name != "token_embd.weight"
-    return total - int(sizes.get("token_embd.weight", 0)) if gpu and separate else total
+    total, last = int(sizes.sum()), int(sizes.get(gguf.output_name, 0))
+    if gpu and gguf.output_name != "token_embd.weight":
+        total -= int(sizes.get("token_embd.weight", 0))
+    return int((total - last) * share) + last * output
+
+
+def spread(n_layer, shares):
+    """[(share of the layers, whether it has the output)] of each GPU when the weights are split by `shares`: whole
+    layers, as llama.cpp deals them out, the output after the last."""
+    ends = [sum(shares[: number + 1]) / sum(shares) for number in range(len(shares))]
+    owner = [sum(end <= layer / (n_layer + 1) for end in ends[:-1]) for layer in range(n_layer + 1)]
+    return [(owner[:-1].count(number) / n_layer, owner[-1] == number) for number in range(len(shares))]
 
 
 def compute_bytes(gguf, ctx_size, n_ubatch=512, n_outputs=1, flash=True):
@@ -78,10 +87,10 @@ class Fit:
         return self.sentence
 
 
-def _needs(gguf, ctx_size, n_parallel, server, capture, gpu, share, scale=1.0):
+def _needs(gguf, ctx_size, n_parallel, server, capture, gpu, share, output, scale=1.0):
     """{process: (weights, kv, compute, context)} in bytes, on a GPU with `share` of the layers."""
     context = CONTEXT_BYTES if gpu else 0
-    weights = int(weight_bytes(gguf, gpu) * scale * share)
+    weights = int(weight_bytes(gguf, gpu, share, output) * scale)
 
     def cache(**options):
         return int(kv_bytes(gguf, ctx_size, **options) * share)
@@ -93,7 +102,8 @@ def _needs(gguf, ctx_size, n_parallel, server, capture, gpu, share, scale=1.0):
         # Without a GPU both processes map the same pages of the file: one copy.
         shared = 0 if server and not gpu else weights
         needs["capture worker"] = (shared, cache(swa_full=True),
-                                   compute_bytes(gguf, ctx_size, n_outputs=min(512, ctx_size), flash=False), context)
+                                   compute_bytes(gguf, ctx_size, n_outputs=min(512, ctx_size) * output, flash=False),
+                                   context)
     return needs
 
 
@@ -102,14 +112,14 @@ def _total(needs):
 
 
 def fit(gguf, ctx_size=4096, n_parallel=1, memory_bytes=None, capture=True, server=True, gpu=None,
-        share=1.0):
+        share=1.0, output=True):
     """Does the model of `gguf` (a GGUFFile) fit, as llama-server and capture worker together?
 
     ctx_size: tokens per request; memory_bytes: what there is, None: free on the inference GPU, or of the machine
     without one. gpu: count for a GPU (each process its own weights and CUDA context) or for the machine's memory.
-    share: of the layers on that GPU, where tensor_split spreads them. Returns a Fit. Weights and KV cache are exact
-    (with share < 1 within a layer); compute buffers are llama.cpp's within some tens of MiB, and CUDA's own share per
-    process is an allowance.
+    share, output: what of the layers is on that GPU, and whether the output is, where tensor_split spreads them
+    (`spread`). Returns a Fit. Weights and KV cache are exact for layers of one size; compute buffers are llama.cpp's
+    within some tens of MiB, and CUDA's own share per process is an allowance.
     """
     import pandas as pd
 
@@ -121,7 +131,7 @@ def fit(gguf, ctx_size=4096, n_parallel=1, memory_bytes=None, capture=True, serv
         import psutil
 
         memory_bytes = min(g.free_bytes for g in chosen) if chosen and gpu else psutil.virtual_memory().available
-    ask = dict(n_parallel=n_parallel, server=server, capture=capture, gpu=gpu, share=share)
+    ask = dict(n_parallel=n_parallel, server=server, capture=capture, gpu=gpu, share=share, output=output)
     needs = _needs(gguf, ctx_size, **ask)
     need = _total(needs)
     rows = [(name, *(part / MIB for part in parts), sum(parts) / MIB) for name, parts in needs.items()]
@@ -137,7 +147,7 @@ def fit(gguf, ctx_size=4096, n_parallel=1, memory_bytes=None, capture=True, serv
     return Fit(table, need, memory_bytes, False, f"{gguf.name} does not fit: {have}.{mend}")
 
 
-def _spread(ask):
+def _gpus_for(ask):
     """How many GPUs could share a model that is meant for one; 0 where there is no second."""
     from . import gpus
 
@@ -156,7 +166,9 @@ def _ways(gguf, ctx_size, memory_bytes, ask):
         alone = _total(_needs(gguf, ctx_size, **(ask | {"server": False})))
         if alone <= memory_bytes:
             ways.append(f"captures without the server, {alone / MIB:,.0f} MiB (auto_start=False)")
-    if (count := _spread(ask)) and _total(_needs(gguf, ctx_size, **(ask | {"share": 1 / count}))) <= memory_bytes:
+    count = _gpus_for(ask)
+    parts = [dict(zip(("share", "output"), part)) for part in spread(gguf.n_layer, [1] * count)] if count else []
+    if parts and max(_total(_needs(gguf, ctx_size, **(ask | part))) for part in parts) <= memory_bytes:
         ways.append(f'{count} GPUs together (tensor_split="{",".join([f"{1 / count:g}"] * count)}")')
     for name, bits in SMALLER.items():
         need = _total(_needs(gguf, ctx_size, **ask, scale=bits / gguf.bits_per_weight))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from llamatelemetry import GpuError, gpus
-from llamatelemetry.fit import compute_bytes, fit, kv_bytes, sliding_layers, weight_bytes
+from llamatelemetry.fit import compute_bytes, fit, kv_bytes, sliding_layers, spread, weight_bytes
 
 T4 = 15360 * 2**20
 
@@ -326,27 +326,38 @@ def test_what_would_fit():
     assert "choose a smaller one" in str(fit(File(), 65536, memory_bytes=10, gpu=True))
 
 
+@pytest.mark.parametrize("n_layer, shares, parts", [
+    (32, (0.5, 0.5), [(17 / 32, False), (15 / 32, True)]),  # by NVML on two H100s: 1,990 and 2,166 MiB of an 8B's weights
+    (10, (1.0,), [(1.0, True)]),
+    (10, (3, 1), [(0.9, False), (0.1, True)]),
+    (2, (0.9, 0.1), [(1.0, True), (0.0, False)]),
+])
+def test_layers_are_dealt_out_as_llama_cpp_does(n_layer, shares, parts):
+    assert spread(n_layer, shares) == parts
+
+
 def test_what_fits_spread_over_gpus(machine):
     machine(2)
     file = File(weights=4 * 2**30)
-    whole, half = (fit(file, 65536, memory_bytes=1, gpu=True, share=share) for share in (1, 0.5))
+    whole, first, last = (fit(file, 65536, memory_bytes=1, gpu=True, share=share, output=output)
+                          for share, output in ((1, True), (0.6, False), (0.4, True)))  # fmt: skip
     for part in ("weights", "kv_cache"):
-        assert half.table[part].tolist() == pytest.approx((whole.table[part] / 2).tolist())
-    for part in ("compute", "context"):  # every GPU needs its own
-        assert half.table[part].equals(whole.table[part])
-    there = dict(memory_bytes=half.need_bytes, gpu=True)
+        assert (first.table[part] + last.table[part]).tolist() == pytest.approx(whole.table[part].tolist())
+    assert first.table["weights"][0] == pytest.approx(0.6 * 4 * 2**10)  # all but the output's
+    assert first.table["context"].equals(whole.table["context"])  # every GPU needs its own
+    there = dict(memory_bytes=first.need_bytes, gpu=True)
     assert '2 GPUs together (tensor_split="0.5,0.5")' in str(fit(file, 65536, **there))
-    found = fit(file, 65536, **there, share=0.5)
-    assert found.fits and "on the GPU with 50% of the layers" in str(found)
+    found = fit(file, 65536, **there, share=0.6, output=False)
+    assert found.fits and "on the GPU with 60% of the layers" in str(found)
     assert "together" not in str(fit(file, 65536, **there, share=0.75))
     machine(1)
     assert "together" not in str(fit(file, 65536, **there))
 
 
-@pytest.mark.parametrize("split, share, there, fits", [
-    ("0.5,0.5", 0.5, 3, False), ("3,1", 0.25, 3, True), ("1,0", 1, 9, True),
+@pytest.mark.parametrize("split, share, output, there, fits", [
+    ("0.5,0.5", 0.4, True, 3, False), ("4,1", 0.9, False, 9, True), ("1,0", 1, True, 9, True),
 ])
-def test_a_model_must_fit_where_the_least_is_left(machine, monkeypatch, split, share, there, fits):
+def test_a_model_must_fit_where_the_least_is_left(machine, monkeypatch, split, share, output, there, fits):
     from llamatelemetry import InferenceEngine
 
     uuids = machine(2)
@@ -357,7 +368,7 @@ def test_a_model_must_fit_where_the_least_is_left(machine, monkeypatch, split, s
     engine.plan = gpus.plan(split)
     found = engine.fit(server=False)
     assert found.memory_bytes == there * 2**30 and found.fits == fits
-    assert found.table["weights"][0] == pytest.approx(share * weight_bytes(engine.model) / 2**20)
+    assert found.table["weights"][0] == pytest.approx(weight_bytes(engine.model, share=share, output=output) / 2**20)
     engine.model = None
 
 

@@ -3,8 +3,8 @@ quantizations compared on both.
 
     python tests/benchmarks/bench_two_gpus.py [--shape1b FILE] [--shape8b FILE] [--parts PART ...] [--results FILE]
 
-The shapes are make_shapes.py's. Parts: notebooks, overlap, spread, compare. What ran is stored after every part, the
-samples of the notebooks' memory and use beside it. Parts that do not run now stay as they were measured on this hardware.
+The shapes are make_shapes.py's. Parts: notebooks, overlap, spread, compare. What ran is stored after every part, and
+beside it the samples of the notebooks' memory and use. Parts that do not run now stay as measured on this hardware.
 """
 
 import argparse
@@ -138,7 +138,7 @@ sys.stdin.read()
 
 
 def spread(options):
-    """A model of the 8B shape where neither GPU has room for it, spread over both: what it says and what it captures."""
+    """A model of the 8B shape where neither GPU has room for it, spread over both: what is said and what captured."""
     from llamatelemetry import InferenceEngine
     from llamatelemetry.capture.session import CaptureSession
     from llamatelemetry.gpus import list_gpus
@@ -149,7 +149,8 @@ def spread(options):
     with CaptureSession(path, env={"CUDA_VISIBLE_DEVICES": list_gpus()[0].uuid}) as one:
         alone, statistics_alone = one.capture(tokens, stages), one.head_statistics(tokens)
         one.time_decode(tokens, 2)
-        rows.append({"what": "one GPU: decode of 512 tokens", "ms": 1e3 * statistics.median(one.time_decode(tokens, 9))})
+        seconds = statistics.median(one.time_decode(tokens, 9))
+        rows.append({"what": "one GPU: decode of 512 tokens", "ms": 1e3 * seconds})
     room = [8 * 2**30] * 2  # server and worker hold 4.9 GB of weights each: too much for one, enough for two halves
     ballast = subprocess.Popen([sys.executable, "-c", HOLD, *map(str, room)], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)  # fmt: skip
@@ -166,14 +167,14 @@ def spread(options):
             cap = engine.capture(tokens, stages=stages)
             apart = {stage: float(np.abs(cap[stage].values - alone[stage].values).max()) for stage in stages}
             rows.append({"what": "both GPUs: largest difference of a captured value from one GPU's", **apart})
-            found = engine.head_statistics(tokens)
+            apart = np.abs(engine.head_statistics(tokens) - statistics_alone).max()
             rows.append({"what": "both GPUs: largest difference of a head's statistics from one GPU's",
-                         **{name: float(np.abs(found[name] - statistics_alone[name]).max()) for name in found}})  # fmt: skip
-            rows.append({"what": "both GPUs: decode of 512 tokens",
-                         "ms": 1e3 * statistics.median(engine._call("time_decode", tokens, repeat=9))})  # fmt: skip
-            table = engine.placement().dropna(subset=["gpu", "memory_mib"])
-            rows.append({"what": "both GPUs: MiB of each process"} | {f"{row.process} on GPU {row.gpu}": round(row.memory_mib)
-                                                                      for row in table.itertuples()})  # fmt: skip
+                         **{name: float(value) for name, value in apart.items()}})  # fmt: skip
+            seconds = statistics.median(engine._call("time_decode", tokens, repeat=9))
+            rows.append({"what": "both GPUs: decode of 512 tokens", "ms": 1e3 * seconds})
+            held_by = {f"{row.process} on GPU {row.gpu}": round(row.memory_mib)
+                       for row in engine.placement().dropna(subset=["gpu", "memory_mib"]).itertuples()}  # fmt: skip
+            rows.append({"what": "both GPUs: MiB of each process", **held_by})
         after = settled(held)
         rows.append({"what": "both GPUs: MiB in use before loading, after close()", "before": held, "after": after})
     finally:
@@ -205,11 +206,11 @@ def compare(options):
                     tables[how] = compare_quantizations(reference, files, client=given, **settings)
                     runs[how].append(time.perf_counter() - started)
         one, two = tables.values()
-    numbers = one.select_dtypes("number").columns
+    numbers, peaks = one.select_dtypes("number").columns, watch.peaks()["compare worker"]
     what = f"compare_quantizations, {len(files)} files, 24 windows of 512"
     return [{"what": f"{what}, {how}", "s": round(statistics.median(found), 2)} for how, found in runs.items()] + [
             {"what": "compare_quantizations, both ways", "equal": bool(one[numbers].equals(two[numbers])),
-             **{f"compare worker on GPU {gpu}, MiB": mib for gpu, mib in sorted(watch.peaks()["compare worker"].items())},
+             **{f"compare worker on GPU {gpu}, MiB": mib for gpu, mib in sorted(peaks.items())},
              "before": before, "after": settled(before)}]  # fmt: skip
 
 
@@ -234,7 +235,8 @@ def main():
     rows = []
     if options.results.is_file():
         stored = json.loads(options.results.read_text())
-        if all(stored["hardware"].get(key) == value for key, value in hardware().items() if key in ("cpu", "cores", "gpu")):
+        here = hardware()
+        if all(stored["hardware"].get(key) == here[key] for key in ("cpu", "cores", "gpu")):
             rows = [row for row in stored["rows"] if row["part"] not in options.parts]
     for part in options.parts:
         if part == "spread" and not options.shape8b:

@@ -9,11 +9,12 @@ import pynvml
 EVERY_S = 0.25
 # What a command line holds -> what the process is. The first that fits counts.
 KINDS = (("llama-server", "llama-server"), ("llamatelemetry.capture.worker", "capture worker"),
-         ("llamatelemetry.compare_worker", "compare worker"), ("ipykernel", "notebook"), ("llama-bench", "llama-bench"))  # fmt: skip
+         ("llamatelemetry.compare_worker", "compare worker"), ("ipykernel", "notebook"),
+         ("llama-bench", "llama-bench"))  # fmt: skip
 
 
 class Watch:
-    """samples: list of {seconds, gpu, use (percent), used (MiB), and MiB per kind of process}, one row per GPU and time."""
+    """samples: list of {seconds, gpu, use (percent), used (MiB), and MiB per kind of process}, a row per GPU and time."""
 
     def __enter__(self):
         pynvml.nvmlInit()
