@@ -63,7 +63,7 @@ def _rounding():
         said = "; ".join(f"{stage} {row['gpu_cpu']:.1%} (from exact arithmetic: GPU {row['gpu_exact']:.1%}, "
                          f"its way of rounding in NumPy {_value('rounding_cause', row['what'], 'before_exact', '{:.1%}')}, "
                          f"CPU {row['cpu_exact']:.1%})" for stage, row in found.items() if row)
-        rows.append((f"Captures on a GPU against the CPU's, {kind}, root mean square", "2 %", said or NOT_MEASURED))
+        rows.append((f"Captures on a GPU against the CPU's, {kind}, root mean square", "2%", said or NOT_MEASURED))
     return rows
 
 
@@ -108,7 +108,7 @@ def _two_gpus():
     if before and after:
         compared = f"{after['s'] / before['s']:.2f} x ({after['s']:.1f} s against {before['s']:.1f} s)"
     return [("Inference and analytics at once on two GPUs, against one after the other", "measured", beside),
-            ("What either takes longer beside the other there", "at most 5 %", lost),
+            ("What either takes longer beside the other there", "at most 5%", lost),
             ("8B shape spread over two GPUs: largest difference of a captured value from one GPU's", "none", spread),
             ("`compare_quantizations`, four files, a worker per GPU against one GPU", "measured", compared)]
 

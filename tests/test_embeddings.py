@@ -201,7 +201,7 @@ def test_planted_clusters_are_found_and_shuffled_labels_are_not(cpu, planted):
     assert table.value["categories", "silhouette"] > 0.8
     assert table.shuffled["categories", "purity"] == pytest.approx(29 / 119, abs=0.03)  # chance
     assert abs(table.shuffled["k-means", "adjusted Rand"]) < 0.02
-    assert "100 % of a word's nearest neighbours" in read.clusters_sentence(table)
+    assert "100% of a word's nearest neighbours" in read.clusters_sentence(table)
     counts = groups.contingency(found, names)
     assert sorted(counts.to_numpy().ravel().tolist()) == [0] * 12 + [30] * 4
     assert np.trace(counts.to_numpy()) == 120, "columns follow the categories"
@@ -263,7 +263,7 @@ def test_threshold_above_every_cosine_gives_an_empty_network(cpu, planted):
 def test_hubs_sentence_counts_places():
     near = np.array([[0, 1], [0, 2], [0, 1]])
     said = read.hubs_sentence(near, ["x", "y", "z"])
-    assert said.startswith("50 % of all places in the neighbour lists go to 1 of 3 tokens, most (3) to 'x'")
+    assert said.startswith("50% of all places in the neighbour lists go to 1 of 3 tokens, most (3) to 'x'")
     assert "0 tokens are nobody's" in said
 
 
@@ -273,7 +273,7 @@ def test_surroundings_take_the_category_of_the_nearest_word():
     assert around.to_dict() == {3: "colours", 7: "colours", 10: "animals", 20: "colours"}
     edges = pd.DataFrame({"src": [3, 7], "dst": [7, 10], "cosine": [0.9, 0.8], "mutual": [True, False]})
     said = read.network_sentence(edges, 4, groups.components(edges, around.index), 0.5, around)
-    assert "50 % of edges stay inside one category; by chance 62 %" in said and "1 have no edge" in said
+    assert "50% of edges stay inside one category; by chance 62%" in said and "1 have no edge" in said
 
 
 def test_precision_of_the_same_and_of_rounded_rows(cpu):

@@ -59,7 +59,7 @@ def test_sparsity_by_counting():
     act = stage([[[0, 0, 3, 4], [0.001, 0, 0, 5]]], ("layer", "token", "neuron"))
     row = layers.ffn_sparsity(act, energy=0.5).loc[0]
     assert row["zero"] == 4 / 8
-    assert row["small"] == 5 / 8  # 0.001 is below 1 % of 5
+    assert row["small"] == 5 / 8  # 0.001 is below 1% of 5
     assert row["needed"] == 1 / 4  # one neuron: 16 of 25, and all of the second token
     assert row["largest"] == pytest.approx((16 / 25 + 1) / 2)
 

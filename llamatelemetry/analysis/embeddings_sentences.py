@@ -4,7 +4,9 @@ import numpy as np
 
 
 def _quoted(pieces, limit=6):
-    return ", ".join(repr(piece) for piece in list(pieces)[:limit])
+    """Pieces as the figures write them where they are bytes: '<0xB2>'."""
+    return ", ".join("".join(f"<0x{byte:02X}>" for byte in piece) if isinstance(piece, bytes) else repr(piece)
+                     for piece in list(pieces)[:limit])  # fmt: skip
 
 
 def words_sentence(table):
@@ -22,7 +24,7 @@ def norm_sentence(norms, kinds):
     medians = {name: float(np.median(norms[kinds == name])) for name in names}
     low, high = min(medians, key=medians.get), max(medians, key=medians.get)
     text = (f"Norms run from {norms.min():.3g} to {norms.max():.3g}, with median {np.median(norms):.3g} and a spread "
-            f"(standard deviation over mean) of {100 * norms.std() / norms.mean():.1f} %.")
+            f"(standard deviation over mean) of {norms.std() / norms.mean():.1%}.")
     if low == high:
         return text
     return text + (f" Of kinds with five tokens or more, {low!r} has the smallest median ({medians[low]:.3g}), "
@@ -34,8 +36,8 @@ def spectrum_sentence(rank, rank_centred, rank_random, values, width):
     energy = np.asarray(values) ** 2 / np.sum(np.asarray(values) ** 2)
     most = int(np.searchsorted(np.cumsum(energy), 0.9)) + 1
     return (f"The effective rank is {rank:.0f} of {width} ({rank_centred:.0f} without the mean row, {rank_random:.0f} "
-            f"for a random matrix of this shape). The first direction holds {100 * energy[0]:.1f} % of the squared "
-            f"norm, and {most} of {width} directions hold 90 % of it.")
+            f"for a random matrix of this shape). The first direction holds {energy[0]:.1%} of the squared "
+            f"norm, and {most} of {width} directions hold 90% of it.")
 
 
 def anisotropy_sentence(value, raw, centred, n):
@@ -43,33 +45,33 @@ def anisotropy_sentence(value, raw, centred, n):
     error = np.std(raw) / np.sqrt(len(raw))
     return (f"Two different tokens have a mean cosine of {value:.3f} over all {n * (n - 1) // 2:,} pairs (random "
             f"sample: {np.mean(raw):.3f} ± {error:.3f}); without the mean row it is {np.mean(centred):.3f}. "
-            f"{100 * np.mean(np.asarray(raw) > 0):.0f} % of random pairs point the same way (cosine above 0), "
-            f"{100 * np.mean(np.asarray(centred) > 0):.0f} % after centring.")
+            f"{np.mean(np.asarray(raw) > 0):.0%} of random pairs point the same way (cosine above 0), "
+            f"{np.mean(np.asarray(centred) > 0):.0%} after centring.")
 
 
 def projection_sentence(kept, k, variance, what):
     """kept: {view: mean share of the k nearest neighbours kept}; variance: share that 3 principal components hold."""
     best = max(kept, key=kept.get)
-    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in kept.items())
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in kept.items())
     return (f"Of each token's {k} nearest neighbours among these {what}, the three dimensions keep: {shares}. "
             f"Neighbourhoods are read best in {best}; three principal components hold "
-            f"{100 * variance:.0f} % of the variance.")
+            f"{variance:.0%} of the variance.")
 
 
 def clusters_sentence(table):
     """table: `cluster_agreement`."""
     purity = table.loc[("categories", "purity")]
-    parts = [f"{100 * purity.value:.0f} % of a word's nearest neighbours share its category "
-             f"(shuffled labels: {100 * purity.shuffled:.0f} %)."]
+    parts = [f"{purity.value:.0%} of a word's nearest neighbours share its category "
+             f"(shuffled labels: {purity.shuffled:.0%})."]
     for name in [grouping for grouping in dict.fromkeys(table.index.get_level_values(0)) if grouping != "categories"]:
         row = table.loc[(name, "adjusted Rand")]
-        noise = f", {100 * row.noise:.0f} % noise" if row.noise else ""
+        noise = f", {row.noise:.0%} noise" if row.noise else ""
         if np.isnan(row.value):
             parts.append(f"{name} finds {row.clusters:.0f} cluster(s){noise}: nothing to compare with the categories.")
             continue
         above = "above" if row.value > row.shuffled_p95 else "not above"
         parts.append(f"{name} finds {row.clusters:.0f} clusters{noise}, adjusted Rand index {row.value:.2f}, {above} "
-                     f"95 % of shuffles ({row.shuffled_p95:.2f}).")
+                     f"95% of shuffles ({row.shuffled_p95:.2f}).")
     return " ".join(parts)
 
 
@@ -83,7 +85,7 @@ def contingency_sentence(table, name):
     spread = (found.max(axis=1) / table.sum(axis=1)).sort_values()
     named = f" ({', '.join(pure)})" if pure else ""
     return (f"{name}: for {len(pure)} of {len(table)} categories{named} one cluster holds nine tenths of its words and "
-            f"little else. Spread most is {spread.index[0]!r}: {100 * spread.iloc[0]:.0f} % of its words "
+            f"little else. Spread most is {spread.index[0]!r}: {spread.iloc[0]:.0%} of its words "
             "are in one cluster.")
 
 
@@ -92,7 +94,7 @@ def whole_sentence(kept, k, n, kinds, points, sample):
     kinds, points = np.asarray(kinds), np.asarray(points, np.float64)
     spread = {kind: float(np.linalg.norm(points[kinds == kind] - points[kinds == kind].mean(axis=0), axis=1).mean())
               for kind in sorted(set(kinds.tolist())) if (kinds == kind).sum() >= 20}
-    text = f"The map of {n:,} tokens keeps {100 * kept:.0f} % of the {k} nearest neighbours of {len(sample):,} tokens."
+    text = f"The map of {n:,} tokens keeps {kept:.0%} of the {k} nearest neighbours of {len(sample):,} tokens."
     if len(spread) < 2:
         return text
     return text + (f" Tokens of kind {min(spread, key=spread.get)!r} lie closest to their own centre, those of kind "
@@ -115,7 +117,7 @@ def hubs_sentence(neighbors, pieces):
     named = np.bincount(np.asarray(neighbors).ravel(), minlength=len(pieces))
     order = np.argsort(-named, kind="stable")
     top = max(len(pieces) // 100, 1)
-    return (f"{100 * named[order[:top]].sum() / named.sum():.0f} % of all places in the neighbour lists go to "
+    return (f"{named[order[:top]].sum() / named.sum():.0%} of all places in the neighbour lists go to "
             f"{top:,} of {len(pieces):,} tokens, most ({named[order[0]]:,}) to {pieces[order[0]]!r}; "
             f"{(named == 0).sum():,} tokens are nobody's neighbour.")
 
@@ -129,9 +131,9 @@ def network_sentence(edges, n_nodes, parts, threshold, labels=None):
     if labels is not None:
         inside = (labels[edges.src].to_numpy() == labels[edges.dst].to_numpy()).mean()
         chance = labels.value_counts(normalize=True).pow(2).sum()
-        text = f" {100 * inside:.0f} % of edges stay inside one category; by chance {100 * chance:.0f} %."
+        text = f" {inside:.0%} of edges stay inside one category; by chance {chance:.0%}."
     return (f"{n_nodes:,} tokens, {len(edges):,} edges of cosine {edges.cosine.min():.2f} to {edges.cosine.max():.2f}; "
-            f"{100 * edges.mutual.mean():.0f} % are mutual. The largest connected part has "
+            f"{edges.mutual.mean():.0%} are mutual. The largest connected part has "
             f"{np.bincount(parts).max():,} tokens; {alone:,} have no edge at threshold {threshold:g}." + text)
 
 
@@ -169,8 +171,8 @@ def unused_sentence(table, norms):
 
 def analogy_sentence(table):
     first, without = (table["rank"] == 1).mean(), (table["rank_without"] == 1).mean()
-    text = (f"Of {len(table)} questions, {100 * first:.0f} % have the expected token first (median rank "
-            f"{table['rank'].median():.0f}); without the offset, {100 * without:.0f} % (median rank "
+    text = (f"Of {len(table)} questions, {first:.0%} have the expected token first (median rank "
+            f"{table['rank'].median():.0f}); without the offset, {without:.0%} (median rank "
             f"{table['rank_without'].median():.0f}).")
     worse = table[table["rank"] > table["rank_without"]]
     if len(worse):
@@ -185,13 +187,13 @@ def senses_sentence(table, what="the sense of a word"):
     best = int(table.separation.idxmax())
     above = table.index[table.separation > table.shuffled_p95 + 1e-9]  # equal rows differ by rounding
     if not len(above):
-        return f"At no layer does {what} separate better than 95 % of shuffled labels do."
+        return f"At no layer does {what} separate better than 95% of shuffled labels do."
     last = f"and is {table.separation.iloc[-1]:.2f} at the last" if best != table.index[-1] else "the last"
     return (f"Separation by {what} goes from {table.separation.iloc[0]:.2f} at layer {table.index[0]} to its largest, "
-            f"{table.separation[best]:.2f}, at layer {best}, {last}. It is above 95 % of shuffled labels at "
+            f"{table.separation[best]:.2f}, at layer {best}, {last}. It is above 95% of shuffled labels at "
             f"{len(above)} of {len(table)} layers, first at layer {above[0]}. At layer {best}, "
-            f"{100 * table.agreement[best]:.0f} % of nearest neighbours agree; shuffled, "
-            f"{100 * table.agreement_shuffled[best]:.0f} %.")
+            f"{table.agreement[best]:.0%} of nearest neighbours agree; shuffled, "
+            f"{table.agreement_shuffled[best]:.0%}.")
 
 
 def control_sentence(table, control):
@@ -223,9 +225,9 @@ def topics_sentence(row, first):
     """row: one row of `separation_by_layer`, for sentence embeddings; first: the same at layer 0."""
     above = "above" if row.separation > row.shuffled_p95 else "not above"
     return (f"llama-server's embeddings: sentences of one topic are closer by {row.separation:.2f} than of different "
-            f"ones, {above} 95 % of shuffled topics ({row.shuffled_p95:.2f}); bare token embeddings give "
-            f"{first.separation:.2f}. {100 * row.agreement:.0f} % have their nearest sentence in their own topic "
-            f"(shuffled: {100 * row.agreement_shuffled:.0f} %).")
+            f"ones, {above} 95% of shuffled topics ({row.shuffled_p95:.2f}); bare token embeddings give "
+            f"{first.separation:.2f}. {row.agreement:.0%} have their nearest sentence in their own topic "
+            f"(shuffled: {row.agreement_shuffled:.0%}).")
 
 
 def precision_sentence(table, k, reference, other):
@@ -233,6 +235,6 @@ def precision_sentence(table, k, reference, other):
     if table.relative_error.max() == 0:
         return f"All {len(table):,} rows are the same in {reference} and {other}: the embedding has one type in both."
     return (f"Rows of {other} have a cosine of {table.cosine.mean():.5f} to {reference} on average and of "
-            f"{table.cosine.min():.5f} at worst, and differ by {100 * table.relative_error.mean():.2f} % of their "
-            f"norm. Of each token's {k} nearest neighbours {100 * table.overlap.mean():.0f} % stay; "
-            f"{100 * (table.overlap == 1).mean():.0f} % of tokens keep all {k}.")
+            f"{table.cosine.min():.5f} at worst, and differ by {table.relative_error.mean():.2%} of their "
+            f"norm. Of each token's {k} nearest neighbours {table.overlap.mean():.0%} stay; "
+            f"{(table.overlap == 1).mean():.0%} of tokens keep all {k}.")

@@ -83,7 +83,7 @@ def _finish(data):
 def profile(scores, n_boot=500, seed=0):
     """Value, interval and baseline of every measure: Dataset (measure, layer, head).
 
-    value: mean over the texts that have the measure; low, high: 95 % percentile bootstrap over those texts; baseline,
+    value: mean over the texts that have the measure; low, high: 95% percentile bootstrap over those texts; baseline,
     baseline_high: mean and largest of the shuffled versions' means over texts (nan without a baseline); n_texts.
     """
     rng = np.random.default_rng(seed)

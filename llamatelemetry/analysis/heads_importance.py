@@ -34,7 +34,7 @@ def sample_heads(names, count, seed=0):
 
 def population(values, n_heads, threshold=0.01, n_boot=1000, seed=0):
     """What a sample of heads says about all of them: mean loss change and the share above `threshold` nats, each with
-    its 95 % bootstrap interval, narrowed for a sample that is a good part of the whole (finite population)."""
+    its 95% bootstrap interval, narrowed for a sample that is a good part of the whole (finite population)."""
     values, rng = np.asarray(values, float), np.random.default_rng(seed)
     draws = values[rng.integers(0, len(values), (n_boot, len(values)))]
     narrow = np.sqrt(max(0.0, 1 - len(values) / n_heads))
@@ -49,7 +49,7 @@ def population(values, n_heads, threshold=0.01, n_boot=1000, seed=0):
 def relations(table, columns, target="kl", n_boot=500, seed=0):
     """Spearman's correlation of a head's importance with other things measured: DataFrame (rho, low, high, p).
 
-    low, high: 95 % bootstrap over heads. table: one row per head; target: "kl" or "loss_change".
+    low, high: 95% bootstrap over heads. table: one row per head; target: "kl" or "loss_change".
     """
     from scipy.stats import rankdata, spearmanr
 

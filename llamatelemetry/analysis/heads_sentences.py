@@ -148,7 +148,7 @@ def population_sentence(found):
                 f"{share:.0%} of heads "
                 "cost more than 0.01.")  # fmt: skip
     return (f"From {found['sampled']} of {found['of']} heads: the mean loss change is {mean:+.4f} nats per "
-            f"token (95 % interval "
+            f"token (95% interval "
             f"{low:+.4f} to {high:+.4f}), and {share:.0%} of heads cost more than 0.01 ({share_low:.0%} to "
             f"{share_high:.0%}).")  # fmt: skip
 

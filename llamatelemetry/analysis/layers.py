@@ -53,8 +53,8 @@ def ffn_sparsity(ffn_act, widths=None, energy=0.9, small=0.01):
     """How few neurons of the feed-forward blocks are active: DataFrame indexed by layer, means over the tokens.
 
     ffn_act: (layer, token, neuron), what the down projection multiplies; widths: neurons of each layer where they
-    differ. zero: share exactly 0; small: share below 1 % of the token's largest; needed: share of the neurons that hold
-    90 % of the sum of squares; largest: share of the sum of squares held by the largest neuron.
+    differ. zero: share exactly 0; small: share below 1% of the token's largest; needed: share of the neurons that hold
+    90% of the sum of squares; largest: share of the sum of squares held by the largest neuron.
     """
     rows = []
     for i, layer in enumerate(ffn_act["layer"].values):

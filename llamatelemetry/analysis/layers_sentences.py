@@ -53,8 +53,8 @@ def sparsity_sentence(table):
     exact = table["zero"].mean()
     zeros = "No neuron is exactly 0" if exact == 0 else f"{exact:.1%} of the values are exactly 0"
     return (
-        f"{zeros}; {table['small'].mean():.0%} are below 1 % of their token's largest. In the most concentrated layer "
-        f"({low}) {table.loc[low, 'needed']:.1%} of the neurons hold 90 % of the sum of squares, in the broadest "
+        f"{zeros}; {table['small'].mean():.0%} are below 1% of their token's largest. In the most concentrated layer "
+        f"({low}) {table.loc[low, 'needed']:.1%} of the neurons hold 90% of the sum of squares, in the broadest "
         f"({high}) "
         f"{table.loc[high, 'needed']:.1%}; a single neuron holds up to {table['largest'].max():.0%} (layer "
         f"{table['largest'].idxmax()})."

@@ -61,7 +61,7 @@ def weight_errors(reference, candidate, rows=64, seed=0):
     """Relative RMS error of every matrix: ||W' - W|| / ||W||.
 
     reference, candidate: GGUFFile. rows: so many randomly chosen rows of each matrix (None: all of them); the norm of
-    64 rows of 576 weights is known to about 1 %. DataFrame indexed by tensor: layer, group, type, bits_per_weight,
+    64 rows of 576 weights is known to about 1%. DataFrame indexed by tensor: layer, group, type, bits_per_weight,
     n_elements, error.
     """
     table = candidate.tensors[candidate.tensors["shape"].map(len) == 2]

@@ -115,7 +115,7 @@ def summarize(tokens, seed=0, resamples=1000):
     """One row of numbers from a per-token table with columns window, logprob_base, logprob, kld, dp, same_top, ...
 
     Means carry their standard error as *_err over tokens, as llama-perplexity prints it; tokens of one window are not
-    independent, so *_low and *_high give a 95 % interval from resampling whole windows (Efron 1979; NaN for one).
+    independent, so *_low and *_high give a 95% interval from resampling whole windows (Efron 1979; NaN for one).
     """
     nll, nll_base = -tokens["logprob"].to_numpy(), -tokens["logprob_base"].to_numpy()
     n = len(tokens)

@@ -29,7 +29,7 @@ function draw() {
   const probabilities = Array.from(p.subarray(0, DATA.shown.length));
   Object.assign(state, {kept: p.length, probabilities, entropy});
   $('result').textContent = `${p.length} of ${LOGITS.length} tokens can be drawn; entropy ${number(entropy, 3)} nats; `
-    + `the best, ${DATA.shown[0]}, has ${(100 * p[0]).toFixed(2)} % (${(100 * PLAIN[0]).toFixed(2)} % before sampling).`;
+    + `the best, ${DATA.shown[0]}, has ${(100 * p[0]).toFixed(2)}% (${(100 * PLAIN[0]).toFixed(2)}% before sampling).`;
   const widest = Math.max(p[0], PLAIN[0]);
   const header = el('div', {class: 'row note'}, ...['token', 'drawn from (bar), model (mark)', 'drawn', 'model']
     .map(t => el('span', {}, t)));
@@ -38,8 +38,8 @@ function draw() {
       el('i', {style: `left:${98 * PLAIN[i] / widest}%`}));
     const title = `id ${DATA.ids[i]}, logit ${number(LOGITS[i], 6)}`;
     return el('div', {class: i < p.length ? 'row' : 'row out', title},
-      el('span', {class: 'mono'}, token), track, el('span', {}, i < p.length ? (100 * value).toFixed(2) + ' %' : 'cut'),
-      el('span', {}, (100 * PLAIN[i]).toFixed(2) + ' %'));
+      el('span', {class: 'mono'}, token), track, el('span', {}, i < p.length ? (100 * value).toFixed(2) + '%' : 'cut'),
+      el('span', {}, (100 * PLAIN[i]).toFixed(2) + '%'));
   }));
 }
 for (const name of NAMES) $(name).addEventListener('input', () => { state[name] = +$(name).value; draw(); });

@@ -93,7 +93,7 @@ function draw() {
       vector(wrote, 'W_O × output'), el('div', {class: 'lengths'}, ...bars)),
     step('All heads together', `(${added.length})`,
       say(`What attention adds, captured: length ${number(length(added))}. The heads' outputs through the dequantized `
-        + `W_O differ from it by ${number(100 * DATA.projection_difference[l], 3)} % (relative, L2): ${DATA.kernels[l]}.`),
+        + `W_O differ from it by ${number(100 * DATA.projection_difference[l], 3)}% (relative, L2): ${DATA.kernels[l]}.`),
       vector(added, 'attn_out')),
     step('Residual stream after attention', `(${stream.length})`,
       say(`Length ${number(length(add(stream, added)))}; the feed-forward block reads this.`),

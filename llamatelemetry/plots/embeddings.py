@@ -169,7 +169,7 @@ def sense_figure(planes, senses, texts, *, title):
 
     planes: {layer: (scores (n, 2), variance shares (2,))} from `principal_plane`; senses, texts: (n,).
     """
-    titles = [f"layer {layer}: {100 * shares.sum():.0f} % of the variance" if shares.any() else
+    titles = [f"layer {layer}: {shares.sum():.0%} of the variance" if shares.any() else
               f"layer {layer}: one point" for layer, (_, shares) in planes.items()]
     columns = min(len(planes), 3)
     rows = -(-len(planes) // columns)

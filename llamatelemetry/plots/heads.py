@@ -27,7 +27,7 @@ def measure_maps(profiled, measures, model):
         part = profiled.sel(measure=name)
         signed = name == "semantic"
         sides = [part[key].values.T for key in ("value", "low", "high", "baseline_high")]  # (head, layer) each
-        text = [[f"L{layer}H{head}<br>{name} {v:.4f}<br>95 % interval {lo:.3f} to {hi:.3f}<br>highest shuffled {b:.3f}"
+        text = [[f"L{layer}H{head}<br>{name} {v:.4f}<br>95% interval {lo:.3f} to {hi:.3f}<br>highest shuffled {b:.3f}"
                  for layer, v, lo, hi, b in zip(layers, *columns)] for head, *columns in zip(heads, *sides)]
         figure.add_trace(
             go.Heatmap(z=np.round(part["value"].values.T, 4), x=layers, y=heads, text=text,

@@ -34,7 +34,7 @@ def relation_bars(relations, model, target):
         error_x=dict(type="data", symmetric=False, array=part["high"] - part["rho"],
                      arrayminus=part["rho"] - part["low"], color="#808080"),
         hovertemplate="%{y}<br>Spearman %{x:.3f}<extra></extra>"))  # fmt: skip
-    figure.update_xaxes(title_text=f"Spearman correlation with {target} over heads (bar: 95 % interval)", range=[-1, 1])
+    figure.update_xaxes(title_text=f"Spearman correlation with {target} over heads (bar: 95% interval)", range=[-1, 1])
     figure.update_yaxes(title_text="measure", title_standoff=16)
     return _figure(figure, f"What important heads of {model} have in common (grey: the interval holds 0)",
                    height=26 * len(part) + 150)  # fmt: skip

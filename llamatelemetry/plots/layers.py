@@ -41,7 +41,7 @@ def norm_profile(table, *, title):
     band = dict(mode="lines", line=dict(width=0), hoverinfo="skip")
     figure.add_scatter(x=table.index, y=table["low"], showlegend=False, **band)
     figure.add_scatter(x=table.index, y=table["high"], fill="tonexty", fillcolor="rgba(0,158,115,0.2)",
-                       name="other tokens, 10 to 90 %", **band)
+                       name="other tokens, 10 to 90%", **band)
     _line(figure, table.index, table["median"], "other tokens, median", theme.COLOR["residual"])
     _line(figure, table.index, table["first"], "first token", theme.CATEGORIES[5], dash="dash")
     return figure
@@ -53,7 +53,7 @@ def magnitude_profile(table, *, title):
     columns = [column for column in table.columns if column != "first"]
     names = {0.5: "median", 1.0: "largest"}
     for column, color in zip(columns, ("#9E9E9E", *theme.CATEGORIES[2:5], theme.CATEGORIES[0])):
-        _line(figure, table.index, table[column], names.get(column, f"{100 * column:g} %"), color)
+        _line(figure, table.index, table[column], names.get(column, f"{100 * column:g}%"), color)
     _line(figure, table.index, table["first"], "largest of the first token", theme.CATEGORIES[5], dash="dash")
     return figure
 
@@ -61,7 +61,7 @@ def magnitude_profile(table, *, title):
 def sparsity_profile(table, *, title):
     """How few neurons are active. table: analysis.layers.ffn_sparsity."""
     figure = _lines(title, "layer", "share (of the neurons, or of the energy)", rangemode="tozero", tickformat=".0%")
-    names = {"small": "below 1 % of the token's largest", "needed": "hold 90 % of the sum of squares",
+    names = {"small": "below 1% of the token's largest", "needed": "hold 90% of the sum of squares",
              "largest": "sum of squares in one neuron"}  # fmt: skip
     for (column, name), color in zip(names.items(), theme.CATEGORIES):
         _line(figure, table.index, table[column], name, color, unit=".2%")

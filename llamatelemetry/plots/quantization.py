@@ -25,7 +25,7 @@ def _figure(title, x, y, **layout):
 
 
 def ladder(table, model):
-    """Mean KL divergence against real bits per weight, with the 95 % interval by window where there is one.
+    """Mean KL divergence against real bits per weight, with the 95% interval by window where there is one.
 
     table: a Comparison or DataFrame with bits_per_weight, kld_mean, kld_mean_low, kld_mean_high, indexed by file.
     """
@@ -50,7 +50,7 @@ def ladder(table, model):
             showlegend=False,
             error_y=dict(array=[high - row["kld_mean"]], arrayminus=[row["kld_mean"] - low], type="data"),
             hovertemplate=f"{html.escape(str(name))}<br>%{{x:.3f}} bits per weight<br>KLD %{{y:.5g}} nats"
-            f"<br>95 % by window: {low:.5g} to {high:.5g}<extra></extra>",
+            f"<br>95% by window: {low:.5g} to {high:.5g}<extra></extra>",
         )
     bits = measured["bits_per_weight"]
     if len(bits):

@@ -27,7 +27,7 @@ def _log_colors(values, title):
     """Colour scale over decades, the same for all of values: z is log10. Returns heatmap arguments and a function."""
     positive = np.concatenate([np.asarray(v, float).ravel() for v in values])
     positive = positive[positive > 0]
-    # A few heads look at one token only and hardly move: without cutting at 2 % they would take half of the scale.
+    # A few heads look at one token only and hardly move: without cutting at 2% they would take half of the scale.
     low, high = np.log10(np.quantile(positive, [0.02, 1])) if len(positive) else (-1, 0)
     ticks = np.arange(np.floor(low), np.ceil(high) + 1)
     bar = dict(title=dict(text=title, side="right"), tickvals=ticks, ticktext=[f"{10.0**t:g}" for t in ticks])
