@@ -73,7 +73,7 @@ class Page:
         return (
             # The line and the corner to drag say that the page may go on below.
             f"<iframe srcdoc=\"{html.escape(self.html)}\" style='width:100%;max-width:900px;height:{self.height}px;"
-            "border:1px solid #8884;border-radius:4px;resize:vertical;overflow:auto' "
+            "box-sizing:border-box;border:1px solid #8884;border-radius:4px;resize:vertical;overflow:auto' "
             "sandbox='allow-scripts allow-downloads'></iframe>"
         )
 
