@@ -105,10 +105,6 @@ class Plan:
         """Environment of llama-server and of the capture worker."""
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in self.inference)} if self.inference else {}
 
-    def analytics_env(self):
-        """Environment of the process that does analytics."""
-        return {"CUDA_VISIBLE_DEVICES": self.analytics.uuid} if self.analytics else {}
-
 
 def parse_split(tensor_split):
     """"1.0,0.0" or [1, 0] -> [1.0, 0.0]; GpuError if it is not a list of shares with at least one above zero."""

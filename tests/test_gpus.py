@@ -63,7 +63,7 @@ def test_two_gpus(machine, split):
     first, second = machine(2)
     plan = gpus.plan(split)
     assert plan.inference_env() == {"CUDA_VISIBLE_DEVICES": first} and plan.split is None
-    assert plan.analytics_env() == {"CUDA_VISIBLE_DEVICES": second}
+    assert plan.analytics.uuid == second
     assert plan.line == ("GPUs: inference on GPU 0 (Tesla T4, 15,360 MiB); "
                          "analytics on GPU 1 (Tesla T4, 15,360 MiB).")
 
@@ -94,7 +94,8 @@ def test_shares_of_the_layers(machine, split, shares):
 def test_one_gpu_is_shared(machine):
     (only,) = machine(1)
     plan = gpus.plan("1.0,0.0")
-    assert plan.inference_env() == plan.analytics_env() == {"CUDA_VISIBLE_DEVICES": only} and "share it" in plan.line
+    assert plan.inference_env() == {"CUDA_VISIBLE_DEVICES": only}
+    assert plan.analytics.uuid == only and "share it" in plan.line
 
 
 @pytest.mark.parametrize("count", [None, 0])
@@ -102,7 +103,7 @@ def test_one_gpu_is_shared(machine):
 def test_no_gpu(machine, count, split):
     machine(count)
     plan = gpus.plan(split)
-    assert plan.inference_env() == plan.analytics_env() == {} and plan.split is None
+    assert plan.inference_env() == {} and plan.analytics is None and plan.split is None
     assert "run on the CPU" in plan.line and gpus.assign_analytics() is None
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 

@@ -11,10 +11,6 @@ def _list(words):
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else "none"
 
 
-def _heads(count):
-    return f"{count} head" + ("" if count == 1 else "s")
-
-
 def texts_sentence(texts):
     """How many texts and tokens of each kind."""
     kinds = {}
