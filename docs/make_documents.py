@@ -85,21 +85,23 @@ def _rapids():
     return rows
 
 
+def _at_once(count):
+    """Time of inference and analytics together on `count` GPUs, over that of one after the other."""
+    row = _row("two_gpus", f"inference beside analytics, {count} GPU(s)")
+    return f"{row['all, together, s'] / row['all, alone, s']:.2f} x" if row else NOT_MEASURED
+
+
 def _two_gpus():
     """Rows of what a second GPU gives."""
     def row(what):
         return _row("two_gpus", what)
 
-    def share(found):
-        return f"{found['all, together, s'] / found['all, alone, s']:.2f} x"
-
-    two, one = (row(f"inference beside analytics, {count} GPU(s)") for count in (2, 1))
-    apart = row("both GPUs: largest difference of a captured value")
+    two, apart = row("inference beside analytics, 2 GPU(s)"), row("both GPUs: largest difference of a captured value")
     before, after = (row(f"compare_quantizations, 4 files, 24 windows of 512, {how}") for how in ("one GPU", "a worker"))
     beside = lost = spread = compared = NOT_MEASURED
-    if two and one:
-        beside = (f"{share(two)} ({two['all, together, s']:.1f} s against {two['all, alone, s']:.1f} s); "
-                  f"on one GPU {share(one)}")
+    if two:
+        beside = (f"{_at_once(2)} ({two['all, together, s']:.1f} s against {two['all, alone, s']:.1f} s); "
+                  f"on one GPU {_at_once(1)}")
         lost = "; ".join(f"{name} {two[f'{part}, together, s'] / two[f'{part}, alone, s'] - 1:+.1%}"
                          for name, part in (("inference", "infer"), ("analytics", "analyse")))
     if apart:
@@ -172,7 +174,9 @@ def speed():
         f"{_value('capture', 'capture / plain', 'value', '{:.2f} x')} the time of the decode alone. On the GPU the "
         f"statistics of 1,024 heads at 4,096 tokens take {_value('gpu', 'head_statistics, 8B shape', 'ratio', '{:.2f} x')} "
         f"the decode of a model with the shape of Llama 3.1 8B, and 64 tokens of one with that of Llama 3.2 1B come after "
-        f"{_value('gpu', '64 tokens through infer', 'ours_ms', '{:.0f} ms')}. [SUMMARY.md](SUMMARY.md) has every figure."
+        f"{_value('gpu', '64 tokens through infer', 'ours_ms', '{:.0f} ms')}. Inference and analytics at once take "
+        f"{_at_once(2)} the time of one after the other on two GPUs, {_at_once(1)} on one "
+        f"({_machine(_row('two_gpus', 'inference beside'))}). [SUMMARY.md](SUMMARY.md) has every figure."
     )
 
 
