@@ -3,12 +3,12 @@
 CI has no GPU; the last real run is in tests/benchmarks/results/gpu_tests.txt.
 """
 
-import os
 import time
 
 import numpy as np
 import psutil
 import pytest
+from bench_gpu import without_cupy
 from bench_rounding import ON_CPU, TEXT, errors, rms
 from models import IDS, tiny_model
 
@@ -130,16 +130,11 @@ def test_a_model_spread_over_two_gpus_is_captured_as_on_one(both, architecture, 
         np.testing.assert_array_equal(a.logits.values, b.logits.values)
 
 
-def test_without_cupy_the_tensors_are_copied_and_equal(tmp_path, monkeypatch):
+def test_without_cupy_the_tensors_are_copied_and_equal(tmp_path):
     path = tiny_model("gemma2", tmp_path)
-    blocked = tmp_path / "no_cupy"
-    (blocked / "cupy").mkdir(parents=True)
-    (blocked / "cupy" / "__init__.py").write_text("raise ImportError('blocked by a test')")
-    monkeypatch.setenv("PYTHONPATH", str(blocked), prepend=os.pathsep)
-    with CaptureSession(path) as without:
+    with CaptureSession(path, env=without_cupy(tmp_path)) as without:
         assert not without.facts["cupy"]
         copied, sums = without.capture(IDS, STAGES, edits=ablate_head(0, 1)), without.head_statistics(IDS)
-    monkeypatch.undo()
     with CaptureSession(path) as session:
         assert session.facts["cupy"]
         looked, reduced = session.capture(IDS, STAGES, edits=ablate_head(0, 1)), session.head_statistics(IDS)

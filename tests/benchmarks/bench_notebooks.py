@@ -8,44 +8,27 @@ run on RAPIDS, and the GPU memory that the notebook takes is watched as well.
 
 import argparse
 import os
-import threading
 import time
 from pathlib import Path
 
-from common import memory_of, report
+from common import gpu_used, memory_of, report
+from watch import Sampler
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 
 
-def gpu_mib():
-    """Memory in use on all GPUs together, in MiB."""
-    from llamatelemetry.gpus import list_gpus
-
-    return sum(gpu.used_bytes for gpu in list_gpus()) / 2**20
-
-
-class Peak:
+class Peak(Sampler):
     """The largest sum of the resident memory of this process's descendants (mib), and the most that was in use on all
-    GPUs beyond what was when it began (gpu_mib), both in MiB, sampled every quarter second."""
+    GPUs beyond what was when it began (gpu_mib), both in MiB."""
 
     def __enter__(self):
-        self.mib, self.gpu_mib, self._stop = 0.0, 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
+        self.mib, self.gpu_mib = 0.0, 0
+        self._own, self._before = memory_of(os.getpid()), sum(gpu_used())
+        return super().__enter__()
 
-    def _watch(self):
-        own, before = memory_of(os.getpid()), gpu_mib()
-        while not self._stop.wait(0.25):
-            try:
-                self.gpu_mib = max(self.gpu_mib, gpu_mib() - before)
-                self.mib = max(self.mib, memory_of(os.getpid()) - own)
-            except Exception:  # a process ended between being listed and being asked
-                pass
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
+    def sample(self):
+        self.gpu_mib = max(self.gpu_mib, sum(gpu_used()) - self._before)
+        self.mib = max(self.mib, memory_of(os.getpid()) - self._own)
 
 
 def main():

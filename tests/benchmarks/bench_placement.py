@@ -10,18 +10,14 @@ import argparse
 import time
 from pathlib import Path
 
-from common import report
+from common import gpu_used, report
 
 SETTLE_S = 10  # the driver takes a moment to return a dead process's memory
 
 
 def step(what, engine=None):
     """One row: MiB in use on each GPU, and of each of the engine's processes."""
-    from llamatelemetry.gpus import list_gpus
-
-    row = {"what": what}
-    for gpu in list_gpus():
-        row[f"GPU {gpu.index}, MiB"] = round(gpu.used_bytes / 2**20)
+    row = {"what": what} | {f"GPU {index}, MiB": mib for index, mib in enumerate(gpu_used())}
     for held in engine.placement().dropna(subset=["gpu", "memory_mib"]).itertuples() if engine else ():
         row[f"{held.process} on GPU {held.gpu}, MiB"] = round(held.memory_mib)
     return row

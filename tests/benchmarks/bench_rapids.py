@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import hardware
+from common import hardware, same_machine
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from llamatelemetry.backend import get_backend  # noqa: E402
@@ -129,7 +129,7 @@ def main():
     path = args.out / f"rapids_{'gpu' if len(backends) == 2 else 'cpu'}_{x.shape[0]}x{x.shape[1]}.json"
     if args.tasks and path.is_file():
         stored = json.loads(path.read_text())
-        if all(stored["hardware"].get(part) == report["hardware"][part] for part in ("cpu", "cores", "gpu")):
+        if same_machine(stored["hardware"]):
             report["tasks"] = stored["tasks"]  # those that do not run now stay as they were measured on this hardware
     given, wanted = {}, [part for part in args.tasks.split(",") if part]
     print(f"\n{'task':44} {'CPU s':>9} {'GPU s':>9} {'ratio':>7}  agreement")

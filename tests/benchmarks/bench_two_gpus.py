@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, hardware, report
+from common import RESULTS, gpu_used, report, same_machine
 from watch import Watch
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -28,18 +28,11 @@ TEXT = "The capital of France is Paris, and the capital of Italy is Rome. " * 8
 SETTLE_S = 10  # the driver takes a moment to return a dead process's memory
 
 
-def used():
-    """MiB in use on each GPU."""
-    from llamatelemetry.gpus import list_gpus
-
-    return [round(gpu.used_bytes / 2**20) for gpu in list_gpus()]
-
-
 def settled(before):
     """MiB in use on each GPU once none holds more than before, or after SETTLE_S."""
     deadline = time.monotonic() + SETTLE_S
     while True:
-        after = used()
+        after = gpu_used()
         if all(now <= was + 1 for now, was in zip(after, before)) or time.monotonic() > deadline:
             return after
         time.sleep(0.2)
@@ -51,7 +44,7 @@ def notebooks(options):
 
     rows = []
     for path in find(FOLDER, ["12", "13"]):
-        before = used()
+        before = gpu_used()
         with Watch() as watch:
             started = time.perf_counter()
             run_notebook(path, options.out, {"BACKEND": "gpu"}, progress=False)
@@ -145,7 +138,7 @@ def spread(options):
 
     path, rows, stages = options.shape8b, [], ("attention", "q", "k", "v", "hidden", "logits")
     tokens = list(range(100, 612))
-    before = used()
+    before = gpu_used()
     with CaptureSession(path, env={"CUDA_VISIBLE_DEVICES": list_gpus()[0].uuid}) as one:
         alone, statistics_alone = one.capture(tokens, stages), one.head_statistics(tokens)
         one.time_decode(tokens, 2)
@@ -156,7 +149,7 @@ def spread(options):
                                stdout=subprocess.PIPE)  # fmt: skip
     try:
         ballast.stdout.readline()
-        held = used()
+        held = gpu_used()
         with InferenceEngine() as engine:
             engine.load_model(path, ctx_size=2048, auto_start=False, silent=True)
             rows.append({"what": "one GPU: what fit() says", "said": str(engine.fit())})
@@ -197,7 +190,7 @@ def compare(options):
         files = [quantize(reference, Path(folder) / f"{kind}.gguf", kind, progress=False)
                  for kind in ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")]  # fmt: skip
         settings = dict(n_ctx=512, max_windows=24, progress=False)
-        before, runs, tables = used(), {"one GPU": [], "a worker per GPU": []}, {}
+        before, runs, tables = gpu_used(), {"one GPU": [], "a worker per GPU": []}, {}
         compare_quantizations(reference, files[:1], **settings)
         with local_cluster() as cluster, Client(cluster) as client, Watch() as watch:
             for _ in range(3):
@@ -235,8 +228,7 @@ def main():
     rows = []
     if options.results.is_file():
         stored = json.loads(options.results.read_text())
-        here = hardware()
-        if all(stored["hardware"].get(key) == here[key] for key in ("cpu", "cores", "gpu")):
+        if same_machine(stored["hardware"]):
             rows = [row for row in stored["rows"] if row["part"] not in options.parts]
     for part in options.parts:
         if part == "spread" and not options.shape8b:

@@ -48,6 +48,19 @@ def _cpu():
     return platform.processor()
 
 
+def same_machine(facts):
+    """Whether stored facts of `hardware` are of a processor and GPU like those here: such figures may stand together."""
+    here = hardware()
+    return all(facts.get(part) == here[part] for part in ("cpu", "cores", "gpu"))
+
+
+def gpu_used():
+    """MiB in use on each GPU, by everybody; [] without GPUs."""
+    from llamatelemetry.gpus import list_gpus
+
+    return [round(gpu.used_bytes / 2**20) for gpu in list_gpus()]
+
+
 def report(name, rows, out=None):
     """Print rows (list of dicts) as a table under the hardware, and store both as JSON."""
     import pandas as pd

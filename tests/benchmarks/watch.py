@@ -1,4 +1,4 @@
-"""What each process holds on each GPU, and how busy each GPU is, over time: sampled from NVML in a thread."""
+"""What is sampled in a thread while something else runs: memory of processes, and what they hold on each GPU."""
 
 import threading
 import time
@@ -13,32 +13,48 @@ KINDS = (("llama-server", "llama-server"), ("llamatelemetry.capture.worker", "ca
          ("llama-bench", "llama-bench"))  # fmt: skip
 
 
-class Watch:
-    """samples: list of {seconds, gpu, use (percent), used (MiB), and MiB per kind of process}, a row per GPU and time."""
+class Sampler:
+    """Calls `sample` four times a second between entering and leaving it."""
 
     def __enter__(self):
-        pynvml.nvmlInit()
-        self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        self._kinds, self._stop, self.samples = {}, threading.Event(), []
-        self._started = time.monotonic()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
+
+    def _run(self):
+        while not self._stop.wait(EVERY_S):
+            try:
+                self.sample()
+            except Exception:  # a process ended between being listed and being asked
+                pass
 
     def __exit__(self, *_):
         self._stop.set()
         self._thread.join()
 
-    def _run(self):
-        while not self._stop.wait(EVERY_S):
-            seconds = round(time.monotonic() - self._started, 2)
-            for index, handle in enumerate(self._gpus):
-                row = {"seconds": seconds, "gpu": index, "use": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-                       "used": pynvml.nvmlDeviceGetMemoryInfo(handle).used >> 20}  # fmt: skip
-                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                    kind = self._kind(process.pid)
-                    row[kind] = row.get(kind, 0) + ((process.usedGpuMemory or 0) >> 20)
-                self.samples.append(row)
+
+class Watch(Sampler):
+    """What each process holds on each GPU, and how busy each GPU is, by NVML.
+
+    samples: list of {seconds, gpu, use (percent), used (MiB), and MiB per kind of process}, a row per GPU and time.
+    """
+
+    def __enter__(self):
+        pynvml.nvmlInit()
+        self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        self._kinds, self.samples, self._started = {}, [], time.monotonic()
+        return super().__enter__()
+
+    def sample(self):
+        seconds = round(time.monotonic() - self._started, 2)
+        for index, handle in enumerate(self._gpus):
+            row = {"seconds": seconds, "gpu": index, "use": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+                   "used": pynvml.nvmlDeviceGetMemoryInfo(handle).used >> 20}  # fmt: skip
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                kind = self._kind(process.pid)
+                row[kind] = row.get(kind, 0) + ((process.usedGpuMemory or 0) >> 20)
+            self.samples.append(row)
 
     def _kind(self, pid):
         if pid not in self._kinds:
