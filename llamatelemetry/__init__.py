@@ -30,7 +30,8 @@ _WHERE = {
     "GpuError": "errors",
     "GraphistryError": "errors",
     "EngineBuildError": "build",
-    "NotebookError": "notebooks",
+    "NotebookError": "errors",
+    "ParameterError": "errors",
 }
 __all__ = ["__version__", *_WHERE]
 

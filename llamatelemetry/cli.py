@@ -1,7 +1,6 @@
 """The command line: doctor, models, run, capture, engine, notebooks, kaggle."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -68,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     notebooks.add_argument("--folder", type=Path, default=Path("notebooks"))
     notebooks.add_argument("--out", type=Path, default=Path("executed"))
     notebooks.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                           help="a notebook parameter, such as -p MODEL gemma-3-1b-Q4_K_M")
+                           help="a notebook parameter, such as -p MODEL gemma-3-1b-Q4_K_M; its type is that of the "
+                           "notebook's own default")
 
     from .kaggle_stage import add_commands
 
@@ -139,15 +139,7 @@ def build_engine(options):
 def run_notebooks(options):
     from .notebooks import run_all
 
-    run_all(options.folder, options.out, options.names, {name: _value(text) for name, text in options.parameters})
-
-
-def _value(text):
-    """A parameter as JSON (3, true, null, [1, 2]) where it is that, else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    run_all(options.folder, options.out, options.names, dict(options.parameters), typed=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,14 @@ class CaptureError(LlamaTelemetryError, ValueError):
     """A capture or an edit that cannot be done as asked."""
 
 
+class NotebookError(LlamaTelemetryError):
+    """A notebook could not be run to its end; the message names the notebook and the cell, or the parameter."""
+
+
+class ParameterError(NotebookError, ValueError):
+    """A notebook's parameter that it has not got, or a value that it cannot take; the message names it."""
+
+
 class WorkerCrashedError(LlamaTelemetryError):
     """The capture worker ended; the message carries the tail of its log."""
 

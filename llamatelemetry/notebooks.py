@@ -1,13 +1,15 @@
 """Runs the notebooks with papermill and keeps each as .ipynb and as one self-contained .html file."""
 
 import html
+import logging
 import os
 import re
 import sys
 import time
 from pathlib import Path
 
-from .errors import LlamaTelemetryError
+from .errors import NotebookError, ParameterError
+from .parameter_types import fit
 
 # The lab template without what it would load from the network: require.js, MathJax, Mermaid, the widget renderer.
 # Without a font that holds the radical sign Chromium leaves square roots out: the fonts of Windows, macOS, Linux.
@@ -33,10 +35,6 @@ _PLACE = "formula-7c1f-{}-here"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-class NotebookError(LlamaTelemetryError):
-    """A cell of a notebook failed; the message names the notebook and the cell."""
-
-
 def find(folder: Path, names=()) -> list[Path]:
     """The notebooks of a folder in order, or those whose file name starts with or contains one of `names`."""
     every = sorted(Path(folder).glob("*.ipynb"))
@@ -51,6 +49,8 @@ def find(folder: Path, names=()) -> list[Path]:
 def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress=True) -> Path:
     """Execute one notebook into `out` (also its working directory) and export it; returns the executed .ipynb.
 
+    parameters: {name: value}, of the types that the notebook's `parameters` cell declares; a ParameterError names what
+    is not, before anything runs.
     Raises NotebookError that names the cell when one fails; what was executed until then is kept and exported, too.
     """
     import papermill
@@ -58,6 +58,8 @@ def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress
     from traitlets.config import Config
 
     path, out = Path(path).resolve(), Path(out).resolve()
+    parameters = fit(path, parameters)
+    logging.getLogger("papermill").addFilter(_unless_unknown)
     out.mkdir(parents=True, exist_ok=True)
     executed = out / path.name
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else the kernel warns about a debugger
@@ -65,7 +67,7 @@ def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress
     if progress is True:
         progress = {"desc": path.stem, "mininterval": 0.1 if sys.stderr.isatty() else 10}
     try:
-        papermill.execute_notebook(path, executed, parameters=parameters or {}, kernel_name="python3",
+        papermill.execute_notebook(path, executed, parameters=parameters, kernel_name="python3",
                                    language="python", cwd=out, progress_bar=progress,
                                    config=Config({"KernelManager": {"transport": "ipc"}}))  # no open port
     except papermill.exceptions.PapermillExecutionError as error:
@@ -81,17 +83,25 @@ def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress
     return executed
 
 
-def run_all(folder="notebooks", out="executed", names=(), parameters: dict | None = None) -> list[Path]:
-    """Run every notebook of the folder (or those named), print where each result is; NotebookError at the end."""
+def run_all(folder="notebooks", out="executed", names=(), parameters: dict | None = None, typed=False) -> list[Path]:
+    """Run every notebook of the folder (or those named), print where each result is; NotebookError at the end.
+
+    parameters: as in run_notebook, for each of them; typed: texts as typed in a shell (parameter_types.fit). A notebook
+    that has not got one of them, or cannot take its value, is a ParameterError before any notebook runs.
+    """
     paths = find(Path(folder), names)
     if not paths:
         print(f"No notebooks in {folder}.")
+    fitted = _fit_all(paths, Path(out), parameters, typed)
     failures = []
     for path in paths:
         start = time.monotonic()
         try:
-            executed = run_notebook(path, out, parameters)
+            executed = run_notebook(path, out, fitted[path])
             print(f"{path.name}: {time.monotonic() - start:.0f} s -> {executed.with_suffix('.html')}", flush=True)
+            if typed and parameters:  # how what was typed has been read
+                said = ", ".join(f"{name} = {value!r}" for name, value in fitted[path].items())
+                print(f"{path.name} ran with {said}", file=sys.stderr, flush=True)
         except NotebookError as error:
             failures.append(str(error))
             print(f"FAILED {error}", file=sys.stderr, flush=True)
@@ -99,6 +109,32 @@ def run_all(folder="notebooks", out="executed", names=(), parameters: dict | Non
         raise NotebookError(f"{len(failures)} of {len(paths)} notebooks failed: "
                             + "; ".join(failure.splitlines()[0] for failure in failures))
     return [Path(out) / path.name for path in paths]
+
+
+def _fit_all(paths, out, parameters, typed):
+    """{path: its parameters}. A notebook that refuses them is left in `out` as it is, the reason on top, unless results
+    of an earlier run are there: who looks into that folder sees why there are none."""
+    import nbformat
+
+    fitted, refused = {}, []
+    for path in paths:
+        try:
+            fitted[path] = fit(path, parameters, typed)
+        except ParameterError as error:
+            refused.append(str(error))
+            if not (out / path.name).exists():
+                out.mkdir(parents=True, exist_ok=True)
+                notebook = nbformat.read(path, as_version=4)
+                notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"**Not run:** {html.escape(str(error))}"))
+                nbformat.write(notebook, out / path.name)
+    if refused:
+        raise ParameterError("Nothing was run. " + " ".join(refused))
+    return fitted
+
+
+def _unless_unknown(record):
+    """papermill takes annotated parameters, and several on one line, for unknown ones and says so; fit() knows."""
+    return not record.getMessage().startswith("Passed unknown parameter")
 
 
 def export_html(path: Path) -> Path:

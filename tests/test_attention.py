@@ -8,13 +8,11 @@ import pytest
 import xarray as xr
 
 from llamatelemetry.analysis import attention as att
-from llamatelemetry.analysis import attention_checks as checks
 from llamatelemetry.analysis import attention_compare as compare
 from llamatelemetry.analysis import attention_findings as say
 from llamatelemetry.analysis import attention_flow as flows
 from llamatelemetry.analysis import attention_output as output
 from llamatelemetry.analysis import attention_weights as weights
-from llamatelemetry.errors import CaptureError
 from llamatelemetry.plots import attention as figures
 
 
@@ -302,40 +300,6 @@ def test_sampling_chain():
     assert (hot > 0).sum() == 2 and hot[0] == pytest.approx(0.5, abs=0.01)
     assert (output.sampled_probabilities(logits, 1, 0, 1, min_p=0.29) > 0).sum() == 3
     assert output.sampled_probabilities(logits[::-1], temperature=0).tolist() == [0, 0, 0, 1]
-
-
-class Model:
-    architecture, n_layer, n_head, n_kv_head, n_embd, n_vocab = "llama", 3, 2, 1, 8, 3
-    pieces = ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("bad", [{"LAYER": 3}, {"LAYER": -1}, {"HEAD": 2}, {"HEAD": 1.0}, {"LAYER": True}])
-def test_layer_or_head_out_of_range_names_the_parameter(bad):
-    with pytest.raises(CaptureError, match=f"{next(iter(bad))} = "):
-        checks.check_layer_head(Model, **bad)
-    checks.check_layer_head(Model, LAYER=2, HEAD=1)
-
-
-def test_prompts_too_short_or_too_long_name_the_parameter():
-    with pytest.raises(CaptureError, match="PROMPT is 1 token"):
-        checks.check_prompt([5], 10)
-    with pytest.raises(CaptureError, match="PROMPT is 8 tokens long and 3 to generate; the context holds 10"):
-        checks.check_prompt(range(8), 10, generate=3)
-    checks.check_prompt(range(8), 10, generate=2)
-
-
-def test_reference_of_another_model_names_the_parameter():
-    class Wider(Model):
-        n_embd = 16
-
-    class Renamed(Model):
-        pieces = ["a", "b", "d"]
-
-    with pytest.raises(CaptureError, match="REFERENCE_MODEL .*n_embd 16 instead of 8"):
-        checks.check_reference(Model, Wider)
-    with pytest.raises(CaptureError, match="REFERENCE_MODEL has another vocabulary"):
-        checks.check_reference(Model, Renamed)
-    checks.check_reference(Model, Model)
 
 
 def said(sentence):

@@ -108,12 +108,6 @@ def test_an_error_is_a_message_not_a_traceback(arguments, message, capsys):
     assert status == 1 and err.startswith("llamatelemetry: ") and message in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("text, value", [("3", 3), ("true", True), ("0.5", 0.5), ("[1, 2]", [1, 2]), ("yes", "yes"),
-                                         ("The cat", "The cat"), ("", "")])
-def test_notebook_parameters_are_json_or_text(text, value):
-    assert cli._value(text) == value
-
-
 @pytest.mark.parametrize("markdown, kept, formulas", [
     ("costs 5 dollars", "costs 5 dollars", 0),
     ("from $5 to $6 each", "from $5 to $6 each", 0),

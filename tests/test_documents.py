@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llamatelemetry import InferenceEngine, cli
+from llamatelemetry.parameter_types import declared
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "SUMMARY.md", "notebooks/README.md")
@@ -117,12 +118,14 @@ def test_python_examples_use_what_there_is(name):
 
 
 def test_parameters_of_the_guide_are_parameters():
-    """Every NAME = value of the guide is in the parameters cell of some notebook."""
+    """Every NAME = value of the guide, and every `-p NAME`, is in the parameters cell of some notebook."""
     cells = [cell for path in (ROOT / "notebooks").glob("*.ipynb") for cell in json.loads(path.read_text())["cells"]]
-    text = "\n".join("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    known = {name for cell in cells if "parameters" in cell["metadata"].get("tags", [])
+             for name in declared("".join(cell["source"]))}
     guide = spans(written("notebooks/README.md"))
     names = {match[1] for span in guide if (match := re.match(r"([A-Z_]{4,}) = ", span))}
-    assert names and all(re.search(rf"^{name} = ", text, re.MULTILINE) for name in names), names
+    asked = {name for document in DOCUMENTS for name in re.findall(r" -p (\w+) ", (ROOT / document).read_text())}
+    assert names and asked and names | asked <= known, (names | asked) - known
 
 
 def test_messages_of_the_guide_are_messages():

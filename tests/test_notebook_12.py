@@ -65,7 +65,7 @@ def test_every_figure_has_a_sentence(run):
         ({"LAYER": 30}, r"LAYER = 30: the model has 30 layers, 0 to 29"),
         ({"HEAD": -1}, r"HEAD = -1: the model has 9 heads, 0 to 8"),
         ({"PROMPT": "Hello"}, r"PROMPT is 1 token\(s\) long"),
-        ({"CONTEXT": 32}, r"PROMPT is 32 tokens long and 12 to generate; the context holds 32"),
+        ({"CONTEXT": 32}, r"PROMPT is 32 token\(s\) long; 2 to 20 fit \(CONTEXT 32 - GENERATE 12\)"),
     ],
 )
 def test_bad_parameters_stop_the_notebook_by_name(tmp_path, smollm2, parameters, message):
