@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 
-from . import build, gpus
+from . import build, gpus, needs
 from .errors import LlamaTelemetryError
 from .kaggle import input_dir, working_dir
 
@@ -131,11 +131,16 @@ def install_missing(extras=EXTRAS):
 # The engine
 
 def _manifest(wheel):
-    """What an engine wheel was built from; {} for a wheel of another maker."""
+    """What an engine wheel was built from, as far as it says, and what its files need (its own word, or read)."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            return json.loads(archive.read(build.MANIFEST))
-    except (KeyError, OSError, zipfile.BadZipFile):
+            names = archive.namelist()
+            manifest = json.loads(archive.read(build.MANIFEST)) if build.MANIFEST in names else {}
+            compiled = [name for name in names if name.endswith(".so") or ".so." in name or "bin/" in name]
+            if "needs" not in manifest and (asks := needs.of({name: archive.read(name) for name in compiled})):
+                manifest["needs"] = asks
+            return manifest
+    except (OSError, ValueError, zipfile.BadZipFile):
         return {}
 
 
@@ -149,16 +154,46 @@ def _capability():
 
 
 def _unfit(manifest, capability):
-    """Why an engine with this manifest cannot run here, or None."""
-    archs = _archs(manifest)
+    """Why an engine with this manifest cannot run here, or None. capability: the lowest of the GPUs here, or None."""
+    archs, asks = _archs(manifest), manifest.get("needs")
     if strange := set(manifest.get("cpu_features", [])) - set(build.cpu_features()):
         return f"is built for another CPU (with {', '.join(sorted(strange)[:3])}); build it with --portable"
-    if archs and capability is None:
+    # An engine that does not link to the driver runs without GPUs, too, on the CPU, if CUDA's own libraries are here.
+    if archs and capability is None and (asks is None or "libcuda.so.1" in asks.get("libraries", [])):
         return "is built for GPUs, and this session has none: choose GPU T4 x2 (Settings, Accelerator)"
-    if archs and min(archs) > capability:
+    if archs and capability is not None and min(archs) > capability:
         return (f"is built for compute capability {min(archs) / 10} and newer, this GPU has {capability / 10}: choose "
                 "GPU T4 x2 (Settings, Accelerator)")
-    return None
+    if why := _driver_too_old(manifest, archs, capability):
+        return why
+    if asks is None:  # nothing is known but where it was built
+        kind, _, version = manifest.get("libc", "").partition("-")
+        asks = {"versions": {"GLIBC": version}} if kind == "glibc" and version else {}
+    why = needs.lacking(asks)
+    return why and f"{why}: build it in a session like this one (the engine kernel does)"
+
+
+def _driver_too_old(manifest, archs, capability):
+    """CUDA's own rule: a driver runs what an older CUDA or another release of its own major version built, but compiles
+    PTX (for GPUs that the engine holds no code for) only of releases as old as itself."""
+    driver = _driver_cuda()
+    built = tuple(int(part) for part in re.findall(r"\d+", manifest.get("cuda") or "")[:2])
+    if not archs or capability is None or not built or driver is None or built <= driver:
+        return None
+    has_code = any(arch // 10 == capability // 10 and arch <= capability for arch in archs)
+    if built[0] == driver[0] and has_code:
+        return None
+    return (f"is built with CUDA {manifest['cuda']}, and this session's driver knows CUDA {driver[0]}.{driver[1]}: build it "
+            "with that or an older one (the engine kernel does)")
+
+
+def _driver_cuda():
+    """The newest CUDA that the driver knows, such as (12, 8), or None where there is no driver or it does not say."""
+    try:
+        version = gpus._nvml().nvmlSystemGetCudaDriverVersion()
+    except Exception:
+        return None
+    return version // 1000, version % 1000 // 10
 
 
 def _archs(manifest):
@@ -181,10 +216,10 @@ def install_engine(make=True):
             if why:
                 refused.append(f"{wheel} {why}.")
             else:
-                choices.append((_rank(manifest), wheel))
+                choices.append((_rank(manifest, capability), wheel))
     have = build.installed()
     if have and have["llama_cpp_python"].partition("+")[0] == build.VERSION and not _unfit(have, capability):
-        if not choices or _rank(have) >= max(choices)[0]:
+        if not choices or _rank(have, capability) >= max(choices)[0]:
             return _engine_line("installed")
     if choices:
         build.install(max(choices)[1])
@@ -202,8 +237,10 @@ def install_engine(make=True):
     return _engine_line("built here")
 
 
-def _rank(manifest):
-    return (bool(manifest.get("flags", {}).get("GGML_CUDA")), bool(manifest.get("llama_cpp_commit")))
+def _rank(manifest, capability):
+    """CUDA where there is a GPU and only there, our own before others'."""
+    cuda = bool(manifest.get("flags", {}).get("GGML_CUDA"))
+    return (cuda == (capability is not None), bool(manifest.get("llama_cpp_commit")))
 
 
 def _engine_line(where):
@@ -216,6 +253,8 @@ def _engine_line(where):
         raise LlamaTelemetryError(f"llama-server does not run here: {(said.stderr or said.stdout).strip()[-400:]} "
                                   f"{_NO_ENGINE}")
     kind = f"CUDA for compute capability {archs}" if archs else "CPU"
+    if archs and not gpus.visible_gpus():
+        kind += ", on the CPU (no GPU here)"
     if not archs and gpus.visible_gpus():
         kind += " alone (the GPUs are idle: attach the output of the engine kernel)"
     return f"Engine: llama.cpp {engine['llama_cpp_commit'] or engine['llama_cpp_python']}, {kind}, {where}."

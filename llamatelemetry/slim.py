@@ -1,7 +1,8 @@
 """What an engine wheel does not need is left out of it.
 
 CMake installs every library twice (once for the bindings, once for the tools), headers, CMake files and tools that
-this package never calls. Left are one set of libraries in llama_cpp/lib, the tools in bin, and a manifest.
+this package never calls. Left are one set of libraries in llama_cpp/lib, the tools in bin, and a manifest: the recipe, and what the files need of the
+machine that runs them.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from . import needs
 from .build import MANIFEST, VERSION, EngineBuildError
 
 
@@ -31,17 +33,22 @@ def slim(raw: Path, out: Path, recipe: dict) -> Path:
                 tool.unlink()
         for name in ("lib", "include", "share"):
             shutil.rmtree(root / name, ignore_errors=True)
-        (root / MANIFEST).write_text(json.dumps(recipe, indent=1))
         _check(root, recipe)
+        asks = needs.of({path.name: path.read_bytes() for path in _compiled(root)})
+        (root / MANIFEST).write_text(json.dumps(recipe | ({"needs": asks} if asks else {}), indent=1))
         _wheel("pack", "--dest-dir", str(out), str(root))
     return next(out.glob("*.whl"))
+
+
+def _compiled(root: Path) -> list[Path]:
+    return [*(root / "bin").iterdir(), *(root / "llama_cpp" / "lib").glob("*.so")]
 
 
 def _check(root: Path, recipe: dict) -> None:
     missing = [tool for tool in recipe["tools"] if not (root / "bin" / tool).is_file()]
     if missing:
         raise EngineBuildError(f"The build gave no {', '.join(missing)}: llama-cpp-python {VERSION} is expected.")
-    for file in [*(root / "bin").iterdir(), *(root / "llama_cpp" / "lib").glob("*.so")]:
+    for file in _compiled(root):
         if file.parent.name == "bin":
             file.chmod(0o755)
         linked = subprocess.run(["ldd", str(file)], capture_output=True, text=True).stdout

@@ -1,10 +1,15 @@
-"""The engine build with pip replaced by a script: keys, cache, lock, slimming, messages. Nothing is compiled here."""
+"""The engine build with pip replaced by a script: keys, cache, lock, slimming, messages. Where there is nvcc, the CUDA
+build is configured for real. Nothing is compiled here."""
 
 import json
 import os
+import re
+import shutil
+import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -13,7 +18,7 @@ from pathlib import Path
 import pytest
 from processes import gone
 
-from llamatelemetry import build
+from llamatelemetry import build, needs
 from llamatelemetry.slim import slim
 
 pytest.importorskip("wheel", reason="the package wheel is not installed")
@@ -102,6 +107,15 @@ def test_flags_are_the_pinned_commit_and_relative_paths():
     assert "GGML_CUDA" not in flags and build.recipe(cuda="75")["flags"]["GGML_CUDA"] == "ON"
 
 
+def test_a_cuda_build_needs_no_driver_and_no_nccl_and_is_keyed_by_its_toolkit(monkeypatch):
+    monkeypatch.setattr(build, "_nvcc_release", lambda: "12.8")
+    recipe = build.recipe(cuda="75", portable=True)
+    assert recipe["flags"]["GGML_CUDA_NO_VMM"] == "ON" and recipe["flags"]["GGML_CUDA_NCCL"] == "OFF"
+    monkeypatch.setattr(build, "_nvcc_release", lambda: "13.0")
+    assert build.key(build.recipe(cuda="75", portable=True)) != build.key(recipe)
+    assert not any("CUDA" in name for name in build.recipe(portable=True)["flags"])
+
+
 @pytest.mark.parametrize("variables, expected", [
     ({"LLAMATELEMETRY_CACHE": "/a"}, "/a"),
     ({"LLAMATELEMETRY_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
@@ -158,6 +172,8 @@ def test_a_failed_build_leaves_no_wheel_and_says_why(tmp_path, cache, monkeypatc
     ("ERROR: No matching distribution found for llama-cpp-python==0.3.36", "registry could not be reached"),
     ("fatal error: error writing to /tmp/x.s: No space left on device", "disk is full"),
     ("nvcc fatal   : Unsupported gpu architecture 'compute_20'", "--list-gpu-arch"),
+    ('  Target "ggml-cuda" links to:\n\n    CUDA::cuda_driver\n\n  but the target was not found.', "GGML_CUDA_NO_VMM"),
+    ('  Target "ggml-cuda" links to:\n\n    CUDA::cublas\n\n  but the target was not found.', "whole toolkit"),
     ("something else", "could not be built"),
 ])
 def test_failure_names_what_is_missing(line, advice, tmp_path):
@@ -171,6 +187,72 @@ def test_no_compiler_is_said_before_anything_is_fetched(cache, monkeypatch):
     with pytest.raises(build.EngineBuildError, match="No C\\+\\+ compiler"):
         build.build()
     assert not cache.exists()
+
+
+@pytest.fixture
+def toolkits(tmp_path, monkeypatch):
+    """toolkits("cuda-12.8") makes nvcc in such a folder, where toolkits are looked for; none is on PATH."""
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setattr(build, "CUDA_FOLDERS", (str(tmp_path / "local"),))
+
+    def make(name, parent="local"):
+        folder = tmp_path / parent / name / "bin"
+        folder.mkdir(parents=True)
+        return script(folder / "nvcc", f'echo "Cuda compilation tools, release {name.partition("-")[2] or 9.9}, V1"\n')
+
+    return make
+
+
+def test_nvcc_is_found_where_toolkits_lie(toolkits, tmp_path, monkeypatch):
+    assert build._nvcc() is None and build._nvcc_release() is None
+    older, newer = toolkits("cuda-9.2"), toolkits("cuda-12.8")
+    assert build._nvcc() == newer and build._nvcc_release() == "12.8"  # 12 is newer than 9
+    chosen = toolkits("cuda")  # what the machine's owner made the default
+    assert build._nvcc() == chosen
+    for name, home in (("CUDA_PATH", "p"), ("CUDA_HOME", "h")):
+        found = toolkits(home, "homes")
+        monkeypatch.setenv(name, str(Path(found).parents[1]))
+        assert build._nvcc() == found
+    on_path = toolkits("x", "path")
+    monkeypatch.setenv("PATH", str(Path(on_path).parent))
+    assert build._nvcc() == on_path
+    monkeypatch.setenv("CUDACXX", older)
+    assert build._nvcc() == older
+    monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
+    monkeypatch.setenv("CXX", on_path)  # some compiler, so that only nvcc is missing
+    with pytest.raises(build.EngineBuildError, match=r"No CUDA compiler at \$CUDACXX \(/nowhere/nvcc\)"):
+        build._check_tools("75")
+
+
+def test_cmake_gets_the_nvcc_that_was_found(toolkits, tmp_path, monkeypatch):
+    nvcc, seen = toolkits("cuda-12.8"), tmp_path / "seen"
+    monkeypatch.setattr(sys, "executable", script(tmp_path / "python", f'echo "$CUDACXX $PATH" > {seen}\n'))
+    build._pip_wheel(build.recipe("75")["flags"], tmp_path / "out", tmp_path / "log", 1)
+    assert seen.read_text().split() == [nvcc, f"{Path(nvcc).parent}:{tmp_path / 'empty'}"]
+    build._pip_wheel(build.recipe()["flags"], tmp_path / "out", tmp_path / "log", 1)
+    assert nvcc not in seen.read_text()
+
+
+def test_a_toolkit_without_its_libraries_is_said_before_half_an_hour_of_compiling(toolkits, monkeypatch):
+    toolkits("cuda-99.1")
+    monkeypatch.setenv("CXX", sys.executable)
+    with pytest.raises(build.EngineBuildError, match=r"CUDA 99.1 needs libcudart.so.99, and here is .*LD_LIBRARY_PATH"):
+        build._check_tools("75")
+
+
+def test_progress_in_a_log_is_lines(tmp_path, monkeypatch, capsys):
+    steps = "\n".join(f"echo '[{n}/4] file'" for n in range(1, 5))
+    monkeypatch.setattr(sys, "executable", script(tmp_path / "python", f"echo '*** Configuring CMake...'\n{steps}\n"))
+    monkeypatch.setattr(build, "_EVERY_S", 0)
+    build._pip_wheel(build.FLAGS, tmp_path / "out", tmp_path / "log", 1)
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    lines = said.splitlines()
+    assert lines[0].startswith("fetching sources") and "4/4" in lines[-1] and len(lines) >= 5
+    assert sum("compiling llama.cpp" in line for line in lines) >= 4
 
 
 def test_interrupted_build_ends_its_compilers(tmp_path, monkeypatch):
@@ -198,6 +280,135 @@ def test_cmake_arguments_survive_the_way_to_cmake(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", script(tmp_path / "python", f'printf %s "$CMAKE_ARGS" > {seen}\n'))
     build._pip_wheel({"A": "$ORIGIN;$ORIGIN/../x", "B": "75;90"}, tmp_path / "out", tmp_path / "log", 1)
     assert shlex.split(seen.read_text()) == ["-DA=$ORIGIN;$ORIGIN/../x", "-DB=75;90"]
+
+
+# What compiled files need, and the CUDA build configured for real
+
+def test_needs_are_what_readelf_reads(llama_server):
+    readelf = shutil.which("readelf") or pytest.skip("no readelf (binutils) on this machine")
+    import llama_cpp
+
+    files = [llama_server, *Path(llama_cpp.__file__).parent.glob("lib/*.so")]
+    found = needs.of({Path(file).name: Path(file).read_bytes() for file in files})
+    said = subprocess.run([readelf, "-W", "-d", "-V", *files], capture_output=True, text=True, check=True).stdout
+    libraries = set(re.findall(r"\(NEEDED\)\s+Shared library: \[(.+)\]", said)) - {Path(file).name for file in files}
+    assert set(found["libraries"]) == libraries
+    for name, version in found["versions"].items():
+        every = re.findall(rf"Name: {name}_([\d.]+)", said)
+        assert version == max(every, key=lambda text: [int(part) for part in text.split(".")])
+    assert needs.lacking(found) is None  # it runs here
+
+
+@pytest.mark.parametrize("lacks, said", [
+    ({"versions": {"GLIBC": "2.99"}}, r"needs glibc 2.99 or newer, and here is 2\.\d+"),
+    ({"versions": {"GLIBC": "2.4"}}, None),  # 2.4 is older than 2.36
+    ({"libraries": ["libcudart.so.99"]}, "needs libcudart.so.99, and here is "),
+    ({"libraries": ["libstdc++.so.6"], "versions": {"GLIBCXX": "3.4.999"}}, r"GLIBCXX 3.4.999, and the one here has 3.4.\d"),
+    ({}, None),
+])
+def test_what_this_machine_lacks(lacks, said):
+    found = needs.lacking(lacks)
+    assert found is None if said is None else re.match(said, found) or re.search(said, found)
+
+
+def test_a_library_is_looked_for_where_the_linker_would(tmp_path, monkeypatch):
+    (tmp_path / "libcudart.so.99").write_bytes(b"")
+    asks = {"libraries": ["libcudart.so.99"]}
+    assert needs.lacking(asks | {"folders": [str(tmp_path)]}) is None
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{tmp_path}")
+    assert needs.lacking(asks) is None
+
+
+def test_relative_relocations_mean_glibc_2_36(monkeypatch):
+    monkeypatch.setattr(needs, "read", lambda data: {"needed": ["libc.so.6", "libown.so"], "folders": ["$ORIGIN", "/opt/x"],
+                                                     "versions": ["GLIBC_2.9", "GLIBC_2.17", "GLIBC_ABI_DT_RELR"]})
+    assert needs.of({"lib/libown.so": b"x"}) == {"libraries": ["libc.so.6"], "versions": {"GLIBC": "2.36"},
+                                                 "folders": ["/opt/x"]}
+
+
+@pytest.fixture(scope="module")
+def source_distribution():
+    """Folder with llama-cpp-python's source distribution; kept beside the engine's cache, fetched once."""
+    folder = build.cache_dir() / "sources"
+    if not list(folder.glob(f"llama_cpp_python-{build.VERSION}.tar.gz")):
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "pip", "download", f"llama-cpp-python=={build.VERSION}", "--no-deps",
+                       "--no-binary", "llama-cpp-python", "--dest", scratch, "--quiet", "--retries", "0", "--timeout", "15"]
+            try:
+                subprocess.run(command, check=True, capture_output=True, timeout=240)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                pytest.skip(f"the source distribution could not be fetched: {(error.stderr or b'')[-200:]}")
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(next(Path(scratch).glob("*.tar.gz")), folder)
+    return folder
+
+
+@pytest.fixture
+def configure(source_distribution, tmp_path, monkeypatch):
+    """configure(flags) runs the build until the first file would be compiled; the log, and the build's files.
+
+    CMake sees no driver library, as on a machine without a GPU. An empty file stands in for cuBLAS, which not every
+    machine with nvcc has: configuring only looks whether it is there.
+    """
+    import tqdm
+
+    if build._nvcc() is None:
+        pytest.skip("no nvcc on this machine")
+
+    class UntilCompiling(tqdm.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tqdm, "tqdm", UntilCompiling)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "libcublas.so").write_bytes(b"")
+    for name, value in {"TMPDIR": tmp_path / "scratch", "PIP_FIND_LINKS": source_distribution, "PIP_RETRIES": "0",
+                        "PIP_DEFAULT_TIMEOUT": "15", "SKBUILD_CMAKE_DEFINE":
+                        f"CUDA_cublas_LIBRARY={tmp_path / 'libcublas.so'};CUDA_cuda_driver_LIBRARY="}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("CUDACXX", raising=False)
+    tempfile.tempdir = None
+
+    def run(flags):
+        log, main = tmp_path / "log", threading.main_thread().ident
+        late = threading.Timer(300, lambda: signal.pthread_kill(main, signal.SIGINT))
+        late.start()
+        try:
+            build._pip_wheel(flags, tmp_path / "out", log, 1)
+        except KeyboardInterrupt:
+            pass
+        except build.EngineBuildError as error:
+            if "registry could not be reached" in str(error):
+                pytest.skip("CMake and scikit-build-core could not be fetched")
+            raise
+        finally:
+            late.cancel()
+        if "Configuring CMake" not in log.read_text():
+            pytest.skip("what CMake needs was not fetched within 5 minutes")
+        return log.read_text(), tmp_path / "scratch"
+
+    yield run
+    tempfile.tempdir = None
+
+
+@pytest.mark.slow
+def test_cuda_build_is_configured_where_there_is_no_driver(configure):
+    log, scratch = configure(build.recipe(cuda="75", portable=True)["flags"])
+    assert "Build files have been written to" in log and "CMAKE_CUDA_ARCHITECTURES=75" in log, log[-3000:]
+    assert "NCCL" not in log.partition("Configuring CMake")[2].replace("GGML_CUDA_NCCL", "")
+    ninja = next(scratch.rglob("build.ninja"))
+    links = next(line for line in ninja.read_text().splitlines() if line.startswith("build ") and "libggml-cuda.so:" in line)
+    assert "libcublas.so" in links and "libcuda.so" not in links
+    cache = (ninja.parent / "CMakeCache.txt").read_text()
+    assert re.search(r"CMAKE_CUDA_COMPILER:\w+=(.+)", cache)[1] == build._nvcc()
+    assert re.search(r"^CUDA_cuda_driver_LIBRARY:\w+=$", cache, re.MULTILINE)  # and none was found after all
+
+
+@pytest.mark.slow
+def test_with_the_driver_s_allocator_configuring_fails_and_says_why(configure):
+    flags = build.recipe(cuda="75", portable=True)["flags"]
+    with pytest.raises(build.EngineBuildError, match="found no CUDA driver library .* GGML_CUDA_NO_VMM=ON"):
+        configure({name: value for name, value in flags.items() if name != "GGML_CUDA_NO_VMM"})
 
 
 def test_installed_engine_runs(llama_server):

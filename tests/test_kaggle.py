@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import types
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llamatelemetry import (
-    GpuError, LlamaTelemetryError, build, cli, gpus, kaggle, kaggle_install, kaggle_push, kaggle_stage,
+    GpuError, LlamaTelemetryError, build, cli, gpus, kaggle, kaggle_install, kaggle_push, kaggle_stage, needs,
 )
 from llamatelemetry.kaggle_push import StageError, slug_of
 from test_gpus import Driver
@@ -219,12 +221,133 @@ def test_engine_that_cannot_run_here_is_refused_with_the_mend(engines, count, ca
         kaggle_install.install_engine(make=False)
 
 
+def test_engine_that_needs_no_driver_runs_without_gpus_where_cuda_s_libraries_are(engines):
+    asks = {"libraries": ["libc.so.6"], "versions": {"GLIBC": "2.17"}}
+    state = engines(None, cuda=CUDA | {"needs": asks})
+    kaggle_install.install_engine(make=False)
+    assert state["wheels"] == ["cuda"]
+    state = engines(None, cuda=CUDA | {"needs": asks}, cpu=CPU)  # but one for the CPU is as good and smaller
+    kaggle_install.install_engine(make=False)
+    assert state["wheels"] == ["cpu"]
+    for library, message in (("libcuda.so.1", "this session has none"), ("libcublas.so.99", "needs libcublas.so.99")):
+        assert message in kaggle_install._unfit(CUDA | {"needs": {"libraries": [library]}}, None)
+
+
+@pytest.mark.parametrize("manifest, message", [
+    ({"needs": {"versions": {"GLIBC": "2.35", "GLIBCXX": "3.4.19"}}, "libc": "glibc-2.99"}, None),  # built on a newer one
+    ({"needs": {"versions": {"GLIBC": "2.38"}}}, "needs glibc 2.38 or newer, and here is 2.35: build it in a session like"),
+    ({"libc": "glibc-2.36"}, "needs glibc 2.36 or newer, and here is 2.35"),  # nothing but the builder's is known
+    ({"libc": "glibc-2.35"}, None), ({"libc": "glibc-2.4"}, None), ({"libc": "musl-1.2"}, None), ({"libc": "-"}, None),
+    ({"needs": {"libraries": ["libcudart.so.99"]}}, "needs libcudart.so.99, and here is"),
+])
+def test_engine_for_another_libc_or_cuda_runtime_is_refused(engines, monkeypatch, manifest, message):
+    monkeypatch.setattr(needs.platform, "libc_ver", lambda: ("glibc", "2.35"))  # Kaggle's
+    state = engines(None, cpu=CPU | manifest)
+    if message is None:
+        kaggle_install.install_engine(make=False)
+        assert state["wheels"] == ["cpu"]
+    else:
+        with pytest.raises(LlamaTelemetryError, match=message):
+            kaggle_install.install_engine(make=False)
+        assert state["wheels"] == [] and kaggle_install._unfit(CPU | manifest, None)  # one installed is refused, too
+
+
+@pytest.mark.parametrize("built, capability, driver, fits", [
+    ("12.8", (7, 5), 12080, True), ("12.2", (7, 5), 12080, True), ("11.8", (7, 5), 12080, True),
+    ("12.9", (7, 5), 12080, True),   # another release of the same major version
+    ("13.0", (7, 5), 12080, False),
+    ("12.9", (9, 0), 12080, False),  # an H100 runs the T4's PTX, which this driver cannot compile
+    ("12.8", (9, 0), 12080, True), ("12.9", (8, 6), 12080, False), ("12.10", (9, 0), 12090, False),
+    (None, (7, 5), 12080, True), ("13.0", (7, 5), None, True),  # not said
+])
+def test_engine_for_a_newer_cuda_than_the_driver_s(engines, monkeypatch, built, capability, driver, fits):
+    if driver:
+        monkeypatch.setattr(T4s, "nvmlSystemGetCudaDriverVersion", lambda self: driver, raising=False)
+    engines(1, capability=capability, cuda=CUDA | {"cuda": built})
+    if fits:
+        assert kaggle_install.install_engine(make=False)
+    else:
+        with pytest.raises(LlamaTelemetryError, match=rf"is built with CUDA {built}, and this session's driver knows CUDA 12"):
+            kaggle_install.install_engine(make=False)
+
+
+def test_a_wheel_that_says_nothing_is_read(engines, session, llama_server):
+    """Of another maker, or made before the manifest said what the files need."""
+    path = wheel(session / "input" / "x" / f"llama_cpp_python-{build.VERSION}-py3-none-linux_x86_64.whl", CPU)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.write(llama_server, "bin/llama-server")
+        archive.write(next(Path(kaggle_install.importlib.import_module("llama_cpp").__file__).parent.glob(
+            "lib/libggml-base.so")), "llama_cpp/lib/libggml-base.so")
+    asks = kaggle_install._manifest(path)["needs"]
+    assert "libc.so.6" in asks["libraries"] and "libggml-base.so" not in asks["libraries"]
+    assert re.fullmatch(r"2\.\d+", asks["versions"]["GLIBC"])
+
+
 def test_engine_is_built_for_this_gpu_as_a_last_resort(engines, session, monkeypatch, capsys):
     state = engines(2)
     made = wheel(session / "working" / "engine" / "llama_cpp_python-0-py3-none-any.whl", CUDA)
     monkeypatch.setattr(build, "build", lambda cuda, out, portable: made if (cuda, portable) == ("75", True) else None)
     assert kaggle_install.install_engine() == "built here" and state["wheels"] == ["engine"]
     assert "20 minutes" in capsys.readouterr().out
+
+
+# The engine kernel
+
+@pytest.fixture
+def kernel(session, monkeypatch):
+    """kernel(gpu, cuda=..., cpu=...) runs the engine kernel; the builds give bytes or raise. Returns what was asked for."""
+    wheel(session / "input" / "x" / "llamatelemetry-1.0-py3-none-any.whl")
+    main = runpy.run_path(CHECKOUT / "kaggle" / "engine" / "build_engine.py")["main"]
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: None)
+    monkeypatch.setattr(kaggle_install, "install_missing", lambda extras: [])
+
+    def run(gpu, **results):
+        monkeypatch.setattr(gpus, "_nvml", lambda: T4s(2) if gpu else None)
+        asked = []
+
+        def made(cuda, out, portable):
+            assert portable
+            asked.append(cuda)
+            result = results["cuda" if cuda else "cpu"]
+            if isinstance(result, Exception):
+                raise result
+            out.mkdir(parents=True)
+            (out / "llama_cpp_python-0.whl").write_bytes(result)
+            return out / "llama_cpp_python-0.whl"
+
+        monkeypatch.setattr(build, "build", made)
+        main()
+        return asked
+
+    return run
+
+
+FAILED = build.EngineBuildError("the second one did not compile")
+
+
+def test_engine_kernel_spends_gpu_quota_on_cuda_alone(kernel, session, capsys):
+    assert kernel(True, cuda=b"w") == ["75"]
+    out = capsys.readouterr().out
+    assert "27 to 30 minutes on 4 cores" in out and "GPU quota" in out
+    assert [path.parent.name for path in (session / "working").rglob("*.whl")] == ["cuda"]
+
+
+def test_engine_kernel_without_a_gpu_builds_both_and_keeps_what_it_has(kernel, session, capsys):
+    assert kernel(False, cuda=b"w", cpu=b"w") == ["75", None]
+    assert "no GPU quota" in capsys.readouterr().out
+    shutil.rmtree(session / "working" / "cuda"), shutil.rmtree(session / "working" / "cpu")
+    assert kernel(False, cuda=b"w", cpu=FAILED) == ["75", None]
+    assert "did not compile" in capsys.readouterr().out and (session / "working" / "cuda").is_dir()
+    shutil.rmtree(session / "working" / "cuda")
+    assert kernel(False, cuda=FAILED, cpu=b"w") == ["75", None]  # Kaggle's image for sessions without a GPU has no nvcc
+    assert "No wheel for the T4s" in capsys.readouterr().out and (session / "working" / "cpu").is_dir()
+
+
+def test_engine_kernel_fails_where_it_has_nothing(kernel):
+    with pytest.raises(build.EngineBuildError):
+        kernel(False, cuda=FAILED, cpu=FAILED)
+    with pytest.raises(build.EngineBuildError):
+        kernel(True, cuda=FAILED)
 
 
 # Packages

@@ -94,3 +94,18 @@ def test_first_cell_without_anything_attached(suite, tmp_path):
     session.attach(suite[0]["wheels"], "llamatelemetry-wheels")
     done = session.run("-c", code.replace("kaggle.setup()", "kaggle.setup(make_engine=False)"))
     assert done.returncode == 1 and "Attach the output of the engine kernel" in done.stderr, done.stderr
+
+
+def test_engine_kernel_in_a_session_of_its_own(suite, tmp_path):
+    """With what it would compile in the cache already: that everything up to there and the output are right."""
+    session = kaggle_session.Session(tmp_path / "session")
+    session.attach(suite[0]["wheels"], "llamatelemetry-wheels")
+    session.env["LLAMATELEMETRY_CACHE"] = str(tmp_path / "cache")
+    for name, recipe in (("cuda", build.recipe("75", portable=True)), ("cpu", build.recipe(portable=True))):
+        folder = tmp_path / "cache" / "engine" / build.key(recipe)
+        folder.mkdir(parents=True)
+        (folder / f"llama_cpp_python-{build.VERSION}-py3-none-linux_x86_64.whl").write_text(name)
+    done = session.run(suite[0]["engine"] / "build_engine.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "costs no GPU quota" in done.stdout and "27 to 30 minutes on 4 cores" in done.stdout
+    assert {path.parent.name: path.read_text() for path in session.working.rglob("*.whl")} == {"cuda": "cuda", "cpu": "cpu"}
