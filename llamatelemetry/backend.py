@@ -65,6 +65,18 @@ def _unit_rows(x):
     return np.hstack([x / np.where(zero, 1, length), zero]).astype(np.float32)
 
 
+def _why_alone(x, row, metric):
+    """Why UMAP's graph has no edge at a row: umap-learn cuts those of the metric's largest distance."""
+    if metric in ("cosine", "correlation"):
+        x = x - x.mean(axis=1, keepdims=True) if metric == "correlation" else x
+        others = _unit_rows(x)
+        if others[row, -1]:
+            return "is all zeros and has no direction" if metric == "cosine" else "has one value in all columns"
+        if np.delete(others @ others[row], row).max() < -0.999:
+            return f"is opposite to every other row ({metric} distance 2)"
+    return "is as far from every other row as this metric can say"
+
+
 class CpuBackend:
     """pandas, NumPy, scikit-learn, umap-learn and igraph."""
 
@@ -93,11 +105,20 @@ class CpuBackend:
         """UMAP (McInnes, Healy and Melville 2018, arXiv:1802.03426). x: (n, width) -> (n, n_components) float32.
 
         seed=None lets umap-learn use all cores, and the result differs from run to run.
-        ValueError if n <= n_neighbors or a row is not finite.
+        ValueError if n <= n_neighbors, a row is not finite, or UMAP finds no place for one: it has no edge.
         """
         x = _matrix(x)
         _at_least(len(x), n_neighbors + 1, f"UMAP with n_neighbors={n_neighbors}")
-        return self._umap(x, n_components, n_neighbors, min_dist, metric, seed).astype(np.float32)
+        found = np.asarray(self._umap(x, n_components, n_neighbors, min_dist, metric, seed), dtype=np.float32)
+        lost = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        if len(lost):
+            raise ValueError(
+                f"UMAP with metric={metric!r} has no place for {len(lost)} of {len(x)} rows: "
+                + "; ".join(f"row {row} {_why_alone(x, row, metric)}" for row in lost[:5])
+                + (f"; and {len(lost) - 5} more" if len(lost) > 5 else "")
+                + ". Drop them, or take another metric"
+            )
+        return found
 
     def pca(self, x, n):
         """Principal components, each with its largest loading positive.
@@ -169,10 +190,16 @@ class CpuBackend:
     def hdbscan(self, x, min_cluster_size=15, min_samples=None):
         """HDBSCAN (Campello, Moulavi and Sander 2013), euclidean. x: (n, width) -> labels (n,) int64, -1: noise.
 
-        Meant for UMAP or PCA coordinates: in hundreds of dimensions it takes time with the square of n.
+        min_samples: a point's core distance is that to its so-manieth nearest point, itself the first, as in the paper
+        and in scikit-learn; None: min_cluster_size. Meant for UMAP or PCA coordinates: in hundreds of dimensions it
+        takes time with the square of n.
         """
         x = _matrix(x)
-        _at_least(len(x), min_cluster_size, f"HDBSCAN with min_cluster_size={min_cluster_size}")
+        min_samples = min_cluster_size if min_samples is None else min_samples
+        for name, value, least in (("min_cluster_size", min_cluster_size, 2), ("min_samples", min_samples, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+            _at_least(len(x), value, f"HDBSCAN with {name}={value}")
         return self._hdbscan(x, min_cluster_size, min_samples).astype(np.int64)
 
     def layout(self, edges, n_nodes, weights=None, dims=2, seed=0):
@@ -199,6 +226,7 @@ class CpuBackend:
     def _umap(self, x, n_components, n_neighbors, min_dist, metric, seed):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tensorflow.*|.*Tensorflow.*", category=ImportWarning)
+            warnings.filterwarnings("ignore", message=".*vertices were disconnected")  # refused in `umap`
             from umap import UMAP
 
             # Below n_components + 2 rows the spectral start has no room.

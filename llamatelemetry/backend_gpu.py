@@ -6,11 +6,12 @@ from functools import cached_property
 import numpy as np
 
 from .analysis import layout as graph_layout
-from .backend import CpuBackend
+from .backend import CpuBackend, _unit_rows
 from .errors import GpuError
 
 RAPIDS = ("cupy", "cudf", "cuml")
 CUGRAPH_FROM = 1000  # nodes of a component
+_CUML_MIN_SAMPLES = 1023  # the most that cuML's HDBSCAN takes; the least is 1
 
 
 def _import_cugraph():
@@ -86,6 +87,8 @@ class GpuBackend(CpuBackend):
     def _umap(self, x, n_components, n_neighbors, min_dist, metric, seed):
         from cuml.manifold import UMAP
 
+        if metric == "cosine" and not x.any(axis=1).all():
+            x = _unit_rows(x)  # cuML divides rows of zeros by their length; umap-learn puts them at 1 from the others
         model = UMAP(
             n_components=n_components,
             n_neighbors=n_neighbors,
@@ -114,10 +117,19 @@ class GpuBackend(CpuBackend):
     def _kmeans(self, x, k, seed):
         from cuml.cluster import KMeans
 
-        return KMeans(n_clusters=k, n_init=4, random_state=seed, output_type="numpy").fit_predict(x)
+        # cuML's default start is k-means||, k-means++ its case without oversampling; its tolerance is absolute, that of
+        # scikit-learn in units of the variance.
+        tolerance = float(1e-4 * x.var(axis=0, dtype=np.float64).mean()) or 1e-12
+        model = KMeans(n_clusters=k, n_init=4, random_state=seed, oversampling_factor=0.0, tol=tolerance,
+                       output_type="numpy")  # fmt: skip
+        return model.fit_predict(x)
 
     def _hdbscan(self, x, min_cluster_size, min_samples):
         from cuml.cluster import HDBSCAN
 
-        model = HDBSCAN(min_cluster_size=min_cluster_size, min_samples=min_samples, output_type="numpy")
+        # cuML counts a point's neighbours without the point itself, scikit-learn and the paper with it.
+        neighbours = min_samples - 1
+        if not 1 <= neighbours <= _CUML_MIN_SAMPLES:
+            return super()._hdbscan(x, min_cluster_size, min_samples)
+        model = HDBSCAN(min_cluster_size=min_cluster_size, min_samples=neighbours, output_type="numpy")
         return np.asarray(model.fit_predict(x))

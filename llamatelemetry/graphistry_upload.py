@@ -1,12 +1,10 @@
 """The way of a `graphs.Graph` to a Graphistry server, through PyGraphistry (api 3, personal keys)."""
 
 import contextlib
-import html
 import logging
 
-import pandas as pd
-
 from . import kaggle
+from .drawn import html
 from .errors import GraphistryError
 from .plots import theme
 
@@ -38,7 +36,7 @@ class GraphistryPlot:
         return f"GraphistryPlot({self.url!r}, {self.privacy})"
 
     def _repr_html_(self):
-        url = html.escape(self.url, quote=True)
+        url = html(self.url)
         return (
             f"<iframe src='{url}' style='width:100%;max-width:{theme.WIDTH}px;height:{self.height}px;border:0' "
             f"allowfullscreen></iframe><p><a href='{url}' target='_blank' rel='noopener'>{url}</a></p>"
@@ -72,9 +70,9 @@ def bind_graph(client, graph):
 
 def _colors(values):
     """The arguments that give a column the colours it has on the offline page."""
-    from .plots.graph_page import MISSING, RAMP, categories
+    from .plots.graph_page import MISSING, RAMP, categories, is_numbers
 
-    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+    if is_numbers(values):
         return dict(palette=list(RAMP), as_continuous=True)
     names = categories(values)[0]
     mapping = {name: color for name, color in zip(names, theme.CATEGORIES[:-1])}  # as on the page

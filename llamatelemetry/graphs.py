@@ -5,17 +5,19 @@ What leaves the machine: nothing, unless Graphistry credentials were given for i
 says what goes where, and both tables and the page are written to disk first.
 """
 
+import io
 import re
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from .backend import get_backend
+from .drawn import token_text
 from .graphistry_upload import graphistry_credentials, upload_graph
-from .plots import theme
-from .plots.graph_page import graph_page
+from .plots.graph_page import graph_page, is_numbers
 
 
 class Graph:
@@ -47,12 +49,19 @@ class Graph:
         position=None,
         seed=0,
     ):
-        self.title, self.seed, self._given = title, seed, position
-        self.node, self.source, self.target = node, source, target
-        self.color, self.size, self.label, self.kind = color or kind, size, label or node, kind
-        self.weight, self.edge_color, self.edge_label = weight, edge_color, edge_label
-        self.nodes = _plain(nodes, "nodes", [node, self.color, size, label, kind, *(position or ())])
-        self.edges = _plain(edges, "edges", [source, target, weight, edge_color, edge_label])
+        self.title, self.seed = title, seed
+        self._given = None if position is None else tuple(map(str, position))
+        columns = (None if name is None else str(name) for name in (node, source, target, kind, size, weight))
+        self.node, self.source, self.target, self.kind, self.size, self.weight = columns
+        columns = (None if name is None else str(name) for name in (color, label, edge_color, edge_label))
+        self.color, self.label, self.edge_color, self.edge_label = columns
+        self.color, self.label = self.color or self.kind, self.label or self.node
+        self.nodes = _plain(
+            nodes, "nodes", [self.node, self.color, self.size, self.label, self.kind, *(self._given or ())]
+        )
+        self.edges = _plain(
+            edges, "edges", [self.source, self.target, self.weight, self.edge_color, self.edge_label]
+        )
         self._check()
 
     def _check(self):
@@ -66,6 +75,8 @@ class Graph:
         if ids.duplicated().any():
             again = ids[ids.duplicated()]
             raise ValueError(f"nodes[{self.node!r}] has {len(again)} repeated id(s), the first {again.iloc[0]!r}")
+        for column in (self.source, self.target):
+            _same_numbers(ids, self.edges[column], f"nodes[{self.node!r}]", f"edges[{column!r}]")
         index = pd.Index(ids)
         pairs = [index.get_indexer(self.edges[column]) for column in (self.source, self.target)]
         self.pairs = np.column_stack(pairs).astype(np.int64)  # (m, 2) row numbers of nodes
@@ -76,15 +87,16 @@ class Graph:
                 f"{unknown.sum()} of {len(self.edges)} edges name an id that is not in nodes[{self.node!r}] (type "
                 f"{ids.dtype}), the first {first}: add those nodes or drop those edges"
             )
-        for table, column in (("nodes", self.size), ("edges", self.weight)):
-            if column is not None and not pd.api.types.is_numeric_dtype(getattr(self, table)[column]):
+        numbers = [("nodes", self.size), ("edges", self.weight), *(("nodes", column) for column in self._given or ())]
+        for table, column in numbers:
+            if column is not None and not is_numbers(getattr(self, table)[column]):
                 raise ValueError(f"{table}[{column!r}] must be numbers, not {getattr(self, table)[column].dtype}")
         if self.weight is not None and not np.isfinite(self.edges[self.weight].to_numpy(dtype=float)).all():
             raise ValueError(f"edges[{self.weight!r}] holds NaN or infinity: drop those edges")
         if self._given is not None:
             if len(self._given) != 2:
                 raise ValueError(f"position is two columns of nodes, not {self._given!r}")
-            if not np.isfinite(self.nodes[list(self._given)].to_numpy(dtype=float)).all():
+            if not np.isfinite(self.nodes[list(self._given)].to_numpy(dtype=float, na_value=np.nan)).all():
                 raise ValueError(f"nodes{list(self._given)} hold NaN or infinity: every node needs a position")
 
     def layout(self, backend=None):
@@ -109,19 +121,21 @@ class Graph:
         """(nodes, edges, (x column, y column)): what is saved and uploaded, computed positions included."""
         if self._given is not None:
             return self.nodes, self.edges, tuple(self._given)
-        names = ("x", "y") if not {"x", "y"} & set(self.nodes.columns) else ("layout_x", "layout_y")
+        own = ("", "layout_", *(f"layout_{number}_" for number in range(2, len(self.nodes.columns) + 3)))
+        pairs = ((f"{prefix}x", f"{prefix}y") for prefix in own)
+        names = next(pair for pair in pairs if not set(pair) & set(self.nodes.columns))
         return self.nodes.assign(**dict(zip(names, self.positions.T))), self.edges, names
 
     def page(self, height=720):
         """The offline page: zoom, pan, hover, search, filters; one self-contained HTML document."""
-        shown = {self.label, self.node}
+        shown, ids = {self.label, self.node}, self.nodes[self.node].astype(object)
         positions = self.positions
         how = "positions given by columns " + ", ".join(self._given) if self._given else "layout computed by force"
         return graph_page(
             positions,
             self.pairs,
             title=self.title,
-            labels=[theme.token_text(v) if isinstance(v, bytes) else str(v) for v in self.nodes[self.label]],
+            labels=self.nodes[self.label].astype(object).where(self.nodes[self.label].notna(), ids).map(str),
             color=None if self.color is None else self.nodes[self.color],
             size=None if self.size is None else self.nodes[self.size],
             kind=None if self.kind is None else self.nodes[self.kind],
@@ -141,8 +155,8 @@ class Graph:
         folder.mkdir(parents=True, exist_ok=True)
         nodes, edges, _ = self.tables
         paths = {part: folder / f"{name}.{part}.parquet" for part in ("nodes", "edges")}
-        nodes.to_parquet(paths["nodes"], index=False)
-        edges.to_parquet(paths["edges"], index=False)
+        _write(nodes, "nodes", paths["nodes"])
+        _write(edges, "edges", paths["edges"])
         return {**paths, "page": self.page().save(folder / f"{name}.html")}
 
     def show(
@@ -178,11 +192,11 @@ def _plain(frame, what, columns):
     frame = frame.to_pandas() if hasattr(frame, "to_pandas") else frame
     if not isinstance(frame, pd.DataFrame):
         raise ValueError(f"{what} must be a DataFrame, not {type(frame).__name__}")
-    missing = [column for column in columns if column is not None and column not in frame.columns]
-    if missing:
-        raise ValueError(f"{what} has no column {', '.join(map(repr, missing))}; it has {list(frame.columns)}")
     frame = frame.reset_index(drop=True).copy()
     frame.columns = frame.columns.map(str)
+    missing = [column for column in dict.fromkeys(columns) if column is not None and column not in frame.columns]
+    if missing:
+        raise ValueError(f"{what} has no column {', '.join(map(repr, missing))}; it has {list(frame.columns)}")
     if frame.columns.duplicated().any():
         raise ValueError(f"{what} has the column {frame.columns[frame.columns.duplicated()][0]!r} twice: rename one")
     for column in frame.columns[frame.dtypes == object]:
@@ -191,7 +205,40 @@ def _plain(frame, what, columns):
             # Pieces that are bytes, mixed types, lists: as text, one way for Parquet, Arrow and the page.
             mixed = values.map(type).nunique() > 1 or not isinstance(values.iloc[0], (int, float, bool))
             if mixed:
-                frame[column] = values.map(
-                    lambda v: theme.token_text(v) if isinstance(v, bytes) else None if v is None else str(v)
-                )
+                frame[column] = values.map(_text)
     return frame
+
+
+def _text(value):
+    """A cell of a column of texts: bytes as token text, missing ones stay missing."""
+    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value):
+        return None
+    return token_text(value) if isinstance(value, bytes) else str(value)
+
+
+def _same_numbers(ids, values, ids_name, values_name):
+    """ValueError where integers would be compared with floats that cannot tell neighbouring integers apart."""
+    kinds = {ids.dtype.kind: ids, values.dtype.kind: values}
+    if "f" not in kinds or not {"i", "u"} & set(kinds):
+        return
+    if len(values) and max(ids.abs().max(), values.abs().max()) > 2**53:
+        raise ValueError(
+            f"{ids_name} is {ids.dtype} and {values_name} is {values.dtype}: above 2**53 floats do not tell integers "
+            "apart. Drop rows without an id, then convert both to 'int64'"
+        )
+
+
+def _write(frame, what, path):
+    """To Parquet; ValueError names the column that Parquet has no type for."""
+    try:
+        frame.to_parquet(path, index=False)
+    except (pa.ArrowException, TypeError) as error:
+        for column in frame.columns:
+            try:
+                frame[[column]].to_parquet(io.BytesIO(), index=False)
+            except (pa.ArrowException, TypeError) as reason:
+                raise ValueError(
+                    f"{what}[{column!r}] ({frame[column].dtype}) has no type in a Parquet file ({reason}): convert it, "
+                    "for example with .astype(str)"
+                ) from error
+        raise

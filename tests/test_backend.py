@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from llamatelemetry import backend as backend_module
 from llamatelemetry import gpus
 from llamatelemetry.analysis.layout import layout, pack_discs
 from llamatelemetry.backend import get_backend
-from llamatelemetry.backend_gpu import _import_cugraph
+from llamatelemetry.backend_gpu import GpuBackend, _import_cugraph
 from llamatelemetry.errors import GpuError
 
 RAPIDS_HERE = all(importlib.util.find_spec(name) for name in ("cupy", "cudf", "cuml"))
@@ -137,6 +138,88 @@ def test_hdbscan_finds_planted_clusters_and_noise(backend):
     assert kept.mean() > 0.9 and adjusted_rand_score(labels[kept], found[:-3][kept]) == 1.0
 
 
+def test_min_samples_counts_the_point_itself(backend):
+    corners = np.array([[0, 0], [1, 0], [0, 1], [10, 10], [11, 10], [10, 11]])
+    # Each point has two near ones: three with itself. A fourth is 13 away, and then no triple stands out.
+    for min_samples in (None, 2, 3):
+        assert backend.hdbscan(corners, 3, min_samples).tolist() in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0])
+    assert (backend.hdbscan(corners, 3, 4) == -1).all()
+
+
+@pytest.mark.parametrize("min_samples, given", [(None, 9), (2, 1), (10, 9), (1024, 1023), (1, None), (1025, None)])
+def test_min_samples_is_translated_for_cuml(monkeypatch, min_samples, given):
+    asked = []
+
+    class Model:  # cuML's: counts without the point itself, 1 to 1023
+        def __init__(self, min_cluster_size, min_samples, output_type):
+            asked.append(min_samples)
+
+        def fit_predict(self, x):
+            return np.zeros(len(x), int)
+
+    monkeypatch.setitem(sys.modules, "cuml", types.ModuleType("cuml"))
+    monkeypatch.setitem(sys.modules, "cuml.cluster", types.SimpleNamespace(HDBSCAN=Model))
+    x, _ = planted(per_cluster=300)
+    found = GpuBackend.__new__(GpuBackend).hdbscan(x, 10, min_samples)
+    if given is None:  # what cuML has no word for is computed by scikit-learn
+        np.testing.assert_array_equal(found, cpu.hdbscan(x, 10, min_samples))
+    assert asked == ([] if given is None else [given])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not RAPIDS_HERE, reason="no RAPIDS")
+@pytest.mark.parametrize("min_samples", [None, 1, 2, 3, 5, 10, 15, 30])
+def test_cpu_and_gpu_cluster_alike_for_one_min_samples(min_samples):
+    rng = np.random.default_rng(0)
+    centres = np.array([[0, 0], [6, 0], [0, 7], [9, 9]])
+    x = np.vstack([centre + rng.normal(size=(60, 2)) * spread for centre, spread in zip(centres, (0.5, 0.8, 1.1, 1.4))])
+    x = np.vstack([x, rng.uniform(-10, 20, size=(40, 2))]).astype(np.float32)
+    ours, theirs = cpu.hdbscan(x, 15, min_samples), get_backend("gpu").hdbscan(x, 15, min_samples)
+    # Equal distances may be joined in another order, which moves a point at a cluster's edge.
+    assert set(ours) == set(theirs) and adjusted_rand_score(ours, theirs) > 0.98
+
+
+def test_rows_without_a_place_in_umap_are_named_with_the_reason(backend):
+    x = np.zeros((41, 8), np.float32)
+    x[:, 0] = 1
+    x[40] *= -1
+    if backend.name == "gpu":
+        try:
+            assert np.isfinite(backend.umap(x)).all()
+            return
+        except ValueError as error:
+            assert "row 40 is opposite to every other row" in str(error)
+            return
+    with pytest.raises(ValueError, match=r"no place for 1 of 41 rows: row 40 is opposite to every other row \(cosine"):
+        backend.umap(x)
+
+
+@pytest.mark.parametrize(
+    "metric, change, reason",
+    [
+        ("cosine", {3: 0.0}, "row 3 is all zeros and has no direction"),
+        ("correlation", {3: 2.0}, "row 3 has one value in all columns"),
+        ("cosine", {}, "row 3 is as far from every other row as this metric can say"),
+        ("jaccard", {}, "row 3 is as far from"),
+    ],
+)
+def test_every_reason_of_umap_is_said(monkeypatch, metric, change, reason):
+    x = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    for row, value in change.items():
+        x[row] = value
+    lost = np.zeros((20, 2))
+    lost[[3, 5, 6, 7, 8, 9]] = np.nan
+    monkeypatch.setattr(cpu, "_umap", lambda *arguments: lost)
+    with pytest.raises(ValueError, match=f"6 of 20 rows: {reason}.*; and 1 more. Drop them"):
+        cpu.umap(x, metric=metric)
+
+
+def test_zeros_have_a_place_in_umap(backend):
+    x = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    x[:3] = 0
+    assert np.isfinite(backend.umap(x, metric="cosine")).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n_components", [2, 3])
 def test_umap_keeps_planted_neighbourhoods(backend, n_components):
@@ -176,6 +259,9 @@ BAD[3, 1] = np.nan
         (lambda b: b.hdbscan(BAD, 2), "NaN"),
         (lambda b: b.kmeans(X, 11), "at least 11 rows"),
         (lambda b: b.hdbscan(X, 11), "at least 11 rows"),
+        (lambda b: b.hdbscan(X, 3, 11), "min_samples=11 needs at least 11 rows"),
+        (lambda b: b.hdbscan(X, 3, 0), "min_samples must be at least 1, not 0"),
+        (lambda b: b.hdbscan(X, 1), "min_cluster_size must be at least 2, not 1"),
         (lambda b: b.pca(X, 5), "1 to 4 components, not 5"),
         (lambda b: b.pca(np.ones((5, 3)), 2), "no variance"),
         (lambda b: b.kmeans(np.ones(5), 2), "matrix"),

@@ -80,6 +80,8 @@ def changed(table, change):
         ("edges", lambda t: t.assign(w=[1, np.nan, 1, 1]), {"weight": "w"}, "NaN or infinity"),
         ("edges", lambda t: t, {"weight": "via"}, "must be numbers"),
         ("nodes", lambda t: t, {"size": "kind"}, "must be numbers"),
+        ("nodes", lambda t: t.assign(norm=True), {"size": "norm"}, r"nodes\['norm'\] must be numbers, not bool"),
+        ("nodes", lambda t: t, {"position": ("px", "kind")}, r"nodes\['kind'\] must be numbers"),
         ("nodes", lambda t: t.assign(px=[0, 0, 0, np.inf, 0]), {"position": ("px", "py")}, "needs a position"),
         ("nodes", lambda t: t, {"position": ("px", "py", "norm")}, "two columns"),
         ("nodes", lambda t: t.to_dict("list"), {}, "must be a DataFrame, not dict"),
@@ -89,6 +91,75 @@ def changed(table, change):
 def test_tables_that_do_not_fit_are_refused(table, change, options, message):
     with pytest.raises(ValueError, match=message):
         Graph(*changed(table, change), **options)
+
+
+def chain(nodes, **options):
+    """A graph of three nodes in a row."""
+    return Graph(pd.DataFrame({"id": [1, 2, 3]} | nodes), pd.DataFrame({"src": [1, 2], "dst": [2, 3]}), **options)
+
+
+@pytest.mark.parametrize(
+    "values, names",
+    [
+        (pd.array([True, None, False], "boolean"), ["False", "True"]),
+        (np.array([True, None, False], object), ["False", "True"]),
+        (pd.to_datetime(["2024-01-02", None, "2024-03-01"]), ["2024-01-02 00:00:00", "2024-03-01 00:00:00"]),
+        (pd.Categorical(["a", None, "b"]), ["a", "b"]),
+        (pd.Categorical([2, None, 10]), ["10", "2"]),
+        (["a", None, np.nan], ["a"]),
+        ([b"\xf0\x9f", np.nan, " x"], ["␣x", "<0xF0><0x9F>"]),
+        (pd.to_timedelta([1, 2, 2], "D"), ["2 days 00:00:00", "1 days 00:00:00"]),
+        ([[1], {"a": 1}, None], ["[1]", "{'a': 1}"]),
+    ],
+)
+@pytest.mark.parametrize("role", ["color", "kind"])
+def test_columns_of_any_type_give_colours_and_kinds(tmp_path, values, names, role):
+    graph = chain({"c": values}, **{role: "c"})
+    shown = page_data(graph.page())[role]
+    assert shown["names"] == names
+    saved = pd.read_parquet(graph.save(tmp_path)["nodes"])
+    assert saved["c"].isna().tolist() == [bool(missing) for missing in pd.isna(pd.Series(list(values), dtype=object))]
+
+
+@pytest.mark.parametrize(
+    "values", [pd.array([1, None, 3], "Int64"), [1, np.nan, 3], [1, np.inf, 3], np.array([1, 2, 3], "u8")]
+)
+def test_numbers_of_any_type_give_sizes(tmp_path, values):
+    graph = chain({"s": values}, size="s", color="s")
+    data = page_data(graph.page())
+    assert data["size"]["range"] == [1, 3] and data["color"] == data["size"]
+    graph.save(tmp_path)
+
+
+def test_a_missing_label_is_the_id():
+    assert page_data(chain({"p": [b"\xf0", np.nan, None]}, label="p").page())["labels"] == ["<0xF0>", "2", "3"]
+
+
+@pytest.mark.parametrize("taken", [["x"], ["y"], ["x", "layout_x"], ["x", "layout_y", "layout_2_y"], ["src", "dst"]])
+def test_own_columns_are_never_written_over(tmp_path, taken):
+    graph = chain({name: [7, 8, 9] for name in taken})
+    nodes, _, (x, y) = graph.tables
+    assert not {x, y} & set(taken) and all(nodes[name].tolist() == [7, 8, 9] for name in taken)
+    assert set(pd.read_parquet(graph.save(tmp_path)["nodes"])) == {"id", *taken, x, y}
+
+
+def test_column_names_may_be_numbers():
+    graph = Graph(pd.DataFrame({0: [1, 2], 1: ["a", "b"]}), pd.DataFrame({5: [1], 6: [2]}), 0, 5, 6, label=1)
+    assert page_data(graph.page())["labels"] == ["a", "b"] and graph.pairs.tolist() == [[0, 1]]
+
+
+def test_ids_that_floats_cannot_tell_apart_are_refused():
+    nodes = pd.DataFrame({"id": [2**60, 2**60 + 1]})
+    with pytest.raises(ValueError, match=r"nodes\['id'\] is int64 and edges\['src'\] is float64.*2\*\*53"):
+        Graph(nodes, pd.DataFrame({"src": [float(2**60)], "dst": [2**60 + 1]}))
+    whole = Graph(nodes, pd.DataFrame({"src": [2**60], "dst": [2**60 + 1]}))
+    assert whole.pairs.tolist() == [[0, 1]] and page_data(whole.page())["labels"][1] == str(2**60 + 1)
+
+
+def test_a_column_without_a_type_in_parquet_is_named(tmp_path):
+    graph = chain({"z": [1j, 2j, 3j]})
+    with pytest.raises(ValueError, match=r"nodes\['z'\] \(complex128\) has no type in a Parquet file.*astype\(str\)"):
+        graph.save(tmp_path)
 
 
 def test_a_graph_without_edges_is_one(tmp_path):

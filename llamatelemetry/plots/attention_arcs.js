@@ -36,7 +36,7 @@ function draw() {
       fill: `rgb(${viridis(DATA.color[i])})`});
     node.append(svg('title', {}, DATA.details[i])); parts.push(node);
     if (N <= 80 || i % Math.ceil(N / 80) === 0) parts.push(svg('text', {'data-i': i, 'text-anchor': 'end',
-      transform: `translate(${x(i) + 4},${MIDDLE + 16}) rotate(-90)`}, label(i).slice(0, 14)));
+      transform: `translate(${x(i) + 4},${MIDDLE + 16}) rotate(-90)`}, short(label(i), 14)));
   }
   const box = $('arcs'); box.setAttribute('viewBox', `0 0 900 ${MIDDLE + LABELS + ($('rollout').checked ? 130 : 6)}`);
   box.replaceChildren(...parts); state.arcs = found.size;

@@ -14,6 +14,11 @@ function svg(tag, attributes = {}, text) {
 const number = (x, digits = 4) => x === 0 ? '0' : Math.abs(x) >= 1e4 || Math.abs(x) < 1e-3 ? x.toExponential(2)
   : x.toPrecision(digits);
 const label = i => i + ' ' + DATA.tokens[i];
+// At most n characters, counted so that none is cut in halves; a token's isolate (U+2068) is closed again.
+function short(text, n) {
+  const all = Array.from(text);
+  return all.length <= n ? text : all.slice(0, n - 1).join('') + '…' + (text.includes('\u2068') ? '\u2069' : '');
+}
 
 // Viridis, sampled; between samples linear. Signed values run from blue over the page's background to red.
 const VIRIDIS = ['440154', '482878', '3e4989', '31688e', '26828e', '1f9e89', '35b779', '6ece58', 'b5de2b', 'fde725']

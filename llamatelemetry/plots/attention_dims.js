@@ -7,8 +7,9 @@ function drawDims() {
     + (group === 1 ? '' : `, key head ${kv} (serves heads ${kv * group} to ${(kv + 1) * group - 1})`);
   const q = qOf && qOf(layer, head, query);
   if (!q) {
-    $('bars').textContent = 'q and k of this layer are not on this page, to keep it small. Here they are for layers '
-      + (DATA.q ? DATA.q.layers.join(', ') : 'none') + '; draw the page with another layer to have its own.';
+    $('bars').textContent = DATA.q ? 'q and k of this layer are not on this page, to keep it small. Here they are for '
+      + `layers ${DATA.q.layers.join(', ')}; draw the page with another layer to have its own.`
+      : 'q and k were not captured for this page.';
     $('dims').replaceChildren(); state.dot = null; return;
   }
   const keys = Array.from({length: query + 1}, (_, i) => kOf(layer, kv, i));

@@ -1,11 +1,11 @@
 """Self-contained attention pages: three views of all heads, one token's steps through one head, and the next token."""
 
-import html
 from importlib import resources
 from string import Template
 
 import numpy as np
 
+from ..drawn import html
 from . import theme
 from .page import Page, pack
 
@@ -19,7 +19,7 @@ def _script(*names):
 
 
 def _body(name, **texts):
-    return Template(_file(name)).substitute({key: html.escape(text) for key, text in texts.items()})
+    return Template(_file(name)).substitute({key: html(text) for key, text in texts.items()})
 
 
 def pack_vectors(x, bits, layers):
@@ -49,6 +49,8 @@ def _precision(n_weights, n_vector, n_layer, layer, max_bytes):
     for weight_bits, vector_bits in ((32, 32), (32, 16), (16, 16), (16, 8)):
         if (n_weights * weight_bits + n_vector * vector_bits) / 6 <= max_bytes:
             return weight_bits, vector_bits, list(range(n_layer))
+    if not n_vector:
+        return 16, 16, list(range(n_layer))
     room = max_bytes - n_weights * 16 / 6
     count = int(np.clip(room // (n_vector / n_layer * 16 / 6), 1, n_layer))
     first = int(np.clip(layer - count // 2, 0, n_layer - count))
@@ -62,7 +64,8 @@ def attention_page(attention, pieces, *, model, scales, q=None, k=None, softcap=
     attention: (layer, head, query, key) of the whole prompt; pieces: token texts; model: name for the title; scales:
     (layer,) softmax scales; q: (layer, head, token, feature) and k: (layer, kv_head, token, feature), after RoPE;
     layer, head: what is selected first. Weights, q and k are stored as precisely as max_bytes allows, and the page says
-    how. A page of 32 x 32 heads at 64 tokens is larger than max_bytes, with q and k of one layer. Returns a Page.
+    how. A page of 32 x 32 heads at 64 tokens is larger than max_bytes, with q and k of one layer. Without q and k the
+    page has two views. Returns a Page.
     """
     n_layer, n_head, n_token, _ = attention.shape
     n_weights = n_layer * n_head * n_token * (n_token + 1) // 2

@@ -95,7 +95,7 @@ function drawLines(focus = pinned) {
     svg('text', {x: X2 + 6, y: 10, class: 'value'}, 'key')];
   for (let i = 0; i < N; i++) for (const side of ['query', 'key']) {
     const text = svg('text', {x: side === 'query' ? X1 - 6 : X2 + 6, y: y(i) + 4,
-      'text-anchor': side === 'query' ? 'end' : 'start', 'data-side': side, 'data-i': i}, clip(label(i)));
+      'text-anchor': side === 'query' ? 'end' : 'start', 'data-side': side, 'data-i': i}, short(label(i), 13));
     if (!shown(i)) text.classList.add('off');
     if (pinned && side === pinned.side && i === pinned.i) text.classList.add('pinned');
     texts.push(text);
@@ -110,7 +110,6 @@ function drawLines(focus = pinned) {
   box.replaceChildren(...paths, ...texts);
   state.lines = paths.length; state.focus = focus;
 }
-const clip = text => text.length > 13 ? text.slice(0, 12) + '…' : text;
 $('lines').addEventListener('mouseover', event => {
   const {side, i} = event.target.dataset || {};
   if (side && !(state.focus && state.focus.side === side && state.focus.i === +i)) drawLines({side, i: +i});

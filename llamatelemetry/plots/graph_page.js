@@ -3,7 +3,7 @@ const $ = id => document.getElementById(id);
 const X = unpack(DATA.x), Y = unpack(DATA.y), SRC = unpack(DATA.source), DST = unpack(DATA.target);
 const N = X.length, M = SRC.length, WEIGHT = DATA.weight ? unpack(DATA.weight) : null;
 const KIND = DATA.kind ? unpack(DATA.kind.codes) : new Int32Array(N);
-const LABELS = DATA.labels, LOWER = LABELS.map(text => text.toLowerCase());
+const LABELS = DATA.labels, SHORT = DATA.short, LOWER = LABELS.map(text => text.toLowerCase());
 const canvas = $('canvas'), view = canvas.getContext('2d');
 const cache = document.createElement('canvas'), context = cache.getContext('2d');
 const BINS = 24, OWN = DATA.categories.length - 1;  // the last category colour is grey: everything without its own
@@ -199,7 +199,7 @@ function paintNames() {
     if (i < 0 || !graph.shown[i] || boxes.length >= most) return;
     const [x, y] = graph.screen(i), r = RADIUS[i] * grow();
     if (x < 0 || y < 0 || x > width || y > height) return;
-    const text = LABELS[i].length > 28 ? LABELS[i].slice(0, 27) + '…' : LABELS[i];
+    const text = SHORT[i];
     const w = view.measureText(text).width, left = x + r + 3 + w > width ? x - r - 3 - w : x + r + 3;
     const box = [left - 2, y - 8, left + w + 2, y + 8];
     if (boxes.some(b => b[0] < box[2] && box[0] < b[2] && b[1] < box[3] && box[1] < b[3])) return;

@@ -9,6 +9,7 @@ from importlib import resources
 import numpy as np
 import pandas as pd
 
+from ..drawn import shorten, token_text
 from . import theme
 from .page import Page, pack
 
@@ -32,10 +33,15 @@ _BODY = """
 """
 
 
+def is_numbers(values):
+    """Whether a column is drawn on a scale: numbers, but not truth values."""
+    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+
+
 def categories(values):
     """(names, codes): the categories of a column, most frequent first, and each row's number, -1 where empty."""
-    text = pd.Series(values).reset_index(drop=True)
-    text = text.where(text.isna(), text.astype(str))
+    values = pd.Series(values).reset_index(drop=True)
+    text = values.astype(object).map(str, na_action="ignore")
     counts = text.value_counts(sort=False)
     names = sorted(counts.index, key=lambda name: (-counts[name], name))
     return names, pd.Index(names).get_indexer(text).astype(np.int32)
@@ -46,7 +52,7 @@ def _encode(values):
     if values is None:
         return None
     values = pd.Series(values)
-    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+    if is_numbers(values):
         numbers = values.to_numpy(dtype=np.float64, na_value=np.nan)
         numbers = np.where(np.isfinite(numbers), numbers, np.nan)
         known = numbers[~np.isnan(numbers)]
@@ -54,18 +60,19 @@ def _encode(values):
         share = (numbers - low) / ((high - low) or 1.0)
         return {"name": str(values.name), "range": [low, high], "share": pack(np.nan_to_num(share, nan=-1.0))}
     names, codes = categories(values)
-    return {"name": str(values.name), "names": names, "codes": pack(codes)}
+    return {"name": str(values.name), "names": [_label(name) for name in names], "codes": pack(codes)}
 
 
 def _cell(value):
     if value is None or value is pd.NA or value != value:
         return None
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else _label(str(value))
 
 
 def _label(text):
-    """Text whose blanks and control characters at its ends or anywhere inside would not be seen is made visible."""
-    return text if text.strip() == text != "" and text.isprintable() else theme.token_text(text)
+    """Text that would not be seen as it is (blanks at its ends, control characters, right-to-left) as token text."""
+    seen = token_text(text)
+    return text if text.strip() == text and seen.replace("␣", " ") == text else seen
 
 
 def graph_page(
@@ -97,6 +104,7 @@ def graph_page(
     order = np.argsort(-strength, kind="stable")  # the strongest first: while moving, they are the ones drawn
     edge_values = None if edge_color is None else pd.Series(edge_color).reset_index(drop=True).iloc[order]
     details = pd.DataFrame() if details is None else details
+    labels = [_label(text) for text in labels]
     data = {
         "title": title,
         "note": note,
@@ -106,9 +114,10 @@ def graph_page(
         "target": pack(pairs[order, 1]),
         "weight": None if weight is None else pack(strength[order]),
         "weightName": "weight" if getattr(weight, "name", None) is None else str(weight.name),
-        "labels": [_label(text) for text in labels],
+        "labels": labels,
+        "short": [shorten(label, 28) for label in labels],
         "color": _encode(color),
-        "kind": None if kind is None else _encode(kind.astype(str).where(kind.notna(), None)),
+        "kind": None if kind is None else _encode(kind.astype(object).map(str, na_action="ignore")),
         "size": _encode(size),
         "edgeColor": _encode(edge_values),
         "edgeLabels": None if edge_labels is None else [_cell(text) for text in np.asarray(edge_labels, object)[order]],

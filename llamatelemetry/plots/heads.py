@@ -4,6 +4,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..drawn import plotly
 from . import theme
 
 GRID = 300  # rows of a distance matrix that are drawn; larger ones are averaged in blocks
@@ -14,7 +15,7 @@ MEASURE_COLOR = dict(zip(
 
 
 def _figure(figure, title, **layout):
-    return figure.update_layout(template=theme.TEMPLATE, title=title, **layout)
+    return figure.update_layout(**theme.titled(title), **layout)
 
 
 def measure_maps(profiled, measures, model):
@@ -163,7 +164,7 @@ def side_by_side(attention, places, pieces, model, notes=None):
     titles = [f"L{layer}H{head}" + (f": {notes[layer, head]}" if notes else "") for layer, head in places]
     titles = [title if len(title) < 34 else title[:32] + "…" for title in titles]
     figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.04, vertical_spacing=0.16 / rows)
-    labels, n = theme.token_labels(pieces), len(pieces)
+    labels, n = theme.axis_values(theme.token_labels(pieces)), len(pieces)
     for place, name in enumerate(places):
         values = np.where(np.tri(n, dtype=bool), np.asarray(attention[name]), np.nan)
         figure.add_trace(go.Heatmap(
@@ -185,8 +186,8 @@ def survival(comparison, one, other):
     part = comparison.dropna(subset=["labels"])
     figure = go.Figure()
     for column, color, name in (("kept", theme.CATEGORIES[2], "in both"),
-                                ("lost", theme.CATEGORIES[5], f"only in {one}"),
-                                ("gained", theme.CATEGORIES[4], f"only in {other}")):  # fmt: skip
+                                ("lost", theme.CATEGORIES[5], plotly(f"only in {one}")),
+                                ("gained", theme.CATEGORIES[4], plotly(f"only in {other}"))):  # fmt: skip
         figure.add_trace(go.Bar(x=part.index, y=part[column], name=name, marker_color=color,
                                 hovertemplate="%{x}<br>%{y} heads<extra>" + name + "</extra>"))  # fmt: skip
     figure.update_xaxes(title_text="behaviour", tickangle=-30)

@@ -1,11 +1,9 @@
 """The dashboard of notebook 15: every head on one self-contained page, linked to its matrix, profile and neighbours."""
 
-import html
-
 import numpy as np
 
 from . import theme
-from .attention_page import _file, _script
+from .attention_page import _body, _file, _script
 from .page import Page, pack
 
 EXACT, FINE = 4_000_000, 2_500_000  # bytes of float32 weights, of 16-bit weights; beyond: 8 bits
@@ -48,7 +46,7 @@ def heads_page(profiled, labels, attention, pieces, distance, *, model, extra=No
              f"mark the highest shuffled score. Matrices: query down, key across, one text of {len(pieces)} "
              f"tokens, each with its "
              f"own scale, {precision}.")  # fmt: skip
-    body = _file("heads_page.html").replace("$title", html.escape(title)).replace("$about", html.escape(about))
+    body = _body("heads_page.html", title=title, about=about)
     return Page(title, body, _script("heads_page.js"), data, style=_file("heads_page.css"), height=1120)
 
 

@@ -1,11 +1,10 @@
 """Figures of notebook 14: profiles over depth, maps of layer and token. All return Plotly figures."""
 
-import html
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..drawn import plotly
 from . import theme
 
 STATE = "state (0: embedding, l: after layer l - 1)"
@@ -16,7 +15,7 @@ PARTS = {"attention": theme.COLOR["attention"], "ffn": theme.COLOR["ffn"], "both
 
 
 def _lines(title, x_title, y_title, *, height=440, log=False, **axes):
-    figure = go.Figure(layout=dict(template=theme.TEMPLATE, title=title, height=height, legend=_LEGEND))
+    figure = go.Figure(layout=dict(**theme.titled(title), height=height, legend=_LEGEND))
     figure.update_xaxes(title=x_title)
     figure.update_yaxes(title=y_title, **axes)
     if log:
@@ -30,8 +29,9 @@ def log_axis(figure, **where):
 
 
 def _line(figure, x, y, name, color, *, dash=None, place={}, unit=".4g", **more):
+    name = plotly(name)
     figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", line=dict(color=color, width=2, dash=dash),
-                       marker=dict(size=4), hovertemplate=f"%{{x}}: %{{y:{unit}}}<extra>{html.escape(name)}</extra>",
+                       marker=dict(size=4), hovertemplate=f"%{{x}}: %{{y:{unit}}}<extra>{name}</extra>",
                        **place, **more)  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def contribution_profile(data, *, title):
     log_axis(figure, title="length added / length before", row=1, col=1)
     figure.update_yaxes(title="cosine with the stream", zeroline=True, row=1, col=2)
     figure.update_xaxes(title="layer")
-    return figure.update_layout(template=theme.TEMPLATE, title=title, height=430, legend=_LEGEND, margin=dict(t=90))
+    return figure.update_layout(**theme.titled(title), height=430, legend=_LEGEND, margin=dict(t=90))
 
 
 def projection_bars(table, *, title):
@@ -110,7 +110,7 @@ def norm_impact(table, *, title):
     log_axis(figure, row=1, col=2)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=3)
     figure.update_xaxes(title="layer")
-    return figure.update_layout(template=theme.TEMPLATE, title=title, height=400, legend=_LEGEND, margin=dict(t=90))
+    return figure.update_layout(**theme.titled(title), height=400, legend=_LEGEND, margin=dict(t=90))
 
 
 def lens_profile(data, position, *, title):
@@ -126,12 +126,11 @@ def lens_profile(data, position, *, title):
         figure.update_yaxes(title=label if name != "rank" else "rank + 1 (log)", rangemode="tozero", **place)
     log_axis(figure, row=1, col=1)
     figure.update_xaxes(title=STATE, row=2)
-    return figure.update_layout(template=theme.TEMPLATE, title=title, height=520)
+    return figure.update_layout(**theme.titled(title), height=520)
 
 
 def _short(piece, length=9):
-    text = theme.token_text(piece)
-    return html.escape(text if len(text) <= length else text[: length - 1] + "…")
+    return plotly(theme.shorten(theme.token_text(piece), length))
 
 
 def lens_table(data, pieces, vocabulary, *, title, last=12, every=1):
@@ -149,17 +148,17 @@ def lens_table(data, pieces, vocabulary, *, title, last=12, every=1):
 
     text = [[_short(piece(i[0])) for i in row] for row in ids]
     def best(tokens, shares):
-        return "<br>".join(f"{html.escape(theme.token_text(piece(i)))}  {q:.4f}" for i, q in zip(tokens, shares))
+        return "<br>".join(f"{plotly(theme.token_text(piece(i)))}  {q:.4f}" for i, q in zip(tokens, shares))
 
     hover = [[best(*cell) for cell in zip(*row)] for row in zip(ids, p)]
-    labels = [f"{t} {_short(pieces[t])}" for t in tokens]
+    labels = [f"{t} {theme.token_text(pieces[t])}" for t in tokens]
     figure = go.Figure(go.Heatmap(
-        z=p[..., 0], x=labels, y=[str(s) for s in states[kept]], text=text, texttemplate="%{text}",
+        z=p[..., 0], x=theme.axis_values(labels), y=[str(s) for s in states[kept]], text=text, texttemplate="%{text}",
         textfont=dict(size=10), customdata=hover, zmin=0, zmax=1, colorscale=theme.MAGNITUDE, xgap=1, ygap=1,
         colorbar=dict(title=dict(text="probability", side="right")),
         hovertemplate="position %{x}, state %{y}<br>%{customdata}<extra></extra>",
-    ), layout=dict(template=theme.TEMPLATE, title=title, height=140 + 19 * len(kept)))  # fmt: skip
-    figure.update_xaxes(title="token that is read", tickangle=-45)
+    ), layout=dict(**theme.titled(title), height=140 + 19 * len(kept)))  # fmt: skip
+    theme.label_ticks(figure, labels, "x", title="token that is read", tickangle=-45)
     return figure.update_yaxes(title=ROWS, type="category")
 
 
@@ -167,10 +166,9 @@ def settled_bars(layers, pieces, *, title):
     """State at which the prediction after each token settles. layers: analysis.lens.settled."""
     figure = _lines(title, "token that is read", "settles at state", height=380)
     labels = theme.token_labels(pieces)
-    figure.add_bar(x=labels, y=layers, marker_color=theme.COLOR["residual"],
+    figure.add_bar(x=theme.axis_values(labels), y=layers, marker_color=theme.COLOR["residual"],
                    hovertemplate="%{x}: state %{y}<extra></extra>")  # fmt: skip
-    step = max(1, -(-len(labels) // 48))
-    figure.update_xaxes(tickangle=-90, tickmode="array", tickvals=labels[::step])
+    theme.label_ticks(figure, labels, "x", most=48, tickangle=-90)
     return figure.update_layout(margin=dict(t=60))
 
 
@@ -198,7 +196,7 @@ def importance_profile(table, *, title):
     figure.update_yaxes(title="1 - cosine", row=1)
     figure.update_yaxes(title="rise of the loss (nats per token)", row=2)
     figure.update_xaxes(title="layer", row=2)
-    return figure.update_layout(template=theme.TEMPLATE, title=title, height=560, legend=_LEGEND, margin=dict(t=90))
+    return figure.update_layout(**theme.titled(title), height=560, legend=_LEGEND, margin=dict(t=90))
 
 
 def state_map(values, *, title, unit, x_title=STATE, y_title=ROWS, zmax=1.0):
@@ -211,11 +209,10 @@ def state_map(values, *, title, unit, x_title=STATE, y_title=ROWS, zmax=1.0):
 
 def position_map(values, positions, states, pieces, *, title, unit, signed=False, zmax=None):
     """A map of (state, position): distance of two runs, or what a patch restores. pieces: of all positions."""
-    labels = [f"{p} {html.escape(theme.token_text(pieces[p]))}" for p in positions]
+    labels = [f"{p} {theme.token_text(pieces[p])}" for p in positions]
     figure = theme.heatmap(values, labels, [str(s) for s in states], title=title, x_title="token", y_title=ROWS,
                            unit=unit, signed=signed, zmax=zmax, height=max(380, min(720, 150 + 16 * len(states))))
-    step = max(1, -(-len(labels) // 48))
-    figure.update_xaxes(tickangle=-60, tickmode="array", tickvals=labels[::step])
+    theme.label_ticks(figure, labels, "x", most=48, tickangle=-60)
     return figure.update_yaxes(type="category")
 
 
@@ -228,14 +225,14 @@ def drift_profile(data, change, pieces, *, title):
         _line(figure, data["layer"].values, np.quantile(values[:, 1:], quantile, axis=1), f"other tokens, {name}",
               color, place=place)
     _line(figure, data["layer"].values, values[:, 0], "first token", theme.CATEGORIES[5], dash="dash", place=place)
-    labels = [f"{p} {html.escape(theme.token_text(pieces[p]))}" for p in change["position"]]
-    figure.add_bar(x=labels, y=change["kl"], marker_color=theme.CATEGORIES[0], showlegend=False, row=2, col=1,
-                   hovertemplate="%{x}: %{y:.5f} nats<extra></extra>")
+    labels = [f"{p} {theme.token_text(pieces[p])}" for p in change["position"]]
+    figure.add_bar(x=theme.axis_values(labels), y=change["kl"], marker_color=theme.CATEGORIES[0], showlegend=False,
+                   row=2, col=1, hovertemplate="%{x}: %{y:.5f} nats<extra></extra>")
     figure.update_xaxes(title=STATE, row=1)
-    figure.update_xaxes(title="token that is read", tickangle=-60, row=2)
+    theme.label_ticks(figure, labels, "x", most=48, title="token that is read", tickangle=-60, row=2)
     figure.update_yaxes(title="relative distance", rangemode="tozero", row=1)
     figure.update_yaxes(title="KL of predictions (nats)", row=2)
-    return figure.update_layout(template=theme.TEMPLATE, title=title, height=640, legend=_LEGEND, margin=dict(t=90))
+    return figure.update_layout(**theme.titled(title), height=640, legend=_LEGEND, margin=dict(t=90))
 
 
 def generation_map(table, lens_data, *, title):
@@ -243,24 +240,25 @@ def generation_map(table, lens_data, *, title):
 
     table: analysis.layers_compare.generation_table; lens_data: lens of all positions.
     """
-    labels = [f"{p} {html.escape(theme.token_text(piece))}" for p, piece in zip(table["position"], table["piece"])]
+    labels = [f"{p} {theme.token_text(piece)}" for p, piece in zip(table["position"], table["piece"])]
+    x = theme.axis_values(labels)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.35, 0.65],
                            specs=[[{"secondary_y": True}], [{}]])
-    figure.add_bar(x=labels, y=table["entropy"], name="entropy (nats)", marker_color=theme.CATEGORIES[0], row=1, col=1)
-    figure.add_scatter(x=labels, y=table["probability"], name="probability of the token", mode="lines+markers",
+    figure.add_bar(x=x, y=table["entropy"], name="entropy (nats)", marker_color=theme.CATEGORIES[0], row=1, col=1)
+    figure.add_scatter(x=x, y=table["probability"], name="probability of the token", mode="lines+markers",
                        line=dict(color=theme.CATEGORIES[1]), row=1, col=1, secondary_y=True)
     values = lens_data["entropy"].isel(token=table["position"].to_numpy() - 1)
-    figure.add_heatmap(x=labels, y=values["layer"].values, z=values.values, colorscale=theme.MAGNITUDE, row=2, col=1,
+    figure.add_heatmap(x=x, y=values["layer"].values, z=values.values, colorscale=theme.MAGNITUDE, row=2, col=1,
                        colorbar=dict(title=dict(text="entropy of the lens (nats)", side="right"), len=0.6, y=0.3),
                        hovertemplate="%{x}, state %{y}: %{z:.3f} nats<extra></extra>")
-    figure.add_scatter(x=labels, y=table["settled"], name="settles here", mode="markers", row=2, col=1,
+    figure.add_scatter(x=x, y=table["settled"], name="settles here", mode="markers", row=2, col=1,
                        marker=dict(color="white", symbol="diamond", size=7, line=dict(color="black", width=1)))
     figure.update_yaxes(title="entropy", row=1, secondary_y=False)
     figure.update_yaxes(title="probability", range=[0, 1.05], tickvals=[0, 0.5, 1], showgrid=False, row=1,
                         secondary_y=True)  # fmt: skip
     figure.update_yaxes(title=ROWS, row=2)
-    figure.update_xaxes(title="generated token", tickangle=-60, row=2)
-    return figure.update_layout(template=theme.TEMPLATE, title=title, height=720, legend=_LEGEND, margin=dict(t=90))
+    theme.label_ticks(figure, labels, "x", most=64, title="generated token", tickangle=-60, row=2)
+    return figure.update_layout(**theme.titled(title), height=720, legend=_LEGEND, margin=dict(t=90))
 
 
 def routing_maps(load, entropy, *, title):
@@ -274,7 +272,7 @@ def routing_maps(load, entropy, *, title):
     figure.update_xaxes(title="expert", row=1, col=1)
     figure.update_xaxes(title="entropy of the router (nats)", rangemode="tozero", row=1, col=2)
     figure.update_yaxes(title="layer", row=1, col=1)
-    return figure.update_layout(template=theme.TEMPLATE, title=title, height=480)
+    return figure.update_layout(**theme.titled(title), height=480)
 
 
 def kind_map(table, *, title):

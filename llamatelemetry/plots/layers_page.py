@@ -1,10 +1,10 @@
 """The interactive map of notebook 14: layer x token, and beside it the chosen state, dimension by dimension."""
 
-import html
 from importlib import resources
 
 import numpy as np
 
+from ..drawn import html
 from . import theme
 from .attention_page import pack_vectors
 from .page import Page, pack
@@ -79,5 +79,5 @@ def layers_page(hidden, pieces, measures, *, model, says=None, probability=None,
     }
     files = (resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
              for name in ("attention_common.js", "layers_page.js"))
-    body = _BODY.format(title=html.escape(title), about=html.escape(about))
+    body = _BODY.format(title=html(title), about=html(about))
     return Page(title, body, "\n".join(files), data, style=_STYLE, height=690)

@@ -4,11 +4,12 @@ A page's script reads its data with `DATA` (the JSON object) and `unpack(DATA.na
 """
 
 import base64
-import html
 import json
 from pathlib import Path
 
 import numpy as np
+
+from ..drawn import html
 
 # Colours as CSS variables so that every page follows the reader's light or dark setting. --c0..--c7: theme.CATEGORIES.
 _STYLE = """
@@ -61,7 +62,7 @@ class Page:
         payload = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         self.height = height
         self.html = (
-            f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
+            f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html(title)}</title>"
             "<meta name='viewport' content='width=device-width'><meta http-equiv='Content-Security-Policy' "
             "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:\">"
             f"<style>{_STYLE}{style}</style></head><body>{body}"
@@ -72,7 +73,7 @@ class Page:
     def _repr_html_(self):
         return (
             # The line and the corner to drag say that the page may go on below.
-            f"<iframe srcdoc=\"{html.escape(self.html)}\" style='width:100%;max-width:900px;height:{self.height}px;"
+            f"<iframe srcdoc=\"{html(self.html)}\" style='width:100%;max-width:900px;height:{self.height}px;"
             "box-sizing:border-box;border:1px solid #8884;border-radius:4px;resize:vertical;overflow:auto' "
             "sandbox='allow-scripts allow-downloads'></iframe>"
         )

@@ -1,11 +1,10 @@
 """Figures of notebook 16: what quantization costs, where, and what it saves. Arrays and tables in, Plotly out."""
 
-import html
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..drawn import html, plotly, text_of, whole_characters
 from . import theme
 from .page import Page
 
@@ -21,7 +20,9 @@ DECADES = dict(
 
 
 def _figure(title, x, y, **layout):
-    return go.Figure(layout=dict(template=theme.TEMPLATE, title=title, xaxis_title=x, yaxis_title=y, **layout))
+    return go.Figure(
+        layout=dict(**theme.titled(title), xaxis_title=x, yaxis_title=y, **layout)
+    )
 
 
 def ladder(table, model):
@@ -42,14 +43,14 @@ def ladder(table, model):
         figure.add_scatter(
             x=[row["bits_per_weight"]],
             y=[max(row["kld_mean"], 1e-9)],
-            name=name,
+            name=plotly(name),
             mode="markers+text",
-            text=[f"  {name}"],
+            text=[f"  {plotly(name)}"],
             textposition="middle right",  # beside the interval, not on it
             marker=dict(size=11, color=color[name]),
             showlegend=False,
             error_y=dict(array=[high - row["kld_mean"]], arrayminus=[row["kld_mean"] - low], type="data"),
-            hovertemplate=f"{html.escape(str(name))}<br>%{{x:.3f}} bits per weight<br>KLD %{{y:.5g}} nats"
+            hovertemplate=f"{plotly(name)}<br>%{{x:.3f}} bits per weight<br>KLD %{{y:.5g}} nats"
             f"<br>95% by window: {low:.5g} to {high:.5g}<extra></extra>",
         )
     bits = measured["bits_per_weight"]
@@ -83,10 +84,10 @@ def percentiles(table, model):
         figure.add_scatter(
             x=list(steps.values()),
             y=values,
-            name=name,
+            name=plotly(name),
             mode="lines+markers",
             line_color=color[name],
-            hovertemplate="percentile %{x}<br>%{y:.4g} nats<extra>" + html.escape(str(name)) + "</extra>",
+            hovertemplate="percentile %{x}<br>%{y:.4g} nats<extra>" + plotly(name) + "</extra>",
         )
     return figure.update_yaxes(**DECADES).update_xaxes(type="category")
 
@@ -101,13 +102,13 @@ def token_kinds(kinds, by, model):
     color = colors(part["candidate"].unique())
     for name, rows in part.groupby("candidate", sort=False):
         figure.add_bar(
-            x=rows["kind"],
+            x=theme.axis_values(rows["kind"]),
             y=rows["kld"],
-            name=name,
+            name=plotly(name),
             marker_color=color[name],
             customdata=rows[["n", "share_of_kld"]],
             hovertemplate="%{x}: %{y:.4g} nats<br>%{customdata[0]} tokens, %{customdata[1]:.0%} of the sum"
-            "<extra>" + html.escape(str(name)) + "</extra>",
+            "<extra>" + plotly(name) + "</extra>",
         )
     return figure.update_yaxes(**DECADES)
 
@@ -139,16 +140,16 @@ def pareto(table, fronts, costs, model):
                 row=1,
                 col=col,
                 mode="markers",
-                name=name,
-                legendgroup=name,
+                name=plotly(name),
+                legendgroup=str(name),
                 showlegend=col == 1,
                 marker=dict(size=12, color=color[name], symbol="circle" if fronts[column][name] else "x"),
-                hovertemplate=f"%{{x:.4g}} {title}<br>%{{y:.4g}} nats<extra>{html.escape(str(name))}</extra>",
+                hovertemplate=f"%{{x:.4g}} {title}<br>%{{y:.4g}} nats<extra>{plotly(name)}</extra>",
             )
         figure.update_xaxes(title=title, row=1, col=col)
     figure.update_layout(
         template=theme.TEMPLATE,
-        title=f"Divergence against what it costs (x: beaten by another file): {model}",
+        title=plotly(f"Divergence against what it costs (x: beaten by another file): {model}"),
         legend=dict(orientation="h", y=-0.25),
     )
     return figure.update_yaxes(**DECADES).update_yaxes(title="mean KL divergence (nats, log scale)", col=1)
@@ -160,18 +161,16 @@ def answers(rows, model):
     rows: [{"prompt", "answers": {name: (pieces, index of the first difference or None)}}], the reference first.
     """
     body = [
-        f"<h1>Greedy answers of each quantization: {html.escape(model)}</h1>"
+        f"<h1>Greedy answers of each quantization: {html(model)}</h1>"
         "<p class='note'>Marked: the first token that is not the reference's.</p>"
     ]
     for row in rows:
-        body.append(f"<h2 class='mono'>{html.escape(row['prompt'])}</h2><table>")
+        body.append(f"<h2 class='mono'>{html(row['prompt'])}</h2><table>")
         for name, (pieces, first) in row["answers"].items():
-            said = [html.escape(piece if isinstance(piece, str) else theme.token_text(piece)) for piece in pieces]
-            if first is not None:
-                said[first] = f"<mark>{said[first] or '&#8203;'}</mark>"
+            said = html(text_of(pieces)) if first is None else _marked(pieces, first)
             place = "" if name == "reference" else "the same" if first is None else f"differs at token {first + 1}"
             body.append(
-                f"<tr><th>{html.escape(name)}</th><td class='a'>{''.join(said)}</td><td class='p'>{place}</td></tr>"
+                f"<tr><th>{html(name)}</th><td class='a'>{said}</td><td class='p'>{place}</td></tr>"
             )
         body.append("</table>")
     style = (
@@ -186,3 +185,12 @@ def answers(rows, model):
         style=style,
         height=min(1000, 110 + sum(60 + 34 * len(row["answers"]) for row in rows)),
     )
+
+
+def _marked(pieces, first):
+    """The text of pieces as HTML; marked: the characters that the token `first` is a part of."""
+    parts, stop = [], 0
+    for count, text in whole_characters(pieces):
+        start, stop = stop, stop + count
+        parts.append(f"<mark>{html(text) or '&#8203;'}</mark>" if start <= first < stop else html(text))
+    return "".join(parts)

@@ -1,10 +1,9 @@
 """Figures of notebook 16: where inside the model quantization does its damage. Tables in, Plotly figures out."""
 
-import html
-
 import numpy as np
 from plotly.subplots import make_subplots
 
+from ..drawn import plotly
 from . import theme
 from .quantization import DECADES, _figure, colors
 
@@ -16,7 +15,7 @@ def _menu(figure, names):
     for i, trace in enumerate(figure.data):
         trace.visible = i == 0
     buttons = [
-        dict(label=name, method="update", args=[{"visible": [i == chosen for i in range(len(names))]}])
+        dict(label=plotly(name), method="update", args=[{"visible": [i == chosen for i in range(len(names))]}])
         for chosen, name in enumerate(names)
     ]
     menu = dict(buttons=buttons, x=0, xanchor="left", y=1, yanchor="bottom", pad=dict(b=8))
@@ -85,7 +84,7 @@ def drift(tables, model):
     color = colors(tables)
     for name, table in tables.items():
         for which, dash in (("", "solid"), ("_first", "dot")):
-            label = f"{name}, first token" if which else name
+            label = plotly(f"{name}, first token" if which else name)
             for row, y in ((1, table["error" + which]), (2, np.maximum(1 - table["cosine" + which], 1e-9))):
                 figure.add_scatter(
                     row=row,
@@ -97,9 +96,9 @@ def drift(tables, model):
                     mode="lines",
                     showlegend=row == 1,
                     line=dict(color=color[name], dash=dash),
-                    hovertemplate="%{x} layers passed: %{y:.4g}<extra>" + html.escape(label) + "</extra>",
+                    hovertemplate="%{x} layers passed: %{y:.4g}<extra>" + label + "</extra>",
                 )
-    figure.update_layout(template=theme.TEMPLATE, height=640, title=f"Drift of the residual stream: {model}")
+    figure.update_layout(template=theme.TEMPLATE, height=640, title=plotly(f"Drift of the residual stream: {model}"))
     figure.update_yaxes(title="||h' - h|| / ||h||", row=1).update_yaxes(title="1 - cosine", row=2)
     return figure.update_yaxes(**DECADES).update_xaxes(title="layers passed (0: the embedding)", row=2)
 
@@ -110,7 +109,8 @@ def embeddings(tables, model):
     color = colors(tables)
     for name, table in tables.items():
         figure.add_box(
-            y=table["cosine"], name=name, marker_color=color[name], boxpoints=False, row=1, col=1, showlegend=False
+            y=table["cosine"], name=plotly(name), marker_color=color[name], boxpoints=False, row=1, col=1,
+            showlegend=False,
         )
         kept = (
             (10 * table["overlap"].dropna())
@@ -122,14 +122,14 @@ def embeddings(tables, model):
         figure.add_bar(
             x=kept.index,
             y=kept.to_numpy(),
-            name=name,
+            name=plotly(name),
             marker_color=color[name],
             row=1,
             col=2,
-            hovertemplate="%{x} kept: %{y:.1%} of the tokens<extra>" + html.escape(str(name)) + "</extra>",
+            hovertemplate="%{x} kept: %{y:.1%} of the tokens<extra>" + plotly(name) + "</extra>",
         )
     figure.update_layout(
-        template=theme.TEMPLATE, title=f"Token embeddings after quantization: {model}", barmode="group"
+        template=theme.TEMPLATE, title=plotly(f"Token embeddings after quantization: {model}"), barmode="group"
     )
     figure.update_yaxes(title="cosine with itself", col=1).update_yaxes(title="share of the tokens", col=2)
     return figure.update_xaxes(title="of 10 neighbours kept", dtick=1, col=2)

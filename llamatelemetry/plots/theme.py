@@ -1,11 +1,12 @@
-"""One look for all five notebooks: colours with a fixed meaning, token text, and how figures get into a page."""
+"""One look for all five notebooks: colours with a fixed meaning, and how figures and tables get into a page."""
 
-import html
-
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.offline import get_plotlyjs
+
+from ..drawn import plotly, quoted, shorten, text_of, token_columns, token_labels, token_text  # noqa: F401
 
 # Magnitudes: perceptually even. Signed values: diverging, always centred on zero. Categories: Okabe and Ito (2008),
 # distinguishable with every common colour-vision deficiency.
@@ -31,6 +32,7 @@ WIDTH = 900  # Kaggle's output column, pixels
 _GREY = "#808080"  # readable on white and on black alike
 TEMPLATE = go.layout.Template(
     layout=dict(
+        autotypenumbers="strict",  # else labels like "0 1", "1 2" (position, token) are read as the numbers 1, 12
         colorway=list(CATEGORIES),
         width=WIDTH,
         height=480,
@@ -41,11 +43,21 @@ TEMPLATE = go.layout.Template(
         margin=dict(l=70, r=30, t=60, b=60),
         xaxis=dict(gridcolor="rgba(128,128,128,0.2)", zerolinecolor="rgba(128,128,128,0.5)", automargin=True),
         yaxis=dict(gridcolor="rgba(128,128,128,0.2)", zerolinecolor="rgba(128,128,128,0.5)", automargin=True),
-        hoverlabel=dict(font=dict(family="'DejaVu Sans Mono', monospace", size=12)),
+        hoverlabel=dict(font=dict(family="'DejaVu Sans Mono', monospace", size=12), namelength=-1),
         colorscale=dict(sequential=MAGNITUDE, diverging=SIGNED),
     )
 )
 pio.templates["llamatelemetry"] = TEMPLATE
+# A cell is text: pandas' Styler escapes nothing by itself, and both its tables let MathJax set what is between dollars.
+pd.options.styler.format.escape = "html"
+pd.options.styler.html.mathjax = False
+pd.options.display.html.use_mathjax = False
+
+
+def table(frame, formats=None):
+    """A DataFrame as a pandas Styler without its index, cells and headers escaped. formats: as Styler.format's."""
+    styler = frame.style.format(formats, escape="html") if formats else frame.style
+    return styler.format_index(escape="html", axis="columns").hide(axis="index")
 
 
 class OfflineRenderer(MimetypeRenderer):
@@ -71,31 +83,34 @@ def setup():
         display(HTML(f"<script>window.PlotlyConfig = {{MathJaxConfig: 'local'}};</script><script>{get_plotlyjs()}</script>"))
 
 
-def token_text(piece):
-    """A token's piece so that a space, a newline, a tab and a byte piece can be told apart: ' the' -> '␣the'."""
-    if isinstance(piece, bytes):
-        try:
-            piece = piece.decode()
-        except UnicodeDecodeError:
-            return "".join(f"<0x{byte:02X}>" for byte in piece)
-    named = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "": "∅"}
-    if piece == "":
-        return named[""]
-    return "".join(named.get(char, char if char.isprintable() else f"\\x{ord(char):02x}") for char in piece)
+def titled(title):
+    """What every figure's layout has: the theme and the title, plain text."""
+    return dict(template=TEMPLATE, title=plotly(title))
 
 
-def token_labels(pieces):
-    """Axis labels for tokens: 'position text', unique per position and escaped for Plotly's HTML subset."""
-    return [f"{position} {html.escape(token_text(piece))}" for position, piece in enumerate(pieces)]
+def axis_values(values):
+    """Values of an axis for Plotly: texts escaped, numbers as they are."""
+    return [plotly(value) if isinstance(value, str) else value for value in values]
+
+
+def label_ticks(figure, labels, axis, most=32, **where):
+    """Labels on an axis of axis_values(labels): at most `most` of them, of at most 24 characters; hover has all."""
+    shown = labels[:: max(1, -(-len(labels) // most))]
+    update = figure.update_xaxes if axis == "x" else figure.update_yaxes
+    ticktext = [plotly(shorten(label, 24)) for label in shown]
+    return update(tickmode="array", tickvals=axis_values(shown), ticktext=ticktext, **where)
 
 
 def heatmap(values, x, y, *, title, x_title, y_title, unit, signed=False, zmax=None, hover=None, **layout):
-    """A heatmap in the theme.
+    """A heatmap in the theme. Texts are plain text.
 
-    values: (y, x) array; signed maps are centred on zero. unit: colour bar title, with its unit.
-    hover: (y, x) array of texts for the hover box, else labels and the exact value.
+    values: (y, x) array; signed maps are centred on zero. unit: colour bar title, with its unit. x, y: labels, text.
+    hover: (y, x) array of Plotly markup for the hover box, else labels and the exact value.
     """
     import numpy as np
+
+    x, y = axis_values(x), axis_values(y)
+    title, x_title, y_title, unit = map(plotly, (title, x_title, y_title, unit))
 
     values = np.asarray(values)
     limit = zmax if zmax is not None else (float(np.nanmax(np.abs(values))) or 1.0)
