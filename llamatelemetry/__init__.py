@@ -24,6 +24,7 @@ _WHERE = {
     "LlamaTelemetryError": "errors",
     "ModelNotFoundError": "errors",
     "ModelLoadError": "errors",
+    "OptionError": "errors",
     "ServerError": "errors",
     "CaptureError": "errors",
     "WorkerCrashedError": "errors",

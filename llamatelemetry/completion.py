@@ -30,6 +30,20 @@ class InferResult:
         return self.text
 
 
+# What a request must not ask of llama-server, and why.
+REFUSED = {
+    "stream": "infer_stream does",
+    "lora": "captures have the adapters of load_model(..., lora=...), always",
+    "post_sampling_probs": "probabilities are the model's, before any sampling",
+    "response_fields": "the answer is read as a whole",
+    "n_cache_reuse": "moved keys and values are not those of the text",
+}
+# llama-server has defaults (min_p 0.05), and a model's file may have more (general.sampling.*): nobody asked for them.
+OFF = {"min_p": 0.0, "xtc_probability": 0.0, "repeat_penalty": 1.0, "mirostat": 0,
+       "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]}
+FORCED = 1e4  # logits: more than any model's
+
+
 def request_body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options):
     """The JSON body of POST /completion for the arguments of InferenceEngine.infer."""
     if not isinstance(prompt, str):
@@ -38,45 +52,95 @@ def request_body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_seque
         raise ServerError("The prompt is empty: there is nothing to continue.")
     if isinstance(stop_sequences, str):
         stop_sequences = [stop_sequences]
-    return {
+    for name in REFUSED.keys() & options.keys():
+        raise ServerError(f"A request does not take {name!r}: {REFUSED[name]}.")
+    return OFF | {
         "prompt": prompt,
         "n_predict": int(max_tokens),
         "temperature": float(temperature),
         "top_p": float(top_p),
         "top_k": int(top_k),
-        "min_p": 0.0,  # llama-server's default is 0.05: a limit that nobody asked for
         "seed": -1 if seed is None else int(seed),
         "stop": list(stop_sequences or ()),
         "n_probs": int(n_probs),
+        "return_tokens": int(n_probs) > 0,
         # A prompt that is partly reused is computed in other batches, whose sums round differently: same seed, other
         # text.
         "cache_prompt": False,
     } | options
 
 
-def as_result(answer, latency_ms):
-    """llama-server's answer -> InferResult."""
+def every_token(answer, body, post, model):
+    """The answer with probabilities of each generated token, also of those for which llama-server gives none.
+
+    It gives none where the text ends within a character (they are in the tokens all the same), and leaves out some at
+    the end where a stop sequence was found. Each of them is asked for once more, from the text so far.
+    post: sends a request to that server; model: its GGUFFile.
+    """
+    tokens, given = answer.get("tokens") or [], answer.get("completion_probabilities") or []
+    if not body["n_probs"] or len(given) == len(tokens):
+        return answer
+    whole = [place for place, held in enumerate(_held_back(tokens, model)) if not held][: len(given)]
+    rows = dict(zip(whole, given)) if [tokens[place] for place in whole] == [row["id"] for row in given] else {}
+    for place in reversed(range(len(tokens))):  # backwards, so that the server's cache always holds what comes before
+        if place not in rows:
+            rows[place] = _asked_again(tokens[:place], tokens[place], body, post, model)
+    return answer | {"completion_probabilities": [rows[place] for place in range(len(tokens))]}
+
+
+def _held_back(tokens, model):
+    """For each token, whether the text up to it ends within a character: validate_utf8 of llama-server."""
+    text, held = b"", []
+    for token in tokens:
+        piece = b"" if model.token_types[token] == 3 else model.pieces[token]  # control tokens are not written
+        text = (text + (piece.encode() if isinstance(piece, str) else piece))[-8:]
+        starts = [text[-back] for back in range(1, min(4, len(text)) + 1)]
+        held.append(any(byte >= 0xC0 and back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
+                        for back, byte in enumerate(starts, 1)))
+    return held
+
+
+def _asked_again(before, token, body, post, model):
+    """llama-server's row for one token after the prompt and the tokens before: it is made to choose one whose row it
+    gives, a plain word; the probabilities are from before that."""
+    word = next((i for i, piece in enumerate(model.pieces) if model.token_types[i] == 1 and isinstance(piece, str)
+                 and piece.isascii() and piece.isalpha()), None)  # fmt: skip
+    prompt = body["prompt"]
+    request = {"prompt": [prompt, *before] if isinstance(prompt, str) else [*prompt, *before], "n_predict": 1,
+               "temperature": 0.0, "logit_bias": [[word, FORCED]], "cache_prompt": bool(before)}  # fmt: skip
+    for n_probs in (body["n_probs"], model.n_vocab):  # the second where the token is not among the most probable
+        tops = post("/completion", request | {"n_probs": n_probs})["completion_probabilities"][0]["top_logprobs"]
+        if found := next((top for top in tops if top["id"] == token), None):
+            return found | {"top_logprobs": tops[: body["n_probs"]]}
+    raise ServerError(f"llama-server gave no probability of its own token {token}.")
+
+
+def as_result(answer, latency_ms, pieces=None):
+    """llama-server's answer -> InferResult. pieces: of every token, where they are known."""
     times, n = answer["timings"], answer["tokens_predicted"]
     # The first token comes out of the prompt's pass, so n tokens are n - 1 decodes.
     speed = 1000 * (n - 1) / times["predicted_ms"] if n > 1 and times["predicted_ms"] > 0 else math.nan
     tops = answer.get("completion_probabilities")
     return InferResult(answer["content"], n, latency_ms, speed, answer["tokens_evaluated"],
                        1000 * times["prompt_n"] / times["prompt_ms"] if times["prompt_ms"] > 0 else math.nan,
-                       answer.get("stop_type", "none"), answer.get("stopping_word", ""), _probabilities(tops))
+                       answer.get("stop_type", "none"), answer.get("stopping_word", ""), _probabilities(tops, pieces))
 
 
-def _probabilities(tokens):
+def _probabilities(tokens, pieces=None):
     import pandas as pd
 
     if not tokens:
         return None
+    def piece(top, rank):  # the bytes of a token apart are those of all that was held back before it, too
+        return pieces[top["id"]] if pieces and rank is None else _piece(top)
+
     rows = []
     for position, token in enumerate(tokens):
         tops = token["top_logprobs"]
         rows += [(position, rank, top, top["id"] == token["id"]) for rank, top in enumerate(tops)]
         if not any(top["id"] == token["id"] for top in tops):
             rows.append((position, None, token, True))  # sampled from further down: its rank is not reported
-    table = [(position, rank, top["id"], _piece(top), math.exp(top["logprob"]), top["logprob"], chosen)
+    table = [(position, rank, top["id"], piece(top, rank), math.exp(top["logprob"]), top["logprob"], chosen)
              for position, rank, top, chosen in rows]
     columns = ["position", "rank", "id", "piece", "prob", "logprob", "chosen"]
     return pd.DataFrame(table, columns=columns).astype({"rank": "Int64"})

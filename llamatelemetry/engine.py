@@ -7,12 +7,12 @@ import time
 from contextlib import contextmanager
 
 from . import gpus
-from .completion import InferResult, as_result, request_body  # noqa: F401  InferResult is public here
+from .completion import InferResult, as_result, every_token, request_body  # noqa: F401  InferResult is public here
 from .errors import LlamaTelemetryError, ServerError, WorkerCrashedError
 from .fit import spread
+from .loading import settle
 from .server import ServerManager, find_server, physical_cores
-
-DEFAULT_CTX = 4096  # tokens, where the model was trained for more: a KV cache for 128k tokens does not fit a T4
+from .server_options import check_pooling, pooling_of
 
 
 class InferenceEngine:
@@ -24,7 +24,7 @@ class InferenceEngine:
 
     def __init__(self, server_path=None):
         self.server = ServerManager(server_path)
-        self.model = self.plan = self._session = None
+        self.model = self.plan = self._session = self._pooling = None
         self._says = False  # verbose and not silent
         self._lock = threading.RLock()  # one start or restart of the server at a time
         self._session_lock = threading.RLock()  # one capture at a time
@@ -37,18 +37,22 @@ class InferenceEngine:
         """Load a model; another one that was loaded is closed first. Returns self.
 
         model: a name of the registry, a path, or "repo:file". gpu_layers: None for as many as fit, -1 all, 0 none.
-        ctx_size: tokens per request, None for 4,096 or what the model was trained for if that is less.
+        ctx_size: tokens per request and per capture, None for 4,096 or what the model was trained for if that is less.
         auto_start=False: no llama-server now; infer, chat and embed start it when they are first called.
         tensor_split: "1.0,0.0" shows inference only GPU 0, "0.5,0.5" spreads the weights over both.
         verbose: one line on the GPUs and one on the server; silent: neither, and no progress.
-        server_kwargs: threads, port, host, timeout, embeddings=True, and llama-server's other flags (flash_attn="on").
+        server_kwargs: threads, port, host, timeout, embeddings=True, and llama-server's options (flash_attn="on").
+        What changes the model (lora, control_vector, rope_*, yarn_*, override_kv, cache_type_*) is done to captures
+        too; what captures cannot follow is refused (llamatelemetry.server_options lists both), and settings of
+        llama-server's in the environment (LLAMA_ARG_*) or in ~/.config/llama.cpp are not read.
 
-        Raises ModelNotFoundError, ModelLoadError, GpuError, ServerError.
+        Raises ModelNotFoundError, ModelLoadError, GpuError, OptionError, ServerError.
         """
         from .gguf import GGUFFile
         from .models import resolve_model
 
         plan, opened = gpus.plan(tensor_split), GGUFFile(resolve_model(model))
+        setup = settle(opened, ctx_size, server_kwargs)
         self.close()  # only now: a misspelt name leaves the loaded model as it was
         self.plan = plan
         if auto_start and self.server.server_path is None:
@@ -56,16 +60,16 @@ class InferenceEngine:
         self._says = verbose and not silent
         if self._says:
             print(self.plan.line)
-        trained = opened.n_ctx_train or DEFAULT_CTX
-        if self.plan.split:
-            server_kwargs["tensor_split"] = self.plan.split
+        if setup.says and not silent:
+            print(setup.says)
+        self._pooling = setup.server.get("pooling")
         # On a CPU llama-server's warm-up run only delays the first answer (SmolLM2, 2 cores: ready in 0.6 s, not 2.4).
-        self._server_args = dict(gpu_layers=gpu_layers, ctx_size=ctx_size or min(DEFAULT_CTX, trained),
-                                 n_parallel=n_parallel, verbose=verbose, silent=silent,
-                                 warmup=None if self.plan.inference else False) | server_kwargs
-        self._session_args = dict(n_ctx=ctx_size, gpu_layers=gpu_layers, env=self.plan.inference_env(),
-                                  threads=server_kwargs.get("threads") or physical_cores(),
-                                  tensor_split=self.plan.shares if self.plan.split else None)
+        self._server_args = dict(gpu_layers=gpu_layers, ctx_size=setup.ctx_size, n_parallel=n_parallel,
+                                 tensor_split=self.plan.split, verbose=verbose, silent=silent,
+                                 warmup=None if self.plan.inference else False) | setup.server
+        self._session_args = dict(n_ctx=setup.ctx_size, gpu_layers=gpu_layers, env=self.plan.inference_env(),
+                                  threads=setup.server.get("threads") or physical_cores(),
+                                  tensor_split=self.plan.shares if self.plan.split else None) | setup.session
         self.model = opened
         if not silent and not (found := self.fit(server=auto_start)).fits:
             print(found)  # not an error: llama.cpp may leave layers in the machine's memory, and captures come later
@@ -138,7 +142,8 @@ class InferenceEngine:
         with self._serving() as server:
             started = time.perf_counter()
             answer = server.post("/completion", body)
-            return as_result(answer, 1000 * (time.perf_counter() - started))
+            latency_ms = 1000 * (time.perf_counter() - started)
+            return as_result(every_token(answer, body, server.post, self.model), latency_ms, self.model.pieces)
 
     def infer_stream(self, prompt, max_tokens=128, temperature=0.7, top_p=0.9, top_k=40, seed=0, stop_sequences=None,
                      **options):
@@ -186,15 +191,17 @@ class InferenceEngine:
         """The text that the model's chat template makes of `messages` (see chat): what the model really reads."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        if "tokenizer.chat_template" not in self._loaded().metadata:
+        if "tokenizer.chat_template" not in self._loaded().metadata and not (
+                self._server_args.get("chat_template") or self._server_args.get("chat_template_file")):
             raise ServerError(f"{self.model.name} has no chat template in its file: it is not a chat model. Use infer.")
         with self._serving() as server:
             return server.post("/apply-template", {"messages": list(messages)})["prompt"]
 
-    def embed(self, texts, pooling="mean", normalize=True):
+    def embed(self, texts, pooling=None, normalize=True):
         """Embeddings of texts: (n, n_embd) float32 array, one row per text; a single text gives one row.
 
-        pooling: of the last layer's normalized states over the tokens: "mean", "last" or "cls" (the first).
+        pooling: of the last layer's normalized states over the tokens: "mean", "last" or "cls" (the first). None: as
+        load_model or else the file says, by the mean where neither does.
         normalize: to Euclidean length 1, so that products of rows are cosine similarities.
         One llama-server does both: the first call restarts it with embeddings on, unless load_model had
         embeddings=True. A text may be as long as a batch, 512 tokens (load_model(..., ubatch_size=2048) for more).
@@ -206,6 +213,7 @@ class InferenceEngine:
             return np.empty((0, self._loaded().n_embd), np.float32)
         if not all(isinstance(text, str) and text for text in texts):
             raise ServerError("embed takes texts that are not empty.")
+        pooling = check_pooling(pooling) if pooling else self._pooling or pooling_of(self._loaded())
         with self._serving(embeddings=True, pooling=pooling) as server:
             rows = server.post("/embeddings", {"content": texts, "embd_normalize": 2 if normalize else -1})
         rows = sorted(rows, key=lambda row: row["index"])

@@ -13,6 +13,10 @@ class ModelLoadError(LlamaTelemetryError):
     """A file is there, but it is not a model that llama.cpp can load."""
 
 
+class OptionError(LlamaTelemetryError, TypeError):
+    """An option that load_model or embed() does not take, or a value that the option does not."""
+
+
 class ServerError(LlamaTelemetryError):
     """llama-server is missing, did not start, or did not answer."""
 

@@ -119,6 +119,16 @@ class GGUFFile:
     def _per_layer(self, value):
         return [int(v) for v in value] if isinstance(value, list) else [int(value)] * self.n_layer
 
+    def override(self, metadata):
+        """Go on as if the file said this: {key: value}, as llama.cpp's override_kv does."""
+        if metadata:
+            self.metadata = self.metadata | metadata
+            self._facts()
+
+    def has_tensor(self, end):
+        """Whether a tensor's name is this, or ends so behind its layer ("blk.3.")."""
+        return any(name.endswith(end) for name in self._infos)
+
     def __repr__(self):
         return (f"GGUFFile({self.name!r}, {self.architecture}, {self.n_layer} layers, {self.n_head} heads, "
                 f"{self.n_embd} wide, {self.n_vocab} tokens, {self.bits_per_weight:.2f} bits per weight)")

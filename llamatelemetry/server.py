@@ -16,6 +16,7 @@ from pathlib import Path
 
 from . import guard
 from .errors import ModelLoadError, ModelNotFoundError, ServerError
+from .server_options import flags, pooling_of, refuse_system_settings
 
 _MEND = ("`llamatelemetry engine build` makes an engine wheel with llama-server in it; "
          "or set LLAMA_SERVER_PATH to a llama-server of your own.")
@@ -59,22 +60,6 @@ def physical_cores():
     return max(1, cores)
 
 
-def flags(options):
-    """Keyword arguments -> llama-server's flags: {"batch_size": 256, "jinja": True, "mmap": False, "lora": None} ->
-    ["--batch-size", "256", "--jinja", "--no-mmap"]."""
-    made = []
-    for name, value in options.items():
-        flag = name.strip("-").replace("_", "-")
-        if value is True:
-            made.append(f"--{flag}")
-        elif value is False:
-            made.append(f"--no-{flag}")
-        elif value is not None:
-            value = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            made += [f"--{flag}", str(value)]
-    return made
-
-
 class ServerManager:
     """One llama-server, owned by this process and dead with it.
 
@@ -103,13 +88,16 @@ class ServerManager:
         port: None takes a free one. gpu_layers: None lets llama.cpp fit as many as the GPU holds, -1 is all.
         ctx_size: tokens each of the n_parallel requests may use; None is what the model was trained for.
         tensor_split: "1.0,0.0" makes only GPU 0 visible, "0.5,0.5" spreads the weights (llamatelemetry.gpus).
-        threads: None is physical_cores(). embeddings: also answer POST /embeddings, pooled by the mean unless
-        server_kwargs has `pooling`. timeout: seconds to wait for the model. verbose: one line when it is ready;
-        silent: no line and no progress. env: extra environment. server_kwargs: llama-server's other flags.
+        threads: None is physical_cores(). embeddings: also answer POST /embeddings, pooled as the file says (by the
+        mean where it says nothing) unless server_kwargs has `pooling`. timeout: seconds to wait for the model.
+        verbose: one line when it is ready; silent: no line and no progress. env: extra environment. server_kwargs:
+        llama-server's other flags; LLAMA_ARG_* of the environment and llama.cpp's config.ini are not read.
 
         Raises ServerError (no llama-server, port in use, it ended or did not answer in time), ModelNotFoundError and
         ModelLoadError (llama.cpp cannot load that file).
         """
+        from .gguf import GGUFFile
+
         model_path = Path(model_path).expanduser()
         if not model_path.is_file():
             kind = "is a folder, not" if model_path.is_dir() else "is not"
@@ -118,15 +106,17 @@ class ServerManager:
         binary = self.server_path = self.server_path or find_server()
         if port:
             _refuse_port_in_use(host, port)
-        environment, split = self._environment(env, tensor_split)
+        pooling = server_kwargs.pop("pooling", None) or (embeddings and pooling_of(GGUFFile(model_path)))
+        refuse_system_settings()
         folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-server-"))
+        environment, split = self._environment(env, tensor_split, folder)
         self.log = folder / "llama-server.log"
         command = [binary, "--model", model_path, "--host", host, "--port", port or 0, "--parallel", n_parallel,
                    "--threads", threads or physical_cores()]
         options = {"ctx_size": ctx_size and ctx_size * n_parallel, "tensor_split": split,
                    "n_gpu_layers": "all" if gpu_layers is not None and gpu_layers < 0 else gpu_layers}
         if embeddings:
-            options |= {"embeddings": True, "pooling": "mean"}
+            options |= {"embeddings": True, "pooling": pooling}
         started = time.monotonic()
         try:
             with open(self.log, "wb") as log:
@@ -151,7 +141,7 @@ class ServerManager:
                   f"ready after {time.monotonic() - started:.1f} s")
         return self
 
-    def _environment(self, env, tensor_split):
+    def _environment(self, env, tensor_split, folder):
         from . import gpus
 
         split = None
@@ -163,7 +153,9 @@ class ServerManager:
         # not kept in the machine's memory after their request.
         ours = {"LLAMA_API_KEY": self._api_key, "LLAMA_ARG_LOG_VERBOSITY": "4", "LLAMA_ARG_UI": "0",
                 "LLAMA_ARG_CACHE_RAM": "0"}
-        return os.environ | dict(env or {}) | ours, split
+        # Settings of the user's for llama-server elsewhere would change this model here, and captures not with it.
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
+        return clean | {"XDG_CONFIG_HOME": str(folder)} | dict(env or {}) | ours, split
 
     def _wait_until_ready(self, port, timeout, silent):
         from tqdm.auto import tqdm

@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import CaptureError, ModelLoadError
 from .ggml import TYPE_BY_NAME, Ggml
 from .graph import Graph
+from .variants import Variant
 
 MIN_CTX = 512
 
@@ -26,7 +27,7 @@ class Runtime:
     """One loaded model. Only the worker process makes one: llama.cpp may abort the process it runs in."""
 
     def __init__(self, path, *, n_ctx=None, n_ubatch=512, threads=None, gpu_layers=-1, cache_type="f16",
-                 tensor_split=None):
+                 tensor_split=None, longest=None, at_least=0, variant=None):
         import llama_cpp
 
         self.api, self.ggml = llama_cpp, Ggml()
@@ -39,13 +40,18 @@ class Runtime:
         if tensor_split:
             self._split = (ctypes.c_float * 128)(*tensor_split)
             params.tensor_split = self._split
+        self.variant = Variant(llama_cpp, **(variant or {}))
+        self.variant.set_model(params)
         self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise ModelLoadError(f"llama.cpp could not load {path}; the end of its log says why.")
+        self.variant.load(self.model)
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_layer = llama_cpp.llama_model_n_layer(self.model)
-        self.n_ctx_limit = n_ctx or llama_cpp.llama_model_n_ctx_train(self.model)
+        self.n_ctx_full = n_ctx or llama_cpp.llama_model_n_ctx_train(self.model)
+        self.n_ctx_limit = min(longest or self.n_ctx_full, self.n_ctx_full)
+        self.n_ctx_least = max(at_least, MIN_CTX)
         self.n_ubatch, self.threads = n_ubatch, threads or os.cpu_count()
         self.cache_type = TYPE_BY_NAME[cache_type]
         self.has_encoder = llama_cpp.llama_model_has_encoder(self.model)
@@ -70,13 +76,17 @@ class Runtime:
         if n_tokens == 0:
             raise CaptureError("the prompt is empty: give at least one token.")
         if n_tokens > self.n_ctx_limit:
+            mend = f" or load the model with ctx_size={n_tokens} or more"
+            if self.n_ctx_limit < self.n_ctx_full:
+                mend = f": this model was trained for {self.n_ctx_limit} and takes no more"
             raise CaptureError(
-                f"the prompt has {n_tokens} tokens and the context holds {self.n_ctx_limit}: shorten it or load "
-                f"the model with ctx_size={n_tokens} or more (if its training context allows)."
+                f"the prompt has {n_tokens} tokens and the context holds {self.n_ctx_limit}: shorten it{mend}."
             )
 
     def _context_size(self, n_tokens):
-        return min(max(MIN_CTX, -(-n_tokens // 256) * 256), max(self.n_ctx_limit, 256))
+        """As large as the text needs: what a token costs depends on the cells in use, but memory on all there are.
+        Only n_ctx_least, which chooses the rotary factors of a LongRoPE model, also decides what is computed."""
+        return min(max(self.n_ctx_least, -(-n_tokens // 256) * 256), max(self.n_ctx_full, 256))
 
     def open(self, n_tokens):
         """An empty context that holds n_tokens, made anew when the present one is too small."""
@@ -95,9 +105,11 @@ class Runtime:
         params.swa_full = True  # one cache cell per position, also in sliding-window layers: same results
         params.no_perf = True
         params.cb_eval = self._callback
+        self.variant.set_context(params)
         self.context = self.api.llama_init_from_model(self.model, params)
         if not self.context:
             raise ModelLoadError(f"llama.cpp could not make a context of {params.n_ctx} tokens; see its log.")
+        self.variant.apply(self.context)
         self.n_ctx, self.n_batch = params.n_ctx, params.n_batch
 
     def _on_node(self, address, ask, _):

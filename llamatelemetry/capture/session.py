@@ -16,6 +16,7 @@ import pandas as pd
 from .. import errors
 from ..errors import CaptureError, WorkerCrashedError
 from ..gguf import GGUFFile
+from ..loading import least_context
 from ..server import physical_cores
 from .data import Capture, token_table
 from .edits import flatten
@@ -27,13 +28,15 @@ KEPT_ARENAS, KEPT_SHARE = 2, 8  # arenas kept between captures, each at most 1/8
 class CaptureSession:
     """A model loaded in a worker process of its own.
 
-    n_ctx: most tokens a text may have (default: what the model was trained with); memory is taken as needed.
+    n_ctx: most tokens a text may have (default: what the model was trained with); memory is taken as needed. longest:
+    fewer, where the model stops before. variant: other metadata, rotary settings, adapters and control vectors, as
+    llamatelemetry.server_options makes them of load_model's options.
     gpu_layers: layers on the GPU, -1 for all. threads: default the physical cores. env: environment of the worker
     (CUDA_VISIBLE_DEVICES). cache_type: "f16" as llama-server has it, "f32", or None: f32 only for a file that is F32.
     """
 
     def __init__(self, model_path, *, n_ctx=None, gpu_layers=None, threads=None, env=None, verbose=False,
-                 cache_type=None, n_ubatch=512, tensor_split=None):  # fmt: skip
+                 cache_type=None, n_ubatch=512, tensor_split=None, longest=None, variant=None):  # fmt: skip
         self.model = model_path if isinstance(model_path, GGUFFile) else GGUFFile(model_path)
         if cache_type is None:
             matrices = self.model.tensors[self.model.tensors["shape"].map(len) > 1]
@@ -54,6 +57,7 @@ class CaptureSession:
                 "load", path=str(self.model.path), architecture=self.model.architecture, n_ctx=n_ctx,
                 n_ubatch=n_ubatch, threads=threads or physical_cores(),
                 gpu_layers=-1 if gpu_layers is None else gpu_layers, cache_type=cache_type, tensor_split=tensor_split,
+                longest=longest, at_least=least_context(self.model, n_ctx or self.model.n_ctx_train), variant=variant,
             )  # fmt: skip
         except BaseException as error:
             tail = self._tail()
