@@ -16,7 +16,7 @@ from processes import alive, gone
 
 from llamatelemetry import ModelLoadError, ModelNotFoundError, ServerError, ServerManager, guard
 from llamatelemetry import server as module
-from llamatelemetry.server import find_server, flags, physical_cores
+from llamatelemetry.server import find_server, physical_cores
 
 
 @pytest.fixture
@@ -74,11 +74,6 @@ def test_found_in_order(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_SERVER_PATH", str(tmp_path / "environment" / "llama-server"))
     assert find_server() == tmp_path / "environment" / "llama-server"
     assert find_server(tmp_path / "given") == tmp_path / "given" / "llama-server"  # its folder will do
-
-
-def test_flags():
-    assert flags({"batch_size": 256, "jinja": True, "mmap": False, "lora": None, "tensor_split": [1, 2]}) == [
-        "--batch-size", "256", "--jinja", "--no-mmap", "--tensor-split", "1,2"]
 
 
 def test_physical_cores():
