@@ -13,6 +13,7 @@ from pathlib import Path
 from .errors import LlamaTelemetryError, ParameterError
 from .gguf import GGUFFile
 from .models import resolve_model
+from .registry import TYPES
 
 METRICS = ("cosine", "correlation", "euclidean", "manhattan", "chebyshev", "canberra")  # umap-learn's and cuML's, of floats
 VOCABULARY = ("n_vocab", "pieces")
@@ -106,8 +107,6 @@ def texts(reserved=()):
 
 def quantization(value, model, values):
     """A type that llama-quantize makes."""
-    from .quantize import TYPES
-
     if isinstance(value, str) and value.upper() in TYPES:
         return None
     return f"a type that llama-quantize makes is expected: {', '.join(TYPES)}"

@@ -14,12 +14,10 @@ import pandas as pd
 
 from .errors import ModelLoadError, ModelNotFoundError
 from .expand import FLOATS, SLACK, QuantizeError, _open, expand, make_reference, written
+from .registry import TYPES
 
 __all__ = ["QuantizeError", "quantize", "quantizations", "expand", "make_reference", "imatrix", "fallbacks", "tool"]
 
-# The types that llama-quantize of this version makes (its --help; aliases and COPY left out).
-TYPES = ("F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S Q4_1 Q4_0 IQ4_NL IQ4_XS Q3_K_L Q3_K_M Q3_K_S IQ3_M "
-         "IQ3_S IQ3_XS IQ3_XXS Q2_K Q2_K_S Q2_0 IQ2_M IQ2_S IQ2_XS IQ2_XXS IQ1_M IQ1_S Q1_0 TQ2_0 TQ1_0 MXFP4_MOE").split()
 # What llama-quantize takes when a row is not a multiple of 256 wide: the type that is there -> what it stands for.
 STANDS_FOR = {"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K", "Q4_0": "Q2_K or Q3_K", "IQ4_NL": "IQ1 to IQ3, or IQ4_XS"}
 

@@ -1,10 +1,13 @@
-"""The models that the suite promises: where each name's file lies on the Hugging Face hub.
+"""The models that the suite promises: where each name's file lies on the Hugging Face hub; the types of quantizations.
 
 Only names, repositories, file names and a label are here; every fact about a model is read from its GGUF.
 """
 
 from typing import NamedTuple
 
+# The types that llama-quantize of this version makes (its --help; aliases and COPY left out).
+TYPES = ("F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S Q4_1 Q4_0 IQ4_NL IQ4_XS Q3_K_L Q3_K_M Q3_K_S IQ3_M "
+         "IQ3_S IQ3_XS IQ3_XXS Q2_K Q2_K_S Q2_0 IQ2_M IQ2_S IQ2_XS IQ2_XXS IQ1_M IQ1_S Q1_0 TQ2_0 TQ1_0 MXFP4_MOE").split()
 _LADDER = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 
 

@@ -11,7 +11,7 @@ import pytest
 from llamatelemetry import GGUFFile, ModelNotFoundError, ParameterError, parameters
 from llamatelemetry.analysis import heads_texts
 from llamatelemetry.parameter_types import declared, fit, parameters_cell
-from llamatelemetry.quantize import TYPES, tool
+from llamatelemetry.registry import TYPES
 
 NOTEBOOKS = {path.name[:2]: path for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))}
 TYPED = {number: declared(parameters_cell(path)) for number, path in NOTEBOOKS.items()}
@@ -222,6 +222,7 @@ def test_types_are_those_of_the_tool():
     import subprocess
 
     from llamatelemetry import LlamaTelemetryError
+    from llamatelemetry.quantize import tool
 
     try:
         program = tool("llama-quantize")
@@ -238,6 +239,17 @@ def test_defaults_are_of_the_declared_types(number):
     exec(parameters_cell(NOTEBOOKS[number]), values)
     given = {name: values[name] for name in TYPED[number]}
     assert fit(NOTEBOOKS[number], given) == given
+
+
+def test_the_check_leaves_public_names_as_they_are(tiny):
+    """A module `quantize` that is imported before the function of that name takes its place in the package."""
+    import subprocess
+    import sys
+
+    code = (f"from llamatelemetry import parameters; parameters.check({{'MODEL': {str(tiny)!r}, 'QUANTIZATION': 'Q8_0', "
+            "'BACKEND': 'cpu', 'REFERENCE_MODEL': None}); import llamatelemetry as package\n"
+            "assert all(not isinstance(getattr(package, name), type(package)) for name in package.__all__)")
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_facts_come_from_the_header(tiny):
