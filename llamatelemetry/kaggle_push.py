@@ -1,161 +1,199 @@
-"""Kaggle's rules, checked before anything is sent, and the push with its official client."""
+"""`kaggle push`: staged folders to Kaggle, in the order in which they need one another.
 
+What Kaggle does, and where that was read:
+- a dataset answers 403 or 404 until its first version is processed, up to half an hour (Kaggle/kagglehub pull request
+  182, Kaggle/kaggle-cli issue 54), and "ready" may be that of the version before: the version's number counts, as in
+  the client's `dataset_status(format="json(status,current_version_number)")`;
+- a kernel whose dataset is not ready runs without it: "not valid dataset sources" (the client's `kernels_push_cli`).
+
+What was sent is written to push.json beside the folders, before and after each step: a push that was stopped goes on.
+"""
+
+import hashlib
 import json
-import re
-import subprocess
+import os
 import sys
 import time
+import zipfile
 from pathlib import Path
 
-from .errors import LlamaTelemetryError
+from .kaggle_client import Kaggle, Missing, Passing, patiently
+from .kaggle_rules import DATASET, StageError, check
+from .kaggle_sessions import Sessions
 
-SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]{3,48})[a-z0-9]")  # 5 to 50 characters
-LIMITS = {"notebook": 1_000_000, "dataset": 200_000_000_000}  # bytes
-KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
-
-
-class StageError(LlamaTelemetryError):
-    """Something cannot be staged or pushed as it is; the message names the file and the rule."""
+STATE = "push.json"
+DATASET_S = 45 * 60  # until a dataset is ready
+ATTEMPTS = 4  # of what fails in passing
 
 
-def slug_of(title):
-    """The slug that Kaggle makes of a title."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+def push(folder="staged", names=(), wait=True, again=False, poll_s=30):
+    """Send staged folders with the official `kaggle` client: datasets, the engine kernel, then the notebooks.
 
-
-# Kaggle's rules
-
-def check(folder):
-    """StageError if a staged folder breaks a rule of Kaggle's: names, titles, sizes, fields, a clean notebook."""
-    folder = Path(folder)
-    kind = next((name for name in (KERNEL, DATASET) if (folder / name).is_file()), None)
-    if kind is None:
-        raise StageError(f"{folder} has neither {KERNEL} nor {DATASET}: stage it first.")
-    meta = json.loads((folder / kind).read_text())
-    if problems := list(_problems(folder, kind, meta)):
-        raise StageError(f"{folder.name}: {'; '.join(problems)}.")
-    return meta
-
-
-def _problems(folder, kind, meta):
-    owner, _, slug = meta.get("id", "").partition("/")
-    title = meta.get("title", "")
-    if not owner or owner == "OWNER" or not SLUG.fullmatch(slug):
-        yield f"id {meta.get('id')!r} is not ACCOUNT/SLUG with a slug of 5 to 50 of a-z, 0-9 and -"
-    shortest = 5 if kind == KERNEL else 6
-    if not shortest <= len(title) <= 50:
-        yield f"title {title!r} has {len(title)} characters, {shortest} to 50 are allowed"
-    if slug_of(title) != slug:
-        yield f"Kaggle makes {slug_of(title)!r} of the title, the id says {slug!r}"
-    if kind == DATASET:
-        if not 20 <= len(meta.get("subtitle", "")) <= 80:
-            yield f"subtitle has {len(meta.get('subtitle', ''))} characters, 20 to 80 are allowed"
-        if len(meta.get("licenses", [])) != 1:
-            yield "exactly one licence is expected"
-        files = [file for file in folder.iterdir() if file.name != kind]
-        if any(file.is_dir() for file in files):
-            yield "the client leaves folders of a dataset out"
-        if not files or (total := sum(file.stat().st_size for file in files)) > LIMITS["dataset"]:
-            yield "no files" if not files else f"{total / 1e9:,.0f} GB, 200 are allowed"
-        return
-    for field in ("dataset_sources", "kernel_sources"):
-        yield from (f"{field}: {source!r} is not ACCOUNT/SLUG" for source in meta[field]
-                    if not re.fullmatch(r"[a-z0-9_-]+/[a-z0-9-]{5,50}", source))
-    if meta["kernel_type"] not in ("notebook", "script") or meta["language"] != "python":
-        yield f"kernel_type {meta['kernel_type']!r}, language {meta['language']!r}"
-    code = folder / meta.get("code_file", "")
-    if not code.is_file():
-        yield f"code_file {meta.get('code_file')!r} is not there"
-    elif code.stat().st_size > LIMITS["notebook"]:
-        yield f"{code.name} has {code.stat().st_size:,} bytes, {LIMITS['notebook']:,} are allowed"
-    elif code.suffix == ".ipynb":
-        yield from notebook_problems(code)
-
-
-def notebook_problems(path):
-    """What is wrong with a notebook as it goes into git and to Kaggle: sentences, none where all is well."""
-    import nbformat
-
-    notebook = nbformat.read(path, as_version=4)
-    try:
-        nbformat.validate(notebook)
-    except nbformat.ValidationError as error:
-        yield f"{Path(path).name} is not valid: {str(error).splitlines()[0]}"
-    if (notebook.nbformat, notebook.nbformat_minor) < (4, 5):
-        yield f"{Path(path).name} is nbformat {notebook.nbformat}.{notebook.nbformat_minor}, 4.5 is expected"
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    tags = [set(cell.metadata.get("tags", [])) for cell in code]
-    if [tag & {"parameters", "setup"} for tag in tags[:2]] != [{"parameters"}, {"setup"}]:
-        yield "the first two code cells must be tagged `parameters` and `setup`"
-    for cell in code:
-        first = cell.source.strip().partition("\n")[0][:50]
-        if cell.outputs or cell.execution_count is not None:
-            yield f"the cell {first!r} has outputs or a number: clear them"
-        if (lines := sum(bool(line.strip()) for line in cell.source.splitlines())) > 15:
-            yield f"the cell {first!r} has {lines} lines, 15 are allowed"
-
-
-# Pushing
-
-def push(folder="staged", names=(), wait=True, poll_s=30, timeout_s=5400):
-    """Send staged folders with the official `kaggle` client, in the order in which they need one another.
-
-    Datasets first, then the engine kernel; wait: until it has built the wheel, because a notebook that is pushed before
-    cannot attach it. names: only these folders. StageError if the client is missing or refuses.
+    The engine is waited for, because a notebook that is pushed before cannot attach it; then two notebooks run at a
+    time. What is there unchanged is not sent again. names: only these folders. wait=False: send what can be sent now,
+    wait for no session; the same call later goes on. again: send and run everything anew. poll_s: seconds between two
+    looks at a session. StageError if the client is missing or refuses, or a session fails; then with its last lines.
     """
-    folders = {path.name: path for path in sorted(Path(folder).iterdir()) if path.is_dir()} \
-        if Path(folder).is_dir() else {}
+    chosen = _chosen(Path(folder), names)
+    metas = {path: check(path) for path in chosen}  # everything, before anything is sent
+    kaggle = patiently(Kaggle, 60)
+    for path, meta in metas.items():
+        owner = meta["id"].partition("/")[0]
+        if kaggle.user and owner != kaggle.user.lower():
+            raise StageError(f"{path.name} is staged for {owner}, and the token is {kaggle.user}'s: stage it with "
+                             f"--user {kaggle.user.lower()}.")
+    state = State(Path(folder) / STATE, again)
+    kernels = [path for path in chosen if not (path / DATASET).is_file()]
+    try:
+        for path in chosen:
+            if path not in kernels:
+                _push_dataset(kaggle, state, path, metas[path]["id"])
+        settled = 0.0
+        for some in ([path for path in kernels if path.name == "engine"],
+                     [path for path in kernels if path.name != "engine"]):
+            sessions = Sessions(kaggle, state, {metas[path]["id"]: (path, _content(path, metas[path], state))
+                                                for path in some}, settled)
+            if not sessions.run(wait, poll_s):
+                return
+            settled = sessions.settled
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here; sessions that started run on.", file=sys.stderr)
+        raise
+
+
+def _chosen(folder, names):
+    folders = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()} if folder.is_dir() else {}
     if lost := [name for name in names if name not in folders] or (not folders and [str(folder)]):
         raise StageError(f"Not staged: {', '.join(lost)}. Run `llamatelemetry kaggle stage --user NAME` first.")
-    chosen = [folders[name] for name in names or folders]
-    metas = {path: check(path) for path in chosen}  # everything, before anything is sent
-    chosen.sort(key=lambda path: ({"wheels": 0, "models": 0, "engine": 1}.get(path.name, 2), path.name))
-    for path in chosen:
-        if (path / DATASET).is_file():
-            _push_dataset(path, metas[path]["id"])
+    return [folders[name] for name in dict.fromkeys(names or folders)]
+
+
+class State:
+    """What was sent: {id: {content, version, step}}, step one of sending, sent, done, failed; in a JSON file."""
+
+    def __init__(self, path, again=False):
+        self.path, self.again = path, again
+        try:
+            self.records = json.loads(path.read_text())
+        except FileNotFoundError:
+            self.records = {}
+        except ValueError:
+            raise StageError(f"{path} is no JSON: delete it, and everything is sent anew.") from None
+
+    def version(self, name):
+        return self.records.get(name, {}).get("version", 0)
+
+    def step(self, name):
+        return self.records.get(name, {}).get("step", "")
+
+    def of(self, name, content):
+        """(step, version) of this content; ("", 0) if it was never sent, or is to be sent again."""
+        record = self.records.get(name, {})
+        if self.again or record.get("content") != content:
+            return "", 0
+        return record["step"], record["version"]
+
+    def put(self, name, content, version, step):
+        self.records[name] = {"content": content, "version": version, "step": step}
+        scratch = self.path.with_suffix(".new")
+        scratch.write_text(json.dumps(self.records, indent=1))
+        os.replace(scratch, self.path)
+
+
+def content_of(folder, *more):
+    """A hash of a folder's files, and of what else its result depends on.
+
+    Of a wheel the files in it count: one that is built again has other dates.
+    """
+    digest = hashlib.sha256(repr(more).encode())
+    for file in sorted(folder.iterdir()):
+        digest.update(f"\n{file.name}\n".encode())
+        if file.suffix == ".whl":
+            with zipfile.ZipFile(file) as archive:
+                digest.update(repr(sorted((entry.filename, entry.CRC) for entry in archive.infolist())).encode())
         else:
-            said = _client("kernels", "push", "-p", path, "--accelerator", metas[path]["machine_shape"])
-            print(f"{path.name}: {said}")
-            if path.name == "engine" and wait:
-                _wait(lambda: _client("kernels", "status", metas[path]["id"]), "complete", poll_s, timeout_s)
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
-def _push_dataset(path, name):
-    known = _client("datasets", "status", name, fail=False)
-    if known is None:
-        said = _client("datasets", "create", "-p", path)
-    else:
-        said = _client("datasets", "version", "-p", path, "-m", "llamatelemetry kaggle push")
-    print(f"{path.name}: {said}")
-    _wait(lambda: _client("datasets", "status", name), "ready", 10, 1800)
+def _content(path, meta, state):
+    """What decides whether a kernel runs again: its files, and what it attaches or, the engine's, builds with."""
+    if path.name == "engine":
+        wheels = sorted((path.parent / "wheels").glob("llamatelemetry-*.whl"))
+        return content_of(path, *(entry.CRC for wheel in wheels for entry in zipfile.ZipFile(wheel).infolist()
+                                  if entry.filename == "llamatelemetry/build.py"))
+    return content_of(path, *(state.version(name) for field in ("dataset_sources", "kernel_sources")
+                              for name in meta.get(field, ())))
 
 
-def _wait(ask, good, poll_s, timeout_s):
+# Datasets
+
+def _push_dataset(kaggle, state, path, name):
+    content = content_of(path)
+    step, version = state.of(name, content)
+    if step == "done":
+        print(f"{path.name}: version {version} is there, unchanged")
+        return
+    if state.step(name) == "sent":  # also where other content follows: a new dataset has no version to build on yet
+        _wait_for_dataset(kaggle, path, name, state.version(name))
+    there = _version(kaggle, name)
+    if not step or there < version:
+        version = _send_dataset(kaggle, state, path, name, content, there)
+        state.put(name, content, version, "sent")
+        _wait_for_dataset(kaggle, path, name, version)
+    state.put(name, content, version, "done")
+    print(f"{path.name}: version {version} is ready, https://www.kaggle.com/datasets/{name}")
+
+
+def _version(kaggle, name):
+    """Number of the version that is there, 0 if there is none."""
+    try:
+        return patiently(lambda: kaggle.dataset(name))[1]
+    except Missing:
+        return 0
+
+
+def _send_dataset(kaggle, state, path, name, content, there):
+    """Send a folder as the version after `there`; returns its number."""
+    for attempt in range(1, ATTEMPTS + 1):
+        state.put(name, content, there + 1, "sending")
+        try:
+            kaggle.send_dataset(path, new=not there)
+            return there + 1
+        except Passing as error:
+            if _version(kaggle, name) > there:
+                return there + 1  # it got through, only the answer did not
+            if attempt == ATTEMPTS:
+                raise StageError(f"{path.name}: {error}\nThe same command goes on; files that are up are not sent "
+                                 "again.") from None
+            time.sleep(30)
+        except StageError as error:
+            if there or "already in use" not in str(error):
+                raise StageError(f"{path.name}: Kaggle refuses the dataset: {error}") from None
+            _wait_for_dataset(kaggle, path, name, 1)  # it is there; its account is told 403 until it is processed
+            there = _version(kaggle, name)
+    raise StageError(f"{path.name}: Kaggle neither makes the dataset nor a version of it.")
+
+
+def _wait_for_dataset(kaggle, path, name, version):
     from tqdm.auto import tqdm
 
-    started, answer = time.monotonic(), ""
-    with tqdm(total=timeout_s, unit="s", desc=f"waiting for {good}", leave=False) as bar:
-        while (passed := time.monotonic() - started) < timeout_s:
+    started, answer = time.monotonic(), "no answer"
+    with tqdm(total=DATASET_S, unit="s", desc=f"waiting until Kaggle has {path.name}", leave=False) as bar:
+        while (passed := time.monotonic() - started) < DATASET_S:
             bar.update(int(passed) - bar.n)
-            answer = ask().lower()
-            if good in answer:
-                return
-            if "error" in answer or "cancel" in answer:
-                raise StageError(f"Kaggle says: {answer.strip()}. Open the kernel's log on its page.")
-            time.sleep(poll_s)
-    raise StageError(f"Kaggle did not say {good!r} within {timeout_s / 60:.0f} minutes, but: {answer.strip()}")
-
-
-def _client(*arguments, fail=True):
-    """What the kaggle client printed; None where it failed and fail is False."""
-    done = subprocess.run([sys.executable, "-m", "kaggle", *map(str, arguments)], capture_output=True, text=True)
-    said = (done.stdout + done.stderr).strip()
-    if "No module named kaggle" in said:
-        raise StageError("The kaggle client is not installed: pip install kaggle six.")
-    # Some versions end with 0 whatever happened.
-    if done.returncode or re.search(r"^\d{3} - |push error|creation error|credentials|kaggle\.json", said, re.M | re.I):
-        if not fail:
-            return None
-        raise StageError(f"kaggle {' '.join(map(str, arguments[:2]))}: {said[-600:]}\nThe client reads its token from "
-                         "~/.kaggle (Kaggle: Settings, API).")
-    return said.splitlines()[-1] if said else "done"
+            try:
+                status, there = kaggle.dataset(name)
+            except (Missing, Passing) as error:
+                answer = str(error)
+            else:
+                answer = f"{status}, version {there}"
+                if status == "ready" and there >= version:
+                    return
+                if status in ("failed", "deleted") and (there >= version or passed > 120):
+                    raise StageError(f"{path.name}: Kaggle could not process the dataset ({answer}): "
+                                     f"https://www.kaggle.com/datasets/{name}")
+            time.sleep(10)
+    raise StageError(f"{path.name}: version {version} is not ready after {DATASET_S // 60} minutes, Kaggle says: "
+                     f"{answer}. The same command, later, goes on.")

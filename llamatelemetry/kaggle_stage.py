@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .kaggle_push import DATASET, KERNEL, StageError, check
+from .kaggle_rules import DATASET, KERNEL, StageError, check
 
 # What the packages of this suite need and Kaggle's image (2026) has not got, or may lose.
 PACKAGES = ("gguf", "nvidia-ml-py", "xarray", "safetensors", "diskcache", "umap-learn", "pynndescent", "igraph",
@@ -182,7 +182,8 @@ def add_commands(commands):
     sub = add("push", _push_command, "Send staged folders with the kaggle client, datasets and engine first.")
     sub.add_argument("names", nargs="*", help="folders to send; default: all")
     sub.add_argument("--folder", type=Path, default=Path("staged"))
-    sub.add_argument("--no-wait", action="store_true", help="do not wait until the engine is built")
+    sub.add_argument("--no-wait", action="store_true", help="wait for no session; the same command, later, goes on")
+    sub.add_argument("--again", action="store_true", help="send and run also what is there unchanged")
     sub = add("setup-cell", _cell_command, "Print the notebooks' first code cell, or write it into notebooks.")
     sub.add_argument("--write", nargs="+", default=[], type=Path, metavar="NOTEBOOK")
     sub.add_argument("--checkout", type=Path, default=Path("."))
@@ -199,7 +200,7 @@ def _stage_command(options):
 def _push_command(options):
     from .kaggle_push import push
 
-    push(options.folder, options.names, wait=not options.no_wait)
+    push(options.folder, options.names, wait=not options.no_wait, again=options.again)
 
 
 def _cell_command(options):

@@ -1,4 +1,4 @@
-"""Kaggle without Kaggle: what a session lacks, secrets, folders, two recorded T4s, staging, rules, and the push."""
+"""Kaggle without Kaggle: what a session lacks, secrets, folders, two recorded T4s, staging, and Kaggle's rules."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from llamatelemetry import (
-    GpuError, LlamaTelemetryError, build, cli, gpus, kaggle, kaggle_install, kaggle_push, kaggle_stage, needs,
+    GpuError, LlamaTelemetryError, build, cli, gpus, kaggle, kaggle_install, kaggle_rules, kaggle_stage, needs,
 )
-from llamatelemetry.kaggle_push import StageError, slug_of
+from llamatelemetry.kaggle_rules import StageError, slug_of
 from test_gpus import Driver
 
 CHECKOUT = Path(__file__).parents[1]
@@ -475,120 +475,47 @@ def test_a_kernel_against_the_rules_is_refused(staged, change, message):
     path = folder / "kernel-metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(StageError, match=message):
-        kaggle_push.check(folder)
+        kaggle_rules.check(folder)
 
 
 @pytest.mark.parametrize("change, message", [
     ({"title": "abcde", "id": "someone/abcde"}, "5 characters, 6 to 50"), ({"subtitle": "short"}, "20 to 80"),
+    ({"title": "abcde!", "id": "someone/abcde"}, "slug 'abcde' has 5 characters, 6 to 50"),
     ({"licenses": []}, "exactly one licence"),
 ])
 def test_a_dataset_against_the_rules_is_refused(staged, change, message):
     path = staged()["wheels"] / "dataset-metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(StageError, match=message):
-        kaggle_push.check(path.parent)
+        kaggle_rules.check(path.parent)
 
 
 def test_too_large_is_refused(staged, monkeypatch):
     made = staged()
-    monkeypatch.setattr(kaggle_push, "LIMITS", {"notebook": 10, "dataset": 10})
+    monkeypatch.setattr(kaggle_rules, "LIMITS", {"notebook": 10, "dataset": 10, "files": 50})
     for name, message in ((NOTEBOOKS[0].stem, "10 are allowed"), ("wheels", "200 are allowed")):
         with pytest.raises(StageError, match=message):
-            kaggle_push.check(made[name])
+            kaggle_rules.check(made[name])
 
 
-def test_kaggle_s_own_client_takes_what_is_staged(staged, monkeypatch):
-    """The client's validation of its own, up to the request that it would send."""
-    api = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="the kaggle client is not installed").KaggleApi()
-    sent = []
-
-    class Stop(Exception):
-        pass
-
-    class Client:
-        def __enter__(self):
-            return types.SimpleNamespace(kernels=types.SimpleNamespace(kernels_api_client=types.SimpleNamespace(
-                save_kernel=lambda request: sent.append(request) or (_ for _ in ()).throw(Stop))))
-
-        def __exit__(self, *_):
-            return False
-
-    monkeypatch.setattr(api, "build_kaggle_client", Client)
-    api.config_values = {"username": "someone"}
-    for name, folder in staged().items():
-        if (folder / "kernel-metadata.json").is_file():
-            with pytest.raises(Stop):
-                api.kernels_push(str(folder), None, "NvidiaTeslaT4")
-            request = sent.pop()
-            assert request.slug == f"someone/{'llamatelemetry-engine' if name == 'engine' else name}"
-            assert request.machine_shape == "NvidiaTeslaT4" and request.enable_gpu and request.is_private
+def test_a_notebook_is_weighed_as_the_client_sends_it(staged, monkeypatch):
+    """The client writes it anew, in ASCII: a character that is none becomes six."""
+    folder = staged()[NOTEBOOKS[0].stem]
+    path = folder / NOTEBOOKS[0].name
+    notebook = json.loads(path.read_text())
+    notebook["cells"][0]["source"] = "\u00e9" * 200_000
+    path.write_text(json.dumps(notebook, ensure_ascii=False))
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(StageError, match="1,000,000 are allowed"):
+        kaggle_rules.check(folder)
 
 
-# The push
-
-CLIENT = '''
-import json, os, sys
-log = os.environ["CLIENT_LOG"]
-calls = json.load(open(log)) if os.path.exists(log) else []
-calls.append(sys.argv[1:])
-json.dump(calls, open(log, "w"))
-what = sys.argv[1:3]
-if what == ["datasets", "status"]:
-    known = any(call[:2] in (["datasets", "create"], ["datasets", "version"]) for call in calls)
-    print("ready" if known else "404 - Not Found")
-elif what == ["kernels", "status"]:
-    asked = sum(call[:2] == what for call in calls)
-    print(f'{sys.argv[3]} has status "KernelWorkerStatus.{os.environ["CLIENT_END"] if asked > 2 else "RUNNING"}"')
-else:
-    print("Kernel version 1 successfully pushed.  Please check progress at ..." if what[0] == "kernels" else "ok")
-'''
-
-
-@pytest.fixture
-def client(tmp_path, monkeypatch):
-    """A kaggle client that writes down what it is asked."""
-    (tmp_path / "client" / "kaggle").mkdir(parents=True)
-    (tmp_path / "client" / "kaggle" / "__init__.py").write_text("")
-    (tmp_path / "client" / "kaggle" / "__main__.py").write_text(CLIENT)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "client"))
-    monkeypatch.setenv("CLIENT_LOG", str(tmp_path / "calls.json"))
-    monkeypatch.setenv("CLIENT_END", "COMPLETE")
-    return lambda: json.loads((tmp_path / "calls.json").read_text())
-
-
-def test_push_sends_in_the_order_of_need(staged, client, tmp_path, capsys):
-    staged()
-    kaggle_push.push(tmp_path / "staged", poll_s=0.01)
-    calls = client()
-    shown = [" ".join(call[:2]) + " " + Path(call[call.index("-p") + 1]).name for call in calls if "-p" in call]
-    assert shown[:2] == ["datasets create wheels", "kernels push engine"]
-    assert shown[2:] == [f"kernels push {path.stem}" for path in NOTEBOOKS]
-    asked = [index for index, call in enumerate(calls) if call[:2] == ["kernels", "status"]]
-    assert len(asked) == 3 and max(asked) < min(i for i, call in enumerate(calls) if NOTEBOOKS[0].stem in str(call))
-    assert all(call[-2:] == ["--accelerator", "NvidiaTeslaT4"] for call in calls if call[:2] == ["kernels", "push"])
-    kaggle_push.push(tmp_path / "staged", ["wheels"], poll_s=0.01)
-    assert client()[-2][:2] == ["datasets", "version"]
-
-
-def test_push_stops_where_the_engine_fails(staged, client, tmp_path, monkeypatch):
-    staged()
-    monkeypatch.setenv("CLIENT_END", "ERROR")
-    with pytest.raises(StageError, match="kernelworkerstatus.error"):
-        kaggle_push.push(tmp_path / "staged", poll_s=0.01)
-    assert not any(NOTEBOOKS[0].stem in str(call) for call in client())
-
-
-def test_nothing_is_sent_where_one_folder_breaks_a_rule(staged, client, tmp_path):
-    path = staged()[NOTEBOOKS[-1].stem] / "kernel-metadata.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"title": "Another"}))
-    with pytest.raises(StageError, match="Kaggle makes"):
-        kaggle_push.push(tmp_path / "staged")
-    assert not (tmp_path / "calls.json").exists()
-
-
-def test_push_of_what_is_not_staged(tmp_path, capsys):
-    assert cli.main(["kaggle", "push", "--folder", str(tmp_path / "none")]) == 1
-    assert "kaggle stage --user NAME" in capsys.readouterr().err
+def test_more_files_than_a_dataset_takes_are_refused(staged):
+    folder = staged()["wheels"]
+    for number in range(51 - len(list(folder.glob("*.whl")))):
+        (folder / f"{number}.txt").write_text("x")
+    with pytest.raises(StageError, match="51 files, 50 are allowed"):
+        kaggle_rules.check(folder)
 
 
 # The first cell

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamatelemetry import kaggle_stage
-from llamatelemetry.kaggle_push import notebook_problems
+from llamatelemetry.kaggle_rules import notebook_problems
 
 nbformat = pytest.importorskip("nbformat")
 CHECKOUT = Path(__file__).parents[1]
