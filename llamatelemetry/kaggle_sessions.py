@@ -28,8 +28,7 @@ LINES = 15  # of a log that are shown
 FULL = re.compile(r"session count of \d+ reached|projected to exceed", re.I)
 NO_INTERNET = re.compile(r"name resolution|Failed to establish a new connection|Network is unreachable|"
                          r"No matching distribution found", re.I)
-NO_GPU = re.compile(r"no CUDA(-capable)? (GPU|device)|session has none: choose GPU|NVIDIA-SMI has failed|"
-                    r"No NVIDIA GPU", re.I)
+NO_GPU = re.compile(r"session has no(ne: choose)? GPU|no CUDA(-capable)? (GPU|device)|NVIDIA-SMI has failed", re.I)
 
 
 class Sessions:
@@ -163,13 +162,18 @@ class Sessions:
         self.bar.update()
         good = session.status == "COMPLETE"
         self._put(name, self.state.version(name), "done" if good else "failed")
-        self._say(name, session.status.lower().replace("_", " "))
+        lines = self._log(name)
+        hint = _hint(self.jobs[name][0], lines)  # also where it ended well: the engine's kernel makes do with the CPU
+        self._say(name, session.status.lower().replace("_", " ") + (f"\n{hint}" if good and hint else ""))
         if not good:
-            self.failed[name] = self._report(name, session)
+            said = f" ({session.failure})" if session.failure else ""
+            log = ", which ends with:\n" + "\n".join(lines[-LINES:]) if lines else "; it could not be read from here."
+            self.failed[name] = (f"the session ended with {session.status}{said}.\n{hint}{hint and chr(10)}"
+                                 f"https://www.kaggle.com/code/{name} has its log{log}")
 
-    def _report(self, name, session):
+    def _log(self, name):
         lines = []
-        for _ in range(3):  # Kaggle has the lines a little after the end
+        for _ in range(3):  # Kaggle has them a little after the end
             try:
                 lines = self.kaggle.log(name)
             except StageError:
@@ -177,10 +181,7 @@ class Sessions:
             if lines:
                 break
             time.sleep(20)
-        said = f" ({session.failure})" if session.failure else ""
-        log = ", which ends with:\n" + "\n".join(lines[-LINES:]) if lines else "; it could not be read from here."
-        return (f"the session ended with {session.status}{said}.{_hint(self.jobs[name][0], lines)}\n"
-                f"https://www.kaggle.com/code/{name} has its log{log}")
+        return lines
 
 
 @dataclass
@@ -195,7 +196,7 @@ def _hint(folder, lines):
     text = "\n".join(lines)
     meta = json.loads((folder / KERNEL).read_text())
     if meta.get("enable_gpu") and NO_GPU.search(text) or meta.get("enable_internet") and NO_INTERNET.search(text):
-        return ("\nIt had no GPU or no internet. Kaggle gives both only to accounts with a verified phone number, and "
+        return ("It had no GPU or no internet. Kaggle gives both only to accounts with a verified phone number, and "
                 "says nothing where there is none: Settings, Phone verification.")
     return ""
 

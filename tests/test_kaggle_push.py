@@ -9,7 +9,7 @@ import requests
 import kaggle_standin
 from llamatelemetry import cli, kaggle_push, kaggle_sessions
 from llamatelemetry.kaggle_rules import StageError
-from test_kaggle import NOTEBOOKS, staged, wheel  # noqa: F401 (a fixture)
+from test_kaggle import CHECKOUT, NOTEBOOKS, staged, wheel  # noqa: F401 (a fixture)
 
 pytest.importorskip("kagglesdk", reason="the kaggle client is not installed")
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -277,6 +277,17 @@ def test_an_account_without_a_verified_phone_is_recognized(kaggle, send, line):
     kaggle.ends["llamatelemetry-engine"] = ("ERROR", "", line)
     with pytest.raises(StageError, match="only to accounts with a verified phone number.*Settings, Phone verification"):
         send()
+
+
+def test_an_engine_that_was_built_without_the_gpu_says_why(kaggle, send, capsys):
+    kaggle.ends["llamatelemetry-engine"] = ("COMPLETE", "", "This session has no GPU: it costs no GPU quota.\n")
+    send("wheels", "engine")
+    assert "engine: complete\nIt had no GPU or no internet. Kaggle gives both only" in capsys.readouterr().out
+
+
+def test_the_sentences_of_our_own_that_tell_of_no_gpu_are_recognized():
+    for name in ("kaggle/engine/build_engine.py", "llamatelemetry/kaggle_install.py"):
+        assert kaggle_sessions.NO_GPU.search((CHECKOUT / name).read_text()), name
 
 
 def test_a_notebook_without_internet_by_design_is_no_question_of_the_account(kaggle, send):
