@@ -30,6 +30,7 @@ _WHERE = {
     "WorkerCrashedError": "errors",
     "GpuError": "errors",
     "GraphistryError": "errors",
+    "OutputError": "errors",
     "EngineBuildError": "build",
     "NotebookError": "errors",
     "ParameterError": "errors",

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import logs
 from .errors import ModelLoadError
+from .files import labels, shown
 from .gpus import inference_environment
 from .quantize import _threads, tool
 
@@ -40,13 +42,15 @@ def bench(path, n_prompt=256, n_gen=32, repetitions=3, gpu_layers=None, threads=
         "json",
     ]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, env=inference_environment())
+        process = subprocess.Popen(command, stdout=out, stderr=log, stdin=subprocess.DEVNULL,
+                                   env=inference_environment())  # fmt: skip
         resident, gpu = _watch(process)
         out.seek(0)
         log.seek(0)
         text, words = out.read().decode("utf-8", "replace"), log.read().decode("utf-8", "replace")
     if process.returncode:
-        raise ModelLoadError(f"llama-bench cannot run {path} (exit status {process.returncode}):\n{words[-800:]}")
+        raise ModelLoadError(f"llama-bench cannot run {shown(path)} (exit status {process.returncode}): "
+                             f"{logs.reason(words)}\n{logs.last_words(words)[-800:]}")  # fmt: skip
     return speeds(json.loads(text)) | {
         "load_s": load_time(path, gpu_layers),
         "resident_bytes": resident,
@@ -64,10 +68,12 @@ def speeds(runs):
 
 
 def bench_all(paths, progress=True, **options):
-    """bench() of several files: DataFrame indexed by the file's stem."""
+    """bench() of several files: DataFrame indexed by their names (files.labels)."""
     from tqdm.auto import tqdm
 
-    rows = {Path(p).stem: bench(p, **options) for p in tqdm(list(paths), desc="llama-bench", disable=not progress)}
+    paths = list(dict.fromkeys(map(Path, paths)))
+    measured = tqdm(zip(labels(paths), paths), total=len(paths), desc="llama-bench", disable=not progress)
+    rows = {name: bench(path, **options) for name, path in measured}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
 
 
@@ -86,7 +92,8 @@ def load_time(path, gpu_layers=None):
     command = [sys.executable, "-c", _LOAD, str(path), str(_threads()), str(999 if gpu_layers is None else gpu_layers)]
     done = subprocess.run(command, capture_output=True, text=True, env=inference_environment(), errors="replace")
     if done.returncode:
-        raise ModelLoadError(f"llama.cpp cannot load {path}:\n{done.stderr[-800:]}")
+        raise ModelLoadError(f"llama.cpp cannot load {shown(path)}: {logs.reason(done.stderr)}\n"
+                             f"{logs.last_words(done.stderr)[-800:]}")  # fmt: skip
     return float(done.stdout.splitlines()[-1])
 
 

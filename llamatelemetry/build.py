@@ -169,7 +169,8 @@ def build(cuda: str | None = None, out: Path | None = None, jobs: int | None = N
             wheel = cached_wheel(wanted) or _build_into(folder, wanted, jobs or _default_jobs())
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-        wheel = Path(shutil.copy2(wheel, out))
+        if not os.path.samefile(out, wheel.parent):  # the cache itself has it already
+            wheel = Path(shutil.copy2(wheel, out))
     return wheel
 
 

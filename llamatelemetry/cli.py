@@ -111,13 +111,17 @@ def infer(options):
 
 def capture_text(options):
     from .engine import InferenceEngine
+    from .files import refuse_overwriting
+    from .models import resolve_model
 
     if options.out.suffix != ".safetensors":
         raise LlamaTelemetryError(f"--out {options.out}: a capture is saved as a .safetensors file")
     if not options.out.absolute().parent.is_dir():
         raise LlamaTelemetryError(f"--out {options.out}: there is no such folder")
+    model = resolve_model(options.model)
+    refuse_overwriting(options.out, [model])
     with InferenceEngine() as engine:
-        engine.load_model(options.model, auto_start=False, silent=True)
+        engine.load_model(model, auto_start=False, silent=True)
         capture = engine.capture(options.text, stages=tuple(filter(None, options.stages.replace(" ", "").split(","))))
         for stage in capture.stages:
             print(f"{stage}: " + ", ".join(f"{dim} {size}" for dim, size in capture[stage].sizes.items()))

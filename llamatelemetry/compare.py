@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import hub, logs
 from .analysis.quantization_quality import summarize
 from .errors import LlamaTelemetryError, ModelLoadError, WorkerCrashedError
+from .files import labels
 from .gpus import inference_environment
 from .texts import CompareError, load_text
 
@@ -45,16 +47,17 @@ def compare_quantizations(
 ):
     """Perplexity, KL divergence and top-token agreement of quantized files against a reference, on a text.
 
-    reference, candidates: paths or registry names. text: the text, a path to one, or None for the public-domain text
-    of this package (see data/text.md). n_ctx: tokens per window; the second half of each is scored, and a
-    text that ends within a window loses that remainder. max_windows: use only the first so many. gpu_layers: None
-    puts all layers on the visible GPU if the engine can use one. client: a dask.distributed Client (for one worker
-    per GPU: cluster.local_cluster); then the candidates are shared out to its workers, and those of a worker that dies
-    are started again, up to `retries` times.
+    reference, candidates: paths or registry names. text: the text or a path to one, as load_text takes it, or None for
+    the public-domain text of this package (see data/text.md). n_ctx: tokens per window; the second half of each is
+    scored, and a text that ends within a window loses that remainder. max_windows: use only the first so many.
+    gpu_layers: None puts all layers on the visible GPU if the engine can use one. client: a dask.distributed Client
+    (for one worker per GPU: cluster.local_cluster); then the candidates are shared out to its workers, and those of a
+    worker that dies are started again, up to `retries` times.
 
     Definitions are llama-perplexity's (--kl-divergence), in nats and fractions. Returns a Comparison, one row per
-    candidate in the order given, indexed by name: file, size_bytes, bits_per_weight, ppl, ppl_base, ppl_ratio,
-    kld_mean, kld_median and other percentiles, mean_dp, rms_dp, same_top, top5, top10, each mean with its *_err, and
+    candidate in the order given, indexed by name (of the file as it was given, see files.labels): file, size_bytes,
+    bits_per_weight, ppl, ppl_base, ppl_ratio, kld_mean, kld_median and other percentiles, mean_dp, rms_dp, same_top,
+    top5, top10, each mean with its *_err, and
     intervals by window (*_low, *_high). A candidate that llama.cpp cannot load, or that crashes it, has its reason in
     the column `error` and NaN elsewhere; the others are kept. Raises CompareError for another vocabulary or
     architecture or too short a text, ModelNotFoundError for a file that is not there, ModelLoadError if the reference
@@ -131,7 +134,7 @@ def _child(job, progress):
                 for line in process.stdout:
                     said = json.loads(line)
                     if "fatal" in said:
-                        _fatal(said, job)
+                        _fatal(said, log)
                     elif "windows" in said:
                         meter.total = said["of"]
                         meter.update(said["windows"] - meter.n)
@@ -149,12 +152,13 @@ def _child(job, progress):
         finally:
             process.stdin.close()
             process.stdout.close()
-        tail = log.read_text("utf-8", "replace")[-1500:]
+        said = log.read_text("utf-8", "replace")
     for path, result in results.items():
         if result["error"] is None:
             result["columns"]["piece"] = [pieces[i] for i in result["columns"]["id"]]
     ending = f"signal {-code}" if code < 0 else f"exit status {code}"
-    return results, f"llama.cpp ended with {ending}. Its last words:\n{tail}"
+    why, tail = logs.reason(said), logs.last_words(said)[-1500:]
+    return results, f"llama.cpp ended with {ending}{why and f': {why}'}. Its last words:\n{tail}"
 
 
 def _settings(job):
@@ -165,16 +169,16 @@ def _settings(job):
     return job | {"threads": threads, "gpu_layers": 999 if job["gpu_layers"] is None else job["gpu_layers"]}
 
 
-def _fatal(said, job):
+def _fatal(said, log):
     if said["fatal"] == "text":
         raise CompareError(f"{said['why']}: pass a longer text, or a smaller n_ctx.")
-    raise ModelLoadError(f"{said['why']} as the reference. Download or make it again.")
+    raise ModelLoadError(f"{_reason(said['why'], log)}: it is the reference. Download or make it again.")
 
 
 def _reason(why, log):
     """The worker's reason with what llama.cpp logged last about it."""
-    words = [line for line in log.read_text("utf-8", "replace").splitlines() if "error" in line.lower()]
-    return f"{why} ({words[-1].strip()})" if words else why
+    words = logs.reason(log.read_text("utf-8", "replace"))
+    return f"{why} ({words})" if words else why
 
 
 def _load(path):
@@ -192,11 +196,10 @@ def _text(piece):
 
 
 def _path(name):
-    if Path(name).is_file():
-        return Path(name).resolve()
+    """The file's path as it was given, links and all: what they lead to has another name and no parts beside it."""
     from .models import resolve_model
 
-    return Path(resolve_model(str(name))).resolve()
+    return Path(resolve_model(name))
 
 
 def _groups(reference, paths):
@@ -206,10 +209,10 @@ def _groups(reference, paths):
     from .gpus import plan
 
     free = [gpu.free_bytes for gpu in plan().inference] or [psutil.virtual_memory().available]
-    room = 0.8 * sum(free) - os.path.getsize(reference) - BUFFERS
+    room = 0.8 * sum(free) - hub.size_of(reference) - BUFFERS
     groups, used = [[]], 0
     for path in paths:
-        size = os.path.getsize(path) + BUFFERS
+        size = hub.size_of(path) + BUFFERS
         if groups[-1] and used + size > room:
             groups.append([])
             used = 0
@@ -262,8 +265,9 @@ def _result(found, attempts, order, seed):
         error = WorkerCrashedError if crashed else ModelLoadError
         raise error("No candidate could be measured: " + "; ".join(f"{p}: {f['error']}" for p, f in found.items()))
     rows, tables = [], []
-    for path in order:
-        row = {"name": Path(path).stem, "file": path, **_size(path), "error": found[path]["error"]}
+    names = labels(order)
+    for name, path in zip(names, order):
+        row = {"name": name, "file": path, **_size(path), "error": found[path]["error"]}
         if found[path]["error"] is None:
             table = pd.DataFrame(found[path]["columns"])
             row |= summarize(table, seed=seed)
@@ -276,7 +280,7 @@ def _result(found, attempts, order, seed):
     columns = ["candidate", "window", "position", "id", "piece", "logprob_base", "logprob", "entropy_base", "kld", "dp",
                "same_top", "top5", "top10", "top_base", "top"]  # fmt: skip
     object.__setattr__(result, "tokens", pd.concat(tables, ignore_index=True)[columns])
-    object.__setattr__(result, "attempts", {Path(p).stem: attempts[p] for p in order})
+    object.__setattr__(result, "attempts", {name: attempts[p] for name, p in zip(names, order)})
     return result
 
 

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from .capture.tokenizer import token_ids, token_piece
+
 STEP = 512  # tokens that are decoded at once, llama.cpp's default physical batch; bounds the memory for logits
 ROWS = 8  # rows of logits that are reduced at once: the temporaries stay in the cache
 
@@ -46,18 +48,10 @@ class Model:
         self.batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
 
     def tokenize(self, text):
-        data = text.encode()
-        room = len(data) + 16
-        ids = (ctypes.c_int32 * room)()
-        n = self.lib.llama_tokenize(self.vocab, data, len(data), ids, room, True, False)
-        if n < 0:
-            raise ValueError(f"llama.cpp could not tokenize the text: {n}")
-        return np.array(ids[:n], dtype=np.int32)
+        return np.array(token_ids(self.lib, self.vocab, text, parse_special=False), dtype=np.int32)
 
     def piece(self, token):
-        room = ctypes.create_string_buffer(256)
-        n = self.lib.llama_token_to_piece(self.vocab, token, room, len(room), 0, True)
-        return room.raw[: max(n, 0)]
+        return token_piece(self.lib, self.vocab, token)
 
     def bos(self):
         """The token that opens every window, or None where the model has none."""

@@ -43,3 +43,7 @@ class GpuError(LlamaTelemetryError):
 
 class GraphistryError(LlamaTelemetryError):
     """Graphistry refused or could not be reached; tables and offline page are still there."""
+
+
+class OutputError(LlamaTelemetryError, OSError):
+    """A file that cannot be written there: the disk refuses it, or it would destroy what it is made from."""

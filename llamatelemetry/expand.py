@@ -1,13 +1,14 @@
 """Rewriting a GGUF file tensor by tensor: expanded to floats, or made into a stand-in for a full-precision model."""
 
-import os
-import shutil
-from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from .errors import LlamaTelemetryError, ModelLoadError, ModelNotFoundError
+from .errors import LlamaTelemetryError, ModelLoadError
+from .files import shown, written
+from .ggml_types import TensorType, dequantize
+from .gguf import GGUFFile, unreadable
 
 ROWS = 4096  # rows of a tensor that are dequantized at once: 4,096 x 4,096 float32 is 64 MiB
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes per weight
@@ -18,13 +19,22 @@ class QuantizeError(LlamaTelemetryError):
     """A file could not be quantized, expanded or measured for an importance matrix; nothing half-written is left."""
 
 
+class Tensor(NamedTuple):
+    """data: (rows, bytes of a row) uint8; shape: rows first."""
+
+    name: str
+    data: np.ndarray
+    tensor_type: TensorType
+    shape: tuple
+
+
 def expand(src, dst, type="F32", progress=True):
-    """Dequantize every tensor of a GGUF file to F32, F16 or BF16 and keep its metadata.
+    """Dequantize every tensor of a GGUF file (of all parts of a split one) to F32, F16 or BF16 and keep its metadata.
 
     The weights are those of `src` and no better: quantizing the result again is a requantization. Vectors (norms,
     biases) stay F32 whatever `type` is, as llama.cpp requires. Memory: one block of rows, not the model.
     Returns the path of `dst`. Raises ModelNotFoundError, ModelLoadError or QuantizeError (a type that is not one of
-    the three, too little disk space).
+    the three, a `dst` that is `src` itself by whatever name, too little disk space).
     """
     if type not in FLOATS:
         raise QuantizeError(f"expand() writes {', '.join(FLOATS)}, not {type!r}: use quantize() for quantized types.")
@@ -47,9 +57,7 @@ def make_reference(src, dst, seed=0, progress=True):
         rng = np.random.default_rng([seed, start, *tensor.name.encode()])
         return values + (rng.random(values.shape, dtype=np.float32) - np.float32(0.5)) * step
 
-    name = _open(src).fields.get("general.name")
-    name = name.contents() if name else Path(src).stem
-    note = f"{name} + uniform noise of one quantization step (seed {seed}), not the original"
+    note = f"{_open(src).name} + uniform noise of one quantization step (seed {seed}), not the original"
     return _rewrite(src, dst, "F32", noisy, {"general.name": note}, progress)
 
 
@@ -88,91 +96,59 @@ def _rewrite(src, dst, type, change, metadata, progress):
     import gguf
     from tqdm.auto import tqdm
 
-    reader = _open(src)
-    if (split := reader.fields.get("split.count")) and split.contents() > 1:
-        raise QuantizeError(f"{src} is one of {split.contents()} parts: join them with llama-gguf-split --merge first.")
-    kinds = {t.name: type if len(t.shape) > 1 else "F32" for t in reader.tensors}
-    need = sum(int(t.n_elements) * FLOATS[kinds[t.name]] for t in reader.tensors)
-    with written(dst, need + SLACK) as temporary:
-        writer = gguf.GGUFWriter(temporary, reader.fields["general.architecture"].contents())
+    source = _open(src)
+    kinds = {name: type if len(shape) > 1 else "F32" for name, shape in source.tensors["shape"].items()}
+    need = sum(int(n) * FLOATS[kinds[name]] for name, n in source.tensors["n_elements"].items())
+    with written(dst, inputs=[src], need=need + SLACK, model=True, error=QuantizeError) as temporary:
+        writer = gguf.GGUFWriter(temporary, source.architecture)
         try:
             ftype = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[type]
-            _copy_metadata(reader, writer, metadata | {"general.file_type": int(gguf.LlamaFileType[ftype])})
-            for t in reader.tensors:
-                kind = gguf.GGMLQuantizationType[kinds[t.name]]
-                shape = tuple(int(n) for n in reversed(t.shape))  # numpy order: rows first
+            _copy_metadata(source, writer, metadata | {"general.file_type": int(gguf.LlamaFileType[ftype])})
+            for name, shape, n in source.tensors[["shape", "n_elements"]].itertuples():
+                kind = gguf.GGMLQuantizationType[kinds[name]]
                 dtype = np.dtype({"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind.name])
-                n = int(t.n_elements)
-                writer.add_tensor_info(
-                    t.name, shape, dtype, n * FLOATS[kind.name], raw_dtype=None if kind.name != "BF16" else kind
-                )
+                raw_dtype = None if kind.name != "BF16" else kind
+                writer.add_tensor_info(name, shape, dtype, n * FLOATS[kind.name], raw_dtype=raw_dtype)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             file = writer.fout[0]
-            for t in tqdm(reader.tensors, desc=f"{Path(dst).name}", unit="tensor", disable=not progress):
+            for name in tqdm(source.tensors.index, desc=shown(Path(dst).name), unit="tensor", disable=not progress):
                 writer.write_padding(file, file.tell())
-                raw = t.data.reshape(-1, t.data.shape[-1])
-                for start in range(0, len(raw), ROWS):
-                    values = gguf.quants.dequantize(raw[start : start + ROWS], t.tensor_type).astype(np.float32)
-                    values = change(t, start, values)
-                    file.write(gguf.quants.quantize(values, gguf.GGMLQuantizationType[kinds[t.name]]).tobytes())
+                tensor = Tensor(name, *source.raw(name))
+                for start in range(0, len(tensor.data), ROWS):
+                    values = dequantize(tensor.data[start : start + ROWS], tensor.tensor_type)
+                    values = change(tensor, start, values)
+                    file.write(gguf.quants.quantize(values, gguf.GGMLQuantizationType[kinds[name]]).tobytes())
                 writer.write_padding(file, file.tell())
-        except (OSError, NotImplementedError) as error:
-            raise QuantizeError(f"Could not write {dst}: {error}. Nothing was left behind.") from error
+        except NotImplementedError:
+            raise unreadable(name, source.tensors["type"][name]) from None
         finally:
             writer.close()
     return Path(dst)
 
 
-def _copy_metadata(reader, writer, metadata):
+def _copy_metadata(source, writer, metadata):
     import gguf
 
     array = gguf.GGUFValueType.ARRAY
-    for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key in ("general.architecture", *metadata):
+    for key, value in source.metadata.items():
+        if key in ("general.architecture", *metadata) or key.startswith("split."):  # one file comes out of all parts
             continue
         if key == "general.alignment":
-            writer.add_custom_alignment(field.contents())
+            writer.add_custom_alignment(value)
             continue
-        kind, *inner = field.types
-        value = field.contents()
+        kind, inner = source.kinds[key] if isinstance(source.kinds[key], tuple) else (source.kinds[key], None)
         if kind == array and not value:  # the writer refuses to write an empty array
             continue
-        writer.add_key_value(key, value, kind, sub_type=inner[-1] if kind == array else None)
+        writer.add_key_value(key, value, kind, sub_type=inner)
     for key, value in metadata.items():
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
 
 
 def _open(path):
-    """The file as gguf's reader, or a typed error."""
-    import gguf
-
-    if not Path(path).is_file():
-        raise ModelNotFoundError(f"No file {path}. list_models() shows the known names and which are on this machine.")
+    """The file as a GGUFFile, or a typed error."""
     try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # the reader raises whatever its parsing meets first
-        raise ModelLoadError(f"{path} is not a readable GGUF file ({error}): download or make it again.") from error
-
-
-@contextmanager
-def written(dst, need):
-    """A temporary path beside `dst` that becomes `dst` when the block ends well, and is removed when it does not.
-
-    need: bytes that will be written; QuantizeError at once if the disk has less.
-    """
-    dst = Path(dst)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(dst.parent).free
-    if free < need:
-        raise QuantizeError(
-            f"{dst} needs {need / 1e9:.2f} GB and {dst.parent} has {free / 1e9:.2f} GB free: make room there, or "
-            "choose another folder."
-        )
-    temporary = dst.with_name(f".{dst.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, dst)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return GGUFFile(path)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{shown(path)} is not a readable GGUF file: {error}") from error

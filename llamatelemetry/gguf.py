@@ -1,6 +1,6 @@
 """What a GGUF file says: architecture facts, tensors with their real precision, token pieces, dequantized weights.
 
-Types and dequantization are the gguf package's; the header is read by gguf_header.
+The header is read by gguf_header; types and dequantization are the gguf package's or the engine's (ggml_types).
 """
 
 import difflib
@@ -10,18 +10,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
+from gguf import LlamaFileType
 
 from .errors import ModelLoadError
-from .gguf_header import Header, nbytes, split_parts
-
-_PLAIN = {  # tensor types that are NumPy's own
-    GGMLQuantizationType.F64: "<f8",
-    GGMLQuantizationType.I8: "<i1",
-    GGMLQuantizationType.I16: "<i2",
-    GGMLQuantizationType.I32: "<i4",
-    GGMLQuantizationType.I64: "<i8",
-}
+from .files import shown
+from .ggml_types import dequantize
+from .gguf_header import Header, split_parts
 
 
 class GGUFFile:
@@ -33,8 +27,8 @@ class GGUFFile:
         n_vocab, head_dim, head_dim_v, rope_dim, n_ctx_train, sliding_window (tokens), rope_freq_base,
         final_logit_softcap, attn_logit_softcap, norm_eps, n_expert, n_expert_used.
         Where layers differ, n_head, n_kv_head and n_ff are the largest; *_per_layer lists have one int per layer.
-    metadata: dict, key -> int, float, bool, str or list; size_bytes: of all parts; bits_per_weight: mean over all
-        tensors.
+    metadata: dict, key -> int, float, bool, str or list; kinds: of its values, see Header; size_bytes: of all parts;
+        bits_per_weight: mean over all tensors.
 
     Raises ModelNotFoundError where there is no file, ModelLoadError where it is not a complete GGUF.
     """
@@ -42,7 +36,7 @@ class GGUFFile:
     def __init__(self, path):
         self.path = Path(path).expanduser()
         first = Header(self.path)
-        self.metadata = first.metadata
+        self.metadata, self.kinds = first.metadata, first.kinds
         try:
             self._parts = [first, *self._other_parts()]
             self._infos = {name: (part, *info) for part in self._parts for name, info in part.tensors.items()}
@@ -78,7 +72,7 @@ class GGUFFile:
         if not isinstance(self.architecture, str):
             raise ModelLoadError(f"{self.path} names no architecture (general.architecture): it is not a language "
                                  "model's GGUF, perhaps an importance matrix or an adapter. Give the model's own file.")
-        self.name = meta.get("general.name") or self.path.stem
+        self.name = shown(meta.get("general.name") or self.path.stem)
         file_type = meta.get("general.file_type")
         known = file_type in list(LlamaFileType)
         self.file_type = re.sub("^(ALL|MOSTLY)_", "", LlamaFileType(file_type).name) if known else None
@@ -141,8 +135,8 @@ class GGUFFile:
         import pandas as pd
 
         rows = []
-        for name, (_, kind, shape, _) in self._infos.items():
-            n, size = math.prod(shape), nbytes(kind, shape)
+        for name, (_, kind, shape, _, size) in self._infos.items():
+            n = math.prod(shape)
             layer = re.match(r"blk\.(\d+)\.", name)
             rows.append((name, kind.name, shape, n, size, 8 * size / n, int(layer[1]) if layer else None, _group(name)))
         columns = ["name", "type", "shape", "n_elements", "size_bytes", "bits_per_weight", "layer", "group"]
@@ -150,8 +144,8 @@ class GGUFFile:
 
     @cached_property
     def bits_per_weight(self):
-        elements = sum(math.prod(shape) for _, _, shape, _ in self._infos.values())
-        size = sum(nbytes(kind, shape) for _, kind, shape, _ in self._infos.values())
+        elements = sum(math.prod(shape) for _, _, shape, _, _ in self._infos.values())
+        size = sum(size for *_, size in self._infos.values())
         return 8 * size / elements if elements else 0.0
 
     @cached_property
@@ -167,13 +161,16 @@ class GGUFFile:
         return decode_pieces(self.metadata.get("tokenizer.ggml.model"), self.metadata.get("tokenizer.ggml.tokens", []),
                              self.token_types)
 
-    def _rows(self, name):
+    def raw(self, name):
+        """A tensor as it is stored: (rows, bytes of a row) uint8, its TensorType, its shape (rows first)."""
         if name not in self._infos:
             near = difflib.get_close_matches(name, self._infos, 3)
             raise ModelLoadError(f"{self.path.name} has no tensor {name!r}" + (f"; nearest: {', '.join(near)}" if near
                                  else "") + ". GGUFFile.tensors lists them.")
-        part, kind, shape, offset = self._infos[name]
-        raw = np.frombuffer(part.buffer, np.uint8, nbytes(kind, shape), part.data + offset)
+        part, kind, shape, offset, size = self._infos[name]
+        if kind.block is None:
+            raise unreadable(name, kind.name)
+        raw = np.frombuffer(part.buffer, np.uint8, size, part.data + offset)
         return raw.reshape(math.prod(shape[:-1]), -1), kind, shape
 
     def rows(self, name, ids=slice(None)):
@@ -181,7 +178,7 @@ class GGUFFile:
 
         ids: a row number, a sequence of them or a slice; a tensor of 3 dims is seen as (first * second, width).
         Returns (n, width) float32. Raises ModelLoadError for an unknown tensor, IndexError for an unknown row."""
-        raw, kind, _ = self._rows(name)
+        raw, kind, _ = self.raw(name)
         if not isinstance(ids, slice):
             ids = np.atleast_1d(np.asarray(ids, np.int64))
             if ids.size and not (-len(raw) <= ids.min() and ids.max() < len(raw)):
@@ -190,32 +187,27 @@ class GGUFFile:
 
     def tensor(self, name):
         """The whole tensor, dequantized: float32, shape as in `tensors` (rows first)."""
-        raw, kind, shape = self._rows(name)
+        raw, kind, shape = self.raw(name)
         return _dequantize(raw, kind, name).reshape(shape)
 
     def iter_rows(self, name, block=4096):
         """Yields (first row number, (<= block, width) float32), over all rows of a tensor in bounded memory."""
-        raw, kind, _ = self._rows(name)
+        raw, kind, _ = self.raw(name)
         for start in range(0, len(raw), block):
             yield start, _dequantize(raw[start : start + block], kind, name)
 
 
 def _dequantize(raw, kind, name):
-    raw = np.ascontiguousarray(raw)
-    if kind in _PLAIN:
-        return raw.view(_PLAIN[kind]).astype(np.float32)
-    n, width = raw.shape
-    block, size = GGML_QUANT_SIZES[kind]
-    if n == 0:
-        return np.zeros((0, width // size * block), np.float32)
-    # quants works through 16 rows at a time; wider rows of whole blocks are up to 5 times faster.
-    join = next(k for k in (64, 32, 16, 8, 4, 2, 1) if n % k == 0 and (k == 1 or k * width <= 1 << 16))
     try:
-        out = quants.dequantize(raw.reshape(n // join, join * width), kind).reshape(n, width // size * block)
-    except NotImplementedError as error:
-        raise ModelLoadError(f"{name} is {kind.name}, which the installed gguf package cannot dequantize. "
-                             "Upgrade it (pip install -U gguf) or use another quantization.") from error
-    return out if out.flags.writeable else out.copy()  # F32 would be a view of the read-only file
+        return dequantize(raw, kind)
+    except NotImplementedError:
+        raise unreadable(name, kind.name) from None
+
+
+def unreadable(name, kind):
+    return ModelLoadError(f"{name} is {kind}, which neither the installed gguf package nor the installed engine turns "
+                          "into floats. Upgrade them (pip install -U gguf, `llamatelemetry engine build`) or use "
+                          "another quantization.")
 
 
 def _group(name):

@@ -1,7 +1,7 @@
 """The header of one GGUF file: metadata and where each tensor lies, read in one pass over its bytes.
 
 gguf.GGUFReader makes a NumPy view of every token of the vocabulary (measured: 7 s for SmolLM2's 49,152 tokens, 30 s
-for Gemma 3's 262,144), so only types and block sizes are taken from the gguf package.
+for Gemma 3's 262,144), so only the kinds of values are taken from the gguf package, and the types from ggml_types.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -12,9 +12,10 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
 from .errors import ModelLoadError, ModelNotFoundError
+from .ggml_types import tensor_type
 
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
@@ -43,14 +44,9 @@ def split_parts(path):
     return [path.with_name(f"{prefix}-{part:05d}-of-{count}.gguf") for part in range(1, int(count) + 1)]
 
 
-def nbytes(kind, shape):
-    """Bytes of a tensor of this type and shape."""
-    block, size = GGML_QUANT_SIZES[kind]
-    return math.prod(shape) // block * size
-
-
 class Header:
-    """The header of one file: metadata, tensors as {name: (type, shape, offset)}, the start of the data, the bytes."""
+    """The header of one file: metadata and the kinds of its values, tensors as {name: (TensorType, shape, offset,
+    bytes)}, the start of the data, the bytes. Of a type that nobody here knows, the bytes are those up to the next."""
 
     def __init__(self, path):
         self.path = path
@@ -69,7 +65,7 @@ class Header:
         except (struct.error, ValueError) as error:
             raise ModelLoadError(f"{path}: the GGUF header ends early or is damaged ({error}). The file has "
                                  f"{self.size:,} bytes: fetch it again.") from error
-        ends = [self.data + offset + nbytes(kind, shape) for kind, shape, offset in self.tensors.values()]
+        ends = [self.data + offset + size for _, _, offset, size in self.tensors.values()]
         end = max(ends, default=0)
         if end > self.size:
             raise ModelLoadError(f"{path} is truncated: {self.size:,} bytes are there, its tensors need {end:,}. "
@@ -96,12 +92,15 @@ class Header:
     def _read_header(self):
         n_tensors, n_keys = struct.unpack_from("<QQ", self.buffer, 8)
         at = 24
-        self.metadata = {}
+        self.metadata, self.kinds = {}, {}  # kinds: key -> its GGUFValueType, or (ARRAY, that of the values)
         for _ in range(n_keys):
             key, at = self._name(at)
             kind, at = self._u32(at)
-            self.metadata[key], at = self._value(GGUFValueType(kind), at)
-        self.tensors = {}
+            self.kinds[key] = kind = GGUFValueType(kind)
+            if kind == GGUFValueType.ARRAY:
+                self.kinds[key] = kind, GGUFValueType(self._u32(at)[0])
+            self.metadata[key], at = self._value(kind, at)
+        infos = {}
         for _ in range(n_tensors):
             name, at = self._name(at)
             n_dims, at = self._u32(at)
@@ -109,14 +108,22 @@ class Header:
                 raise ValueError(f"tensor {name!r} with {n_dims} dimensions")
             *dims, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", self.buffer, at)
             at += 8 * n_dims + 12
-            kind = GGMLQuantizationType(kind)
-            if math.prod(dims) == 0 or (dims or [1])[0] % GGML_QUANT_SIZES[kind][0]:
+            kind = tensor_type(kind)
+            if math.prod(dims) == 0 or (dims or [1])[0] % (kind.block or 1):
                 raise ValueError(f"tensor {name!r} of type {kind.name} with dimensions {dims}")
-            self.tensors[name] = (kind, tuple(reversed(dims)), offset)
+            infos[name] = kind, tuple(reversed(dims)), offset
         align = self.metadata.get("general.alignment", 32)
         if not isinstance(align, int) or align < 1:
             raise ValueError(f"an alignment of {align!r}")
         self.data = -(-at // align) * align
+        starts = sorted({offset for _, _, offset in infos.values()} | {self.size - self.data})
+        following = dict(zip(starts, starts[1:]))
+
+        def n_bytes(kind, shape, offset):
+            known = math.prod(shape) // kind.block * kind.size if kind.block else None
+            return following.get(offset, offset) - offset if known is None else known
+
+        self.tensors = {name: (*info, n_bytes(*info)) for name, info in infos.items()}
 
     def _u32(self, at):
         return struct.unpack_from("<I", self.buffer, at)[0], at + 4

@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+from . import logs
 from .errors import GpuError
 from .fit import Fit, fit  # noqa: F401  what a model needs belongs to who gets which GPU
 
@@ -82,7 +83,7 @@ def visible_gpus():
 
 def inference_environment():
     """This process's environment with only the inference GPU visible: for children that run llama.cpp."""
-    return os.environ | plan().inference_env()
+    return logs.ENVIRONMENT | os.environ | plan().inference_env()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from .backend import get_backend
 from .drawn import token_text
+from .files import written
 from .graphistry_upload import graphistry_credentials, upload_graph
 from .plots.graph_page import graph_page, is_numbers
 
@@ -152,11 +153,11 @@ class Graph:
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"name must be letters, digits, '.', '_' or '-', not {name!r}")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         nodes, edges, _ = self.tables
         paths = {part: folder / f"{name}.{part}.parquet" for part in ("nodes", "edges")}
-        _write(nodes, "nodes", paths["nodes"])
-        _write(edges, "edges", paths["edges"])
+        for what, table in (("nodes", nodes), ("edges", edges)):
+            with written(paths[what]) as temporary:
+                _write(table, what, temporary)
         return {**paths, "page": self.page().save(folder / f"{name}.html")}
 
     def show(

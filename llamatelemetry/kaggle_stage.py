@@ -71,6 +71,7 @@ def stage(user, out="staged", checkout=".", models=(), engine=(), repository="",
                          "folders. Change to it, or give --checkout.")
     if not re.fullmatch(r"[a-z0-9_-]{2,30}", user):
         raise StageError(f"--user {user}: the name in the address of your Kaggle profile is expected (lower case).")
+    _check_inputs(out, models, engine)
     made = {"wheels": _wheels(templates, out / "wheels", user, checkout, engine, progress)}
     if not engine:
         made["engine"] = _fresh(out / "engine")
@@ -93,6 +94,22 @@ def stage(user, out="staged", checkout=".", models=(), engine=(), repository="",
     for folder in made.values():
         check(folder)
     return made
+
+
+def _check_inputs(out, models, engine):
+    """The staged folders are made afresh, and a dataset is one folder: no input may lie in them or share a name."""
+    from .gguf_header import split_parts
+    from .models import resolve_model
+
+    parts = [part for model in dict.fromkeys(models) for part in split_parts(resolve_model(model))]
+    for path in [*parts, *map(Path, engine)]:
+        if any(folder in path.resolve().parents for folder in (out / "models", out / "wheels")):
+            raise StageError(f"--out {out}: {path} lies where staged folders are made afresh and would be removed. "
+                             "Give another --out.")
+    names = [part.name for part in parts]
+    if alike := {name for name in names if names.count(name) > 1}:
+        raise StageError(f"--models: several files are called {', '.join(sorted(alike))}, and they share a dataset: "
+                         "stage one of them, or rename it.")
 
 
 def title_of(stem):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from .errors import NotebookError, ParameterError
+from .files import refuse_overwriting
 from .parameter_types import fit
 
 # The lab template without what it would load from the network: require.js, MathJax, Mermaid, the widget renderer.
@@ -52,16 +53,18 @@ def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress
     parameters: {name: value}, of the types that the notebook's `parameters` cell declares; a ParameterError names what
     is not, before anything runs.
     Raises NotebookError that names the cell when one fails; what was executed until then is kept and exported, too.
+    OutputError where `out` is the notebook's own folder.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
-    path, out = Path(path).resolve(), Path(out).resolve()
+    path, out = Path(path).absolute(), Path(out).resolve()  # a link to a notebook keeps its name
     parameters = fit(path, parameters)
     logging.getLogger("papermill").addFilter(_unless_unknown)
     out.mkdir(parents=True, exist_ok=True)
     executed = out / path.name
+    refuse_overwriting(executed, [path])
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else the kernel warns about a debugger
     os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
     if progress is True:

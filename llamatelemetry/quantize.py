@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import importance, logs
 from .errors import ModelLoadError, ModelNotFoundError
-from .expand import FLOATS, SLACK, QuantizeError, _open, expand, make_reference, written
+from .expand import FLOATS, SLACK, QuantizeError, _open, expand, make_reference
+from .files import labels, refuse_overwriting, shown, written
 from .registry import TYPES
+from .texts import is_path, load_text
 
 __all__ = ["QuantizeError", "quantize", "quantizations", "expand", "make_reference", "imatrix", "fallbacks", "tool"]
 
@@ -29,14 +32,21 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     tensor_types: {pattern: type}, a regular expression on tensor names each (`--tensor-type`), first match wins.
     pure: every matrix of that one type, no mixture. `dst` appears when it is whole and not before. A source that is
     itself quantized is taken, with a warning: the result is then no step of a ladder. Returns the path of `dst`.
-    Raises ModelNotFoundError, ModelLoadError or QuantizeError (unknown type, disk full, an importance matrix missing).
+    Warns, too, where the importance matrix fits only a part of the model. Raises ModelNotFoundError, ModelLoadError or
+    QuantizeError: unknown type, disk full, an importance matrix missing or of another model, or a `dst` that is one of
+    the inputs by whatever name.
     """
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    refuse_overwriting(dst, [src, imatrix], QuantizeError)
     if imatrix is not None and not Path(imatrix).is_file():
         raise ModelNotFoundError(f"No importance matrix at {imatrix}: make one with imatrix(model, text, dst).")
-    kinds = {t.tensor_type.name for t in _open(src).tensors if len(t.shape) > 1}
+    source = _open(src)
+    if imatrix is not None:
+        importance.check(source, imatrix)
+    kinds = set(source.tensors["type"][source.tensors["shape"].map(len) > 1])
     if kinds - {*FLOATS, "F64"}:
         warnings.warn(
-            f"{src} is quantized already ({', '.join(sorted(kinds))}): requantizing it is not what "
+            f"{shown(src)} is quantized already ({', '.join(sorted(kinds))}): requantizing it is not what "
             f"quantizing its original to {type} would give.",
             stacklevel=2,
         )
@@ -48,87 +58,75 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     for pattern, kind in (tensor_types or {}).items():
         options += ["--tensor-type", f"{pattern}={kind.lower()}"]
     threads = str(_threads())
-    dry = _run([tool("llama-quantize"), "--dry-run", *options, str(src), type], f"quantize {src} to {type}")
+    what = f"quantize {shown(src)} to {type}"
+    dry = _run([tool("llama-quantize"), "--dry-run", *options, str(src), type], what)
     if not (size := re.search(r"quant size\s*=\s*([\d.]+) MiB", dry)):
-        raise QuantizeError(f"llama-quantize did not say how large {dst} will be. Its last words:\n{dry[-800:]}")
+        raise QuantizeError(f"llama-quantize did not say how large {shown(dst)} will be. Its last words:\n{dry[-800:]}")
     if "will require an imatrix" in dry and imatrix is None:
         raise QuantizeError(f"{type} needs an importance matrix: make one with imatrix(model, text, dst) and pass it.")
-    with written(dst, float(size[1]) * 2**20 + SLACK) as temporary:
+    need = float(size[1]) * 2**20 + SLACK
+    with written(dst, inputs=[src, imatrix], need=need, model=True, error=QuantizeError) as temporary:
         _run(
             [tool("llama-quantize"), *options, str(src), str(temporary), type, threads],
-            f"quantize {src} to {type}",
+            what,
             step=r"\[\s*(\d+)/\s*(\d+)\]",
-            bar=Path(dst).name,
+            bar=shown(dst.name),
             progress=progress,
         )
-    return Path(dst)
+    return dst
 
 
 def quantizations(reference, wanted, folder, imatrix=None, progress=True):
-    """A file for each of `wanted`: {name: path}.
+    """A file for each of `wanted`: {name: path}, the names those of files.labels.
 
     A type ("Q4_K_M") is made from `reference` into `folder`, unless a file made after the reference is there already;
     anything else is a path or a registry name and taken as it is.
     """
     from .models import resolve_model
 
-    files = {}
+    paths = []
     for name in wanted:
         if str(name).upper() not in TYPES:
-            path = Path(resolve_model(name))
-            files[path.stem] = path
+            paths.append(Path(resolve_model(name)))
             continue
         path = Path(folder) / f"{name}{'-imatrix' if imatrix else ''}.gguf"
         if not path.is_file() or path.stat().st_mtime < Path(reference).stat().st_mtime:
             quantize(reference, path, name, imatrix=imatrix, progress=progress)
-        files[path.stem] = path
-    return files
+        paths.append(path)
+    return dict(zip(labels(paths), paths))
 
 
 def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
     """Compute an importance matrix (mean squared activation per input column) of a model on a text, by llama-imatrix.
 
-    text: the text itself or a path. chunks: at most so many windows of n_ctx tokens. Returns the path of `dst`.
-    Raises QuantizeError, also for a text shorter than two windows (llama-imatrix asks for that much).
+    text: the text itself or a path, as load_text takes it. chunks: at most so many windows of n_ctx tokens. Returns the
+    path of `dst`. Raises QuantizeError, also for a text shorter than two windows (llama-imatrix asks for that much) and
+    for a `dst` that is the model or the text; CompareError for a text that is not there.
     """
+    model, dst = Path(model).expanduser(), Path(dst).expanduser()
     _open(model)
-    with tempfile.TemporaryDirectory() as folder, written(dst, SLACK) as temporary:
-        if not isinstance(text, Path):
-            path = Path(folder) / "text.txt"
-            path.write_text(text, encoding="utf-8")
-        else:
-            path = text
+    file = text if is_path(text) else None
+    with (tempfile.TemporaryDirectory() as folder,
+          written(dst, inputs=[model, file], need=SLACK, model=True, error=QuantizeError) as temporary):  # fmt: skip
+        path = Path(folder) / "text.txt"
+        path.write_text(load_text(text), encoding="utf-8", errors="surrogateescape")
         # llama-imatrix chooses its format by the file's ending.
         out = Path(folder) / "imatrix.gguf"
+        options = {"-m": model, "-f": path, "-o": out, "-c": n_ctx, "-b": n_ctx, "-t": _threads()}
+        options |= {"--chunks": chunks} if chunks else {}
         words = _run(
-            [
-                tool("llama-imatrix"),
-                "-m",
-                str(model),
-                "-f",
-                str(path),
-                "-o",
-                str(out),
-                "-c",
-                str(n_ctx),
-                "-b",
-                str(n_ctx),
-                "-t",
-                str(_threads()),
-                "--no-ppl",
-                *(["--chunks", str(chunks)] if chunks else []),
-            ],
-            f"compute an importance matrix of {model}",
+            [tool("llama-imatrix"), "--no-ppl", *(str(part) for option in options.items() for part in option)],
+            f"compute an importance matrix of {shown(model)}",
             step=r"\[(\d+)\]",
             total=r"over (\d+) chunks",
-            bar=Path(dst).name,
+            bar=shown(dst.name),
             progress=progress,
         )
         if not out.is_file():
             reason = re.search(r"you need at least.*", words)
             raise QuantizeError(f"llama-imatrix wrote nothing: {reason[0] if reason else words[-800:]}")
         shutil.copy(out, temporary)
-    return Path(dst)
+    return dst
 
 
 def fallbacks(path):
@@ -181,7 +179,8 @@ def _run(command, what, step=None, total=None, bar="", progress=False):
     from tqdm.auto import tqdm
 
     tail = deque(maxlen=400)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                               env=logs.ENVIRONMENT | os.environ)  # fmt: skip
     try:
         with tqdm(desc=bar, disable=not (progress and step)) as meter:
             pending = ""
@@ -207,5 +206,7 @@ def _run(command, what, step=None, total=None, bar="", progress=False):
     if code:
         ending = f"signal {-code}" if code < 0 else f"exit status {code}"
         error = ModelLoadError if "failed to load model" in words or "failed to read" in words else QuantizeError
-        raise error(f"Could not {what} ({ending}). Its last words:\n{words[-1200:]}")
+        why = logs.reason(words)
+        tail = logs.last_words(words)[-1200:]
+        raise error(f"Could not {what} ({ending}{why and f': {why}'}). Its last words:\n{tail}")
     return words

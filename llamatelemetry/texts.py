@@ -1,8 +1,11 @@
 """Texts to measure a model on: the one of this package, a file, or WikiText-2 where there is a network."""
 
+import os
+import re
 from pathlib import Path
 
 from .errors import LlamaTelemetryError
+from .files import shown
 
 TEXT = Path(__file__).parent / "data" / "text.txt"
 
@@ -12,17 +15,51 @@ class CompareError(LlamaTelemetryError, ValueError):
 
 
 def load_text(text=None):
-    """A text to measure on: None for the package's own, a path to a file, "wikitext-2" (a download), or the text."""
+    """A text to measure on, as a str.
+
+    text: None for the package's own; a pathlib.Path for a file (UTF-8); "wikitext-2" (a download); any other str is
+    the text itself, unless it is written as a path: on one line and either starting with "/", "./", "../" or "~/", or
+    with a "/" and no space, or ending like a file of text (.txt, .md, .raw, .json, .py, ...). That one is read, and
+    CompareError where no such file is. CompareError, too, for a str that could be both, because a file of that name is
+    here: a Path makes it the file, a newline at its end the text. What the disk holds never decides in silence which of
+    the two is meant.
+    """
     if text is None:
         text = TEXT
-    elif text == "wikitext-2":
-        return _wikitext()
-    if isinstance(text, Path) or (len(text) < 1024 and "\n" not in text and Path(text).is_file()):
-        try:
-            return Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CompareError(f"No text at {text}: {error}.") from error
-    return text
+    elif isinstance(text, str):
+        if text == "wikitext-2":
+            return _wikitext()
+        if not is_path(text):
+            if _is_file(text):
+                raise CompareError(f"{text!r} is the name of a file here and may be the text itself: give "
+                                   f"Path({text!r}) for the file, or end the text with a newline.")  # fmt: skip
+            return text
+    elif not isinstance(text, os.PathLike):
+        raise CompareError(f"A text is a str, or a Path to a file of it, not {text!r:.80}.")
+    try:
+        return Path(text).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        mend = " If this is the text itself, end it with a newline." if isinstance(text, str) else ""
+        raise CompareError(f"No text at {shown(text)}: {error}.{mend}") from error
+
+
+_SUFFIXES = "txt|text|md|rst|raw|jsonl?|csv|tsv|tex|html?|xml|ya?ml|py|ipynb|c|cc|cpp|h|js|ts|rs|go|java|sh"
+_PATH = re.compile(rf"(/|\.\.?/|~[^/\s]*/).+|\S*/\S*|.*[^\s/]\.({_SUFFIXES})", re.IGNORECASE)
+
+
+def is_path(text):
+    """Whether load_text takes it for a path: a Path, or a str in the form of one, by its characters alone."""
+    if not isinstance(text, str):
+        return isinstance(text, os.PathLike)
+    parts = text.encode("utf-8", "surrogatepass").split(b"/")
+    return max(map(len, parts)) < 256 and len(text) < 4096 and "\0" not in text and bool(_PATH.fullmatch(text))
+
+
+def _is_file(text):
+    try:
+        return "\n" not in text and Path(text).is_file()
+    except (OSError, ValueError):  # longer than a name can be, or with a zero byte: no file
+        return False
 
 
 def _wikitext():

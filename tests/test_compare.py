@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from models import tiny_model
 from processes import gone
 
 from llamatelemetry import LlamaTelemetryError, ModelLoadError, ModelNotFoundError, WorkerCrashedError
@@ -252,3 +253,38 @@ def test_a_cluster_gives_the_same_and_survives_a_dead_worker(family, cluster):
 def test_default_text_is_long_enough_and_wheel_data():
     assert 150_000 < len(load_text()) < 200_000
     assert TEXT.with_suffix(".md").is_file()
+
+
+def test_links_and_parts_keep_their_names(tmp_path, monkeypatch):
+    """The hub's cache: snapshots hold links to blobs that are named by checksum, parts too."""
+    pytest.importorskip("llama_cpp")
+    made, text = tmp_path / "made", load_text()[:3000]
+    made.mkdir()
+    source = tiny_model("llama", made)
+    quantized = quantize(source, made / "tiny-Q8_0.gguf", "Q8_0", progress=False)
+    split = [tool("llama-gguf-split"), "--split", "--split-max-tensors", "12", source, made / "ref"]
+    subprocess.run(split, check=True, capture_output=True)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for number, file in enumerate(sorted(made.glob("*.gguf"))):
+            blob = tmp_path / folder / f"{number:064x}"
+            blob.hardlink_to(file)
+            (tmp_path / folder / file.name).symlink_to(blob)
+    first = next((tmp_path / "a").glob("ref-00001*"))
+    one, other = tmp_path / "a" / "tiny-Q8_0.gguf", tmp_path / "b" / "tiny-Q8_0.gguf"
+    monkeypatch.chdir(tmp_path)
+    settings = {"text": text, "n_ctx": 64, "max_windows": 1, "progress": False}
+    found = compare_quantizations(first, [one, "b/tiny-Q8_0.gguf", "./a/tiny-llama-0.gguf"], **settings)
+    assert list(found.index) == ["a/tiny-Q8_0", "b/tiny-Q8_0", "tiny-llama-0"]
+    assert list(found["file"])[:2] == [str(one), str(other)] and set(found.tokens["candidate"]) == set(found.index)
+    assert found.kld_mean.iloc[0] == found.kld_mean.iloc[1] > 0 == found.kld_max.iloc[2]
+    assert found.attempts == dict.fromkeys(found.index, 1)
+    whole = compare_quantizations(source, [first], **settings)  # and a split candidate, with the size of all parts
+    assert list(whole.index) == ["ref-00001-of-00003"] and whole.kld_max.iloc[0] == 0
+    assert whole.size_bytes.iloc[0] > source.stat().st_size > quantized.stat().st_size
+
+
+def test_a_long_text_of_one_line_is_scored(tmp_path):
+    pytest.importorskip("llama_cpp")
+    model, text = tiny_model("llama", tmp_path), "The dog saw the cat and the cat saw the dog. " * 12
+    assert len(compare_quantizations(model, model, text, n_ctx=64, progress=False).tokens) == 62

@@ -307,7 +307,7 @@ def test_real_models(real):
 def test_real_rows_of_every_type(real):
     """One tensor of each type (Q4_K and Q6_K among Gemma's): chosen rows equal the gguf package's, row by row."""
     for kind, name in real.tensors.reset_index().groupby("type").name.first().items():
-        raw, _, shape = real._rows(name)
+        raw, _, shape = real.raw(name)
         ids = [len(raw) - 1, 0]
         expected = [gguf.quants.dequantize(raw[i : i + 1].copy(), gguf.GGMLQuantizationType[kind])[0] for i in ids]
         assert np.array_equal(real.rows(name, ids), expected)

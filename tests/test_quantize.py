@@ -1,6 +1,7 @@
 """Making files: expanded, stand-in, quantized; and what is left behind when that fails."""
 
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
@@ -10,10 +11,14 @@ import gguf
 import numpy as np
 import pytest
 
-from llamatelemetry import ModelLoadError, ModelNotFoundError
+from models import IDS, tiny_model
+
+from llamatelemetry import GGUFFile, ModelLoadError, ModelNotFoundError, ggml_types, importance
 from llamatelemetry import expand as module
+from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.expand import QuantizeError, expand, make_reference
 from llamatelemetry.quantize import fallbacks, imatrix, quantizations, quantize, tool
+from llamatelemetry.texts import load_text
 
 KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
@@ -118,7 +123,7 @@ def test_what_cannot_be_expanded(tmp_path):
     with pytest.raises(ModelLoadError, match="not a readable GGUF"):
         expand(broken, tmp_path / "out.gguf")
     part = write(tmp_path / "part.gguf", ["F32"], extra=[("split.count", 2)])
-    with pytest.raises(QuantizeError, match="one of 2 parts"):
+    with pytest.raises(ModelLoadError, match="split in 2"):
         expand(part, tmp_path / "out.gguf")
     unknown = tmp_path / "tq.gguf"
     write(unknown, ["TQ2_0"], width=256)
@@ -196,8 +201,6 @@ def test_llama_quantize(smollm2, tmp_path):
 
 @pytest.mark.slow
 def test_importance_matrix(smollm2, tmp_path):
-    from llamatelemetry.texts import load_text
-
     made = imatrix(smollm2, load_text()[:4000], tmp_path / "imatrix.gguf", n_ctx=128, chunks=2, progress=False)
     names = {t.name for t in gguf.GGUFReader(made).tensors}
     assert any("blk.0.attn_q.weight" in name for name in names)
@@ -211,3 +214,113 @@ def test_importance_matrix(smollm2, tmp_path):
     with pytest.raises(ModelNotFoundError, match="imatrix"):
         quantize(smollm2, tmp_path / "no.gguf", "Q4_0", imatrix=tmp_path / "none.gguf", progress=False)
     assert not (tmp_path / "short.gguf").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A llama whose rows are 256 wide, as k-quants and Q2_0 want them."""
+    pytest.importorskip("llama_cpp")
+    return tiny_model("llama", tmp_path_factory.mktemp("tiny"), n_embd=256, n_ff=256, head_dim=64)
+
+
+def test_a_type_that_the_gguf_package_lacks_is_the_engines(tiny, tmp_path):
+    """Q2_0 is number 42; gguf 0.19 ends at 41. llama.cpp makes, names, reads and runs it."""
+    made = quantizations(tiny, ["Q2_0"], tmp_path, progress=False)["Q2_0"]
+    file = GGUFFile(made)
+    row = file.tensors.loc["blk.0.attn_q.weight"]
+    assert row["type"] == "Q2_0" and row["bits_per_weight"] == 2.25 and row["shape"] == (256, 256)
+    original, read = GGUFFile(tiny).tensor("blk.0.attn_q.weight"), file.tensor("blk.0.attn_q.weight")
+    assert np.corrcoef(original.ravel(), read.ravel())[0, 1] > 0.7
+    blocks = read.reshape(-1, 64)
+    assert max(len(np.unique(block)) for block in blocks) <= 4  # two bits
+    np.testing.assert_array_equal(file.rows("blk.0.attn_q.weight", [3, 0]), read[[3, 0]])
+    floats = GGUFFile(expand(made, tmp_path / "floats.gguf", progress=False))
+    np.testing.assert_array_equal(floats.tensor("blk.0.attn_q.weight"), read)
+    with CaptureSession(made, threads=1) as session:
+        assert session.capture(IDS, stages=("hidden",)).hidden.shape == (4, len(IDS), 256)
+    with pytest.warns(UserWarning, match="quantized already .*Q2_0"):
+        quantize(made, tmp_path / "again.gguf", "Q8_0", progress=False)
+
+
+def test_a_type_that_nobody_knows_is_read_as_far_as_it_can_be(tiny, tmp_path):
+    raw, name = tiny.read_bytes(), b"blk.0.attn_q.weight"
+    at = raw.index(name) + len(name)
+    assert raw[at : at + 4] == b"\x02\0\0\0" and raw[at + 20 : at + 24] == b"\0" * 4  # two dims, then the type: F32
+    strange = tmp_path / "strange.gguf"
+    strange.write_bytes(raw[: at + 20] + b"\x63\0\0\0" + raw[at + 24 :])
+    file = GGUFFile(strange)
+    row = file.tensors.loc["blk.0.attn_q.weight"]
+    assert (row["type"], row["shape"], row["size_bytes"]) == ("type 99", (256, 256), 4 * 256 * 256)
+    np.testing.assert_array_equal(file.tensor("blk.0.attn_k.weight"), GGUFFile(tiny).tensor("blk.0.attn_k.weight"))
+    with pytest.raises(ModelLoadError, match="blk.0.attn_q.weight is type 99, which neither"):
+        file.tensor("blk.0.attn_q.weight")
+    with pytest.raises(ModelLoadError, match="type 99"):
+        expand(strange, tmp_path / "out.gguf", progress=False)
+    with pytest.raises(ModelLoadError, match="invalid ggml type 99"):  # llama.cpp's word
+        CaptureSession(strange, threads=1)
+    strange.write_bytes(raw[: at + 20] + b"\xff\xff\0\0" + raw[at + 24 :])
+    with pytest.raises(ModelLoadError, match="damaged"):
+        GGUFFile(strange)
+
+
+@pytest.mark.parametrize("number", [2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 18, 19, 20, 21, 22, 23, 29, 34, 35, 39])
+def test_the_engine_reads_blocks_as_the_gguf_package_does(number, monkeypatch):
+    pytest.importorskip("llama_cpp")
+
+    def refuse(*_):
+        raise NotImplementedError
+
+    kind = ggml_types.tensor_type(number)
+    raw = np.random.default_rng(number).integers(0, 100, (4, 2 * kind.size)).astype(np.uint8)
+    ours = ggml_types.dequantize(raw, kind)
+    assert ours.shape == (4, 2 * kind.block)
+    monkeypatch.setattr(ggml_types.quants, "dequantize", refuse)
+    np.testing.assert_array_equal(ggml_types.dequantize(raw, kind), ours)
+
+
+def test_all_parts_of_a_split_model_are_expanded(tiny, tmp_path):
+    split = [tool("llama-gguf-split"), "--split", "--split-max-tensors", "12", tiny, tmp_path / "part"]
+    subprocess.run(split, check=True, capture_output=True)
+    first, *others = sorted(tmp_path.glob("part-*"))
+    assert len(others) == 2
+    whole = expand(first, tmp_path / "whole.gguf", progress=False)
+    expected, found = weights(tiny), weights(whole)
+    assert expected.keys() == found.keys() and not [key for key in GGUFFile(whole).metadata if key.startswith("split.")]
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+    for part in (first, *others):
+        with pytest.raises(QuantizeError, match="would destroy"):
+            quantize(first, part, "Q8_0", progress=False)
+
+
+def test_an_importance_matrix_says_what_it_fits(tiny, tmp_path):
+    text = load_text()[:4000]
+    own = imatrix(tiny, text, tmp_path / "own.gguf", n_ctx=64, chunks=3, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it fits wholly: not a word
+        quantize(tiny, tmp_path / "q.gguf", "Q4_K_M", imatrix=own, progress=False)
+    other = tiny_model("gpt2", tmp_path, n_embd=256, n_ff=256, head_dim=64)
+    foreign = imatrix(other, text, tmp_path / "foreign.gguf", n_ctx=64, chunks=3, progress=False)
+    with pytest.warns(UserWarning, match=r"12 entries: 9 of the 21 matrices .* blk.0.attn_k.weight.* blk.0.attn_qkv"):
+        quantize(tiny, tmp_path / "q.gguf", "Q4_K_M", imatrix=foreign, progress=False)
+    deeper = tiny_model("llama", tmp_path, seed=5, n_embd=256, n_ff=256, head_dim=64, n_layer=4)
+    with pytest.warns(UserWarning, match=r"21 entries: 21 of the 28 matrices"):
+        quantize(deeper, tmp_path / "q.gguf", "Q4_K_M", imatrix=own, progress=False)
+    narrow = tiny_model("llama", tmp_path, seed=6)
+    with pytest.raises(QuantizeError, match="another width.*64 wide.*256 in it.*another model"):
+        quantize(narrow, tmp_path / "no.gguf", "Q4_0", imatrix=own, progress=False)
+    for wrong in (tiny, tmp_path / "notes"):
+        (tmp_path / "notes").write_text("no matrix")
+        with pytest.raises(QuantizeError, match="no importance matrix"):
+            quantize(tiny, tmp_path / "no.gguf", "Q4_0", imatrix=wrong, progress=False)
+    assert not (tmp_path / "no.gguf").exists()
+
+
+def test_the_former_format_of_importance_matrices(tmp_path):
+    entry = struct.pack("<i", 3) + b"a.b" + struct.pack("<2i", 7, 2) + np.ones(2, np.float32).tobytes()
+    old = tmp_path / "old.dat"
+    old.write_bytes(struct.pack("<i", 1) + entry + struct.pack("<i", 7))
+    assert importance.entries(old) == {"a.b": 2}
+    old.write_bytes(struct.pack("<i", 2) + entry)
+    with pytest.raises(QuantizeError, match="no importance matrix"):
+        importance.entries(old)

@@ -2,13 +2,13 @@
 
 import json
 from functools import cached_property
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 
 from ..errors import CaptureError
+from ..files import written
 from .names import STAGES
 
 
@@ -58,10 +58,12 @@ class Capture:
         return f"<Capture of {self.model.name or self.model.architecture}, {len(self._tokens[0])} tokens: {shapes}>"
 
     def save(self, path):
-        """Write everything as one safetensors file, in a new folder if need be; returns the path."""
-        from safetensors.numpy import save_file
+        """Write everything as one safetensors file, in a new folder if need be; returns the path.
 
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        The file appears when it is whole, and never in the place of a model. Raises CaptureError where it cannot.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import save_file
 
         ids, pieces, generated = self._tokens
         facts = {
@@ -73,7 +75,11 @@ class Capture:
             "parts": {name: [layers, queries] for name, (_, layers, queries) in self._parts.items()},
         }
         arrays = {name: np.ascontiguousarray(array) for name, (array, _, _) in self._parts.items()}
-        save_file(arrays, str(path), {"llamatelemetry": json.dumps(facts, default=_plain)})
+        with written(path, error=CaptureError) as temporary:
+            try:
+                save_file(arrays, temporary, {"llamatelemetry": json.dumps(facts, default=_plain)})
+            except SafetensorError as error:  # its words for what the disk refuses
+                raise OSError(str(error)) from error
         return path
 
     @classmethod

@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import CaptureError, ModelLoadError
 from .ggml import TYPE_BY_NAME, Ggml
 from .graph import Graph
+from .tokenizer import token_ids
 from .variants import Variant
 
 MIN_CTX = 512
@@ -62,12 +63,7 @@ class Runtime:
 
     def tokenize(self, text, add_special=True):
         """Token ids of a text; special tokens written out in it are parsed, as llama-server does."""
-        data = text.encode()
-        ids = (self.api.llama_token * (len(data) + 16))()
-        count = self.api.llama_tokenize(self.vocab, data, len(data), ids, len(ids), add_special, True)
-        if count < 0:
-            raise CaptureError("this model's file holds no tokenizer: pass token ids instead of a text.")
-        return list(ids[:count])
+        return token_ids(self.api, self.vocab, text, add_special)
 
     def is_end(self, token):
         return self.api.llama_vocab_is_eog(self.vocab, token)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .. import errors
+from .. import errors, logs
 from ..errors import CaptureError, WorkerCrashedError
 from ..gguf import GGUFFile
 from ..loading import least_context
@@ -60,10 +60,14 @@ class CaptureSession:
                 longest=longest, at_least=least_context(self.model, n_ctx or self.model.n_ctx_train), variant=variant,
             )  # fmt: skip
         except BaseException as error:
-            tail = self._tail()
+            log = self._read_log()
             self.close()
-            if isinstance(error, (errors.ModelLoadError, WorkerCrashedError)):
-                raise errors.ModelLoadError(f"{error}\nEnd of llama.cpp's log:\n{tail}") from None
+            if isinstance(error, WorkerCrashedError):  # it has the log in it
+                raise errors.ModelLoadError(str(error)) from None
+            if isinstance(error, errors.ModelLoadError):
+                why = logs.reason(log)
+                raise errors.ModelLoadError(f"{error}{why and f' It says: {why}'}\nEnd of llama.cpp's log:\n"
+                                            f"{logs.last_words(log)}") from None  # fmt: skip
             raise
 
     def tokenize(self, text, add_special=True):
@@ -266,12 +270,14 @@ class CaptureSession:
             self._process.wait()
         code = self._process.returncode
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        message = f"the capture worker ended ({how}). The next capture starts a new one. End of its log:"
-        return WorkerCrashedError(f"{message}\n{self._tail()}")
+        log = self._read_log()
+        why = logs.reason(log)
+        message = f"the capture worker ended ({how}{why and f': {why}'}). The next capture starts a new one."
+        return WorkerCrashedError(f"{message} End of its log:\n{logs.last_words(log)}")
 
-    def _tail(self, n_lines=15):
+    def _read_log(self):
         try:
-            return "\n".join(self._log.read_text(errors="replace").splitlines()[-n_lines:])
+            return self._log.read_text(errors="replace")
         except OSError:
             return "(no log)"
 
@@ -313,7 +319,7 @@ def _crop(stage, array, n_tokens, queries):
 def _environment(env):
     # CUDA kernels are fused where nobody stops between them, and a fused kernel rounds differently in the last bits:
     # without fusion what is computed does not depend on what is looked at.
-    environment = {"GGML_CUDA_DISABLE_FUSION": "1", **os.environ, **(env or {})}
+    environment = {"GGML_CUDA_DISABLE_FUSION": "1", **logs.ENVIRONMENT, **os.environ, **(env or {})}
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
     return environment

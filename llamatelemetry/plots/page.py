@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..drawn import html
+from ..files import written
 
 # Colours as CSS variables so that every page follows the reader's light or dark setting. --c0..--c7: theme.CATEGORIES.
 _STYLE = """
@@ -79,8 +80,8 @@ class Page:
         )
 
     def save(self, path):
-        """Write the page; returns the path."""
+        """Write the page; returns the path. Raises OutputError where it cannot be written, or a model is there."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html, encoding="utf-8")
+        with written(path) as temporary:
+            temporary.write_text(self.html, encoding="utf-8", errors="backslashreplace")  # as a script writes it
         return path

@@ -1,0 +1,94 @@
+"""Files: what they are called, how one is written, and that none is written over one that it is made from."""
+
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import LlamaTelemetryError, OutputError
+
+
+def shown(text):
+    """A name that can be printed and drawn anywhere: bytes that are not UTF-8 are \\xff. text: str, bytes or a path."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def labels(paths):
+    """A name to show for each of the paths: its stem, with as many of its folders before it as tell it from the others.
+
+    Links keep their own names. A path that comes twice has one name. Returns a list, in the order of `paths`.
+    """
+    named = [Path(path) for path in paths]
+    depth = dict.fromkeys(named, 1)
+
+    def name(path):
+        alone = all(path == other or path.with_suffix("") != other.with_suffix("") for other in depth)
+        return "/".join([*path.parts[-depth[path] : -1], path.stem if alone else path.name])
+
+    while True:
+        names = [name(path) for path in depth]
+        alike = [path for path in depth if names.count(name(path)) > 1 and depth[path] < len(path.parts)]
+        if not alike:
+            return [shown(name(path)) for path in named]
+        for path in alike:
+            depth[path] += 1
+
+
+def refuse_overwriting(dst, inputs, error=OutputError):
+    """Raise `error` where `dst` is one of the inputs, under whatever name (links, folders, upper and lower case).
+
+    inputs: paths; of a split model all parts count. None among them is left out.
+    """
+    from .gguf_header import split_parts
+
+    for given in inputs:
+        for path in split_parts(given) if given is not None else ():
+            if _same(dst, path):
+                raise error(f"{shown(dst)} is the file that it would be made from ({shown(path)}): writing it would "
+                            "destroy that. Give another name for the output.")  # fmt: skip
+
+
+def _same(one, other):
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is not there
+        return False
+
+
+@contextmanager
+def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
+    """A temporary path beside `dst` that becomes `dst` when the block ends well, and is removed when it does not.
+
+    inputs: what the file is made from, see refuse_overwriting. need: bytes that will be written. model: a GGUF file is
+    what is written; nothing else takes the place of one. Raises `error` for what the file system refuses, too.
+    """
+    dst = Path(dst)
+    refuse_overwriting(dst, inputs, error)
+    if dst.is_dir():
+        raise error(f"{shown(dst)} is a folder: give the name of a file in it.")
+    if not model and _is_gguf(dst):
+        raise error(f"{shown(dst)} is a model or another GGUF file: give another name for the output.")
+    temporary = dst.with_name(f".{dst.name}.{os.getpid()}.partial")
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(dst.parent).free
+        if free < need:
+            raise error(f"{shown(dst)} needs {need / 1e9:.2f} GB and {shown(dst.parent)} has {free / 1e9:.2f} GB free: "
+                        "make room there, or choose another folder.")
+        yield temporary
+        os.replace(temporary, dst)
+    except OSError as trouble:
+        if isinstance(trouble, LlamaTelemetryError):
+            raise
+        raise error(f"Could not write {shown(dst)}: {trouble}. Nothing was left behind.") from trouble
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _is_gguf(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False

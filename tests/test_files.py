@@ -1,0 +1,136 @@
+"""What is written is whole and over none of its inputs; what files are called; what is a text and what a path."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import tiny_model
+
+from llamatelemetry import CaptureError, LlamaTelemetryError
+from llamatelemetry.capture.data import Capture
+from llamatelemetry.errors import OutputError
+from llamatelemetry.files import labels, refuse_overwriting, shown, written
+from llamatelemetry.plots.page import Page
+from llamatelemetry.quantize import QuantizeError, expand, imatrix, make_reference, quantize
+from llamatelemetry.texts import CompareError, load_text
+
+
+def names_of(path, folder):
+    """The same file by other names."""
+    symbolic, hard, linked = folder / "symbolic.gguf", folder / "hard.gguf", folder / "linked"
+    symbolic.symlink_to(path)
+    hard.hardlink_to(path)
+    linked.symlink_to(path.parent)
+    return [path, str(path), symbolic, hard, linked / path.name, path.parent / ".." / path.parent.name / path.name,
+            Path(os.path.relpath(path))]  # fmt: skip
+
+
+def test_no_output_takes_the_place_of_its_input(tmp_path):
+    (tmp_path / "models").mkdir()
+    model = tiny_model("llama", tmp_path / "models")
+    text, before = tmp_path / "text.txt", model.read_bytes()
+    text.write_text("a text")
+    for other in names_of(model, tmp_path):
+        for write in (lambda dst: quantize(model, dst, "Q8_0", progress=False), lambda dst: expand(model, dst),
+                      lambda dst: quantize(dst, model, "Q8_0", progress=False),
+                      lambda dst: make_reference(model, dst), lambda dst: imatrix(model, "text", dst)):  # fmt: skip
+            with pytest.raises(QuantizeError, match="file that it would be made from"):
+                write(other)
+    for given in (text, str(text)):
+        with pytest.raises(QuantizeError, match="file that it would be made from"):
+            imatrix(model, given, text)
+    with pytest.raises(QuantizeError, match="file that it would be made from"):
+        quantize(model, text, "Q8_0", imatrix=text)
+    assert model.read_bytes() == before and text.read_text() == "a text"
+
+
+def test_every_part_of_a_split_input_counts(tmp_path):
+    parts = [tmp_path / f"m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    for part in parts:
+        part.write_bytes(b"GGUF")
+        with pytest.raises(OutputError, match="would destroy"):
+            refuse_overwriting(part, [parts[0]])
+    refuse_overwriting(tmp_path / "other.gguf", [parts[0], None, tmp_path / "absent.gguf"])
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "out.bin"
+    with pytest.raises(ZeroDivisionError), written(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert not path.exists() and 1 / 0
+    assert list(path.parent.iterdir()) == []
+    with written(path) as temporary:
+        temporary.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
+    with pytest.raises(OutputError, match="is a folder"), written(tmp_path / "new"):
+        pass
+    with pytest.raises(OutputError, match="Could not write"), written(path / "below" / "a.bin"):
+        pass
+
+
+def capture():
+    facts = {"name": "x", "architecture": "llama"}
+    return Capture({"logits": (np.zeros((1, 3), np.float32), None, None)}, ([1], ["a"], [False]), facts, [])
+
+
+@pytest.mark.parametrize("error, save", [
+    (CaptureError, lambda path: capture().save(path)),
+    (OutputError, lambda path: Page("t", "body", "", {}).save(path)),
+])  # fmt: skip
+def test_nothing_but_a_model_replaces_a_model(tmp_path, error, save):
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF and more")
+    with pytest.raises(error, match="is a model"):
+        save(model)
+    assert model.read_bytes() == b"GGUF and more" and list(tmp_path.iterdir()) == [model]
+    assert save(tmp_path / "fine").is_file() and save(tmp_path / "fine").is_file()  # its own kind it replaces
+    (tmp_path / "blocked").write_text("")
+    with pytest.raises(error, match="Could not write"):
+        save(tmp_path / "blocked" / "file")
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    a, b, c = Path("/m/a/model.gguf"), Path("/m/b/model.gguf"), Path("/m/b/other.gguf")
+    assert labels([a, c]) == ["model", "other"]
+    assert labels([a, b, c, a]) == ["a/model", "b/model", "other", "a/model"]
+    assert labels(["/x/1/q/model.gguf", "/x/2/q/model.gguf"]) == ["1/q/model", "2/q/model"]
+    assert labels(["/x/m.gguf", "/x/m.GGUF"]) == ["m.gguf", "m.GGUF"]
+    blob = tmp_path / "blob"
+    blob.write_bytes(b"")
+    (tmp_path / "model.gguf").symlink_to(blob)
+    assert labels([tmp_path / "model.gguf"]) == ["model"]
+    assert shown(os.fsdecode(b"m\xff.gguf")) == r"m\xff.gguf" and labels([os.fsdecode(b"/m\xff.gguf")]) == [r"m\xff"]
+
+
+LINE = "The dog saw the cat and the cat saw the dog. "
+
+
+@pytest.mark.parametrize("text", [
+    "", "one word", LINE * 6, LINE * 12, LINE * 400, "a/b of it. " * 300, LINE + "\n", "notes.txt\n",
+    "Call me Ishmael.", "zero \0 byte", "x" * 300 + ".txt", "\ud800",
+])  # fmt: skip
+def test_a_text_is_a_text_whatever_its_length(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_text(text) == text
+
+
+def test_a_path_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "a text.txt"
+    file.write_text("inside")
+    (tmp_path / "LICENSE").write_text("inside")
+    written_out = str(tmp_path / "LICENSE")
+    for path in (file, str(file), "a text.txt", "./a text.txt", Path("LICENSE"), "./LICENSE", written_out):
+        assert load_text(path) == "inside"
+    for path in (tmp_path / "none", "none.txt", str(tmp_path / "none"), "a/none", "./none here", str(tmp_path)):
+        with pytest.raises(CompareError, match="No text at"):
+            load_text(path)
+    with pytest.raises(CompareError, match=r"Path\('LICENSE'\)"):  # it could be both
+        load_text("LICENSE")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(CompareError, match="No text at.*utf-8"):
+        load_text("latin.txt")
+    for wrong in (b"bytes", 3, ["a"]):
+        with pytest.raises(LlamaTelemetryError, match="A text is a str"):
+            load_text(wrong)
