@@ -69,7 +69,7 @@ def control_vector(files):
     found = {}
     for path, scale in files:
         header = Header(Path(path))
-        for name, (kind, shape, offset) in header.tensors.items():
+        for name, (kind, shape, offset, _) in header.tensors.items():
             layer = re.fullmatch(r"direction\.(\d+)", name)
             if not layer or int(layer[1]) == 0 or kind.name != "F32" or len(shape) != 1:
                 raise ModelLoadError(f"{path} is no control vector: {name} is not a direction.1, .2, ... in F32.")
