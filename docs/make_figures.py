@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LIMIT = 300_000  # bytes per picture
 # name, title, notebook, what the source of its cell holds, height of the picture, what the caption holds (pages print
-# nothing themselves; another cell of the notebook does)
+# nothing themselves, and what a reference is is said where it is made; another cell of the notebook prints it)
 FIGURES = (
     ("heads", "Every attention map of a prompt, one head opened", "12", "attention_page.attention_page(", 700,
      "queries that have a choice"),
@@ -23,14 +23,15 @@ FIGURES = (
     ("words", "Words as rows of the embedding matrix", "13", "plots.projection_figure(views, colour", 700, None),
     ("lens", "What the residual stream says after every layer", "14", "figures.lens_table(", 700, None),
     ("dashboard", "A measured profile of every head", "15", "page = heads_page(", 720, "clear their baseline"),
-    ("quantizations", "What each step down in precision costs", "16", "plots.ladder(", 700, None),
+    ("quantizations", "What each step down in precision costs", "16", "plots.ladder(", 700,
+     (None, "The reference")),
 )
 
 
 def cell_of(notebook, text, caption):
     """(cell id, caption) of the code cell whose source holds `text`, or that shows what is defined there.
 
-    caption: a piece of the text that some cell printed, or None for what this cell printed.
+    caption: a piece of the text that some cell printed, or None for what this cell printed; or several of them.
     """
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     found = next((cell for cell in cells if text in "".join(cell["source"])), None)
@@ -40,9 +41,10 @@ def cell_of(notebook, text, caption):
                  if any("text/html" in output.get("data", {}) for output in cell["outputs"]))
     said = {cell["id"]: " ".join("".join("".join(output["text"]) for output in cell["outputs"]
                                          if output["output_type"] == "stream").split()) for cell in cells}
-    if caption is None:
-        return shown["id"], said[shown["id"]]
-    return shown["id"], next((words for words in said.values() if caption in words), "")
+    wanted = caption if isinstance(caption, tuple) else (caption,)
+    parts = [said[shown["id"]] if piece is None else next((words for words in said.values() if piece in words), "")
+             for piece in wanted]
+    return shown["id"], " ".join(parts)
 
 
 def main():

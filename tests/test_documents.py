@@ -163,6 +163,9 @@ def test_a_measured_part_follows_the_measurement(maker, tmp_path, monkeypatch):
     (tmp_path / "capture.json").write_text(json.dumps({"hardware": {"cpu": "C", "cores": 2}, "rows": rows}))
     assert "| at most 1.25 x | 1.17 x |" in maker.targets() and "| 12.3 x |" in maker.targets()
     assert maker.hardware() == "- `capture.json`: C, 2 cores, "
+    rows.append({"what": "transformers (torch, transformers 2.1.0+cpu 5.0.1), s", "value": 20.0})
+    (tmp_path / "capture.json").write_text(json.dumps({"hardware": {}, "rows": rows}))
+    assert "| 12.3 x (transformers 5.0.1, torch 2.1.0+cpu, which on a CPU dequantizes" in maker.targets()
     rows = [{"what": "compare_quantizations, all files", "seconds": 4.0},
             {"what": "llama-perplexity, x", "seconds": 8.0}, {"what": "mean KLD of a", "ours": 0.10, "theirs": 0.11}]
     (tmp_path / "compare.json").write_text(json.dumps({"hardware": {}, "rows": rows}))

@@ -42,10 +42,10 @@ def drift(value):
 
 def test_the_ladder_is_drawn_and_told():
     table = quality(low=1.0, middle=0.1, high=0.2)
-    said = words.quality(table)
-    assert said.startswith("middle is closest") and "low is farthest" in said
+    said = words.quality(table, "m, a stand-in")
+    assert said.startswith("middle is closest to the reference (m, a stand-in): mean KLD") and "low is farthest" in said
     assert "Out of order: high has more bits than middle and yet more divergence." in said
-    assert "throughout" in words.quality(quality(low=1.0, high=0.2))
+    assert "throughout" in words.quality(quality(low=1.0, high=0.2), "m")
     figure = plots.ladder(table, "m")
     assert [t.y[0] for t in figure.data] == pytest.approx([1.0, 0.1, 0.2]) and [t.x[0] for t in figure.data] == [
         3,
@@ -61,7 +61,7 @@ def test_the_ladder_is_drawn_and_told():
 def test_a_file_that_failed_is_left_out():
     table = quality(good=0.1, bad=0.2)
     table.loc["bad", table.columns != "bits_per_weight"] = np.nan
-    assert len(plots.ladder(table, "m").data) == 1 and "bad" not in words.quality(table)
+    assert len(plots.ladder(table, "m").data) == 1 and "bad" not in words.quality(table, "m")
 
 
 def test_every_file_keeps_its_colour():
@@ -134,6 +134,7 @@ def test_the_reference_is_named_for_what_it_is(kinds, name, grid, expected):
     tensors = pd.DataFrame({"type": kinds, "shape": [(2, 2)] * len(kinds)})
     file = SimpleNamespace(tensors=tensors, path=Path("f.gguf"), name=name, bits_per_weight=32.0)
     assert expected in words.reference_note(file, grid)
+    assert words.reference_name(file) == ("f, a stand-in" if "noise" in name else "f")
 
 
 def test_fallbacks_are_counted_in_words():

@@ -6,6 +6,16 @@ from .quantization import quantized_types
 from .quantization_decision import PARTS, ladder
 
 
+def is_stand_in(file):
+    """Whether a GGUFFile is what make_reference makes: it writes so into the file's own name."""
+    return "uniform noise" in str(file.name)
+
+
+def reference_name(file):
+    """What figures and sentences call the reference, a GGUFFile: its file's name, and that it is a stand-in."""
+    return f"{file.path.stem}{', a stand-in' if is_stand_in(file) else ''}"
+
+
 def reference_note(file, grid):
     """What kind of reference this is, and what that means for the ladder.
 
@@ -22,7 +32,7 @@ def reference_note(file, grid):
             f"The reference {file.path.name} is itself {how}: which type comes closest to it depends on how the two "
             "grids fall together. What follows is no ladder of precision."
         )
-    if "uniform noise" in str(file.name):
+    if is_stand_in(file):
         return (
             f"The reference is a stand-in: {file.name}. The steps between its quantizations are measured; their "
             "distance from the original is not."
@@ -50,12 +60,12 @@ def fallbacks(tables):
     return " ".join(said) or "No file has a fallback: every matrix is of a type that its file's name stands for."
 
 
-def quality(table):
-    """Best and worst file, and whether more bits meant less divergence."""
+def quality(table, reference):
+    """Best and worst file, and whether more bits meant less divergence. reference: its reference_name."""
     good = table.dropna(subset="kld_mean").sort_values("kld_mean")
     best, worst = good.iloc[0], good.iloc[-1]
     said = (
-        f"{best.name} is closest to the reference: mean KLD {best.kld_mean:.4g} ± {best.kld_mean_err:.2g} nats, same "
+        f"{best.name} is closest to the reference ({reference}): mean KLD {best.kld_mean:.4g} ± {best.kld_mean_err:.2g} nats, same "
         f"top token at {best.same_top:.1%} of {best.n_tokens:.0f} positions, perplexity x {best.ppl_ratio:.4f}."
     )
     if len(good) > 1:
