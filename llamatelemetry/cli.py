@@ -143,6 +143,9 @@ def build_engine(options):
 def run_notebooks(options):
     from .notebooks import run_all
 
+    names = [name for name, _ in options.parameters]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise LlamaTelemetryError(f"-p {twice} is given twice: leave one of them.")
     run_all(options.folder, options.out, options.names, dict(options.parameters), typed=True)
 
 

@@ -7,6 +7,7 @@ A rule takes (value, model, values of the notebook) and returns None, or what is
 """
 
 import math
+import numbers
 import os
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def whole(least, most=None):
     """A whole number from `least` to `most`: a number, the name of a fact of the model, or None for no limit."""
     def check(value, model, values):
         last = getattr(model, most) or None if isinstance(most, str) else most
-        fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= (last or math.inf)
+        fits = _is(value, numbers.Integral) and least <= value <= (last or math.inf)
         of_model = f" ({most} of the model)" if isinstance(most, str) else ""
         return None if fits else f"a whole number {_range(least, last)}{of_model} is expected"
     return check
@@ -54,7 +55,7 @@ def whole(least, most=None):
 def number(least, most=None):
     """A number from `least` to `most`."""
     def check(value, model, values):
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= (most or math.inf)
+        fits = _is(value, numbers.Real) and least <= value <= (math.inf if most is None else most)
         return None if fits and math.isfinite(value) else f"a number {_range(least, most)} is expected"
     return check
 
@@ -63,7 +64,7 @@ def index(count, what):
     """A layer or head of the model. count: name of the model's fact; what: the plural."""
     def check(value, model, values):
         n = getattr(model, count)
-        if not isinstance(value, bool) and isinstance(value, int) and 0 <= value < n:
+        if _is(value, numbers.Integral) and 0 <= value < n:
             return None
         return f"the model has {n} {what}, 0 to {n - 1}"
     return check
@@ -185,6 +186,10 @@ def folder(value, model, values):
     if not there.is_dir():
         return f"a folder is expected, and {there} is a file"
     return None if os.access(there, os.W_OK | os.X_OK) else f"nothing can be written in {there}"
+
+
+def _is(value, kind):
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _range(least, most):

@@ -102,6 +102,7 @@ def test_models_lists_names_and_sizes(capsys):
     (("capture", "m", "t", "--out", "/no/such/folder/x.safetensors"), "no such folder"),
     (("run", "/no/such/model.gguf", "Hello"), "/no/such/model.gguf"),
     (("notebooks", "--folder", "/no/such/folder", "99"), "No notebook '99'"),
+    (("notebooks", "-p", "LAYER", "1", "-p", "LAYER", "2"), "-p LAYER is given twice"),
 ])
 def test_an_error_is_a_message_not_a_traceback(arguments, message, capsys):
     status, _, err = run(capsys, *arguments)
