@@ -101,11 +101,16 @@ def _fitted(name, value, kind, typed, notebook):
             raise ParameterError(f"{name}: its default in {notebook} does not say what it takes. Annotate it in the "
                                  f"parameters cell, as in `{name}: int | None = None`.")
         return value
+    said = repr(value) if len(repr(value)) < 80 else f"{value!r:.76} ..."
     try:
-        return _as(value, kind, typed)
+        value = _as(value, kind, typed)
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:  # a file name that is no UTF-8
+        raise ParameterError(f"{name} = {said}: a notebook is written in UTF-8 and cannot hold this text. Give a link to "
+                             "that file under another name.") from None
     except ValueError:
-        said = repr(value) if len(repr(value)) < 80 else f"{value!r:.76} ..."
         raise ParameterError(f"{name} = {said}: {words(kind)} is expected by {notebook}.") from None
+    return value
 
 
 def _as(value, kind, typed):

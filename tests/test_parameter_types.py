@@ -134,5 +134,10 @@ def test_texts_arrive_in_the_notebook_as_they_were_typed(notebook, tmp_path, cap
     assert "MARGIN = 1.0\nCOUNT = None" in injected and "unknown parameter" not in caplog.text
 
 
+def test_a_name_that_a_notebook_cannot_hold_is_refused(notebook):
+    with pytest.raises(ParameterError, match=r"FILE = 'caf\\udce9': a notebook is written in UTF-8"):
+        fit(notebook, {"FILE": "caf\udce9"}, typed=True)
+
+
 def test_types_have_names():
     assert words(list[str] | None) == "a list of texts or None"
