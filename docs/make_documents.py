@@ -212,6 +212,48 @@ def notebooks():
     return "\n".join(lines)
 
 
+def t4():
+    """What the rehearsal on the T4's kernels gave, in one paragraph."""
+    stored = next(iter(_results("t4_kernels.json")), None)
+    if stored is None:
+        return f"The rehearsal on the T4's own kernels: {NOT_MEASURED}."
+    parts = [_t4_tests(stored), *_t4_notebooks(stored), _t4_wheel(stored)]
+    return " ".join([f"On the T4's own kernels ({_machine(stored)}; ggml-cuda built for compute capability 7.5 alone, run "
+                     "from its PTX):", *filter(None, parts), "This shows kernels and memory, not a T4's speed."])
+
+
+def _t4_rows(stored, part):
+    return [row for row in stored["rows"] if row["part"] == part]
+
+
+def _t4_tests(stored):
+    for row in _t4_rows(stored, "tests"):
+        total = sum(row.get(kind, 0) for kind in ("passed", "failed", "error"))
+        held = f"each GPU's free memory held to {max(row['left_mib']):,} MiB and {row['cores']} cores"
+        return f"with {held}, {row.get('passed', 0)} of {total} tests of `tests/test_gpu.py` pass."
+    return ""
+
+
+def _t4_notebooks(stored):
+    rows = {}
+    for row in _t4_rows(stored, "notebooks"):
+        rows.setdefault(row["what"].rpartition(", ")[2], []).append(row)
+    for model, runs in rows.items():
+        good = [row for row in runs if "failed" not in row]
+        yield (f"{len(good)} of {len(runs)} notebooks with {model} run to their end"
+               + (f", in {sum(row['seconds'] for row in good):,.0f} s together, with at most "
+                  f"{max(row['peak_mib'] for row in good):,} MiB of memory and {max(max(row['gpu_mib']) for row in good):,} "
+                  "MiB of a GPU." if good else "."))
+
+
+def _t4_wheel(stored):
+    for row in _t4_rows(stored, "wheel"):
+        if "failed" not in row:
+            return (f"`engine build --cuda 75 --portable` takes {row['seconds'] / 60:.0f} minutes on {row['cores']} cores "
+                    "there, with no driver in CMake's sight.")
+    return ""
+
+
 def _plain(text):
     """Text in which Markdown finds nothing to do."""
     return re.sub(r"([*_`<\\])", r"\\\1", text)
@@ -229,7 +271,8 @@ def pictures():
     return "\n\n".join(parts)
 
 
-PARTS = {"targets": targets, "hardware": hardware, "notebooks": notebooks, "pictures": pictures, "speed": speed}
+PARTS = {"targets": targets, "hardware": hardware, "notebooks": notebooks, "pictures": pictures, "speed": speed,
+         "t4": t4}
 
 
 def fill(text):

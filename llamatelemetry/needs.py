@@ -81,9 +81,8 @@ def lacking(needs):
     versions, here = needs.get("versions", {}), platform.libc_ver()
     if (wanted := versions.get("GLIBC")) and here[0] == "glibc" and _number(wanted) > _number(here[1]):
         return f"needs glibc {wanted} or newer, and here is {here[1]}"
-    folders = [*needs.get("folders", []), *filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))]
     known = _cache()
-    places = {name: _find(name, folders, known) for name in needs.get("libraries", [])}
+    places = {name: find(name, needs.get("folders", []), known) for name in needs.get("libraries", [])}
     for name, place in places.items():
         if place is None:
             stem = name.partition(".so")[0]
@@ -112,8 +111,11 @@ def _cache():
     return dict(re.findall(rf"^\s*(\S+) \(.*{kind}.*\) => (.+)$", said, re.MULTILINE))
 
 
-def _find(name, folders, known):
-    for folder in folders:
-        if (Path(folder) / name).is_file():
-            return str(Path(folder) / name)
-    return known.get(name) or next((f"{folder}/{name}" for folder in _FOLDERS if Path(folder, name).is_file()), None)
+def find(name, folders=(), known=None):
+    """Path of a library as the dynamic linker would find it, or None. folders: where the file that needs it looks;
+    known: the linker's cache, if it was read already."""
+    known = _cache() if known is None else known
+    first = [*folders, *filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))]
+    near = (f"{folder}/{name}" for folder in first if Path(folder, name).is_file())
+    return next(near, None) or known.get(name) or next(
+        (f"{folder}/{name}" for folder in _FOLDERS if Path(folder, name).is_file()), None)

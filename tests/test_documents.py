@@ -172,6 +172,24 @@ def test_a_measured_part_follows_the_measurement(maker, tmp_path, monkeypatch):
     assert "0.50 x its time (4.0 s against 8.0 s)" in maker.targets() and "at most 1.0e-02 nats" in maker.targets()
 
 
+def test_the_rehearsal_on_the_t4_s_kernels_is_told_as_stored(maker, tmp_path, monkeypatch):
+    monkeypatch.setattr(maker, "RESULTS", tmp_path)
+    assert maker.NOT_MEASURED in maker.t4()
+    held = {"left_mib": [14913, 14913], "cores": 4}
+    rows = [{"part": "tests", "what": "tests/test_gpu.py", "seconds": 9, "passed": 48, "failed": 1, **held},
+            {"part": "notebooks", "what": "12-x, SmolLM2", "seconds": 40.2, "peak_mib": 1700, "gpu_mib": [900, 2100], **held},
+            {"part": "notebooks", "what": "13-x, SmolLM2", "seconds": 50.0, "peak_mib": 1500, "gpu_mib": [800, 20], **held},
+            {"part": "notebooks", "what": "12-x, 8b.gguf", "seconds": 3, "failed": "1: x", "peak_mib": 1, "gpu_mib": [1],
+             **held},
+            {"part": "wheel", "what": "engine build", "seconds": 1080, "cores": 4}]
+    (tmp_path / "t4_kernels.json").write_text(json.dumps({"hardware": {"cpu": "C", "gpu": "G"}, "rows": rows}))
+    said = maker.t4()
+    assert "held to 14,913 MiB and 4 cores, 48 of 49 tests" in said and "takes 18 minutes on 4 cores" in said
+    assert "2 of 2 notebooks with SmolLM2 run to their end, in 90 s together, with at most 1,700 MiB of memory" in said
+    assert "2,100 MiB of a GPU" in said and "0 of 1 notebooks with 8b.gguf run to their end." in said
+    assert said.endswith("not a T4's speed.")
+
+
 def test_pictures_are_small_and_have_captions():
     folder = ROOT / "docs" / "figures"
     pictures = sorted(folder.glob("*.png"))
