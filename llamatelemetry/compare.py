@@ -60,8 +60,8 @@ def compare_quantizations(
     top5, top10, each mean with its *_err, and
     intervals by window (*_low, *_high). A candidate that llama.cpp cannot load, or that crashes it, has its reason in
     the column `error` and NaN elsewhere; the others are kept. Raises CompareError for another vocabulary or
-    architecture or too short a text, ModelNotFoundError for a file that is not there, ModelLoadError if the reference
-    or every candidate cannot be loaded.
+    architecture, a reference that predicts nothing or no numbers, or too short a text, ModelNotFoundError for a
+    file that is not there, ModelLoadError if the reference or every candidate cannot be loaded.
     """
     candidates = [candidates] if isinstance(candidates, str | Path) else list(candidates)
     reference, paths = _path(reference), [_path(candidate) for candidate in candidates]
@@ -172,6 +172,8 @@ def _settings(job):
 def _fatal(said, log):
     if said["fatal"] == "text":
         raise CompareError(f"{said['why']}: pass a longer text, or a smaller n_ctx.")
+    if said["fatal"] == "prediction":
+        raise CompareError(f"Nothing can be compared with this reference: {said['why']}")
     raise ModelLoadError(f"{_reason(said['why'], log)}: it is the reference. Download or make it again.")
 
 

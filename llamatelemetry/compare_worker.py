@@ -13,7 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from .capture import prediction
+from .capture.finite import check_finite
+from .capture.ggml import Ggml
 from .capture.tokenizer import token_ids, token_piece
+from .errors import NotFiniteError
 
 STEP = 512  # tokens that are decoded at once, llama.cpp's default physical batch; bounds the memory for logits
 ROWS = 8  # rows of logits that are reduced at once: the temporaries stay in the cache
@@ -33,6 +37,11 @@ class Model:
             raise ValueError(f"llama.cpp cannot load {path}")
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self.architecture = prediction.architecture(llama_cpp, self.model)
+        what = f"{os.path.basename(path)} (architecture {self.architecture!r})"
+        self.why_not = prediction.look(llama_cpp, Ggml(), self.model).why_not(what)
+        if self.why_not:  # its logits are no predictions: no context, which an encoder-decoder could not have either
+            return
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx * parallel, parallel
         params.n_batch = params.n_ubatch = min(STEP, n_ctx) * parallel
@@ -59,9 +68,7 @@ class Model:
 
     def identity(self):
         """Architecture and vocabulary: two files can be compared where these are equal."""
-        room = ctypes.create_string_buffer(128)
-        self.lib.llama_model_meta_val_str(self.model, b"general.architecture", room, len(room))
-        return room.value.decode(), [self.lib.llama_vocab_get_text(self.vocab, i) for i in range(self.n_vocab)]
+        return self.architecture, [self.lib.llama_vocab_get_text(self.vocab, i) for i in range(self.n_vocab)]
 
     def clear(self):
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
@@ -83,7 +90,8 @@ class Model:
         rows = len(tokens) * max(0, start + tokens.shape[1] - max(start, first))
         if not rows:
             return np.empty((0, self.n_vocab), np.float32)
-        return np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), shape=(rows, self.n_vocab))
+        found = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), shape=(rows, self.n_vocab))
+        return check_finite(found, "logits", file=os.path.basename(self.path))
 
 
 def windows(tokens, n_ctx, limit=None):
@@ -128,7 +136,7 @@ def compare(reference, candidates, texts, tell, threads):
                         continue
                     try:
                         own = model.logits(given[:, start : start + step], start, first).reshape(base.shape)
-                    except ValueError as error:
+                    except ValueError as error:  # NotFiniteError is one, too
                         failed[model.path] = str(error)
                         continue
                     found = list(pool.map(lambda r, p: r.compare(own[p[0], p[1]]), bases, piece))
@@ -165,6 +173,8 @@ def main(job, tell):
         reference = Model(job["reference"], *settings)
     except ValueError as error:
         return tell(fatal="reference", why=str(error))
+    if reference.why_not:
+        return tell(fatal="prediction", why=reference.why_not)
     texts = windows(reference.tokenize(job["text"]), job["n_ctx"], job["max_windows"])
     n_tokens = len(reference.tokenize(job["text"])) if not len(texts) else None
     if not len(texts):
@@ -183,12 +193,17 @@ def main(job, tell):
         elif vocabulary != identity[1]:
             n = sum(a != b for a, b in zip(vocabulary, identity[1])) + abs(len(vocabulary) - len(identity[1]))
             tell(failed=path, why=f"its vocabulary differs from the reference's in {n} tokens", kind="other")
+        elif model.why_not:
+            tell(failed=path, why=model.why_not, kind="other")
         else:
             candidates.append(model)
     tell(loading=None)
     if not candidates:
         return None
-    columns, failed = compare(reference, candidates, texts, tell, threads)
+    try:
+        columns, failed = compare(reference, candidates, texts, tell, threads)
+    except NotFiniteError as error:  # of the reference: a candidate's are kept by compare
+        return tell(fatal="prediction", why=str(error))
     for path, why in failed.items():
         tell(failed=path, why=why, kind="load")
     ids = np.unique(texts)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from .errors import ServerError
+from .errors import NotFiniteError, ServerError
 
 
 @dataclass
@@ -115,6 +115,18 @@ def _asked_again(before, token, body, post, model):
     raise ServerError(f"llama-server gave no probability of its own token {token}.")
 
 
+def check_sound(server, body):
+    """NotFiniteError unless the model's log-probabilities are numbers; asked once of a started server.
+
+    llama-server makes a text of whatever the logits are: of NaN, the vocabulary's first token again and again.
+    """
+    if not server.sound:
+        few = body["prompt"][-8:]  # the end of the user's own prompt: what is asked about must be there to tokenize
+        asked = {"prompt": few, "n_predict": 1, "n_probs": 1, "temperature": 0.0, "cache_prompt": False}
+        rows = _probabilities(server.post("/completion", asked).get("completion_probabilities"))
+        server.sound = rows is not None  # none for half a character: the next request asks again
+
+
 def as_result(answer, latency_ms, pieces=None):
     """llama-server's answer -> InferResult. pieces: of every token, where they are known."""
     times, n = answer["timings"], answer["tokens_predicted"]
@@ -137,6 +149,10 @@ def _probabilities(tokens, pieces=None):
     rows = []
     for position, token in enumerate(tokens):
         tops = token["top_logprobs"]
+        if any(top["logprob"] is None for top in (token, *tops)):  # JSON has no NaN
+            raise NotFiniteError("the model's log-probabilities are no numbers (NaN or infinity), so that its text would "
+                                 "be made up. score() names the layer where they begin; another file of this model may "
+                                 "be sound.")
         rows += [(position, rank, top, top["id"] == token["id"]) for rank, top in enumerate(tops)]
         if not any(top["id"] == token["id"] for top in tops):
             rows.append((position, None, token, True))  # sampled from further down: its rank is not reported

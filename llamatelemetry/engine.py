@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 
 from . import gpus
-from .completion import InferResult, as_result, every_token, request_body  # noqa: F401  InferResult is public here
+from .completion import InferResult, as_result, check_sound, every_token, request_body  # noqa: F401  is public here
 from .errors import LlamaTelemetryError, ServerError, WorkerCrashedError
 from .fit import spread
 from .loading import settle
@@ -136,10 +136,12 @@ class InferenceEngine:
         (0 is the most probable), id, piece, prob, logprob (nats), chosen; the chosen token is always among them.
         options: llama-server's further sampling parameters; those that are not named are off.
 
-        Raises ServerError: empty prompt, prompt longer than the context, server gone (the next call starts it again).
+        Raises ServerError: empty prompt, prompt longer than the context, server gone (the next call starts it again);
+        CaptureError for a model that predicts no next token (an encoder), NotFiniteError where its logits are no numbers.
         """
-        body = request_body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options)
+        body = self._body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options)
         with self._serving() as server:
+            check_sound(server, body)
             started = time.perf_counter()
             answer = server.post("/completion", body)
             latency_ms = 1000 * (time.perf_counter() - started)
@@ -151,14 +153,20 @@ class InferenceEngine:
 
         A piece is never half a character. Leaving the loop (or closing the generator) ends the generation.
         """
-        body = request_body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, 0, options)
-        self._loaded()  # what is wrong is said at the call, not at the first piece
-        return self._pieces(body | {"stream": True})
+        body = self._body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, 0, options)
+        return self._pieces(body | {"stream": True})  # what is wrong is said at the call, not at the first piece
+
+    def _body(self, *args):
+        from .capture.prediction import check_file
+
+        check_file(self._loaded())
+        return request_body(*args)
 
     def _pieces(self, body):
         import requests
 
         with self._serving() as server:
+            check_sound(server, body)
             response = server.post("/completion", body, stream=True)
             try:
                 for line in response.iter_lines(chunk_size=None):

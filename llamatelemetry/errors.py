@@ -25,6 +25,10 @@ class CaptureError(LlamaTelemetryError, ValueError):
     """A capture or an edit that cannot be done as asked."""
 
 
+class NotFiniteError(CaptureError):
+    """NaN or infinity among the values that a measure needs; the message names file, stage and layer."""
+
+
 class NotebookError(LlamaTelemetryError):
     """A notebook could not be run to its end; the message names the notebook and the cell, or the parameter."""
 

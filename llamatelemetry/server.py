@@ -77,6 +77,7 @@ class ServerManager:
     def _reset(self):
         self.url = self.port = self.pid = self.model_path = self.host = None
         self.offload = ""
+        self.sound = False  # whether its log-probabilities were seen to be numbers
 
     # ---- life -----------------------------------------------------------------------------------------------------
 

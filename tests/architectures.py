@@ -109,8 +109,8 @@ def check(path):
 
 def _plain_logits(runtime, tokens):
     runtime.open(len(tokens))
-    logits = runtime.decode(tokens)
-    return None if logits is None else logits.copy()
+    runtime.decode(tokens)
+    return runtime.logits(len(tokens)).copy() if runtime.predicts.logits else None
 
 
 def _relative(difference, like):
@@ -196,13 +196,24 @@ def _statistics(runs, tokens, arrays, have):
 def _edits_work(runs, tokens, have):
     """{stage: whether zeroing it in its first layer changes the predictions}."""
     from llamatelemetry.capture.edits import ablate_head, scale
-    from llamatelemetry.capture.measures import score
 
-    base = score(runs, tokens, (), keep=True).kept
+    if "logits" not in have:
+        return {}
+    memory = {}
+
+    def arena(n_bytes):
+        memory["bytes"] = np.zeros(n_bytes, np.uint8)
+        return memory["bytes"]
+
+    def logits(*edits):
+        _, layout, _ = runs.capture(tokens, ["logits"], arena, edits=edits)
+        return np.ndarray(layout["logits"]["shape"], np.float32, memory["bytes"])
+
+    base = logits()
     edits = {"attn_heads": lambda layer: ablate_head(layer, 0), "attn_out": lambda layer: scale("attn_out", layer, 0),
              "ffn_out": lambda layer: scale("ffn_out", layer, 0), "hidden": lambda layer: scale("hidden", layer, 0.5)}
     return {
-        stage: bool((score(runs, tokens, [edit(have[stage][-1 if stage != "hidden" else 0])], keep=True).kept != base).any())
+        stage: bool((logits(edit(have[stage][-1 if stage != "hidden" else 0])) != base).any())
         for stage, edit in edits.items()
         if have.get(stage)
     }

@@ -53,11 +53,16 @@ FAMILIES = {
 }
 
 
-def tiny_model(architecture, folder, seed=0, **changes):
+def tiny_model(architecture, folder, seed=0, vocabulary=None, **changes):
     """Write `folder/tiny-<architecture>-<seed>.gguf` (F32) and return its path.
 
+    vocabulary: a GGUFFile whose tokenizer is taken over, for what needs whole words; None makes a small one.
     changes: sizes or switches of `FAMILIES` to override, e.g. `n_layer=2`, `n_vocab=512`, `n_ctx=4096`.
     """
+    tokens = {}
+    if vocabulary is not None:
+        tokens = {key: value for key, value in vocabulary.metadata.items() if key.startswith("tokenizer.")}
+        changes = {"n_vocab": vocabulary.n_vocab} | changes
     size = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_ff": 128, "n_ctx": 512,
             "n_vocab": N_VOCAB, "rope_base": 10000.0, "embd_scale": 0.5, "gate": True, "norm2": "ffn_norm",
             "keys": {}} | FAMILIES[architecture] | changes
@@ -65,7 +70,7 @@ def tiny_model(architecture, folder, seed=0, **changes):
     writer = gguf.GGUFWriter(str(path), architecture)
     for key, value in metadata(architecture, size).items():
         put(writer, key, value)
-    for key, value in tokenizer(size["n_vocab"]).items():
+    for key, value in (tokens or tokenizer(size["n_vocab"])).items():
         put(writer, key, value)
     for name, shape, mean, std in layout(architecture, size):
         # Each tensor has its own stream: a new tensor changes no other. RandomState's numbers never change with NumPy.
@@ -232,3 +237,77 @@ def put(writer, key, value):
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
+
+
+def tiny_encoder(folder, architecture="bert", n_embd=32, n_layer=2, n_head=2, n_ff=64, n_ctx=1024):
+    """Write `folder/tiny-<architecture>.gguf`, an encoder with random weights, and return its path.
+
+    "bert" has a vocabulary of words and pools by their mean; "t5" is an encoder-decoder without a tokenizer.
+    """
+    path, stream = Path(folder) / f"tiny-{architecture}.gguf", np.random.RandomState(0)
+    writer = gguf.GGUFWriter(str(path), architecture)
+    put(writer, "general.name", f"tiny {architecture}")
+    keys = {"context_length": n_ctx, "embedding_length": n_embd, "block_count": n_layer, "feed_forward_length": n_ff,
+            "attention.head_count": n_head, "attention.layer_norm_epsilon": 1e-6,
+            "attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": n_embd // n_head,
+            "attention.value_length": n_embd // n_head}  # fmt: skip
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"\u2581{w}" for w in sorted(set(TEXT.lower().split())))]
+    if architecture == "bert":
+        keys |= {"attention.causal": False, "pooling_type": 1}
+        tokens = {"model": "bert", "tokens": words, "token_type": [3] * 5 + [1] * (len(words) - 5),
+                  "bos_token_id": 2, "eos_token_id": 3, "seperator_token_id": 3, "padding_token_id": 0,
+                  "unknown_token_id": 1, "cls_token_id": 2, "mask_token_id": 4, "token_type_count": 2}  # fmt: skip
+    else:
+        keys |= {"attention.relative_buckets_count": 32, "decoder_start_token_id": 0, "vocab_size": len(words)}
+        tokens = {"model": "no_vocab"}
+    for prefix, values in ((architecture, keys), ("tokenizer.ggml", tokens)):
+        for key, value in values.items():
+            put(writer, f"{prefix}.{key}", value)
+
+    def add(name, *shape, mean=0.0, std=None):
+        std = std or 1.2 / np.sqrt(shape[-1])
+        writer.add_tensor(name, (mean + std * stream.standard_normal(shape)).astype(np.float32))
+
+    def norm(name):
+        add(f"{name}.weight", n_embd, mean=1.0, std=0.1)
+        if architecture == "bert":
+            add(f"{name}.bias", n_embd, std=0.1)
+
+    add("token_embd.weight", len(words), n_embd, std=0.5)
+    if architecture == "bert":
+        add("position_embd.weight", n_ctx, n_embd, std=0.5)
+        add("token_types.weight", 2, n_embd, std=0.1)
+        norm("token_embd_norm")
+    else:
+        add("output.weight", len(words), n_embd)
+    for side in ("",) if architecture == "bert" else ("enc.", "dec."):
+        if side:
+            norm(f"{side}output_norm")
+        for i in range(n_layer):
+            blk, output = f"{side}blk.{i}.", "attn_o" if side else "attn_output"
+            parts = [f"attn_{p}" for p in "qkv"] + [output]
+            parts += [part.replace("attn", "cross_attn") for part in parts] if side == "dec." else []
+            for part in parts:
+                add(f"{blk}{part}.weight", n_embd, n_embd)
+            norms = ("attn_norm", "ffn_norm") if side else ("attn_output_norm", "layer_output_norm")
+            for name in (*norms, *(("cross_attn_norm",) if side == "dec." else ())):
+                norm(blk + name)
+            if side:
+                add(f"{blk}attn_rel_b.weight", 32, n_head)
+            add(f"{blk}ffn_up.weight", n_ff, n_embd)
+            add(f"{blk}ffn_down.weight", n_embd, n_ff)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def with_value(path, tensor, value, target, at=7):
+    """A copy of an F32 model in which one weight of a tensor is `value`; returns its path."""
+    data = bytearray(Path(path).read_bytes())
+    found = next(t for t in gguf.GGUFReader(str(path)).tensors if t.name == tensor)
+    start = found.data_offset + 4 * at
+    data[start : start + 4] = np.float32(value).tobytes()
+    Path(target).write_bytes(data)
+    return Path(target)

@@ -1,6 +1,7 @@
 """Analysis of quantizations on inputs with known answers."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -30,7 +31,7 @@ class File:
     """A GGUFFile with its weights in memory."""
 
     def __init__(self, weights, kind="F32", bits=32.0):
-        self.weights, self.n_vocab = weights, len(weights.get("token_embd.weight", ()))
+        self.weights, self.n_vocab, self.path = weights, len(weights.get("token_embd.weight", ())), Path("hand-made.gguf")
         self.tensors = tensors(**{n: (kind if w.ndim > 1 else "F32", w.shape, bits) for n, w in weights.items()})
 
     def rows(self, name, ids=slice(None)):

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.finite import measured
+
 SINK_THRESHOLD = 0.3  # Gu et al. (2024), "When Attention Sink Emerges in Language Models", their epsilon
 
 
@@ -87,7 +89,7 @@ def entropy(attention, normalised=False):
 
     Returns attention's dims without key. A query that sees one key has entropy 0, and nan when normalised.
     """
-    a = np.asarray(attention, dtype=np.float64)
+    a = measured(attention, np.float64)
     nats = -np.sum(np.where(a > 0, a * np.log(np.where(a > 0, a, 1)), 0), axis=-1)
     if normalised:
         keys = np.minimum(query_positions(attention) + 1, attention.sizes["key"]).astype(float)
@@ -99,14 +101,14 @@ def entropy(attention, normalised=False):
 def mean_distance(attention):
     """Mean distance looked back, sum over keys of weight * (query - key), in tokens. attention's dims without key."""
     distance = query_positions(attention)[:, None] - np.arange(attention.sizes["key"])[None, :]
-    return per_head(attention, np.sum(np.asarray(attention, dtype=np.float64) * np.maximum(distance, 0), axis=-1))
+    return per_head(attention, np.sum(measured(attention, np.float64) * np.maximum(distance, 0), axis=-1))
 
 
 def sink_mass(attention, n_sink=1):
     """Weight that goes to the first n_sink tokens, mean over the queries after them (Xiao et al. 2023). Dims without
     query and key; nan when no query comes after them."""
     later = query_positions(attention) >= n_sink
-    a = np.asarray(attention, dtype=np.float64)[..., later, :n_sink].sum(-1)
+    a = measured(attention, np.float64)[..., later, :n_sink].sum(-1)
     mass = a.mean(-1) if later.any() else np.full(a.shape[:-1], np.nan)
     return per_head(attention, mass, drop=("query", "key"))
 
@@ -115,7 +117,7 @@ def key_importance(attention):
     """Mean weight that each key receives from the queries that may see it, itself included (Gu et al. 2024, their
     alpha_k). Dims without query."""
     seen = allowed_keys(query_positions(attention), attention.sizes["key"])  # (query, key)
-    received = np.sum(np.asarray(attention, dtype=np.float64) * seen, axis=-2)
+    received = np.sum(measured(attention, np.float64) * seen, axis=-2)
     mean = np.divide(received, seen.sum(0), out=np.full_like(received, np.nan), where=seen.sum(0) > 0)
     return per_head(attention, mean, drop=("query",))
 
@@ -147,7 +149,7 @@ def generated_split(attention, n_prompt):
     """Attention of each generated token, mean over layers and heads, by target: DataFrame indexed by position with
     columns first token, rest of prompt, generated (before it), itself; rows sum to 1. n_prompt: the prompt's tokens."""
     positions = query_positions(attention)
-    mean = np.asarray(attention, dtype=np.float64).mean(tuple(range(attention.ndim - 2)))  # (query, key)
+    mean = measured(attention, np.float64).mean(tuple(range(attention.ndim - 2)))  # (query, key)
     rows = {}
     for row, position in zip(mean, positions):
         if position >= n_prompt:

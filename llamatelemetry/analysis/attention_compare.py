@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.finite import measured
 from .attention import per_head, query_positions
 
 
@@ -20,7 +21,7 @@ def jensen_shannon(p, q):
 def js_distance(a, b):
     """Jensen-Shannon distance between the weights of two captures: square root of the divergence in bits, 0 to 1
     (Endres and Schindelin 2003). a, b: (..., query, key); returns their dims without key."""
-    p, q = np.asarray(a, dtype=np.float64), np.asarray(b.transpose(*a.dims), dtype=np.float64)
+    p, q = measured(a, np.float64), measured(b.transpose(*a.dims), np.float64)
     if p.shape != q.shape:
         raise ValueError(f"two captures of different shape: {p.shape} and {q.shape}; capture the same text twice")
     return per_head(a, np.sqrt(jensen_shannon(p, q)))
@@ -57,7 +58,7 @@ def moved_targets(a, b, pieces):
 
     DataFrame: query, piece, from_key, from_piece, to_key, to_piece, weight_before and weight_after of the new key.
     """
-    first, second = np.asarray(a), np.asarray(b)
+    first, second = measured(a), measured(b)
     before, after = first.argmax(-1), second.argmax(-1)
     rows = np.flatnonzero(before != after)
     positions = query_positions(a)[rows]

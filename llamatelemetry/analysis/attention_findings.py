@@ -5,6 +5,7 @@ import textwrap
 
 import numpy as np
 
+from ..capture.finite import measured
 from .attention import SINK_THRESHOLD
 from .attention_output import first_shares
 
@@ -26,7 +27,7 @@ def _name(piece):
 @_wrapped
 def head_finding(attention, pieces):
     """Where one head looks. attention: (query, key) of all tokens."""
-    a = np.asarray(attention)[1:]  # the first token has no choice
+    a = measured(attention)[1:]  # the first token has no choice
     targets = a.argmax(-1)
     where = np.arange(1, len(a) + 1)
     shares = {

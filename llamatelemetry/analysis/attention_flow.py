@@ -4,13 +4,15 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.finite import measured
+
 
 def with_residual(attention):
     """Mean over heads, half of it replaced by the identity for the residual connection: rows still sum to 1.
 
     attention: (layer, head, query, key) with as many queries as keys; returns (layer, query, key) float64.
     """
-    a = np.asarray(attention.transpose("layer", "head", "query", "key"), dtype=np.float64).mean(axis=1)
+    a = measured(attention.transpose("layer", "head", "query", "key"), np.float64).mean(axis=1)
     if a.shape[1] != a.shape[2]:
         raise ValueError(f"rollout and flow need every query: {a.shape[1]} queries for {a.shape[2]} keys were captured")
     mixed = 0.5 * a + 0.5 * np.eye(a.shape[1])
@@ -62,7 +64,7 @@ def head_edges(attention, threshold=0.2):
     DataFrame: src, dst (positions), layer, head, weight, kind "head". The weight of a token on itself is no edge.
     """
     a = attention.transpose("layer", "head", "query", "key")
-    layer, head, query, key = np.nonzero(np.asarray(a) > threshold)
+    layer, head, query, key = np.nonzero(measured(a) > threshold)
     keep = query != key
     layer, head, query, key = layer[keep], head[keep], query[keep], key[keep]
     return pd.DataFrame(
@@ -95,7 +97,7 @@ def token_nodes(attention, pieces, backend):
     attention: (layer, head, query, key) of all tokens; backend: backend.get_backend(...). Sources: PageRank, Page et
     al. 1999; betweenness, Freeman 1977.
     """
-    mean = np.asarray(attention, dtype=np.float64).mean((0, 1))  # (query, key)
+    mean = measured(attention, np.float64).mean((0, 1))  # (query, key)
     n = len(mean)
     edges = np.argwhere(np.tril(mean, -1) > 1 / n)  # (edge, 2)
     later = np.tril(np.ones((n, n)), -1)

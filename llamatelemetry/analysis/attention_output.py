@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.finite import measured
 from . import rounding
 from .attention import kv_head, softmax
 from .attention_weights import output_weight, project_output
@@ -21,20 +22,20 @@ def value_norms(v, gguf, progress=False):
     layers = v["layer"].values if "layer" in v.coords else np.arange(v.sizes["layer"])
     out = np.empty((len(layers), gguf.n_head, v.sizes["token"]))
     for i, layer in enumerate(tqdm(layers, desc="W_O v", unit="layer", disable=not progress, leave=False)):
-        values = v.isel(layer=i).transpose("kv_head", "token", "feature").values[group]  # (head, token, feature)
+        values = measured(v.isel(layer=i).transpose("kv_head", "token", "feature"))[group]  # (head, token, feature)
         out[i] = np.linalg.norm(values @ output_weight(gguf, layer).transpose(0, 2, 1), axis=-1)
     return xr.DataArray(out, dims=("layer", "head", "key"), coords={"layer": layers})
 
 
 def norm_weighted(attention, norms):
     """alpha * |W_O v|: attention with the length of what it moves (Kobayashi et al. 2020). Same dims as attention."""
-    values = np.asarray(attention, dtype=np.float64) * np.asarray(norms)[..., None, :]
+    values = measured(attention, np.float64) * np.asarray(norms)[..., None, :]
     return xr.DataArray(values, dims=attention.dims, coords=attention.coords)
 
 
 def first_shares(attention, weighted):
     """The first token's share of what later tokens attend to: of the weight, and of the moved length. Two floats."""
-    raw, moved = np.asarray(attention, dtype=np.float64), np.asarray(weighted)
+    raw, moved = measured(attention, np.float64), np.asarray(weighted)
     return float(raw[..., 1:, 0].mean()), float((moved[..., 0] / moved.sum(-1))[..., 1:].mean())
 
 
@@ -45,7 +46,7 @@ def residual_shares(hidden, attn_out, ffn_out):
     their sum; attention_direct, ffn_direct (layer, token) and embedding_direct (token): projection on the final
     stream, x · final / |final|^2, which together sum to 1 where nothing else writes the stream.
     """
-    h, a, f = (np.asarray(x.transpose("layer", "token", "embd"), dtype=np.float64) for x in (hidden, attn_out, ffn_out))
+    h, a, f = (measured(x.transpose("layer", "token", "embd"), np.float64) for x in (hidden, attn_out, ffn_out))
     final = h[-1] / np.sum(h[-1] ** 2, axis=-1, keepdims=True)
     norms = np.linalg.norm(a, axis=-1), np.linalg.norm(f, axis=-1)
     dims = ("layer", "token")
@@ -70,13 +71,13 @@ def logit_parts(captured, gguf, token_ids, position=-1):
     over layers), total (before a soft-cap), captured (the runtime's logit, soft-cap undone), tolerance (what the
     runtime's rounding can do to it), by_layer: (layer, 2).
     """
-    h = np.asarray(captured["hidden"].isel(token=position), dtype=np.float64)  # (layer + 1, embd)
-    a = np.asarray(captured["attn_out"].isel(token=position), dtype=np.float64)
-    f = np.asarray(captured["ffn_out"].isel(token=position), dtype=np.float64)
+    h = measured(captured["hidden"].isel(token=position), np.float64)  # (layer + 1, embd)
+    a = measured(captured["attn_out"].isel(token=position), np.float64)
+    f = measured(captured["ffn_out"].isel(token=position), np.float64)
     divisor = np.sqrt(np.mean(h[-1] ** 2) + gguf.norm_eps)
     matrix, gain = gguf.rows(gguf.output_name, token_ids).astype(np.float64), gguf.tensor("output_norm.weight") / divisor
     unembed = matrix * gain
-    logits = np.asarray(captured["logits"].isel(token=position), dtype=np.float64)[list(token_ids)]
+    logits = measured(captured["logits"].isel(token=position), np.float64)[list(token_ids)]
     cap = gguf.final_logit_softcap
     by_layer = np.stack([a @ unembed.T, f @ unembed.T], axis=-1)  # (layer, token id, 2)
     table = pd.DataFrame({"id": list(token_ids), "embedding": unembed @ h[0]})
@@ -97,7 +98,7 @@ def sampled_probabilities(logits, temperature=0.8, top_k=40, top_p=0.95, min_p=0
     top_k 0, top_p 1, min_p 0; temperature 0 takes the best token. (The chain's penalties, DRY, XTC, typical-p and
     top-n-sigma are off by default.) logits: (vocab,). Returns (vocab,) float64.
     """
-    logits = np.asarray(logits, dtype=np.float64)
+    logits = measured(logits, np.float64)
     order = np.argsort(-logits, kind="stable")
     order = order[: top_k if 0 < top_k < len(order) else len(order)]
     if top_p < 1:
@@ -121,8 +122,8 @@ def head_writes(attn_heads, attn_out, gguf, position=-1, progress=False):
     """
     from tqdm.auto import tqdm
 
-    heads = np.asarray(attn_heads, dtype=np.float64)[:, :, [position]]  # (layer, head, 1, feature)
-    theirs = np.asarray(attn_out, dtype=np.float64)[:, position]
+    heads = measured(attn_heads, np.float64)[:, :, [position]]  # (layer, head, 1, feature)
+    theirs = measured(attn_out, np.float64)[:, position]
     written, difference = [], []
     for layer in tqdm(range(len(heads)), desc="W_O by head", unit="layer", disable=not progress, leave=False):
         written.append(np.einsum("hf,hef->he", heads[layer, :, 0], output_weight(gguf, layer)).astype(np.float32))

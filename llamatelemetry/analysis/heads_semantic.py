@@ -4,6 +4,8 @@ distance between the tokens regressed out; the baseline gives the embeddings to 
 import numpy as np
 import xarray as xr
 
+from ..capture.finite import measured
+
 MIN_KEYS = 8  # keys that a query must have for a rank correlation to mean anything
 
 
@@ -29,7 +31,7 @@ def semantic_scores(attention, rows, ids, embeddings, shuffles=20, seed=0):
     vectors = unit[[np.flatnonzero(ids == word)[0] for word in words]]
     cosine = vectors @ vectors.T  # (word, word)
     deals = np.stack([np.arange(len(words)), *(rng.permutation(len(words)) for _ in range(shuffles))])
-    values = np.asarray(attention)
+    values = measured(attention)
     shape = values.shape[:2]
     total, count = np.zeros((len(deals), *shape)), 0
     for place, query in enumerate(rows):

@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 
+from ..capture.finite import measured
+
 BLOCK = 2**22  # attention weights of a temporary
 
 
@@ -14,7 +16,7 @@ def js_sums(attention, rows, backend=None, progress=None):
     backend: computes on its device; memory is bounded by BLOCK beside the rows themselves.
     """
     xp = np if backend is None else backend.xp
-    values = np.asarray(attention)
+    values = measured(attention)
     n_head = values.shape[0] * values.shape[1]
     out = np.zeros((n_head, n_head))
     for place, query in enumerate(rows):

@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.finite import measured
+
 MASSIVE_VALUE, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al. 2024, arXiv:2402.17762
 
 
 def _stream(hidden):
     """hidden as float64; ValueError for fewer than two tokens, because the first is kept apart."""
-    h = np.asarray(hidden, dtype=np.float64)
+    h = measured(hidden, np.float64)
     if h.ndim != 3 or h.shape[1] < 2:
         raise ValueError(f"hidden must be (layer, token, embd) with at least two tokens, not of shape {h.shape}")
     return h
@@ -58,7 +60,7 @@ def ffn_sparsity(ffn_act, widths=None, energy=0.9, small=0.01):
     """
     rows = []
     for i, layer in enumerate(ffn_act["layer"].values):
-        a = np.abs(np.asarray(ffn_act.isel(layer=i), dtype=np.float64))  # (token, neuron)
+        a = np.abs(measured(ffn_act.isel(layer=i), np.float64))  # (token, neuron)
         a = a if widths is None else a[:, : widths[layer]]
         power = -np.sort(-(a**2), axis=1)
         total = np.maximum(power.sum(1, keepdims=True), 1e-300)
@@ -74,7 +76,7 @@ def additions(hidden, attn_out, ffn_out):
     parts = []
     for stage in (attn_out, ffn_out):
         part = np.zeros((n, *hidden.shape[1:]))
-        part[stage["layer"].values] = stage.values
+        part[stage["layer"].values] = measured(stage)
         parts.append(part)
     return parts
 
@@ -82,7 +84,7 @@ def additions(hidden, attn_out, ffn_out):
 def sum_error(hidden, attn_out, ffn_out):
     """How far embedding + all additions up to a layer is from the captured stream: DataFrame indexed by layer (1..n):
     error, the largest difference; relative, to the largest value of the layer. Float32 rounding gives about 1e-6."""
-    h = np.asarray(hidden, dtype=np.float64)
+    h = measured(hidden, np.float64)
     summed = h[0] + np.cumsum(np.add(*additions(hidden, attn_out, ffn_out)), axis=0)
     error = np.abs(summed - h[1:]).max(axis=(1, 2))
     table = pd.DataFrame({"error": error, "relative": error / np.abs(h[1:]).max(axis=(1, 2))})
@@ -95,7 +97,7 @@ def contributions(hidden, attn_out, ffn_out):
     norm: length of the addition; relative: over the length of the stream before it; cosine: of addition and stream.
     NaN where a layer has no such block.
     """
-    h = np.asarray(hidden, dtype=np.float64)
+    h = measured(hidden, np.float64)
     attention, ffn = additions(hidden, attn_out, ffn_out)
     added, before = np.stack([attention, ffn]), np.stack([h[:-1], h[:-1] + attention])  # (part, layer, token, embd)
     norm, length = np.linalg.norm(added, axis=-1), np.linalg.norm(before, axis=-1)
@@ -112,7 +114,7 @@ def projection(hidden, attn_out, ffn_out, position=-1):
     DataFrame indexed by layer: attention, ffn, cumulative (embedding and everything up to the layer); attrs: embedding.
     The last cumulative value is 1 where nothing else writes the stream.
     """
-    h = np.asarray(hidden, dtype=np.float64)[:, position]
+    h = measured(hidden, np.float64)[:, position]
     final = h[-1] / (h[-1] @ h[-1])
     attention, ffn = (part[:, position] @ final for part in additions(hidden, attn_out, ffn_out))
     table = pd.DataFrame({"attention": attention, "ffn": ffn}).rename_axis("layer")

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.finite import measured
 from ..capture.measures import log_softmax
 
 
@@ -32,8 +33,8 @@ def divergence(hidden, other, pairs):
     if hidden.shape[0] != other.shape[0] or hidden.shape[2] != other.shape[2]:
         raise ValueError(f"streams of {hidden.shape[0]} layers x {hidden.shape[2]} and {other.shape[0]} x "
                          f"{other.shape[2]} share no space: compare them with cka_map")
-    a = np.asarray(hidden, dtype=np.float64)[:, pairs[:, 0]]
-    b = np.asarray(other, dtype=np.float64)[:, pairs[:, 1]]
+    a = measured(hidden, np.float64)[:, pairs[:, 0]]
+    b = measured(other, np.float64)[:, pairs[:, 1]]
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     dims = ("layer", "pair")
     return xr.Dataset({"distance": (dims, np.linalg.norm(a - b, axis=-1) / np.sqrt(np.maximum(lengths, 1e-300))),
@@ -43,14 +44,14 @@ def divergence(hidden, other, pairs):
 
 def output_change(logits, other, pairs):
     """How the predictions of two runs differ: DataFrame per pair: kl, KL(first || second) in nats, and same_top."""
-    p, q = log_softmax(np.asarray(logits)[pairs[:, 0]]), log_softmax(np.asarray(other)[pairs[:, 1]])
+    p, q = log_softmax(measured(logits)[pairs[:, 0]]), log_softmax(measured(other)[pairs[:, 1]])
     kl = (np.exp(p) * (p - q)).sum(-1, dtype=np.float64)
     return pd.DataFrame({"position": pairs[:, 0], "kl": np.maximum(kl, 0), "same_top": p.argmax(-1) == q.argmax(-1)})
 
 
 def answer_difference(logits, answers, position=-1):
     """logit[first answer] - logit[second answer] at a position. logits: (token, vocab); answers: two ids."""
-    row = np.asarray(logits)[position]
+    row = measured(logits)[position]
     return float(row[answers[0]]) - float(row[answers[1]])
 
 
@@ -69,7 +70,7 @@ def changed_positions(hidden, other, limit=None):
 
     limit: at most so many, spread evenly, the first and the last among them.
     """
-    changed = np.flatnonzero((np.asarray(hidden) != np.asarray(other)).any(axis=(0, 2)))
+    changed = np.flatnonzero((measured(hidden) != measured(other)).any(axis=(0, 2)))
     if limit is None or len(changed) <= limit:
         return changed
     return changed[np.unique(np.linspace(0, len(changed) - 1, limit).round().astype(int))]
@@ -83,7 +84,7 @@ def generation_table(tokens, logits, lens_data, settled_layers):
     """
     new = tokens.index[tokens["generated"]].to_numpy()
     before = new - 1
-    logp = log_softmax(np.asarray(logits)[before])
+    logp = log_softmax(measured(logits)[before])
     chosen = logp[np.arange(len(new)), tokens["id"].to_numpy()[new]]
     return pd.DataFrame({
         "position": new, "piece": tokens["piece"].to_numpy()[new], "probability": np.exp(chosen),

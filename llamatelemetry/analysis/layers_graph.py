@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 
+from ..capture.finite import measured
+
 
 def stream_graph(hidden, lens_data, attention, tokens, vocabulary, per_query=1, least=0.05):
     """(nodes, edges) DataFrames of one run.
@@ -14,7 +16,7 @@ def stream_graph(hidden, lens_data, attention, tokens, vocabulary, per_query=1, 
     the query's node that leaves it, weight the mean over heads, for the `per_query` strongest keys of each query other
     than itself and the first token (the sink would hide the rest), where the weight is at least `least`.
     """
-    h = np.asarray(hidden, dtype=np.float64)
+    h = measured(hidden, np.float64)
     n_layer, n_token = h.shape[:2]
     norm = np.linalg.norm(h, axis=-1)
     layer, position = (x.ravel() for x in np.indices((n_layer, n_token)))
@@ -37,7 +39,7 @@ def stream_graph(hidden, lens_data, attention, tokens, vocabulary, per_query=1, 
 def _attention_edges(attention, per_query, least):
     rows = []
     for a, layer in enumerate(attention["layer"].values if attention is not None else ()):
-        mean = attention.isel(layer=a).mean("head").values  # (query, key)
+        mean = measured(attention.isel(layer=a)).mean(0)  # (query, key)
         for query in range(2, len(mean)):
             keys = 1 + np.argsort(-mean[query, 1:query], kind="stable")[:per_query]
             rows += [(f"{layer}:{key}", f"{layer + 1}:{query}", float(mean[query, key]), "attention")

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from ..capture.finite import measured
 from .layers import additions
 
 # The norm's weights under the name that the file gives them: gpt-oss calls its second norm after what it follows.
@@ -52,8 +53,8 @@ def _pairs(captured, part, stage, gguf):
     hidden = captured["hidden"]
     attention, _ = additions(hidden, captured["attn_out"], captured["ffn_out"])
     for i, layer in enumerate(captured[stage]["layer"].values):
-        entering = np.asarray(hidden[layer], dtype=np.float64)
-        after = np.asarray(captured[stage][i], dtype=np.float64)
+        entering = measured(hidden[layer], np.float64)
+        after = measured(captured[stage][i], np.float64)
         middle = entering + attention[layer]
         # Parallel blocks norm what enters the layer for the FFN, too.
         if part == "attention" or norm_gain(middle, after, gguf, part, layer)[0] is None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.finite import measured
 from ..capture.measures import log_softmax
 from ..errors import CaptureError
 from . import rounding
@@ -43,7 +44,7 @@ class Unembedding:
 
     def normalize(self, x):
         """What the output matrix multiplies, from states of the residual stream. (.., embd) -> (.., embd) float64"""
-        x = np.asarray(x, dtype=np.float64)
+        x = measured(x, np.float64)
         centre = x.mean(-1, keepdims=True) if self.centred else 0.0
         return self.multiplier * ((x - centre) / self.divisor(x) * self.gain + self.bias)
 
@@ -65,8 +66,8 @@ def unembedding(gguf, captured):
     logit_scale is applied (some architectures multiply, some divide), is decided by what reproduces the capture.
     CaptureError where nothing does: the lens would then show another model's answer.
     """
-    state = np.asarray(captured["hidden"].isel(layer=-1), dtype=np.float64)  # (token, embd)
-    final = np.asarray(captured["final_norm"], dtype=np.float64)
+    state = measured(captured["hidden"].isel(layer=-1), np.float64)  # (token, embd)
+    final = measured(captured["final_norm"], np.float64)
     name = next((name for name in NORM_NAMES if f"{name}.weight" in gguf.tensors.index), None)
     ones = np.ones(gguf.n_embd)
     gain, bias = (gguf.tensor(f"{name}.{part}").astype(np.float64) if name and f"{name}.{part}" in gguf.tensors.index
@@ -85,7 +86,7 @@ def unembedding(gguf, captured):
     output_bias = gguf.tensor("output.bias").astype(np.float64) if "output.bias" in gguf.tensors.index else 0.0
     head = Unembedding(gguf, centred, gguf.norm_eps or 0.0, gain, bias, factor, 1.0, gguf.final_logit_softcap,
                        output_bias)  # fmt: skip
-    return _with_scale(head, final, np.asarray(captured["logits"], dtype=np.float64))
+    return _with_scale(head, final, measured(captured["logits"], np.float64))
 
 
 def _with_scale(head, final, logits):
@@ -112,10 +113,10 @@ def logit_error(head, captured, positions=None):
     largest error / tolerance over the vocabulary, above 1 where the lens is not the model's. See `rounding`.
     positions: default at most 8, evenly over the text.
     """
-    state = np.asarray(captured["hidden"].isel(layer=-1), dtype=np.float64)
+    state = measured(captured["hidden"].isel(layer=-1), np.float64)
     if positions is None:
         positions = np.unique(np.linspace(0, len(state) - 1, 8).astype(int))
-    x, logits = head.normalize(state[positions]), np.asarray(captured["logits"])[positions]
+    x, logits = head.normalize(state[positions]), measured(captured["logits"])[positions]
     kind = head.gguf.tensors.loc[head.gguf.output_name, "type"]
     gpu, largest = captured.model.gpu, np.abs(logits).max()
     worst, error, allowed = (np.zeros(len(positions)) for _ in range(3))
@@ -232,21 +233,21 @@ def logit_attribution(captured, head, token, other, position=-1):
     and other, what the stream holds beyond their sum; the values sum to attrs["total"], which is the lens's own logit
     difference; attrs["captured"]: the runtime's, soft-cap undone.
     """
-    stream = np.asarray(captured["hidden"].isel(token=position), dtype=np.float64)  # (layer + 1, embd)
+    stream = measured(captured["hidden"].isel(token=position), np.float64)  # (layer + 1, embd)
     direction = np.subtract(*head.gguf.rows(head.gguf.output_name, [token, other]).astype(np.float64))  # (embd,)
     reader = head.scale * head.multiplier * head.gain * direction / head.divisor(stream[-1])
     if head.centred:
         reader = reader - reader.mean()
     rows, rest = [("embedding", -1, stream[0] @ reader)], stream[-1] - stream[0]
     for name, stage in (("attention", "attn_out"), ("ffn", "ffn_out")):
-        values = np.asarray(captured[stage].isel(token=position), dtype=np.float64)
+        values = measured(captured[stage].isel(token=position), np.float64)
         rows += [(name, int(layer), x @ reader) for layer, x in zip(captured[stage]["layer"].values, values)]
         rest = rest - values.sum(0)
     offset = 0.0 if np.ndim(head.output_bias) == 0 else head.output_bias[token] - head.output_bias[other]
     bias = head.scale * (head.multiplier * head.bias @ direction + offset)
     rows += [("other", -1, rest @ reader), ("bias", -1, bias)]
     table = pd.DataFrame(rows, columns=["component", "layer", "value"])
-    ends = np.asarray(captured["logits"].isel(token=position), dtype=np.float64)[[token, other]]
+    ends = measured(captured["logits"].isel(token=position), np.float64)[[token, other]]
     ends = ends if not head.softcap else head.softcap * np.arctanh(ends / head.softcap)
     plain = Unembedding(**{**vars(head), "softcap": None}).logits(stream[-1], [token, other])
     table.attrs.update(total=float(plain[0] - plain[1]), captured=float(ends[0] - ends[1]))

@@ -6,8 +6,9 @@ Pure functions on arrays, xarray captures of the same tokens, and objects with t
 import numpy as np
 import pandas as pd
 
+from ..capture.finite import check_finite, measured
 from .attention_compare import jensen_shannon
-from .embeddings import unit
+from .embeddings import check_rows, unit
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -68,8 +69,9 @@ def weight_errors(reference, candidate, rows=64, seed=0):
     errors = []
     for name, shape in table["shape"].items():
         ids = slice(None) if rows is None or rows >= shape[0] else _some(shape[0], rows, seed)
-        base = reference.rows(name, ids)
-        errors.append(np.linalg.norm(candidate.rows(name, ids) - base) / np.linalg.norm(base))
+        base, own = (check_finite(file.rows(name, ids), name, file=file.path.name) for file in (reference, candidate))
+        length = np.linalg.norm(base)  # a matrix of zeros has no relative error, unless it stays one
+        errors.append(np.linalg.norm(own - base) / length if length else 0.0 if not own.any() else np.nan)
     return table[["layer", "group", "type", "bits_per_weight", "n_elements"]].assign(error=errors)
 
 
@@ -85,7 +87,7 @@ def embedding_preservation(reference, candidate, pool=8192, queries=512, k=10, s
     overlap (NaN where not a query).
     """
     ids = _some(reference.n_vocab, pool, seed)
-    base, other = (unit(file.rows("token_embd.weight", ids)) for file in (reference, candidate))  # (pool, embd)
+    base, other = (unit(check_rows(file.rows("token_embd.weight", ids))) for file in (reference, candidate))  # (pool, embd)
     asked = _some(len(ids), queries, seed + 1)
     near, far = (_neighbours(x, asked, min(k, len(ids) - 1)) for x in (base, other))  # (queries, k)
     overlap = np.full(len(ids), np.nan)
@@ -109,7 +111,7 @@ def attention_divergence(reference, candidate):
 
     values = np.stack(
         [
-            jensen_shannon(a.values[:, 1:], b.values[:, 1:]).mean(axis=-1)  # layer by layer: less memory
+            jensen_shannon(measured(a)[:, 1:], measured(b)[:, 1:]).mean(axis=-1)  # layer by layer: less memory
             for a, b in zip(reference, candidate, strict=True)
         ]
     )
@@ -124,7 +126,7 @@ def hidden_drift(reference, candidate):
     first token, whose norm is often hundreds of times the others' and would hide them (Sun et al. 2024, "Massive
     activations"), so that it is kept apart.
     """
-    base, other = np.asarray(reference.values, np.float64), np.asarray(candidate.values, np.float64)
+    base, other = measured(reference, np.float64), measured(candidate, np.float64)
     norm, norm_other = np.linalg.norm(base, axis=-1), np.linalg.norm(other, axis=-1)  # (layer, token)
     error = np.linalg.norm(other - base, axis=-1) / norm
     cosine = (base * other).sum(axis=-1) / (norm * norm_other)

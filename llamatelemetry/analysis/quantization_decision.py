@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 
+from ..capture.finite import measured
 from .quantization_quality import Reference
 
 PARTS = {"attn_out": "attention", "ffn_out": "FFN"}
@@ -14,7 +15,7 @@ TENSORS = {"attn_out": r"attn_(q|k|v|qkv|output)", "ffn_out": r"ffn_(up|gate|dow
 
 def kl(base, logits, targets=None):
     """KL divergence of each position's prediction from the reference's, nats (token,). base, logits: (token, vocab)."""
-    base, logits = np.asarray(base), np.asarray(logits)
+    base, logits = measured(base), measured(logits)
     targets = np.zeros(len(base), int) if targets is None else targets
     return np.concatenate(
         [

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.finite import measured
 from .quantization import piece_kind
 
 
@@ -23,7 +24,7 @@ def routing_entropy(router, kinds="softmax"):
     router: (layer, token, expert) as captured; kinds: what it holds, one for all layers or one each: "softmax"
     (probabilities), "sigmoid" (one probability per expert: divided by their sum), "logits" (softmax is taken).
     """
-    values = np.asarray(router, dtype=np.float64)
+    values = measured(router, np.float64)
     kinds = [kinds] * len(values) if isinstance(kinds, str) else list(kinds)
     out = []
     for x, kind in zip(values, kinds):

@@ -17,7 +17,7 @@ class Capture:
 
     stages: the names that are there. tokens: DataFrame (position, id, piece, generated). layers: DataFrame of facts
     per layer (kind, scale, softcap; sliding: its mask hid earlier positions in this run). model: architecture, n_layer,
-    n_head, n_kv_head, n_embd, n_vocab, name, gpu (whether a GPU took part).
+    n_head, n_kv_head, n_embd, n_vocab, name, file (its name), gpu (whether a GPU took part).
     """
 
     def __init__(self, parts, tokens, model, layers):
@@ -43,6 +43,7 @@ class Capture:
         if stage not in self._labelled:
             array, layers, queries = self._parts[stage]
             self._labelled[stage] = label(stage, array, layers, self._tokens[1], queries)
+            self._labelled[stage].attrs["model"] = getattr(self.model, "file", self.model.name)
         return self._labelled[stage]
 
     def __getattr__(self, name):

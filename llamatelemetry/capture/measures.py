@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ..errors import CaptureError
+from .finite import check_finite
 from .recorder import on_host
 
 ROWS = 64  # logits rows worked on at a time: bounded memory for vocabularies of 262 thousand
@@ -199,7 +200,8 @@ class HeadStatistics:
         }
 
     def table(self):
-        """{measure: (layer, head)} and the layers; patterns over the attention's sum, the rest over the rows."""
+        """{measure: (layer, head)} and the layers; patterns over the attention's sum, the rest over the rows.
+        NotFiniteError where attention is no number."""
         from .device import MEASURES
 
         sums = dict(self.sums)
@@ -210,6 +212,7 @@ class HeadStatistics:
         heads = max(len(sums[layer]["mass"]) for layer in layers)
         out = {name: np.full((len(layers), heads), np.nan) for name in ("mass", *NAMES, *self.patterns)}
         for place, layer in enumerate(layers):
+            check_finite(sums[layer]["mass"], "attention", layer)
             found = sums[layer] | dict(zip(self.patterns, sums[layer]["patterns"].T))
             for name, row in ((name, rows[place]) for name, rows in out.items()):
                 by_mass = name in DETECTED or name in self.patterns

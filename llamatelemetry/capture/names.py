@@ -44,5 +44,5 @@ RECURRENT = {
 # The residual stream leaves a layer under this name wherever the graph has bypasses (per-layer embeddings, several
 # streams) that hide it from the paths.
 LAYER_OUTPUT = "l_out"
-FINAL_NORM = ("result_norm", "result_embd")
-OUTPUT = "result_output"
+NORMED, STATES, OUTPUT = "result_norm", "result_embd", "result_output"  # the final norm, an encoder's states, logits
+OUTPUT_MATRICES = ("output.weight", "token_embd.weight")

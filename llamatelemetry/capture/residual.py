@@ -6,18 +6,41 @@ two summands the one that the other was computed from is the stream.
 """
 
 from .graph import VIEWS, base, between, cone, cut_nodes
-from .names import LAYER_OUTPUT, OUTPUT, RECURRENT
+from .names import LAYER_OUTPUT, NORMED, OUTPUT, OUTPUT_MATRICES, RECURRENT, STATES
 from .plan import float_param, node_tap
 
 NORMS = {"RMS_NORM", "NORM", "L2_NORM", "GROUP_NORM"}
 # The stream passes through these unchanged in meaning: rows picked (all of them here), views, copies.
 PASSING = VIEWS | {"GET_ROWS", "CONT", "CPY"}
+WHY_NO_LOGITS = "its graph computes none, as an encoder's does not"
 WHY_NO_SUM = "the stream is not a sum of what the blocks add (several streams, or mixed by learned weights)"
 
 
-def _logits(graph):
-    named = [node for node in graph.nodes if node.name == OUTPUT]
-    return named[-1] if named else graph.nodes[-1]
+def _named(graph, *names):
+    """The last node of one of these names, or None."""
+    return next((node for node in reversed(graph.nodes) if node.name in names), None)
+
+
+def find_logits(graph):
+    """The node that holds the logits: by its name, or the last one where the output matrix made it (PLaMo 3 leaves it
+    unnamed). None for an encoder's graph, which ends in states."""
+    node = named = _named(graph, OUTPUT)
+    if named is None and graph.nodes[-1].name not in (NORMED, STATES):
+        node = _product(graph.nodes[-1])
+        node = graph.nodes[-1] if node is not None and node.src[0].name in OUTPUT_MATRICES else None
+    return node
+
+
+def _product(node):
+    """The matrix product that a node was computed from, back through scales, biases and soft-caps; None without one."""
+    while not node.is_leaf and node.op != "MUL_MAT":
+        node = node.src[0]
+    return None if node.is_leaf else node
+
+
+def _sink(graph):
+    """Where the stream ends: in the logits, or in an encoder's last states."""
+    return find_logits(graph) or _named(graph, NORMED, STATES) or graph.nodes[-1]
 
 
 def _embedding(graph):
@@ -28,7 +51,7 @@ def _embedding(graph):
 
 def find_stream(graph, n_layer, attention):
     """The residual stream: {layer: node} that enters layer 0..n_layer-1 and, at n_layer, leaves the last."""
-    sink, source = _logits(graph), _embedding(graph)
+    sink, source = _sink(graph), _embedding(graph)
     path = between(source, sink)
     cuts = cut_nodes(path) if path else []
     first = {}
@@ -49,13 +72,15 @@ def find_stream(graph, n_layer, attention):
         hidden = not before or layer and before[-1].index < first.get(layer - 1, 0)
         if layer - 1 in outputs and (hidden or outputs[layer - 1] in cuts):
             stream[layer] = outputs[layer - 1]  # by its name where a bypass hides it or several cuts offer themselves
-    last = _final_norm_input(graph, sink)
+    last = _final_norm_input(sink)
     stream[n_layer] = last if last in cuts else outputs.get(n_layer - 1, last)
     return {layer: node for layer, node in stream.items() if node is not None}
 
 
-def _final_norm_input(graph, sink):
-    node = _before_output(sink)
+def _final_norm_input(sink):
+    if sink.name == STATES:  # an encoder whose layers end in a norm: nothing follows the stream
+        return sink
+    node = sink if sink.name == NORMED else _before_output(sink)
     steps = 0
     while node is not None and node.op not in NORMS and steps < 8:
         node, steps = (node.src[0] if node.src and not node.src[0].is_leaf else None), steps + 1
@@ -64,22 +89,22 @@ def _final_norm_input(graph, sink):
 
 def _before_output(sink):
     """The activations that the output matrix multiplies."""
-    node = sink
-    while not node.is_leaf and node.op != "MUL_MAT":
-        node = node.src[0]
-    return None if node.is_leaf else node.src[1]
+    product = _product(sink)
+    return None if product is None else product.src[1]
 
 
 def find_ends(plan, graph, stream, n_tokens):
-    sink = _logits(graph)
-    final = _before_output(sink)
-    node, plan.output = sink, {"softcap": 0.0, "bias": False}
-    while not node.is_leaf and node.op != "MUL_MAT":
+    node, plan.output = find_logits(graph), {"softcap": 0.0, "bias": False}
+    final = _named(graph, NORMED, STATES) if node is None else _before_output(node)
+    if node is None:
+        plan.why_not["logits"] = WHY_NO_LOGITS
+    else:
+        plan.put("logits", None, node_tap(node, n_tokens))
+    while node is not None and not node.is_leaf and node.op != "MUL_MAT":
         if node.op == "TANH":
             plan.output["softcap"] = 1.0 / float_param(node.src[0], 0)
         plan.output["bias"] |= node.op == "ADD" and node.src[1].is_leaf
         node = node.src[0]
-    plan.put("logits", None, node_tap(sink, n_tokens))
     if final is not None and not final.is_leaf:
         plan.put("final_norm", None, node_tap(final, n_tokens))
     for layer, node in stream.items():

@@ -1,8 +1,11 @@
 """One model inside the worker: its graph planned once, then run with edits, copies and reducers."""
 
+from pathlib import Path
+
 import numpy as np
 
-from ..errors import CaptureError
+from ..errors import CaptureError, NotFiniteError
+from .finite import MISSING, check_finite
 from .ggml import DTYPES
 from .names import GRIDS, STAGES
 from .recorder import Apply, Copy, PlanMismatch, Recorder, on_host
@@ -62,14 +65,20 @@ class Runs:
 
         on_logits(logits, past): after each chunk, (n_outputs, n_vocab). sampler: its `next(logits row)` gives the
         following token or None; each is decoded alone. restart(): forget what a run gave that has to be done again
-        because its graph was not the planned one. Returns all tokens, those generated included.
+        because its graph was not the planned one. Returns all tokens, those generated included. CaptureError where
+        logits are wanted of a model that predicts nothing, NotFiniteError where they are no numbers.
         """
+        if on_logits or sampler:
+            self.runtime.check_predicts()
         try:
             return self._run(list(tokens), setup, all_logits, on_logits, sampler)
         except PlanMismatch:
             self._make_plan(tokens[: self.runtime.n_batch])
             for again in filter(None, (restart, sampler and sampler.restart)):
                 again()
+        except NotFiniteError:
+            self.locate(tokens, setup)
+            raise
         try:
             return self._run(list(tokens), setup, all_logits, on_logits, sampler)
         except PlanMismatch:
@@ -77,6 +86,23 @@ class Runs:
                 f"the graph of architecture {self.architecture!r} changes within one prompt in a way that capture does "
                 "not follow; try a prompt of at most 512 tokens."
             ) from None
+
+    def locate(self, tokens, setup=None):
+        """Raise NotFiniteError for the first stage, in the order of evaluation, that holds a value that is no number;
+        return where a run of these tokens has none."""
+
+        def watch(stage, layer):
+            return lambda values, past: check_finite(on_host(values), stage, layer, Path(self.runtime.path).name) is None
+
+        def watch_all(recorder, plan):
+            if setup:
+                setup(recorder, plan)
+            for stage in plan.taps.keys() - {"mask", "scores"}:  # what the mask hides may be anything
+                for layer in plan.taps[stage]:
+                    for tap in self.taps(plan, stage, layer):
+                        recorder.on(tap, watch(stage, layer))
+
+        self._run(list(tokens), watch_all, True, None, None)
 
     def _run(self, tokens, setup, all_logits, on_logits, sampler):
         total = len(tokens) + (sampler.limit if sampler else 0)
@@ -89,12 +115,18 @@ class Runs:
             if setup:
                 setup(recorders[single], plan)
         self.runtime.open(total)
+        if len(pieces) > 1 and self.runtime.reads_whole:
+            raise CaptureError(f"{self.runtime.name} reads a text as a whole, at most {len(pieces[0][1])} tokens at once: "
+                               f"this one has {len(tokens)}. Shorten it.")  # fmt: skip
 
         def decode(piece, past):
             recorder = recorders[len(piece) == 1]
             recorder.start(past, len(piece))
-            logits = self.runtime.decode(piece, past, all_logits, recorder.observe)
+            self.runtime.decode(piece, past, all_logits, recorder.observe)
             recorder.finish()
+            if not on_logits and not sampler:
+                return None
+            logits = self.runtime.logits(len(piece) if all_logits else 1)
             if on_logits:
                 on_logits(logits, past)
             return logits
@@ -178,7 +210,7 @@ class Runs:
 
         for stage, array in arrays.items():
             if layout[stage]["uneven"]:  # layers of different widths: what a layer does not have is not a number
-                array.fill(np.nan if array.dtype.kind == "f" else -1)
+                array.fill(MISSING if array.dtype.kind == "f" else -1)
         cache, device = DTYPES[self.runtime.cache_type], self.runtime.ggml.device
 
         layer_facts = [dict(facts) for facts in plan.layers]

@@ -2,10 +2,14 @@
 
 import ctypes
 import os
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import CaptureError, ModelLoadError
+from . import prediction
+from .finite import check_finite
 from .ggml import TYPE_BY_NAME, Ggml
 from .graph import Graph
 from .tokenizer import token_ids
@@ -31,7 +35,7 @@ class Runtime:
                  tensor_split=None, longest=None, at_least=0, variant=None):
         import llama_cpp
 
-        self.api, self.ggml = llama_cpp, Ggml()
+        self.path, self.api, self.ggml = path, llama_cpp, Ggml()
         if not _KEPT:  # llama.cpp calls it until the process ends: it must outlive every Runtime
             _KEPT.append(llama_cpp.llama_log_callback(_log))
         llama_cpp.llama_log_set(_KEPT[0], None)
@@ -55,8 +59,8 @@ class Runtime:
         self.n_ctx_least = max(at_least, MIN_CTX)
         self.n_ubatch, self.threads = n_ubatch, threads or os.cpu_count()
         self.cache_type = TYPE_BY_NAME[cache_type]
+        # Of an encoder-decoder the encoder runs: its decoder would read what no encoder has written.
         self.has_encoder = llama_cpp.llama_model_has_encoder(self.model)
-        self.has_decoder = llama_cpp.llama_model_has_decoder(self.model)
         self.context, self.n_ctx = None, 0
         self._observe, self._failure, self._checked = None, None, False
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
@@ -67,6 +71,21 @@ class Runtime:
 
     def is_end(self, token):
         return self.api.llama_vocab_is_eog(self.vocab, token)
+
+    @cached_property
+    def predicts(self):
+        """What the model's graph says of its predictions: a prediction.Prediction."""
+        return prediction.look(self.api, self.ggml, self.model)
+
+    @property
+    def name(self):
+        """The model in an error: its file and architecture."""
+        return f"{Path(self.path).name} (architecture {prediction.architecture(self.api, self.model)!r})"
+
+    def check_predicts(self):
+        """CaptureError, by name, where the model does not say what comes next."""
+        if why := self.predicts.why_not(self.name):
+            raise CaptureError(why)
 
     def check_length(self, n_tokens):
         if n_tokens == 0:
@@ -123,10 +142,7 @@ class Runtime:
             return ask  # asked: take the node so that the next call can stop the run
 
     def decode(self, tokens, past=0, all_logits=True, observe=None):
-        """Decode tokens (at most one batch) after `past` others; observe(address, ask) sees every graph node.
-
-        Returns logits, (n_outputs, n_vocab) float32: llama.cpp's own memory, valid until the next call.
-        """
+        """Decode tokens (at most one batch) after `past` others; observe(address, ask) sees every graph node."""
         count = len(tokens)
         batch = self.api.llama_batch_init(count, 0, 1)
         try:
@@ -136,8 +152,7 @@ class Runtime:
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
                 batch.logits[i] = all_logits or i == count - 1
             self._observe, self._failure = observe, None
-            encoder_only = self.has_encoder and not self.has_decoder
-            run = self.api.llama_encode if encoder_only else self.api.llama_decode
+            run = self.api.llama_encode if self.has_encoder else self.api.llama_decode
             status = run(self.context, batch)
         finally:
             self._observe = None
@@ -147,11 +162,19 @@ class Runtime:
             raise failure
         if status != 0:
             raise CaptureError(f"llama.cpp stopped while decoding (status {status}); the worker's log says why.")
-        outputs = count if all_logits else 1
-        pointer = self.api.llama_get_logits(self.context)
-        if not pointer:
-            return None
-        return np.ctypeslib.as_array(pointer, (outputs, self.n_vocab))
+
+    def logits(self, count):
+        """The last decode's `count` rows of logits, (count, n_vocab) float32: llama.cpp's own memory, valid until the
+        next decode. CaptureError where the graph has none, NotFiniteError where a value is no number."""
+        if not self.predicts.logits:  # llama.cpp has a buffer all the same, and nothing in it
+            raise CaptureError(self.predicts.why_not(self.name))
+        rows = np.ctypeslib.as_array(self.api.llama_get_logits(self.context), (count, self.n_vocab))
+        return check_finite(rows, "logits", file=Path(self.path).name)
+
+    @property
+    def reads_whole(self):
+        """Whether a text must fit one batch: nothing of the batch before is kept, or it had to see the next one."""
+        return self.has_encoder or not self.api.llama_get_memory(self.context) or self.predicts.ahead
 
     def pieces(self, tokens, total):
         """[(past, tokens)]: pieces of at most one ubatch. total: tokens that the context will hold in the end."""

@@ -163,7 +163,7 @@ class CaptureSession:
         model = self.model
         return {name: getattr(model, name) for name in
                 ("name", "architecture", "n_layer", "n_head", "n_kv_head", "n_embd", "n_vocab")} | {
-                    "gpu": self.facts["gpu"]}  # fmt: skip
+                    "file": model.path.name, "gpu": self.facts["gpu"]}  # fmt: skip
 
     def close(self):
         """End the worker and remove its files. Safe to call twice."""

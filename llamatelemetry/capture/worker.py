@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 
-from ..errors import CaptureError, LlamaTelemetryError, ModelLoadError
+from ..errors import CaptureError, LlamaTelemetryError, ModelLoadError, NotFiniteError
 from .device import open_device
 from .edits import Edit
 from .measures import HeadStatistics, score, sweep
@@ -117,6 +117,9 @@ class Worker:
 
     def head_statistics(self, prompt, layers=None, patterns=None):
         tokens = self.tokens(prompt)
+        if self.runtime.predicts.ahead:
+            raise CaptureError(f"{self.runtime.name} attends to later tokens, too: these statistics are of attention that "
+                               "looks back. capture(stages=\"attention\") gives its weights.")
         for name, pairs in (patterns or {}).items():
             if any(not 0 <= key <= query < len(tokens) for query, key in pairs):
                 raise CaptureError(f"pattern {name!r} has a pair outside of the text's {len(tokens)} tokens.")
@@ -128,7 +131,11 @@ class Worker:
                     recorder.on(tap, reducer.action(layer))
 
         self.runs.run(tokens, setup, all_logits=False, restart=reducer.restart)
-        table, kept = reducer.table()
+        try:
+            table, kept = reducer.table()
+        except NotFiniteError:
+            self.runs.locate(tokens)
+            raise
         return {"tokens": tokens, "layers": kept, "table": {name: v.tolist() for name, v in table.items()}}
 
     def time_decode(self, prompt, repeat=3, all_logits=True):
