@@ -150,9 +150,9 @@ def _probabilities(tokens, pieces=None):
     for position, token in enumerate(tokens):
         tops = token["top_logprobs"]
         if any(top["logprob"] is None for top in (token, *tops)):  # JSON has no NaN
-            raise NotFiniteError("the model's log-probabilities are no numbers (NaN or infinity), so that its text would "
-                                 "be made up. score() names the layer where they begin; another file of this model may "
-                                 "be sound.")
+            raise NotFiniteError("the model's log-probabilities are no numbers (NaN or infinity): its text would be made "
+                                 "up. score() names the layer where that begins; another file of this model may be "
+                                 "sound.")
         rows += [(position, rank, top, top["id"] == token["id"]) for rank, top in enumerate(tops)]
         if not any(top["id"] == token["id"] for top in tops):
             rows.append((position, None, token, True))  # sampled from further down: its rank is not reported

@@ -137,7 +137,7 @@ class InferenceEngine:
         options: llama-server's further sampling parameters; those that are not named are off.
 
         Raises ServerError: empty prompt, prompt longer than the context, server gone (the next call starts it again);
-        CaptureError for a model that predicts no next token (an encoder), NotFiniteError where its logits are no numbers.
+        CaptureError for a model that predicts no next token (an encoder), NotFiniteError where logits are no numbers.
         """
         body = self._body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options)
         with self._serving() as server:

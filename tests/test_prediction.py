@@ -23,7 +23,7 @@ def reader(request, tmp_path_factory):
     """An engine with a model that predicts no next token, its name in errors, and why it does not."""
     folder = tmp_path_factory.mktemp("readers")
     if request.param == "both ways":
-        path, why = tiny_model("llama", folder, n_ctx=1024, keys={"attention.causal": False}), "both directions"
+        path, why = tiny_model("llama", folder, keys={"attention.causal": False}, n_ctx=1024), "both directions"
     else:
         path, why = tiny_encoder(folder, request.param), "computes no logits"
     with InferenceEngine() as engine:

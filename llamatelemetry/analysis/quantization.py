@@ -87,7 +87,9 @@ def embedding_preservation(reference, candidate, pool=8192, queries=512, k=10, s
     overlap (NaN where not a query).
     """
     ids = _some(reference.n_vocab, pool, seed)
-    base, other = (unit(check_rows(file.rows("token_embd.weight", ids))) for file in (reference, candidate))  # (pool, embd)
+    base, other = (
+        unit(check_rows(file.rows("token_embd.weight", ids))) for file in (reference, candidate)
+    )  # (pool, embd)
     asked = _some(len(ids), queries, seed + 1)
     near, far = (_neighbours(x, asked, min(k, len(ids) - 1)) for x in (base, other))  # (queries, k)
     overlap = np.full(len(ids), np.nan)

@@ -29,8 +29,8 @@ def check_finite(values, stage, layer=None, file=None):
             where = f"{stage!r}" if number is None else f"{stage!r} of layer {number}"
             what = "NaN" if np.isnan(part[bad]).any() else "infinity"
             raise NotFiniteError(
-                f"{where}{f' in {file}' if file else ''} holds {what}: nothing can be measured from it. A weight that is "
-                "no number makes that, or an edit, or 16 bits that a value does not fit into. capture() shows the "
+                f"{where}{f' in {file}' if file else ''} holds {what}: nothing can be measured from it. A weight that "
+                "is no number makes that, or an edit, or 16 bits that a value does not fit into. capture() shows the "
                 "values; another file of this model may be sound."
             )
     return values

@@ -1,8 +1,8 @@
 """Whether a model says what comes next: its graph computes logits, and a position sees nothing that comes after it.
 
-llama.cpp hands out a buffer of logits for every model. An encoder's graph never fills it, and what a model that reads in
-both directions gives at a position has seen the token that follows: neither is a prediction. So the graph is looked at,
-once per model, while two tokens run through a small context of their own.
+llama.cpp hands out a buffer of logits for every model. An encoder's graph never fills it, and what a model that reads
+in both directions gives at a position has seen the token that follows: neither is a prediction. So the graph is looked
+at, once per model, while two tokens run through a small context of their own.
 """
 
 import ctypes
@@ -15,12 +15,12 @@ from .ggml import Scratch, Tensor
 from .graph import Graph
 from .residual import find_logits
 
-INSTEAD = ("What it computes can be captured (attention, hidden, ...); where it is an embedding model, embed() gives its "
-           "embeddings.")  # fmt: skip
+INSTEAD = ("What it computes can be captured (attention, hidden, ...); where it is an embedding model, embed() gives "
+           "its embeddings.")  # fmt: skip
 # The architectures of which `look` says one or the other. llama-server does not look: it ends, refuses in words of its
 # own, or samples from a buffer that nothing has filled.
-NO_LOGITS = {"bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "neo-bert", "eurobert", "modern-bert",
-             "gemma-embedding", "llama-embed", "t5", "t5encoder", "wavtokenizer-dec"}  # fmt: skip
+NO_LOGITS = {"bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "neo-bert", "eurobert",
+             "modern-bert", "gemma-embedding", "llama-embed", "t5", "t5encoder", "wavtokenizer-dec"}  # fmt: skip
 BOTH_WAYS = {"dream", "llada", "llada-moe", "rnd1"}
 
 
@@ -73,7 +73,7 @@ def look(api, ggml, model):
     params.flash_attn_type, params.no_perf, params.cb_eval = 0, True, callback
     context = api.llama_init_from_model(model, params)
     if not context:
-        raise CaptureError("llama.cpp could not make a context of 256 tokens to look at the model's graph; see its log.")
+        raise CaptureError("llama.cpp could not make a context of 256 tokens for a look at the model; see its log.")
     try:
         status = _decode_two(api, context, api.llama_model_has_encoder(model))
     finally:

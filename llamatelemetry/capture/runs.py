@@ -92,7 +92,8 @@ class Runs:
         return where a run of these tokens has none."""
 
         def watch(stage, layer):
-            return lambda values, past: check_finite(on_host(values), stage, layer, Path(self.runtime.path).name) is None
+            file = Path(self.runtime.path).name
+            return lambda values, past: check_finite(on_host(values), stage, layer, file) is None
 
         def watch_all(recorder, plan):
             if setup:
@@ -116,8 +117,8 @@ class Runs:
                 setup(recorders[single], plan)
         self.runtime.open(total)
         if len(pieces) > 1 and self.runtime.reads_whole:
-            raise CaptureError(f"{self.runtime.name} reads a text as a whole, at most {len(pieces[0][1])} tokens at once: "
-                               f"this one has {len(tokens)}. Shorten it.")  # fmt: skip
+            raise CaptureError(f"{self.runtime.name} reads a text as a whole, at most {len(pieces[0][1])} tokens at "
+                               f"once: this one has {len(tokens)}. Shorten it.")  # fmt: skip
 
         def decode(piece, past):
             recorder = recorders[len(piece) == 1]

@@ -118,8 +118,8 @@ class Worker:
     def head_statistics(self, prompt, layers=None, patterns=None):
         tokens = self.tokens(prompt)
         if self.runtime.predicts.ahead:
-            raise CaptureError(f"{self.runtime.name} attends to later tokens, too: these statistics are of attention that "
-                               "looks back. capture(stages=\"attention\") gives its weights.")
+            raise CaptureError(f"{self.runtime.name} attends to later tokens, too: these statistics are of attention "
+                               "that looks back. capture(stages=\"attention\") gives its weights.")
         for name, pairs in (patterns or {}).items():
             if any(not 0 <= key <= query < len(tokens) for query, key in pairs):
                 raise CaptureError(f"pattern {name!r} has a pair outside of the text's {len(tokens)} tokens.")
