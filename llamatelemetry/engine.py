@@ -216,6 +216,8 @@ class InferenceEngine:
         """
         import numpy as np
 
+        from .capture.finite import check_finite
+
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             return np.empty((0, self._loaded().n_embd), np.float32)
@@ -225,7 +227,8 @@ class InferenceEngine:
         with self._serving(embeddings=True, pooling=pooling) as server:
             rows = server.post("/embeddings", {"content": texts, "embd_normalize": 2 if normalize else -1})
         rows = sorted(rows, key=lambda row: row["index"])
-        return np.array([row["embedding"][0] for row in rows], np.float32)  # (n, n_embd)
+        vectors = np.array([row["embedding"][0] for row in rows], np.float32)  # (n, n_embd); null is NaN
+        return check_finite(vectors, "embeddings", file=self.model.path.name)
 
     def tokenize(self, text, add_special=True):
         """DataFrame of a text's tokens: position, id, piece (bytes where a token is not whole characters).

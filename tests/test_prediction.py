@@ -107,6 +107,14 @@ def test_text_is_not_made_of_nan(broken, llama_server):
             ask()
 
 
+def test_embeddings_are_numbers(tmp_path, llama_server):
+    path = with_value(tiny_encoder(tmp_path), "blk.1.ffn_up.weight", np.nan, tmp_path / "broken.gguf")
+    with InferenceEngine(server_path=llama_server) as engine:
+        engine.load_model(path, auto_start=False, silent=True, threads=1)
+        with pytest.raises(NotFiniteError, match="'embeddings' in broken.gguf holds NaN"):
+            engine.embed(["the cat", "the mat"], normalize=False)
+
+
 def test_a_comparison_says_which_file_has_no_numbers(broken, tmp_path):
     good, settings = tiny_model("llama", tmp_path), dict(text="the cat sat on the mat\n" * 60, n_ctx=64, progress=False)
     with pytest.raises(LlamaTelemetryError, match="'logits' in broken.gguf"):
