@@ -31,7 +31,7 @@ def size_of(path):
 def quantization(path):
     """The quantization that a file name states ("Q4_K_M"), or None."""
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", Path(path).stem)
-    found = re.search(r"(?<![A-Za-z0-9])(I?Q\d\w*|BF16|F16|F32)$", stem, re.IGNORECASE)
+    found = re.search(r"(?<![A-Za-z0-9])([IT]?Q\d\w*|MXFP4\w*|BF16|F16|F32)$", stem, re.IGNORECASE)
     return found[1].upper() if found else None
 
 

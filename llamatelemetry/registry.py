@@ -54,6 +54,26 @@ _FAMILIES = (
     ("phi-4-mini", "3.8B", "bartowski/microsoft_Phi-4-mini-instruct-GGUF",
      "microsoft_Phi-4-mini-instruct-{}.gguf", _LADDER),
     ("mistral-7b", "7B", "bartowski/Mistral-7B-Instruct-v0.3-GGUF", "Mistral-7B-Instruct-v0.3-{}.gguf", _LADDER),
+    # Each of these names was found in public download lists; beside it what pins it: a revision of the repository
+    # (huggingface.co/REPOSITORY/tree/REVISION) that a list has with the files' sizes and sums, or such a sum.
+    ("qwen3-0.6b", "0.6B", "bartowski/Qwen_Qwen3-0.6B-GGUF", "Qwen_Qwen3-0.6B-{}.gguf", _LADDER),  # 60b85c0e3d8f
+    ("qwen3-1.7b", "1.7B", "bartowski/Qwen_Qwen3-1.7B-GGUF", "Qwen_Qwen3-1.7B-{}.gguf", _LADDER),  # dcb19155b962
+    ("qwen3-4b", "4B", "bartowski/Qwen_Qwen3-4B-GGUF", "Qwen_Qwen3-4B-{}.gguf", _LADDER),  # cb76885dc66d
+    ("qwen3-8b", "8B", "bartowski/Qwen_Qwen3-8B-GGUF", "Qwen_Qwen3-8B-{}.gguf", _LADDER),  # 0b69f75b7472
+    ("qwen3.5-0.8b", "0.8B", "bartowski/Qwen_Qwen3.5-0.8B-GGUF", "Qwen_Qwen3.5-0.8B-{}.gguf", _LADDER),  # f36b1ea49a33
+    ("qwen3.5-2b", "2B", "bartowski/Qwen_Qwen3.5-2B-GGUF", "Qwen_Qwen3.5-2B-{}.gguf", _LADDER),  # 7d26695454df
+    ("qwen3.5-4b", "4B", "bartowski/Qwen_Qwen3.5-4B-GGUF", "Qwen_Qwen3.5-4B-{}.gguf", _LADDER),  # 4168f45a16a1
+    ("qwen3.5-9b", "9B", "bartowski/Qwen_Qwen3.5-9B-GGUF", "Qwen_Qwen3.5-9B-{}.gguf", _LADDER),  # 182be2fd6c7b
+    ("gemma-4-e2b", "E2B", "bartowski/google_gemma-4-E2B-it-GGUF", "google_gemma-4-E2B-it-{}.gguf",
+     _LADDER),  # Q8_0 bb145c0e...8732
+    ("gemma-4-e4b", "E4B", "bartowski/google_gemma-4-E4B-it-GGUF", "google_gemma-4-E4B-it-{}.gguf",
+     _LADDER),  # Q8_0 6a6eba0d...b598
+    ("gemma-4-12b", "12B", "bartowski/gemma-4-12B-it-GGUF", "gemma-4-12B-it-{}.gguf",
+     ("Q4_K_M", "Q6_K", "Q8_0")),  # 2ae7d41be21c
+    ("smollm3-3b", "3B", "bartowski/HuggingFaceTB_SmolLM3-3B-GGUF", "HuggingFaceTB_SmolLM3-3B-{}.gguf",
+     _LADDER),  # Q8_0 3,275,575,104 bytes
+    ("gpt-oss-20b", "20B", "lmstudio-community/gpt-oss-20b-GGUF", "gpt-oss-20b-{}.gguf",
+     ("MXFP4",)),  # 12,109,565,632 bytes
 )
 
 REGISTRY = {

@@ -130,7 +130,9 @@ def test_registry_has_what_the_suite_promises():
     assert families == {
         "gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b",
         "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "deepseek-r1-qwen-1.5b", "deepseek-r1-qwen-7b",
-        "deepseek-r1-llama-8b", "phi-4-mini", "mistral-7b", "smollm2-135m"}
+        "deepseek-r1-llama-8b", "phi-4-mini", "mistral-7b", "smollm2-135m",
+        "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b",
+        "gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "smollm3-3b", "gpt-oss-20b"}
     assert DEFAULT_MODEL in REGISTRY and set(PACKAGES) <= set(REGISTRY)
     assert len({name.casefold() for name in REGISTRY}) == len(REGISTRY)
     for model in REGISTRY.values():
@@ -140,6 +142,7 @@ def test_registry_has_what_the_suite_promises():
 @pytest.mark.parametrize("file, expected", [
     ("a-Q4_K_M.gguf", "Q4_K_M"), ("a.q8_0.gguf", "Q8_0"), ("a-IQ3_XXS.gguf", "IQ3_XXS"), ("a-bf16.gguf", "BF16"),
     ("a-Q4_K_M-00001-of-00003.gguf", "Q4_K_M"), ("qwen2.5-7b.gguf", None), ("model.gguf", None),
+    ("gpt-oss-20b-MXFP4.gguf", "MXFP4"), ("a-mxfp4_moe.gguf", "MXFP4_MOE"), ("a-TQ2_0.gguf", "TQ2_0"),
 ])
 def test_quantization_of_a_file_name(file, expected):
     assert quantization(file) == expected
