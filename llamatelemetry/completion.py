@@ -143,8 +143,8 @@ def _probabilities(tokens, pieces=None):
 
     if not tokens:
         return None
-    def piece(top, rank):  # the bytes of a token apart are those of all that was held back before it, too
-        return pieces[top["id"]] if pieces and rank is None else _piece(top)
+    def piece(top):  # llama-server writes no special tokens, and with a character's last token all that was held back
+        return pieces[top["id"]] if pieces else _piece(top)
 
     rows = []
     for position, token in enumerate(tokens):
@@ -156,7 +156,7 @@ def _probabilities(tokens, pieces=None):
         rows += [(position, rank, top, top["id"] == token["id"]) for rank, top in enumerate(tops)]
         if not any(top["id"] == token["id"] for top in tops):
             rows.append((position, None, token, True))  # sampled from further down: its rank is not reported
-    table = [(position, rank, top["id"], piece(top, rank), math.exp(top["logprob"]), top["logprob"], chosen)
+    table = [(position, rank, top["id"], piece(top), math.exp(top["logprob"]), top["logprob"], chosen)
              for position, rank, top, chosen in rows]
     columns = ["position", "rank", "id", "piece", "prob", "logprob", "chosen"]
     return pd.DataFrame(table, columns=columns).astype({"rank": "Int64"})
