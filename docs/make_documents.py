@@ -76,6 +76,25 @@ def _rounding():
     return rows
 
 
+def _attention():
+    """Rows of what llama-server's ways of summing change against those of captures."""
+    def nats(what):
+        return _value("attention", what, "kld_mean", "{:.1e}")
+
+    said = {"smollm2-135m-Q4_1": "SmolLM2 Q4_1", "gemma-3-270m-Q4_K_M": "Gemma 3 270M Q4_K_M"}
+    fused = "; ".join(f"{name} {nats(f'{file}, fused')} nats, the same weights as F32 {nats(f'{file} as F32, fused')}"
+                      for file, name in said.items())
+    small = (f"{nats('gemma-3-270m-Q4_K_M, a cache')} nats, the same weights as F32 "
+             f"{nats('gemma-3-270m-Q4_K_M as F32, a cache')}")
+    found = "; ".join(f"{name} {nats(f'{file} against its F32, both')} and {nats(f'{file} against its F32, neither')}"
+                      for file, name in said.items())
+    return [("Attention fused (llama-server's default) and not (captures), CPU, mean KL divergence", "measured", fused),
+            ("A cache of the sliding window's size (llama-server's default) and a full one (captures), Gemma 3 270M "
+             "Q4_K_M, 1,536 tokens, CPU, mean KL divergence", "measured", small),
+            ("Mean KL divergence of a file from its own weights as F32, CPU, with fused attention and without", "measured",
+             found)]
+
+
 def _given_back():
     row = _row("gpu_placement", "of server and worker")
     return f"{row['freed']:,} MiB; together they held {row['held']:,}" if row else NOT_MEASURED
@@ -154,6 +173,7 @@ def targets():
          _compare_difference()),
         ("Time of `compare_quantizations` against llama-perplexity's, model loading included", "no more",
          _compare_time()),
+        *_attention(),
         *_rounding(),
         ("GPU memory that server and capture worker give back when they are closed", "all", _given_back()),
         *_two_gpus(),

@@ -24,9 +24,12 @@ ROWS = 8  # rows of logits that are reduced at once: the temporaries stay in the
 
 
 class Model:
-    """One GGUF file with a context for `parallel` windows of n_ctx tokens, set up as llama-perplexity does."""
+    """One GGUF file with a context for `parallel` windows of n_ctx tokens, set up as llama-perplexity does: attention
+    is fused where llama.cpp can (its default, automatic), which captures cannot have. changes: other settings of the
+    context (flash_attn_type=0).
+    """
 
-    def __init__(self, path, n_ctx, parallel, threads, gpu_layers):
+    def __init__(self, path, n_ctx, parallel, threads, gpu_layers, **changes):
         import llama_cpp
 
         self.path, self.lib = path, llama_cpp
@@ -51,6 +54,8 @@ class Model:
             params.n_outputs_max = parallel * (n_ctx - n_ctx // 2)
         params.n_threads = params.n_threads_batch = threads
         params.swa_full = False
+        for name, value in changes.items():
+            setattr(params, name, value)
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:
             raise ValueError(f"llama.cpp cannot make a context of {n_ctx * parallel} tokens for {path}: out of memory?")

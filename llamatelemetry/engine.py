@@ -41,11 +41,10 @@ class InferenceEngine:
         auto_start=False: no llama-server now; infer, chat and embed start it when they are first called.
         tensor_split: "1.0,0.0" shows inference only GPU 0, "0.5,0.5" spreads the weights over both.
         verbose: one line on the GPUs and one on the server; silent: neither, and no progress.
-        server_kwargs: threads, port, host, timeout, embeddings=True, and llama-server's options (flash_attn="on").
-        What changes the model (lora, control_vector, rope_*, yarn_*, override_kv, cache_type_*) is done to captures
-        too; what captures cannot follow is refused (llamatelemetry.server_options lists both), and settings of
-        llama-server's in the environment (LLAMA_ARG_*) or in ~/.config/llama.cpp are not read.
-
+        server_kwargs: threads, port, host, timeout, embeddings=True, and llama-server's options; those that change the
+        model (lora, control_vector, rope_*, override_kv, ...) are for captures too, those that captures cannot follow
+        are refused: llamatelemetry.server_options. LLAMA_ARG_* and ~/.config/llama.cpp are not read. flash_attn="off"
+        with swa_full=True makes the server sum in the order of captures: the same numbers to the last digits.
         Raises ModelNotFoundError, ModelLoadError, GpuError, OptionError, ServerError.
         """
         from .gguf import GGUFFile
@@ -199,8 +198,8 @@ class InferenceEngine:
         """The text that the model's chat template makes of `messages` (see chat): what the model really reads."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        if "tokenizer.chat_template" not in self._loaded().metadata and not (
-                self._server_args.get("chat_template") or self._server_args.get("chat_template_file")):
+        given = self._loaded().metadata.keys() | self._server_args.keys()
+        if not given & {"tokenizer.chat_template", "chat_template", "chat_template_file"}:
             raise ServerError(f"{self.model.name} has no chat template in its file: it is not a chat model. Use infer.")
         with self._serving() as server:
             return server.post("/apply-template", {"messages": list(messages)})["prompt"]
@@ -208,8 +207,8 @@ class InferenceEngine:
     def embed(self, texts, pooling=None, normalize=True):
         """Embeddings of texts: (n, n_embd) float32 array, one row per text; a single text gives one row.
 
-        pooling: of the last layer's normalized states over the tokens: "mean", "last" or "cls" (the first). None: as
-        load_model or else the file says, by the mean where neither does.
+        pooling: of the last layer's normalized states: "mean", "last" or "cls" (the first token's); None: as load_model
+        or else the file says, "mean" where neither does.
         normalize: to Euclidean length 1, so that products of rows are cosine similarities.
         One llama-server does both: the first call restarts it with embeddings on, unless load_model had
         embeddings=True. A text may be as long as a batch, 512 tokens (load_model(..., ubatch_size=2048) for more).

@@ -34,7 +34,7 @@ def settle(gguf, ctx_size, options):
     if server.get("embeddings"):
         server.setdefault("pooling", pooling_of(gguf))
     trained, fixed = trained_context(gguf, variant.get("context", {}))
-    size, says, longest = ctx_size or min(DEFAULT_CTX, trained or DEFAULT_CTX), "", None
+    size, says, longest = _tokens(ctx_size) or min(DEFAULT_CTX, trained or DEFAULT_CTX), "", None
     if trained and size > trained:
         says = f"ctx_size={size:,}: {gguf.name} was trained for {trained:,} tokens. "
         if fixed:
@@ -42,14 +42,24 @@ def settle(gguf, ctx_size, options):
             says += f"Answers and captures end there: {fixed}."
         else:
             says += "What comes after those, in answers and captures, it has never learned."
-            # llama-server would end there, whatever the context holds.
-            extended = {"context_length": size, "rope.scaling.original_context_length": gguf.n_ctx_train}
-            missing = [[f"{gguf.architecture}.{key}", "int", value] for key, value in extended.items()
-                       if key == "context_length" or f"{gguf.architecture}.{key}" not in gguf.metadata]
-            variant["overrides"] = [row for row in variant.get("overrides", ())
-                                    if row[0] != missing[0][0]] + missing  # fmt: skip
+            variant["overrides"] = _longer(gguf, size, variant.get("overrides", []))
     session = {"longest": longest, "cache_type": variant.pop("cache_type", None)}
     return Setup(size, server | both(variant), session | {"variant": variant}, says)
+
+
+def _tokens(ctx_size):
+    if ctx_size is None or isinstance(ctx_size, (int, np.integer)) and not isinstance(ctx_size, bool) and ctx_size > 0:
+        return ctx_size and int(ctx_size)
+    raise OptionError(f"ctx_size={ctx_size!r}: it is a number of tokens, or None.")
+
+
+def _longer(gguf, size, overrides):
+    """Overrides with which llama-server lets a request have `size` tokens: else it ends it at what the file says. What
+    llama.cpp derives from the file's own length stays as it is."""
+    length = f"{gguf.architecture}.context_length"
+    original = f"{gguf.architecture}.rope.scaling.original_context_length"
+    rows = [row for row in overrides if row[0] != length] + [[length, "int", size]]
+    return rows if original in gguf.metadata else rows + [[original, "int", gguf.n_ctx_train]]
 
 
 def trained_context(gguf, context):

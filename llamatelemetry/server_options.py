@@ -59,8 +59,8 @@ REFUSED = {
         "split_mode rpc list_devices",
     "embed() asks for it": "embd_normalize rerank",
     "this package reads the server's log and answers, and nobody else does": """log_disable log_file log_jsonl
-        log_colors log_verbosity log_verbose log_prefix log_timestamps log_prompts_dir api_key api_key_file api_prefix ssl_key_file
-        ssl_cert_file path reuse_port cors_origins cors_methods cors_headers cors_credentials ui ui_config
+        log_colors log_verbosity log_verbose log_prefix log_timestamps log_prompts_dir api_key api_key_file api_prefix
+        ssl_key_file ssl_cert_file path reuse_port cors_origins cors_methods cors_headers cors_credentials ui ui_config
         ui_config_file ui_mcp_proxy tools tools_runtime mcp_servers_config mcp_servers_json agent
         sleep_idle_seconds""",
     "nothing in this package would use it": """help version cache_list completion_bash escape defrag_thold spm_infill

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from llamatelemetry import (InferenceEngine, LlamaTelemetryError, ModelLoadError, ModelNotFoundError, OptionError,
-                            ServerError)
+                            ServerError, resolve_model)
 from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.gguf import GGUFFile
 from llamatelemetry.loading import least_context, settle, sort_options, trained_context
 from llamatelemetry.server_options import KIND, PARAMETERS, SHARED, canonical, flags, refusal, refuse_system_settings
+from llamatelemetry.texts import load_text
 
 import models
 from models import IDS, N_VOCAB, layout, tiny_model
@@ -365,3 +366,39 @@ def test_a_sliding_windows_cache_that_is_used_again(files, llama_server):
         engine.load_model(files["gemma3"], ctx_size=2048, silent=True, threads=1, ubatch_size=32, **EXACT)
         long = (IDS * 30)[:800]
         assert off(served(engine, long), captured(engine, long)) < NEAR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2-135m-Q4_1", "gemma-3-270m-Q4_K_M"])
+def test_answers_as_captured(llama_server, name, monkeypatch):
+    """Of quantized files too, over more than a batch and a window, where the server sums in the order of captures."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    try:
+        path = resolve_model(name, progress=False)
+    except ModelNotFoundError as error:
+        pytest.skip(str(error))
+    apart = {}
+    for options in ({}, {"flash_attn": "off", "swa_full": True}):
+        with InferenceEngine(llama_server) as engine:
+            engine.load_model(path, ctx_size=1024, silent=True, **options)
+            ids = engine.tokenize(load_text()[:6000])["id"].tolist()[:700]
+            logp = log_softmax(engine.capture(ids, stages="logits").logits.values[-1])
+            table = engine.infer(ids, max_tokens=1, temperature=0, n_probs=100).probabilities
+            apart[len(options)] = np.abs(table["logprob"] - logp[table["id"]]).max()
+    assert apart[2] < 1e-3 < apart[0] < 2
+
+
+def test_a_context_is_a_number_of_tokens(files):
+    for size in (0, -5, True, "4096", 1.5):
+        with pytest.raises(OptionError, match="ctx_size"):
+            settle(GGUFFile(files["llama"]), size, {})
+
+
+@pytest.mark.slow
+def test_a_chat_template_of_the_users(files, llama_server):
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(files["llama"], silent=True, threads=1, chat_template="chatml")
+        assert engine.apply_template("Hi").startswith("<|im_start|>user\nHi")
+        engine.load_model(files["llama"], silent=True, threads=1)
+        with pytest.raises(ServerError, match="chat template"):
+            engine.apply_template("Hi")

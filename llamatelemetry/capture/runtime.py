@@ -117,7 +117,9 @@ class Runtime:
         params.n_threads = params.n_threads_batch = self.threads
         params.flash_attn_type = 0  # the fused kernel never makes the probabilities that we are here for
         params.type_k = params.type_v = self.cache_type
-        params.swa_full = True  # one cache cell per position, also in sliding-window layers: same results
+        # One cell per position, also in sliding-window layers. llama-server has a window's cells there, used in turn:
+        # the same terms, but summed in another order, which rounding to 8 bits then magnifies (bench_attention.py).
+        params.swa_full = True
         params.no_perf = True
         params.cb_eval = self._callback
         self.variant.set_context(params)
