@@ -78,21 +78,23 @@ def _rounding():
 
 def _attention():
     """Rows of what llama-server's ways of summing change against those of captures."""
-    def nats(what):
-        return _value("attention", what, "kld_mean", "{:.1e}")
-
     said = {"smollm2-135m-Q4_1": "SmolLM2 Q4_1", "gemma-3-270m-Q4_K_M": "Gemma 3 270M Q4_K_M"}
-    fused = "; ".join(f"{name} {nats(f'{file}, fused')} nats, the same weights as F32 {nats(f'{file} as F32, fused')}"
-                      for file, name in said.items())
-    small = (f"{nats('gemma-3-270m-Q4_K_M, a cache')} nats, the same weights as F32 "
-             f"{nats('gemma-3-270m-Q4_K_M as F32, a cache')}")
-    found = "; ".join(f"{name} {nats(f'{file} against its F32, both')} and {nats(f'{file} against its F32, neither')}"
-                      for file, name in said.items())
-    return [("Attention fused (llama-server's default) and not (captures), CPU, mean KL divergence", "measured", fused),
-            ("A cache of the sliding window's size (llama-server's default) and a full one (captures), Gemma 3 270M "
-             "Q4_K_M, 1,536 tokens, CPU, mean KL divergence", "measured", small),
+
+    def nats(form, *whats):
+        found = []
+        for file, name in said.items():
+            rows = [_row("attention", file + what) for what in whats]
+            if all(rows):
+                found.append(f"{name}: {form.format(*(row['kld_mean'] for row in rows))}")
+        return "; ".join(found) or NOT_MEASURED
+
+    exact = "{:.1e} nats, the same weights as F32 {:.1e}"
+    return [("Attention fused (llama-server's default) and not (captures), CPU, mean KL divergence", "measured",
+             nats(exact, ", fused", " as F32, fused")),
+            ("A cache of the sliding window's size (llama-server's default) and a full one (captures), 1,536 tokens, CPU, "
+             "mean KL divergence", "measured", nats(exact, ", a cache", " as F32, a cache")),
             ("Mean KL divergence of a file from its own weights as F32, CPU, with fused attention and without", "measured",
-             found)]
+             nats("{:.1e} and {:.1e} nats", " against its F32, both", " against its F32, neither"))]
 
 
 def _given_back():
