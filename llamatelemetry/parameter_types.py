@@ -120,8 +120,10 @@ def _as(value, kind, typed):
     outer, inner = get_origin(kind) or kind, get_args(kind)
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         value = value.item()  # a NumPy scalar
-    if outer is str and isinstance(value, str | os.PathLike):
-        return os.fspath(value)
+    if outer is str and isinstance(value, os.PathLike):
+        return os.path.abspath(value)  # the notebook runs in another folder than who gave the path
+    if outer is str and isinstance(value, str):
+        return value
     if typed:
         value = _read(value, outer)
     if outer is list:

@@ -29,6 +29,17 @@ def text(value, model, values):
     return None if isinstance(value, str) and value.strip() else "a text that is not empty is expected"
 
 
+def file(value, model, values):
+    """The name of a model, or the path of its file."""
+    fits = isinstance(value, str | os.PathLike) and os.fspath(value).strip()
+    return None if fits else "the name or the file of a model is expected"
+
+
+def passage(value, model, values):
+    """A text that is not empty, or where it lies, as texts.load_text takes it."""
+    return None if isinstance(value, os.PathLike) else text(value, model, values)
+
+
 def flag(value, model, values):
     """True or False."""
     return None if isinstance(value, bool) else "True or False is expected"
@@ -108,15 +119,15 @@ def texts(reserved=()):
 
 def quantization(value, model, values):
     """A type that llama-quantize makes."""
-    if isinstance(value, str) and value.upper() in TYPES:
+    if str(value).upper() in TYPES:
         return None
     return f"a type that llama-quantize makes is expected: {', '.join(TYPES)}"
 
 
 def same_model(value, model, values, facts=SHAPE + VOCABULARY):
     """A file of the same model in another precision: its vocabulary, architecture and shape are MODEL's."""
-    if wrong := text(value, model, values):
-        return wrong.replace("text", "file")
+    if wrong := file(value, model, values):
+        return wrong
     try:
         other = GGUFFile(resolve_model(value))
     except LlamaTelemetryError as error:
@@ -202,7 +213,7 @@ RULES = {
     "OTHER_MODEL": optional(same_model),
     "PROMPT": text,
     "SECOND_PROMPT": text,
-    "TEXT": optional(text),
+    "TEXT": optional(passage),
     "TEXTS": optional(texts()),
     "LAYER": index("n_layer", "layers"),
     "HEAD": index("n_head", "heads"),
@@ -248,8 +259,8 @@ def check(values, **rules):
     Raises ParameterError that names the parameter, its value and what is expected; for MODEL what resolve_model and
     GGUFFile raise.
     """
-    if wrong := text(values["MODEL"], None, values):
-        raise _error("MODEL", values["MODEL"], wrong.replace("text", "name or file"))
+    if wrong := file(values["MODEL"], None, values):
+        raise _error("MODEL", values["MODEL"], wrong)
     try:
         model = GGUFFile(resolve_model(values["MODEL"]))
     except LlamaTelemetryError as error:

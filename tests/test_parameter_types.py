@@ -84,7 +84,7 @@ def test_a_default_that_says_nothing_takes_no_guess(name, notebook):
 
 
 @pytest.mark.parametrize("values, fitted", [
-    ({"PROMPT": Path("a/b.gguf")}, {"PROMPT": "a/b.gguf"}), ({"LAYER": np.int64(4)}, {"LAYER": 4}),
+    ({"PROMPT": Path("a/b.gguf")}, {"PROMPT": str(Path("a/b.gguf").absolute())}), ({"LAYER": np.int64(4)}, {"LAYER": 4}),
     ({"MARGIN": 1}, {"MARGIN": 1.0}), ({"TYPES": "Q4_0"}, {"TYPES": ["Q4_0"]}), ({"TYPES": ("a",)}, {"TYPES": ["a"]}),
     ({"COUNT": None}, {"COUNT": None}), ({"SURE": np.bool_(True)}, {"SURE": True}), (None, {}),
 ])

@@ -160,6 +160,7 @@ def test_a_second_model_is_compared(tiny, tmp_path, run_check):
             with pytest.raises(ParameterError, match=f"^{name} = .*n_layer 4 instead of 3"):
                 run_check(number, **{name: deeper})
     run_check("16", QUANTIZATIONS=["Q8_0", same], FOCUS="tiny-llama")
+    run_check("16", QUANTIZATIONS=[Path(same)], FOCUS="tiny-llama", MODEL=Path(same), TEXT=Path("a.txt"))
     with pytest.raises(ParameterError, match="^QUANTIZATIONS = .*n_vocab 300 instead of 320"):
         run_check("16", QUANTIZATIONS=["Q8_0", smaller], FOCUS="Q8_0")
 
