@@ -190,6 +190,30 @@ def test_the_rehearsal_on_the_t4_s_kernels_is_told_as_stored(maker, tmp_path, mo
     assert said.endswith("not a T4's speed.")
 
 
+def test_a_stand_in_is_named_wherever_its_figures_are():
+    """The embedded model is quantized: what notebook 16 measures from it by default has no original to be measured from."""
+    captions = json.loads((ROOT / "docs" / "figures" / "captions.json").read_text())
+    assert "stand-in" in captions["quantizations"]["printed"]
+    assert all("stand-in" in (ROOT / name).read_text() for name in DOCUMENTS)
+    rows = [line for line in (ROOT / "SUMMARY.md").read_text().splitlines() if "KL divergence of `compare" in line]
+    assert rows and all("stand-in" in row for row in rows)
+
+
+def test_the_first_lines_say_what_users_of_llama_cpp_ask_for():
+    start = (ROOT / "README.md").read_text().partition("<!-- measured")[0]
+    asked = re.findall(r"\[([^\]]+)\]\(https://github\.com/ggml-org/llama\.cpp/issues/\d+\)", start)
+    assert asked == ["the hidden states after every layer", "the attention of every head"] and "without a fork" in start
+
+
+def test_every_peer_has_its_source_and_what_it_does_better():
+    part = written("SUMMARY.md").partition("## Beside the tools of research")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| [")]
+    named = " ".join(row[0] for row in rows)
+    assert all(name in named for name in ("TransformerLens", "nnsight", "nnterp", "circuit-tracer", "BertViz",
+                                          "exllamav3", "transformers with GGUF"))
+    assert all(len(row) == 4 and all(map(str.strip, row)) and "](https://" in row[0] for row in rows)
+
+
 def test_pictures_are_small_and_have_captions():
     folder = ROOT / "docs" / "figures"
     pictures = sorted(folder.glob("*.png"))
