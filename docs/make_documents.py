@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+from llamatelemetry.drawn import markdown
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 DOCUMENTS = ("README.md", "SUMMARY.md", "notebooks/README.md")
@@ -276,20 +278,16 @@ def _t4_wheel(stored):
     return ""
 
 
-def _plain(text):
-    """Text in which Markdown finds nothing to do."""
-    return re.sub(r"([*_`<\\])", r"\\\1", text)
-
-
 def pictures():
     """The pictures with what their cells printed."""
     path = ROOT / "docs" / "figures" / "captions.json"
     captions = json.loads(path.read_text()) if path.is_file() else {}
     parts = []
     for name, fact in captions.items():
-        said = f" *{_plain(fact['printed'])}*" if fact["printed"] else ""
-        heading = f"{fact['title']} (notebook {fact['notebook']})."
-        parts += [f"![{fact['title']}](docs/figures/{name}.png)", heading + said]
+        said = f" *{markdown(fact['printed'])}*" if fact["printed"] else ""
+        title = markdown(fact["title"])
+        heading = f"{title} (notebook {fact['notebook']})."
+        parts += [f"![{title}](docs/figures/{name}.png)", heading + said]
     return "\n\n".join(parts)
 
 

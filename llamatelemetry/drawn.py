@@ -37,7 +37,11 @@ def token_text(piece):
         return "∅"
     if piece[0] == _ISOLATE and piece[-1] == _POP:
         return piece
-    text = "".join(map(_visible, piece))
+    return isolated("".join(map(_visible, piece)))
+
+
+def isolated(text):
+    """Text as it is, between Unicode's isolates where it has right-to-left letters."""
     return f"{_ISOLATE}{text}{_POP}" if _RIGHT_TO_LEFT.search(text) else text
 
 

@@ -6,6 +6,7 @@ import textwrap
 import numpy as np
 
 from ..capture.finite import measured
+from ..drawn import quoted
 from .attention import SINK_THRESHOLD
 from .attention_output import first_shares
 
@@ -18,10 +19,6 @@ def _wrapped(function):
         return textwrap.fill(function(*args, **kwargs), 100, break_long_words=False, break_on_hyphens=False)
 
     return finding
-
-
-def _name(piece):
-    return repr(piece) if isinstance(piece, str) else f"bytes {piece.hex(' ')}"
 
 
 @_wrapped
@@ -39,8 +36,8 @@ def head_finding(attention, pieces):
     q, k = np.unravel_index(np.argmax(a[:, 1:]), a[:, 1:].shape)
     return (
         f"{shares[best]:.0%} of the {len(a)} queries that have a choice attend most to {best}. The largest weight on "
-        f"any other token than the first is {a[q, k + 1]:.3f}, from {_name(pieces[q + 1])} (position {q + 1}) to "
-        f"{_name(pieces[k + 1])} (position {k + 1})."
+        f"any other token than the first is {a[q, k + 1]:.3f}, from {quoted(pieces[q + 1])} (position {q + 1}) to "
+        f"{quoted(pieces[k + 1])} (position {k + 1})."
     )
 
 
@@ -82,7 +79,7 @@ def weighted_finding(raw, weighted, norms, pieces):
         f"{shares[later, 0].mean():.0%} of the length that the head moves: its value is {norms[0]:.3g} long "
         "through W_O, "
         f"against {np.median(norms[later]):.3g} for the median of the others. The longest is "
-        f"{_name(pieces[norms.argmax()])}"
+        f"{quoted(pieces[norms.argmax()])}"
         f" (position {norms.argmax()}, {norms.max():.3g})."
     )
 
@@ -111,7 +108,7 @@ def rollout_finding(rolled, pieces):
         f"The first token's rollout {where} and ends at {r[-1, 0]:.3f}: in a causal model the first token sees "
         "only itself, "
         f"so a product of many maps drains into it. After layer {len(r) // 4} the largest other token is "
-        f"{_name(pieces[best])} (position {best}, {middle[best]:.2f})."
+        f"{quoted(pieces[best])} (position {best}, {middle[best]:.2f})."
     )
 
 
@@ -123,10 +120,10 @@ def flow_finding(flow, mean, pieces):
     order = np.corrcoef(np.argsort(np.argsort(flow)), np.argsort(np.argsort(mean)))[0, 1]
     other = 1 + int(mean[1:].argmax())
     return (
-        f"Flow is largest from {_name(pieces[best])} (position {best}): {flow[best]:.3f}, against "
+        f"Flow is largest from {quoted(pieces[best])} (position {best}): {flow[best]:.3f}, against "
         f"{1 / len(flow):.3f} for an "
         f"even share. Mean attention gives the first token {mean[0]:.2f} and among the others most to "
-        f"{_name(pieces[other])} "
+        f"{quoted(pieces[other])} "
         f"(position {other}, {mean[other]:.2f}). The two rank tokens with a correlation of {order:.2f}."
     )
 
@@ -171,7 +168,7 @@ def logit_finding(parts, pieces):
     gap = {name: first[name] - second[name] for name in ("embedding", "attention", "ffn")}
     layers = np.asarray(first["by_layer"]).sum(-1) - np.asarray(second["by_layer"]).sum(-1)
     return (
-        f"{_name(pieces[0])} leads {_name(pieces[1])} by {first['captured'] - second['captured']:.2f} in logit: "
+        f"{quoted(pieces[0])} leads {quoted(pieces[1])} by {first['captured'] - second['captured']:.2f} in logit: "
         f"{gap['attention']:+.2f} from attention, {gap['ffn']:+.2f} from the feed-forward blocks, "
         f"{gap['embedding']:+.2f} from the embedding. Layer {layers.argmax()} adds most to the lead "
         f"({layers.max():+.2f})."
@@ -213,7 +210,7 @@ def centrality_finding(table):
         "other at "
         f"most {others.max():.2f} (position {others.idxmax()}). "
         f"PageRank ranks positions with a Spearman correlation of {order['pagerank']:.2f} to what they receive, "
-        f"betweenness with {order['betweenness']:.2f}. The highest PageRank is {_name(top['piece'])} (position "
-        f"{int(top['position'])}, {top['pagerank']:.2f}); most shortest paths pass {_name(between['piece'])} (position "
+        f"betweenness with {order['betweenness']:.2f}. The highest PageRank is {quoted(top['piece'])} (position "
+        f"{int(top['position'])}, {top['pagerank']:.2f}); most shortest paths pass {quoted(between['piece'])} (position "
         f"{int(between['position'])})."
     )

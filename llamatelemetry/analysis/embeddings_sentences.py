@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from ..drawn import quoted
+
 
 def _quoted(pieces, limit=6):
-    """Pieces as the figures write them where they are bytes: '<0xB2>'."""
-    return ", ".join("".join(f"<0x{byte:02X}>" for byte in piece) if isinstance(piece, bytes) else repr(piece)
-                     for piece in list(pieces)[:limit])  # fmt: skip
+    return ", ".join(map(quoted, list(pieces)[:limit]))
 
 
 def words_sentence(table):
@@ -118,7 +118,7 @@ def hubs_sentence(neighbors, pieces):
     order = np.argsort(-named, kind="stable")
     top = max(len(pieces) // 100, 1)
     return (f"{named[order[:top]].sum() / named.sum():.0%} of all places in the neighbour lists go to "
-            f"{top:,} of {len(pieces):,} tokens, most ({named[order[0]]:,}) to {pieces[order[0]]!r}; "
+            f"{top:,} of {len(pieces):,} tokens, most ({named[order[0]]:,}) to {quoted(pieces[order[0]])}; "
             f"{(named == 0).sum():,} tokens are nobody's neighbour.")
 
 

@@ -2,11 +2,8 @@
 
 import numpy as np
 
+from ..drawn import quoted
 from .layers import MASSIVE_RATIO, MASSIVE_VALUE
-
-
-def name(piece):
-    return repr(piece) if isinstance(piece, str) else f"bytes {piece.hex(' ')}"
 
 
 def norm_sentence(table):
@@ -89,7 +86,7 @@ def projection_sentence(table, piece):
     three = (sums["attention"], sums["ffn"], table.attrs["embedding"])
     attention, ffn, start = (f"{round(100 * x) + 0}%" for x in three)  # + 0: no "-0%"
     return (
-        f"Along the final state of {name(piece)}, attention writes {attention}, the feed-forward blocks {ffn}, the "
+        f"Along the final state of {quoted(piece)}, attention writes {attention}, the feed-forward blocks {ffn}, the "
         "embedding "
         f"{start}. {said}The largest single part is {part} of layer "
         f"{layer} ({parts.max():.0%})."
@@ -137,7 +134,7 @@ def lens_sentence(data, position, vocabulary):
     said = f"it is the lens's best token first at state {first}"
     said = "it is never the best token of the lens" if first is None else said
     return (
-        f"The answer {name(vocabulary[best])} has rank {int(one['rank'][0])} at the embedding; {said}, and reaches "
+        f"The answer {quoted(vocabulary[best])} has rank {int(one['rank'][0])} at the embedding; {said}, and reaches "
         "half of "
         f"its final probability ({float(one['probability'][-1]):.3f}) at state {one['layer'].values[half[0]]}. The "
         "lens's "
@@ -160,7 +157,7 @@ def attribution_sentence(table, pieces):
     sums, blocks = table.groupby("component")["value"].sum(), table[table["layer"] >= 0]
     most, least = blocks.loc[blocks["value"].idxmax()], blocks.loc[blocks["value"].idxmin()]
     return (
-        f"{name(pieces[0])} leads {name(pieces[1])} by {table.attrs['total']:.2f} in logit (captured: "
+        f"{quoted(pieces[0])} leads {quoted(pieces[1])} by {table.attrs['total']:.2f} in logit (captured: "
         f"{table.attrs['captured']:.2f}): {sums['attention']:+.2f} from attention, {sums['ffn']:+.2f} from the "
         "feed-forward "
         f"blocks, {sums['embedding']:+.2f} from the embedding. {most['component']} of layer {int(most['layer'])} "
@@ -221,12 +218,12 @@ def patch_sentence(values, layers, positions, pieces, n_layer):
     values = np.asarray(values)
     i, j = np.unravel_index(np.nanargmax(values), values.shape)
     half = {int(p): np.asarray(layers)[column >= 0.5] for p, column in zip(positions, values.T)}
-    spans = "; ".join(f"position {p} {name(pieces[p])}: states {where.min()} to {where.max()}"
+    spans = "; ".join(f"position {p} {quoted(pieces[p])}: states {where.min()} to {where.max()}"
                       for p, where in half.items() if len(where))
     spans = f"At least half of the answer comes back from {spans}." if spans else ""
     return (
         f"The largest share is {values[i, j]:.2f}, at state {layers[i]} and position {positions[j]} "
-        f"{name(pieces[positions[j]])}. "
+        f"{quoted(pieces[positions[j]])}. "
         + (spans or "No single patch brings back half of the answer.")
     )
 
@@ -265,7 +262,7 @@ def generation_sentence(table):
     agree = f" Entropy and settling state have a rank correlation of {rho:.2f} over {len(table)} tokens."
     agree = agree if np.isfinite(rho) else ""
     return (
-        f"The model was least sure before {name(unsure['piece'])} (position {int(unsure['position'])}: entropy "
+        f"The model was least sure before {quoted(unsure['piece'])} (position {int(unsure['position'])}: entropy "
         f"{unsure['entropy']:.2f} nats, probability {unsure['probability']:.2f}) and settled latest on the token at "
         "position "
         f"{int(late['position'])} (state {int(late['settled'])}).{agree}"
@@ -283,7 +280,7 @@ def graph_sentence(nodes, edges):
         text += (f"The strongest attention edge (the first token and the token itself aside) goes from {edge['src']} "
                  f"to {edge['dst']} (layer:position), weight {edge['weight']:.2f}. ")
     return text + (f"Between the embedding and the last state the lens is surest at {sure['id']}: "
-                   f"{name(sure['says'])} with probability {sure['probability']:.2f}.")
+                   f"{quoted(sure['says'])} with probability {sure['probability']:.2f}.")
 
 
 def routing_sentence(load, entropy):

@@ -58,7 +58,8 @@ def norm_figure(norms, kinds, *, title):
     for kind in sorted(set(kinds.tolist()), key=lambda name: float(np.median(norms[kinds == name]))):
         low, q1, median, q3, high = np.percentile(norms[kinds == kind], [1, 25, 50, 75, 99])
         label = plotly(f"{kind} ({(kinds == kind).sum():,})")
-        figure.add_box(y=[label], q1=[q1], median=[median], q3=[q3], lowerfence=[low], upperfence=[high], orientation="h", name=plotly(kind), line_color=COLOR["embedding"])
+        figure.add_box(y=[label], q1=[q1], median=[median], q3=[q3], lowerfence=[low], upperfence=[high],
+                       orientation="h", name=plotly(kind), line_color=COLOR["embedding"])
     return figure
 
 

@@ -6,7 +6,7 @@ import plotly.io as pio
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.offline import get_plotlyjs
 
-from ..drawn import plotly, quoted, shorten, text_of, token_columns, token_labels, token_text  # noqa: F401
+from ..drawn import isolated, plotly, shorten, text_of, token_columns, token_labels, token_text  # noqa: F401
 
 # Magnitudes: perceptually even. Signed values: diverging, always centred on zero. Categories: Okabe and Ito (2008),
 # distinguishable with every common colour-vision deficiency.
