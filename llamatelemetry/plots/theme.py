@@ -1,5 +1,6 @@
 """One look for all five notebooks: colours with a fixed meaning, and how figures and tables get into a page."""
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -52,6 +53,7 @@ pio.templates["llamatelemetry"] = TEMPLATE
 pd.options.styler.format.escape = "html"
 pd.options.styler.html.mathjax = False
 pd.options.display.html.use_mathjax = False
+pd.options.display.max_colwidth = 120  # pandas' 50 cuts the longest tokens
 
 
 def table(frame, formats=None):
@@ -95,10 +97,12 @@ def axis_values(values):
 
 def label_ticks(figure, labels, axis, most=32, **where):
     """Labels on an axis of axis_values(labels): at most `most` of them, of at most 24 characters; hover has all."""
-    shown = labels[:: max(1, -(-len(labels) // most))]
+    step = max(1, -(-len(labels) // most))
+    ticktext = [plotly(shorten(label, 24)) for label in labels[::step]]
+    # By number, a 5,000th of the axis beside the category: hover takes a tick's text where it is within a 10,000th.
+    tickvals = np.arange(0, len(labels), step) + len(labels) / 5000
     update = figure.update_xaxes if axis == "x" else figure.update_yaxes
-    ticktext = [plotly(shorten(label, 24)) for label in shown]
-    return update(tickmode="array", tickvals=axis_values(shown), ticktext=ticktext, **where)
+    return update(tickmode="array", tickvals=tickvals, ticktext=ticktext, **where)
 
 
 def heatmap(values, x, y, *, title, x_title, y_title, unit, signed=False, zmax=None, hover=None, **layout):
@@ -107,8 +111,6 @@ def heatmap(values, x, y, *, title, x_title, y_title, unit, signed=False, zmax=N
     values: (y, x) array; signed maps are centred on zero. unit: colour bar title, with its unit. x, y: labels, text.
     hover: (y, x) array of Plotly markup for the hover box, else labels and the exact value.
     """
-    import numpy as np
-
     x, y = axis_values(x), axis_values(y)
     title, x_title, y_title, unit = map(plotly, (title, x_title, y_title, unit))
 
