@@ -148,7 +148,8 @@ FIGURES = {
     "analogies": (analogies, None, TEXTS),
 }  # fmt: skip
 # MathJax as a notebook has it: Plotly asks it for every text between dollars.
-MATHJAX = "window.asked = 0; window.MathJax = {version: '3.2.2', config: {}, startup: {get output() { window.asked++; }}};"
+MATHJAX = """window.asked = 0;
+window.MathJax = {version: '3.2.2', config: {}, startup: {get output() { window.asked++; }}};"""
 HOVERS = """() => { const gd = document.querySelector('.js-plotly-plot'), out = [];
   gd.data.forEach((trace, curve) => {
     const first = gd.calcdata[curve][0], rows = trace.type === 'heatmap' && first.z;
@@ -240,7 +241,8 @@ def test_a_name_is_text_not_markup(page, tmp_path, name):
     places = (".gtitle, .legendtext, .textpoint text, .xtick text, .ytick text, .updatemenu-item-text, .xtitle, "
               ".ytitle, .cbtitle text")  # fmt: skip
     texts = [plain(text) for text in page.locator(places).all_text_contents()]
-    assert any(plain(NAME) in text for text in texts) and not any("&" in text.replace("' &", "") for text in texts), texts
+    assert any(plain(NAME) in text for text in texts)
+    assert not any("&" in text.replace("' &", "") for text in texts), texts
     said = [plain(text) for text in page.evaluate(HOVERS)]
     assert not any("&lt;" in text or "&#3" in text for text in said)
     nothing_ran(page)
@@ -249,7 +251,8 @@ def test_a_name_is_text_not_markup(page, tmp_path, name):
 
 def arcs():
     nodes = position_table()
-    edges = pd.DataFrame({"src": range(1, N), "dst": range(N - 1), "layer": 0, "head": 0, "weight": 0.5, "kind": "head"})
+    edges = pd.DataFrame({"src": range(1, N), "dst": range(N - 1), "layer": 0, "head": 0, "weight": 0.5})
+    edges["kind"] = "head"
     return attention_arcs.arcs_page(nodes, edges, model=NAME, n_layer=2, n_head=2)
 
 
@@ -285,8 +288,8 @@ PAGES = {
                         "[...document.querySelectorAll('#query option')].map(o => o.textContent)", LABELS),
     "next": (lambda: next_token_page(np.arange(N, 0, -1.0), PIECES, model=NAME, context=NAME),
              "[...document.querySelectorAll('#bars .row .mono')].map(o => o.textContent)", TEXTS[:25]),
-    "arcs": (arcs, "[...document.querySelectorAll('#arcs circle title')].map(o => o.textContent.split(', received')[0])",
-             LABELS),
+    "arcs": (arcs, "[...document.querySelectorAll('#arcs circle title')].map(o => o.textContent"
+             ".split(', received')[0])", LABELS),
     "heads": (all_heads, "DATA.tokens.map((_, i) => label(i))", LABELS),
     "states": (lambda: layers_pages.layers_page(np.ones((3, N, 4)), PIECES, {"length": np.ones((3, N))}, model=NAME,
                                                 says=[PIECES] * 3, probability=np.ones((3, N))),
