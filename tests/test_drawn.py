@@ -194,7 +194,7 @@ def test_a_figure_shows_every_piece_as_it_is(page, tmp_path, name):
     assert page.text_content(".gtitle") == plain(NAME) or plain(NAME) in plain(page.text_content(".gtitle"))
     if ticks:
         shown = [plain(text) for text in page.locator(f".{ticks} text").all_text_contents()]
-        wanted = [plain(theme.shorten(label, 24)) for label in (hovers if name != "lens" else LABELS)]
+        wanted = [plain(theme.shorten(label, theme.TICK)) for label in (hovers if name != "lens" else LABELS)]
         step = -(-len(wanted) // len(shown)) if len(shown) < len(wanted) else 1
         assert shown == wanted[::step], f"every {step}"
     said = [plain(text) for text in page.evaluate(HOVERS)]

@@ -157,7 +157,7 @@ def centrality_scatter(table, *, title):
     """
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
     labels = theme.token_labels(table["piece"])
-    names, short = theme.axis_values(labels), [plotly(theme.shorten(label, 24)) for label in labels]
+    names, short = theme.axis_values(labels), [plotly(theme.shorten(label, theme.TICK)) for label in labels]
     for i, column in enumerate(("pagerank", "betweenness"), start=1):
         largest = table[column].rank(ascending=False) <= 3
         figure.add_scatter(

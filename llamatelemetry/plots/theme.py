@@ -29,6 +29,7 @@ COLOR = {
     "gpu": CATEGORIES[2],
 }
 WIDTH = 900  # Kaggle's output column, pixels
+TICK = 18  # characters of a tick label
 
 _GREY = "#808080"  # readable on white and on black alike
 TEMPLATE = go.layout.Template(
@@ -96,9 +97,9 @@ def axis_values(values):
 
 
 def label_ticks(figure, labels, axis, most=32, **where):
-    """Labels on an axis of axis_values(labels): at most `most` of them, of at most 24 characters; hover has all."""
+    """Labels on an axis of axis_values(labels): at most `most` of them, of at most TICK characters; hover has all."""
     step = max(1, -(-len(labels) // most))
-    ticktext = [plotly(shorten(label, 24)) for label in labels[::step]]
+    ticktext = [plotly(shorten(label, TICK)) for label in labels[::step]]
     # By number, a 5,000th of the axis beside the category: hover takes a tick's text where it is within a 10,000th.
     tickvals = np.arange(0, len(labels), step) + len(labels) / 5000
     update = figure.update_xaxes if axis == "x" else figure.update_yaxes
