@@ -40,6 +40,13 @@ def token_text(piece):
     return isolated("".join(map(_visible, piece)))
 
 
+def seen(text):
+    """Text as it is where all of it is seen, else (blanks at its ends, control characters) as token text."""
+    bare = text.replace(_ISOLATE, "").replace(_POP, "")
+    whole = bare.strip() == bare != "" and all(char == " " or _visible(char) == char for char in bare)
+    return text if whole and bare != text else isolated(bare) if whole else token_text(bare)
+
+
 def isolated(text):
     """Text as it is, between Unicode's isolates where it has right-to-left letters."""
     return f"{_ISOLATE}{text}{_POP}" if _RIGHT_TO_LEFT.search(text) else text

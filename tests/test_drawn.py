@@ -39,6 +39,18 @@ def test_pieces_can_be_told_apart():
     assert all(text.strip() and text.isprintable() for text in (t.strip("\u2068\u2069") for t in TEXTS))
 
 
+@pytest.mark.parametrize(
+    "text, seen",
+    [
+        ("two words", "two words"), (" the", "␣the"), ("a\nb", "a⏎b"), ("", "∅"), ("2 ␣said", "2 ␣said"),
+        ("3 \u2068של\u2069", "3 \u2068של\u2069"), ("של", "\u2068של\u2069"), ("\u2068של\u2069", "\u2068של\u2069"),
+        ("a\u200bb", "a\\x200bb"),
+    ],
+)  # fmt: skip
+def test_a_label_stays_as_it_is_where_all_of_it_is_seen(text, seen):
+    assert drawn.seen(text) == seen == drawn.seen(seen)
+
+
 PIZZA = "🍕".encode()
 
 
@@ -267,7 +279,7 @@ def all_heads():
 
 
 def graph():
-    nodes = pd.DataFrame({"id": range(N), "piece": PIECES, "label": TEXTS, "kind": TEXTS})
+    nodes = pd.DataFrame({"id": range(N), "piece": PIECES, "label": LABELS, "kind": TEXTS})
     edges = pd.DataFrame({"src": range(N - 1), "dst": range(1, N), "said": TEXTS[1:]})
     return Graph(nodes, edges, label="label", kind="kind", edge_label="said", title=NAME).page()
 
@@ -296,7 +308,7 @@ PAGES = {
                "DATA.tokens.map((_, i) => { page.token = i; drawVector(); return document.getElementById('chosen')"
                ".textContent.slice('state 1, token '.length); })", LABELS),
     "graph": (graph, "DATA.labels.map((_, i) => { hover(...graph.screen(i)); graph.hovered = i; "
-              "return describe(i).split('\\n')[0]; })", TEXTS),
+              "return describe(i).split('\\n')[0]; })", LABELS),
     "answers": (lambda: quantization.answers([{"prompt": NAME, "answers": {"reference": (PIECES, None)}}], NAME),
                 "[document.querySelector('td.a').textContent]", [drawn.text_of(PIECES)]),
 }  # fmt: skip

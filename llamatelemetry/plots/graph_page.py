@@ -9,7 +9,7 @@ from importlib import resources
 import numpy as np
 import pandas as pd
 
-from ..drawn import shorten, token_text
+from ..drawn import seen, shorten
 from . import theme
 from .page import Page, pack
 
@@ -60,19 +60,13 @@ def _encode(values):
         share = (numbers - low) / ((high - low) or 1.0)
         return {"name": str(values.name), "range": [low, high], "share": pack(np.nan_to_num(share, nan=-1.0))}
     names, codes = categories(values)
-    return {"name": str(values.name), "names": [_label(name) for name in names], "codes": pack(codes)}
+    return {"name": str(values.name), "names": [seen(name) for name in names], "codes": pack(codes)}
 
 
 def _cell(value):
     if value is None or value is pd.NA or value != value:
         return None
-    return f"{value:.6g}" if isinstance(value, float) else _label(str(value))
-
-
-def _label(text):
-    """Text that would not be seen as it is (blanks at its ends, control characters, right-to-left) as token text."""
-    seen = token_text(text)
-    return text if text.strip() == text and seen.replace("␣", " ") == text else seen
+    return f"{value:.6g}" if isinstance(value, float) else seen(str(value))
 
 
 def graph_page(
@@ -104,7 +98,7 @@ def graph_page(
     order = np.argsort(-strength, kind="stable")  # the strongest first: while moving, they are the ones drawn
     edge_values = None if edge_color is None else pd.Series(edge_color).reset_index(drop=True).iloc[order]
     details = pd.DataFrame() if details is None else details
-    labels = [_label(text) for text in labels]
+    labels = [seen(text) for text in labels]
     data = {
         "title": title,
         "note": note,
