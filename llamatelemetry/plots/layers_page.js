@@ -40,7 +40,7 @@ function drawLabels(cw) {
   for (let t = 0; t < nTokens; t += every) {
     const text = DATA.tokens[t];
     ctx.save(); ctx.translate((t + 0.5) * cw, 3); ctx.rotate(-Math.PI / 2);
-    ctx.fillText(short(text, 10), 0, 0); ctx.restore();
+    ctx.fillText(short(text, 10), 0, 0, h - 4); ctx.restore();
   }
 }
 function drawVector() {
