@@ -17,6 +17,7 @@ import time
 import zipfile
 from pathlib import Path
 
+from .build import reckoned
 from .kaggle_client import Kaggle, Missing, Passing, patiently
 from .kaggle_rules import DATASET, StageError, check
 from .kaggle_sessions import Sessions
@@ -51,14 +52,22 @@ def push(folder="staged", names=(), wait=True, again=False, poll_s=30):
         settled = 0.0
         for some in ([path for path in kernels if path.name == "engine"],
                      [path for path in kernels if path.name != "engine"]):
-            sessions = Sessions(kaggle, state, {metas[path]["id"]: (path, _content(path, metas[path], state))
-                                                for path in some}, settled)
+            jobs = {metas[path]["id"]: (path, _content(path, metas[path], state)) for path in some}
+            _say_what_it_takes(jobs, metas, state)
+            sessions = Sessions(kaggle, state, jobs, settled)
             if not sessions.run(wait, poll_s):
                 return
             settled = sessions.settled
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here; sessions that started run on.", file=sys.stderr)
         raise
+
+
+def _say_what_it_takes(jobs, metas, state):
+    for name, (path, content) in jobs.items():
+        if path.name == "engine" and state.of(name, content)[0] != "done":
+            quota = ", which count against the week's GPU quota" if metas[path].get("enable_gpu") else ""
+            print(f"engine: its build takes {reckoned('75')}{quota}.")
 
 
 def _chosen(folder, names):

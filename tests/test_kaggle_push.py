@@ -77,6 +77,14 @@ def test_a_wheel_built_again_is_no_change_and_another_one_is(kaggle, send, tmp_p
     assert kaggle.pushed()[1:] == [NAMES[0]] * 2  # it attaches the dataset: it runs again
 
 
+def test_time_and_quota_of_the_engine_are_said_before_it_starts(kaggle, send, capsys):
+    send("wheels", "engine")
+    said = capsys.readouterr().out
+    assert "takes 27 to 30 minutes on 4 cores, which count against the week's GPU quota" in said.partition("started")[0]
+    send("wheels", "engine")
+    assert "27 to 30 minutes" not in capsys.readouterr().out  # it is there
+
+
 # Datasets
 
 @pytest.mark.parametrize("hidden_s", [0, 29 * 60])
