@@ -12,6 +12,8 @@ from .errors import LlamaTelemetryError
 def main(arguments=None) -> int:
     """Run one command; errors of the package become one message on stderr and exit status 1."""
     options = parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     try:
         return options.command(options) or 0
     except LlamaTelemetryError as error:

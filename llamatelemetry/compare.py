@@ -13,7 +13,7 @@ import pandas as pd
 from . import hub, logs
 from .analysis.quantization_quality import summarize
 from .errors import LlamaTelemetryError, ModelLoadError, WorkerCrashedError
-from .files import labels
+from .files import labels, shown
 from .gpus import inference_environment
 from .texts import CompareError, load_text
 
@@ -269,7 +269,7 @@ def _result(found, attempts, order, seed):
     rows, tables = [], []
     names = labels(order)
     for name, path in zip(names, order):
-        row = {"name": name, "file": path, **_size(path), "error": found[path]["error"]}
+        row = {"name": name, "file": shown(path), **_size(path), "error": found[path]["error"]}
         if found[path]["error"] is None:
             table = pd.DataFrame(found[path]["columns"])
             row |= summarize(table, seed=seed)

@@ -1,8 +1,10 @@
 """What llama-server's /completion is asked, and what comes back, as InferResult."""
 
 import math
+import os
 from dataclasses import dataclass, field
 
+from .capture.tokenizer import say_two_starts
 from .errors import NotFiniteError, ServerError
 
 
@@ -47,6 +49,8 @@ FORCED = 1e4  # logits: more than any model's
 def request_body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options):
     """The JSON body of POST /completion for the arguments of InferenceEngine.infer."""
     if not isinstance(prompt, str):
+        if isinstance(prompt, bytes | os.PathLike):
+            raise ServerError(f"A prompt is a text (str) or token ids, not {prompt!r:.80}: read or decode it first.")
         prompt = [int(token) for token in prompt]
     if len(prompt) == 0:
         raise ServerError("The prompt is empty: there is nothing to continue.")
@@ -68,6 +72,16 @@ def request_body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_seque
         # text.
         "cache_prompt": False,
     } | options
+
+
+def check_start(prompt, post, model):
+    """Warn where llama-server will put a start token before a prompt that begins with one. Asks only where it does."""
+    start = model.metadata.get("tokenizer.ggml.bos_token_id")
+    if isinstance(prompt, str) and isinstance(start, int) and start < len(model.pieces):
+        piece = model.pieces[start]
+        if isinstance(piece, str) and piece and prompt.startswith(piece):
+            said = post("/tokenize", {"content": prompt[: len(piece) + 16], "add_special": True, "parse_special": True})
+            say_two_starts(said["tokens"], start, piece)
 
 
 def every_token(answer, body, post, model):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from . import __version__, build
 from .errors import LlamaTelemetryError
+from .files import shown
 
 ENGINE_STEP = "llamatelemetry engine build --install"
 
@@ -35,7 +36,7 @@ def report() -> int:
     found = findings()
     width = max(len(finding.what) for finding in found)
     for finding in found:
-        print(f"{finding.state:8}{finding.what:{width}}  {finding.text}")
+        print(shown(f"{finding.state:8}{finding.what:{width}}  {finding.text}"))
         if finding.step and finding.state != "ok":
             print(f"{'':{width + 10}}-> {finding.step}")
     return int(any(finding.state == "missing" for finding in found))

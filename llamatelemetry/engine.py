@@ -4,11 +4,19 @@ import json
 import os
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 
 from . import gpus
-from .completion import InferResult, as_result, check_sound, every_token, request_body  # noqa: F401  is public here
-from .errors import LlamaTelemetryError, ServerError, WorkerCrashedError
+from .completion import (  # noqa: F401  InferResult is public here
+    InferResult,
+    as_result,
+    check_sound,
+    check_start,
+    every_token,
+    request_body,
+)
+from .errors import LlamaTelemetryError, ServerError, TemplateError, WorkerCrashedError
 from .fit import spread
 from .loading import settle
 from .server import ServerManager, find_server, physical_cores
@@ -61,7 +69,7 @@ class InferenceEngine:
             print(self.plan.line)
         if setup.says and not silent:
             print(setup.says)
-        self._pooling = setup.server.get("pooling")
+        self._pooling, self._template_error = setup.server.get("pooling"), None
         # On a CPU llama-server's warm-up run only delays the first answer (SmolLM2, 2 cores: ready in 0.6 s, not 2.4).
         self._server_args = dict(gpu_layers=gpu_layers, ctx_size=setup.ctx_size, n_parallel=n_parallel,
                                  tensor_split=self.plan.split, verbose=verbose, silent=silent,
@@ -83,7 +91,16 @@ class InferenceEngine:
 
     def _start_server(self, **changes):
         self._server_args |= changes
-        self.server.start_server(self.model.path, env=self.plan.inference_env(), **self._server_args)
+        env, args = self.plan.inference_env(), self._server_args
+        try:
+            self.server.start_server(self.model.path, env=env, **args)
+        except TemplateError as error:
+            if args.get("chat_template") or args.get("chat_template_file"):
+                raise
+            # llama-server does not start without a template that it can parse. infer uses none; chat refuses this one.
+            self.server.start_server(self.model.path, env=env, **args, chat_template="chatml")
+            self._server_args["chat_template"], self._template_error = "chatml", error
+            warnings.warn(f"{error} Until then chat() is refused.", stacklevel=3)
 
     def close(self):
         """Stop the server and the capture worker. The engine can load again."""
@@ -141,6 +158,7 @@ class InferenceEngine:
         body = self._body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options)
         with self._serving() as server:
             check_sound(server, body)
+            check_start(body["prompt"], server.post, self.model)
             started = time.perf_counter()
             answer = server.post("/completion", body)
             latency_ms = 1000 * (time.perf_counter() - started)
@@ -166,6 +184,7 @@ class InferenceEngine:
 
         with self._serving() as server:
             check_sound(server, body)
+            check_start(body["prompt"], server.post, self.model)
             response = server.post("/completion", body, stream=True)
             try:
                 for line in response.iter_lines(chunk_size=None):
@@ -202,6 +221,8 @@ class InferenceEngine:
         if not given & {"tokenizer.chat_template", "chat_template", "chat_template_file"}:
             raise ServerError(f"{self.model.name} has no chat template in its file: it is not a chat model. Use infer.")
         with self._serving() as server:
+            if self._template_error:  # the server runs with another one than the file's
+                raise TemplateError(str(self._template_error))
             return server.post("/apply-template", {"messages": list(messages)})["prompt"]
 
     def embed(self, texts, pooling=None, normalize=True):

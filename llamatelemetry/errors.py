@@ -2,7 +2,12 @@
 
 
 class LlamaTelemetryError(RuntimeError):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose. Its message can be printed whatever it names."""
+
+    def __init__(self, *args):
+        from .files import shown
+
+        super().__init__(*(shown(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ModelNotFoundError(LlamaTelemetryError, FileNotFoundError):
@@ -19,6 +24,10 @@ class OptionError(LlamaTelemetryError, TypeError):
 
 class ServerError(LlamaTelemetryError):
     """llama-server is missing, did not start, or did not answer."""
+
+
+class TemplateError(ServerError):
+    """llama-server cannot parse a chat template, the file's or the one that was given."""
 
 
 class CaptureError(LlamaTelemetryError, ValueError):

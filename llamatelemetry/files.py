@@ -10,7 +10,10 @@ from .errors import LlamaTelemetryError, OutputError
 
 def shown(text):
     """A name that can be printed and drawn anywhere: bytes that are not UTF-8 are \\xff. text: str, bytes or a path."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
+    try:
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, which no name of a file has
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def labels(paths):

@@ -156,8 +156,8 @@ class Graph:
         nodes, edges, _ = self.tables
         paths = {part: folder / f"{name}.{part}.parquet" for part in ("nodes", "edges")}
         for what, table in (("nodes", nodes), ("edges", edges)):
-            with written(paths[what]) as temporary:
-                _write(table, what, temporary)
+            with written(paths[what]) as temporary, open(temporary, "wb") as file:  # Arrow's own paths are UTF-8
+                _write(table, what, file)
         return {**paths, "page": self.page().save(folder / f"{name}.html")}
 
     def show(
@@ -229,10 +229,10 @@ def _same_numbers(ids, values, ids_name, values_name):
         )
 
 
-def _write(frame, what, path):
+def _write(frame, what, file):
     """To Parquet; ValueError names the column that Parquet has no type for."""
     try:
-        frame.to_parquet(path, index=False)
+        frame.to_parquet(file, index=False)
     except (pa.ArrowException, TypeError) as error:
         for column in frame.columns:
             try:

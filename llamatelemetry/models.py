@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import hub
 from .errors import ModelLoadError, ModelNotFoundError
+from .files import shown
 from .gguf_header import split_parts
 from .registry import PACKAGES, REGISTRY
 
@@ -51,11 +52,11 @@ def list_models():
     for model in REGISTRY.values():
         path, size = _here(model, on_kaggle)
         seen.add(path)
-        rows.append((*model, size is not None, str(path) if path else None, size))
+        rows.append((*model, size is not None, shown(path) if path else None, size))
     for name, path in _other_files(on_kaggle):
         if path not in seen:
-            rows.append((name, None, name.partition(":")[0] if ":" in name else None, path.name, hub.quantization(path),
-                         True, str(path), hub.size_of(path)))
+            rows.append((name, None, name.partition(":")[0] if ":" in name else None, shown(path.name),
+                         hub.quantization(path), True, shown(path), hub.size_of(path)))
     columns = ["name", "parameters", "repo", "file", "quantization", "here", "path", "size_bytes"]
     return pd.DataFrame(rows, columns=columns).astype({"size_bytes": "Int64"})
 
@@ -87,9 +88,9 @@ def _unregistered(text, progress):
     repo, _, file = text.partition(":")
     if file and repo.count("/") == 1 and not repo.startswith((".", "/", "~")):
         return _from_hub(repo, file, progress)
-    wanted = Path(text).name.casefold().removesuffix(".gguf")
+    wanted = shown(Path(text).name).casefold().removesuffix(".gguf")
     for path in _kaggle_files() if "/" not in text else []:
-        if path.stem.casefold() == wanted:
+        if shown(path.stem).casefold() == wanted:
             return path
     if "/" in text or text.lower().endswith(".gguf"):
         raise ModelNotFoundError(f"There is no file {text}. Check the path (working folder: {Path.cwd()}), or give a "
@@ -218,7 +219,7 @@ def _here(model, on_kaggle):
 
 def _other_files(on_kaggle):
     """(name, path) of GGUF files in /kaggle/input and in the Hugging Face cache."""
-    return [(path.stem, path) for path in on_kaggle] + hub.all_cached()
+    return [(shown(path.stem), path) for path in on_kaggle] + hub.all_cached()
 
 
 def _what_is_here():

@@ -14,8 +14,9 @@ import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import guard
-from .errors import ModelLoadError, ModelNotFoundError, ServerError
+from . import guard, logs
+from .errors import ModelLoadError, ModelNotFoundError, ServerError, TemplateError
+from .files import shown
 from .server_options import flags, pooling_of, refuse_system_settings
 
 _MEND = ("`llamatelemetry engine build` makes an engine wheel with llama-server in it; "
@@ -118,6 +119,8 @@ class ServerManager:
                    "n_gpu_layers": "all" if gpu_layers is not None and gpu_layers < 0 else gpu_layers}
         if embeddings:
             options |= {"embeddings": True, "pooling": pooling}
+        if shown(model_path) != str(model_path):  # it answers with its model's name, in JSON, which is UTF-8
+            options["alias"] = shown(model_path.stem)
         started = time.monotonic()
         try:
             with open(self.log, "wb") as log:
@@ -138,7 +141,7 @@ class ServerManager:
         self.offload = f"{found[1]} layers on the GPU" if found else ""
         if verbose and not silent:
             layers = f", {self.offload}" if self.offload else ""
-            print(f"llama-server: {model_path.name} on {self.url} (process {self.pid}{layers}), "
+            print(f"llama-server: {shown(model_path.name)} on {self.url} (process {self.pid}{layers}), "
                   f"ready after {time.monotonic() - started:.1f} s")
         return self
 
@@ -152,7 +155,7 @@ class ServerManager:
         # The key goes by the environment: a command line can be read by every user of the machine. The other settings
         # do because an older llama-server ignores those it does not know: log what was put where, no web page, prompts
         # not kept in the machine's memory after their request.
-        ours = {"LLAMA_API_KEY": self._api_key, "LLAMA_ARG_LOG_VERBOSITY": "4", "LLAMA_ARG_UI": "0",
+        ours = logs.ENVIRONMENT | {"LLAMA_API_KEY": self._api_key, "LLAMA_ARG_LOG_VERBOSITY": "4", "LLAMA_ARG_UI": "0",
                 "LLAMA_ARG_CACHE_RAM": "0"}
         # Settings of the user's for llama-server elsewhere would change this model here, and captures not with it.
         clean = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
@@ -163,8 +166,8 @@ class ServerManager:
 
         size = self.model_path.stat().st_size / 1e9
         # Nothing is drawn in the first second: small models are there by then.
-        bar = tqdm(desc=f"llama-server loads {self.model_path.name} ({size:.2g} GB)", bar_format="{desc}: {elapsed}",
-                   delay=1, disable=silent, leave=False)
+        bar = tqdm(desc=f"llama-server loads {shown(self.model_path.name)} ({size:.2g} GB)", delay=1, disable=silent,
+                   bar_format="{desc}: {elapsed}", leave=False)
         deadline, pause = time.monotonic() + timeout, 0.01
         with bar:
             while True:
@@ -237,10 +240,13 @@ class ServerManager:
         code = self._guard.poll()
         log = self.log_tail(20000)
         how = f"signal {signal.Signals(code - 128).name}" if code and 128 < code < 160 else f"exit code {code}"
-        tail = f"Its log ends:\n{log[-3000:]}"
+        why = logs.reason(log)
+        tail = f"{why and f'It says: {why}. '}Its log ends:\n{logs.last_words(log, 40)[-3000:]}"
         if "couldn't bind HTTP server socket" in log:
             return ServerError(f"llama-server cannot listen there: the port is in use or the host is not this "
                                f"machine's. Leave port=None for a free one. {tail}")
+        if "chat template parsing error" in log or "the supplied chat template is not supported" in log:
+            return _template_error(log, self.model_path)
         unknown = re.search(r"unknown model architecture: '([^']*)'", log)
         if unknown:
             return ModelLoadError(f"This llama.cpp does not know the architecture {unknown[1]!r} of {self.model_path}. "
@@ -308,6 +314,17 @@ class ServerManager:
 
     def __exit__(self, *_):
         self.stop_server()
+
+
+def _template_error(log, model_path):
+    given = "the supplied chat template" in log
+    whose = "chat template that was given" if given else f"chat template of {shown(model_path)}"
+    forms = (r"_init: error: (.*)", r"chat template parsing error: (.*)", r"failed to apply template: (.*)")
+    found = filter(None, (re.search(form, log) for form in forms))
+    why = next((f" ({said[1].strip().rstrip(':')})" for said in found), "")
+    return TemplateError(f"llama-server cannot parse the {whose}{why}. Give one with load_model(..., "
+                         'chat_template="chatml"), the name of another that llama.cpp knows or a text in Jinja; infer '
+                         "uses none.")
 
 
 def _refuse_port_in_use(host, port):

@@ -165,8 +165,14 @@ class Apply:
                 f"{int(positions[-1])} was asked for: name `positions` that both runs have."
             )
         given = given[positions]
-        if edit.stage in GRIDS:  # the cache is longer than the text
-            given = np.concatenate([given, old[..., given.shape[-1] :]], -1)
+        if edit.stage in GRIDS:  # the cache is longer than the text, or holds only what came in this batch and before
+            n_key = old.shape[-1]
+            if given[..., n_key:].any():
+                raise CaptureError(
+                    f"the patch for {edit.stage!r} of layer {edit.layer} gives weight to keys after position "
+                    f"{n_key - 1}, which position {int(positions[-1])} cannot see yet: leave them zero."
+                )
+            given = np.concatenate([given[..., :n_key], old[..., given.shape[-1] :]], -1)
         if given.shape != old.shape:
             raise CaptureError(f"the patch for {edit.stage!r} has shape {given.shape}, the model has {old.shape}.")
         return given

@@ -21,6 +21,7 @@ from ..server import physical_cores
 from .data import Capture, token_table
 from .edits import flatten
 from .names import GRIDS, STAGES
+from .tokenizer import say_two_starts
 
 KEPT_ARENAS, KEPT_SHARE = 2, 8  # arenas kept between captures, each at most 1/8 of what its folder has free
 
@@ -72,7 +73,9 @@ class CaptureSession:
 
     def tokenize(self, text, add_special=True):
         """Token ids of a text, as llama.cpp makes them (special tokens written in the text are parsed)."""
-        return self._call("tokenize", text=text, add_special=add_special)["tokens"]
+        ids = self._call("tokenize", text=_text(text), add_special=add_special)["tokens"]
+        self._say_two_starts(text, ids)
+        return ids
 
     def capture(self, text_or_ids, stages=("attention", "hidden"), layers=None, queries=None, edits=(), generate=0,
                 temperature=0.0, seed=0):  # fmt: skip
@@ -104,6 +107,7 @@ class CaptureSession:
             raise
         weakref.finalize(memory, self._release, self._free, arena)
         ids = answer["tokens"]
+        self._say_two_starts(text_or_ids, ids)
         n_given = self._n_given(text_or_ids) if generate else len(ids)
         there = None if queries is None else [query for query in queries if query < len(ids)]
         parts = {}
@@ -120,6 +124,7 @@ class CaptureSession:
         """DataFrame per predicted token: position, id, piece, logprob (nats), entropy (nats), rank (0 is best), top_id,
         top_logprob: how the model predicts each token of a text from those before it."""
         answer = self._call("score", prompt=_prompt(text_or_ids), edits=self._pack(edits))
+        self._say_two_starts(text_or_ids, answer["tokens"])
         tokens = self._tokens(answer["tokens"]).iloc[1:].drop(columns="generated")
         columns = {name: values for name, values in answer["table"].items() if name != "kl"}
         return pd.concat([tokens.reset_index(drop=True), pd.DataFrame(columns)], axis=1)
@@ -133,6 +138,7 @@ class CaptureSession:
         packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
         answer = self._call("sweep", prompt=_prompt(text_or_ids), variants=packed,
                             progress="ablations" if progress else None)  # fmt: skip
+        self._say_two_starts(text_or_ids, answer["tokens"])
         names = pd.Index(list(variants), name="name", tupleize_cols=False)
         table = pd.DataFrame(list(answer["rows"].values()), index=names)
         table.attrs["base_loss"] = answer["base"]["loss"]
@@ -152,6 +158,7 @@ class CaptureSession:
         pairs = {name: np.asarray(value).tolist() for name, value in (patterns or {}).items()}
         layers = _chosen("layers", layers)
         answer = self._call("head_statistics", prompt=_prompt(text_or_ids), layers=layers, patterns=pairs)
+        self._say_two_starts(text_or_ids, answer["tokens"])
         data = {name: (("layer", "head"), np.asarray(v)) for name, v in answer["table"].items()}
         return xr.Dataset(data, {"layer": answer["layers"]}, {"n_tokens": len(answer["tokens"])})
 
@@ -196,7 +203,13 @@ class CaptureSession:
         return [pieces[i] if i < len(pieces) else f"<{i}>" for i in ids]
 
     def _n_given(self, text_or_ids):
-        return len(self.tokenize(text_or_ids) if isinstance(text_or_ids, str) else np.asarray(text_or_ids).ravel())
+        if isinstance(text_or_ids, str):
+            return len(self._call("tokenize", text=text_or_ids)["tokens"])
+        return len(np.asarray(text_or_ids).ravel())
+
+    def _say_two_starts(self, text_or_ids, ids):
+        if isinstance(text_or_ids, str):
+            say_two_starts(ids, self.facts["bos"], self._pieces(ids[:1])[0] if ids else "")
 
     @staticmethod
     def _release(free, arena):
@@ -287,10 +300,19 @@ def _prompt(text_or_ids):
         if not text_or_ids:  # with a start token put before it, it would not look empty any more
             raise CaptureError("the prompt is empty: give at least one token.")
         return text_or_ids
+    if isinstance(text_or_ids, os.PathLike):
+        raise CaptureError(f"{str(text_or_ids)!r} is a path and a prompt is a text: read the file "
+                           "(llamatelemetry.texts.load_text does), or give the text as a str.")  # fmt: skip
     ids = np.asarray(text_or_ids)
     if ids.ndim != 1 or ids.size and ids.dtype.kind not in "iu":
         raise CaptureError("a prompt is a text, or one sequence of token ids (whole numbers).")
     return ids.tolist()
+
+
+def _text(text):
+    if not isinstance(text, str):
+        raise CaptureError(f"a text to tokenize is a str, not {text!r:.80}.")
+    return text
 
 
 def _chosen(name, values):

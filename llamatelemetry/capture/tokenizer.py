@@ -1,6 +1,7 @@
 """A text to ids and an id to its piece, by llama.cpp, with as much room as it asks for."""
 
 import ctypes
+import warnings
 
 from ..errors import CaptureError
 
@@ -35,3 +36,13 @@ def token_piece(api, vocab, token):
         if -count <= room:
             raise CaptureError(f"llama.cpp gives no piece of token {token} (it answered {count}).")
         room = -count
+
+
+def say_two_starts(ids, start, piece):
+    """Warn where a text's ids begin with the start token twice: written out in the text, and put there by the model."""
+    if len(ids) > 1 and ids[0] == ids[1] == start:
+        warnings.warn(
+            f"The text begins with {piece!r}, and the model puts one before every text: it reads two start tokens. "
+            "Leave it out of the text (a chat template may have written it), or give token ids.",
+            stacklevel=4,
+        )

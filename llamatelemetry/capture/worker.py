@@ -57,7 +57,8 @@ class Worker:
         if gpu:
             self.runtime.ggml.device = open_device()
         return {"n_vocab": self.runtime.n_vocab, "n_layer": self.runtime.n_layer, "n_ctx": self.runtime.n_ctx_limit,
-                "gpu": gpu, "cupy": self.runtime.ggml.device is not None}  # fmt: skip
+                "bos": self.runtime.api.llama_vocab_bos(self.runtime.vocab), "gpu": gpu,
+                "cupy": self.runtime.ggml.device is not None}  # fmt: skip
 
     def tokenize(self, text, add_special=True):
         return {"tokens": self.runtime.tokenize(text, add_special)}
