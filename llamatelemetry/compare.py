@@ -157,7 +157,7 @@ def _child(job, progress):
         if result["error"] is None:
             result["columns"]["piece"] = [pieces[i] for i in result["columns"]["id"]]
     ending = f"signal {-code}" if code < 0 else f"exit status {code}"
-    why, tail = logs.reason(said), logs.last_words(said)[-1500:]
+    why, tail = logs.reason(said, killed=code < 0), logs.last_words(said)[-1500:]
     return results, f"llama.cpp ended with {ending}{why and f': {why}'}. Its last words:\n{tail}"
 
 

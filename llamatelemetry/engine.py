@@ -245,6 +245,8 @@ class InferenceEngine:
             raise ServerError("embed takes texts that are not empty.")
         pooling = check_pooling(pooling) if pooling else self._pooling or pooling_of(self._loaded())
         with self._serving(embeddings=True, pooling=pooling) as server:
+            for text in texts:
+                check_start(text, server.post, self.model)
             rows = server.post("/embeddings", {"content": texts, "embd_normalize": 2 if normalize else -1})
         rows = sorted(rows, key=lambda row: row["index"])
         vectors = np.array([row["embedding"][0] for row in rows], np.float32)  # (n, n_embd); null is NaN

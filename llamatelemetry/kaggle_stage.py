@@ -165,7 +165,7 @@ def _models(templates, folder, user, models):
     from .models import resolve_model
 
     _fresh(folder)
-    for model in models:
+    for model in dict.fromkeys(models):
         path = resolve_model(model)
         print(fit(GGUFFile(path), memory_bytes=T4_BYTES, gpu=True).sentence.replace(" there", " on a T4", 1))
         for part in split_parts(path):

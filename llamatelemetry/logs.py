@@ -5,22 +5,27 @@ import re
 # Without it ggml writes a backtrace, through gdb where there is one, behind the sentence that says why it aborts.
 ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}
 
-# "/.../ggml.c:123: GGML_ASSERT(x) failed": ggml_abort's form. The others: C++'s own, and what the loader says.
-_ABORT = re.compile(r"^\S*\.(?:c|cc|cpp|cu|cuh|h|hpp|m|mm|comp):\d+: .*\S")
-_OTHERS = [re.compile(form, re.IGNORECASE) for form in (
-    r"^\s*what\(\):.*\S", r"error loading model:.*\S", r"\berror:.*\S", r"^\d[\d.]* E .*\S", r"\berror\b.*\S",
-    r"failed|unable to|cannot")]  # fmt: skip
+# "/.../ggml.c:123: GGML_ASSERT(x) failed" is ggml_abort's form, the other C++'s own: what a process says at its end.
+_ENDS = [re.compile(form) for form in (r"^\S*\.(?:c|cc|cpp|cu|cuh|h|hpp|m|mm|comp):\d+: .*\S", r"^\s*what\(\):.*\S")]
+# What it says before it gives up in order; the last few lines only, except for the loader's own words.
+_LOADER = re.compile(r"error loading model:.*\S")
+_TROUBLE = [re.compile(form, re.IGNORECASE) for form in (
+    r"\berror:.*\S", r"^\d[\d.]* E .*\S", r"\berror\b.*\S", r"failed|unable to|cannot")]  # fmt: skip
 _PREFIX = re.compile(r"^\d+\.\d+\.\d+\.\d+ [EWI] ")
+_FEW = 12
 
 
-def reason(log):
-    """The line of a log that says why llama.cpp failed, without its time; "" where no line does."""
+def reason(log, killed=False):
+    """The line of a log that says why llama.cpp failed, without its time; "" where no line does.
+
+    killed: a signal ended the process; earlier complaints, which it survived, are then not the reason.
+    """
     lines = log.splitlines()
-    aborts = [line for line in lines if _ABORT.match(line)]
-    if aborts:
-        return aborts[-1].strip()
-    for form in _OTHERS:
-        if found := [line for line in lines if form.search(line)]:
+    places = [(form, lines) for form in _ENDS]
+    if not killed:
+        places += [(_LOADER, lines)] + [(form, lines[-_FEW:]) for form in _TROUBLE]
+    for form, some in places:
+        if found := [line for line in some if form.search(line)]:
             return _PREFIX.sub("", found[-1]).strip()
     return ""
 
@@ -28,7 +33,7 @@ def reason(log):
 def last_words(log, n_lines=15):
     """The end of a log, at most n_lines: up to the sentence of an abort where there is one, without a backtrace."""
     lines = log.strip().splitlines()
-    ends = [number for number, line in enumerate(lines, 1) if _ABORT.match(line) or "what():" in line]
+    ends = [number for number, line in enumerate(lines, 1) if any(form.match(line) for form in _ENDS)]
     if ends:
         lines = lines[: ends[-1]]
     return "\n".join(lines[-n_lines:])

@@ -16,6 +16,7 @@ from . import importance, logs
 from .errors import ModelLoadError, ModelNotFoundError
 from .expand import FLOATS, SLACK, QuantizeError, _open, expand, make_reference
 from .files import labels, refuse_overwriting, shown, written
+from .gguf import GGUFFile
 from .registry import TYPES
 from .texts import is_path, load_text
 
@@ -79,8 +80,8 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
 def quantizations(reference, wanted, folder, imatrix=None, progress=True):
     """A file for each of `wanted`: {name: path}, the names those of files.labels.
 
-    A type ("Q4_K_M") is made from `reference` into `folder`, unless a file made after the reference is there already;
-    anything else is a path or a registry name and taken as it is.
+    A type ("Q4_K_M") is made from `reference` into `folder`, unless a file that was made from it is there already,
+    after it and after the importance matrix; anything else is a path or a registry name and taken as it is.
     """
     from .models import resolve_model
 
@@ -90,10 +91,26 @@ def quantizations(reference, wanted, folder, imatrix=None, progress=True):
             paths.append(Path(resolve_model(name)))
             continue
         path = Path(folder) / f"{name}{'-imatrix' if imatrix else ''}.gguf"
-        if not path.is_file() or path.stat().st_mtime < Path(reference).stat().st_mtime:
+        if not _made_from(path, [reference] + [imatrix] * (imatrix is not None)):
             quantize(reference, path, name, imatrix=imatrix, progress=progress)
         paths.append(path)
     return dict(zip(labels(paths), paths))
+
+
+def _made_from(path, inputs):
+    """Whether a quantization is newer than what it is made from, and of the same model: metadata and shapes."""
+    if not path.is_file() or path.stat().st_mtime < max(Path(given).stat().st_mtime for given in inputs):
+        return False
+    own = r"general\.(file_type|quantization_version)|quantize\..*|split\..*"  # what llama-quantize writes
+
+    def identity(file):
+        kept = {key: value for key, value in file.metadata.items() if not re.fullmatch(own, key)}
+        return repr(kept), file.tensors["shape"].to_dict()
+
+    try:
+        return identity(GGUFFile(path)) == identity(GGUFFile(inputs[0]))
+    except ModelLoadError:
+        return False  # half a file of a process that was killed
 
 
 def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
@@ -136,8 +153,6 @@ def fallbacks(path):
     row; where a row is no multiple of 256, llama-quantize takes a type with blocks of 32, which is larger.
     Empty for files of F32, F16, BF16 or of a type with blocks of 32.
     """
-    from .gguf import GGUFFile
-
     file = GGUFFile(path)
     asked, rows = file.file_type or "", []
     if "_K" in asked or asked.startswith(("IQ1", "IQ2", "IQ3", "IQ4_XS", "TQ")):
@@ -206,7 +221,7 @@ def _run(command, what, step=None, total=None, bar="", progress=False):
     if code:
         ending = f"signal {-code}" if code < 0 else f"exit status {code}"
         error = ModelLoadError if "failed to load model" in words or "failed to read" in words else QuantizeError
-        why = logs.reason(words)
+        why = logs.reason(words, killed=code < 0)
         tail = logs.last_words(words)[-1200:]
         raise error(f"Could not {what} ({ending}{why and f': {why}'}). Its last words:\n{tail}")
     return words

@@ -240,7 +240,7 @@ class ServerManager:
         code = self._guard.poll()
         log = self.log_tail(20000)
         how = f"signal {signal.Signals(code - 128).name}" if code and 128 < code < 160 else f"exit code {code}"
-        why = logs.reason(log)
+        why = logs.reason(log, killed=bool(code and code > 128))
         tail = f"{why and f'It says: {why}. '}Its log ends:\n{logs.last_words(log, 40)[-3000:]}"
         if "couldn't bind HTTP server socket" in log:
             return ServerError(f"llama-server cannot listen there: the port is in use or the host is not this "

@@ -18,6 +18,7 @@ from llamatelemetry.capture.edits import EDITABLE
 from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.capture.tokenizer import NO_TOKENIZER, token_ids, token_piece
 from llamatelemetry.compare import compare_quantizations
+from llamatelemetry.completion import request_body
 from llamatelemetry.errors import ServerError, TemplateError
 from llamatelemetry.graphs import Graph
 from llamatelemetry.models import list_models, resolve_model
@@ -98,7 +99,7 @@ def test_two_start_tokens_are_said(tmp_path, header):
         for call in (engine.tokenize, engine.capture, engine.score, engine.head_statistics,
                      lambda text: engine.sweep(text, {"a": []}, progress=False),
                      lambda text: engine.capture(text, generate=1), lambda text: engine.infer(text, max_tokens=1),
-                     lambda text: list(engine.infer_stream(text, max_tokens=1))):  # fmt: skip
+                     lambda text: list(engine.infer_stream(text, max_tokens=1)), engine.embed):  # fmt: skip
             with pytest.warns(UserWarning, match="begins with '<|begin|>'.*two start tokens") as said:
                 call(twice)
             assert len(said) == 1
@@ -121,7 +122,7 @@ def test_a_prompt_is_a_text_or_ids(given, tmp_path):
         with pytest.raises(CaptureError, match="is a path and a prompt is a text"):
             session.capture(tmp_path / "prompt.txt")
     with pytest.raises(ServerError, match="text .str. or token ids"):
-        InferenceEngine().infer(tmp_path / "prompt.txt")
+        request_body(tmp_path / "prompt.txt", 1, 0, 1, 1, 0, None, 0, {})
 
 
 # ---- templates ----------------------------------------------------------------------------------------------------
@@ -196,10 +197,12 @@ ABORT = "/build/ggml/src/ggml.c:3217: GGML_ASSERT(a->ne[2] == b->ne[0]) failed"
     ("x\nllama_model_load: error loading model: no 'a'\nllama_model_load_from_file_impl: failed to load model\n",
      "llama_model_load: error loading model: no 'a'"),
     ("0.00.1.2 I fine\n0.00.011.261 E srv  load: cannot do it\n0.00.2.3 I ended\n", "srv  load: cannot do it"),
-    ("all is well\n", ""),
+    ("ggml_cuda_init: failed to initialize CUDA\n" + "print_info: fine\n" * 20, ""),
 ])  # fmt: skip
 def test_the_reason_is_llama_cpps_sentence(log, sentence):
     assert logs.reason(log) == sentence
+    ended = "GGML_ASSERT" in sentence or "what()" in sentence  # what a process that was killed had lived through
+    assert logs.reason(log, killed=True) == (sentence if ended else "")
     assert sentence in logs.last_words(log) and "wait4" not in logs.last_words(log)
 
 

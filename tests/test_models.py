@@ -51,6 +51,13 @@ def put(path, content=b"GGUF"):
 
 # A path
 
+def test_a_path_object_is_a_file_and_no_name():
+    with pytest.raises(ModelNotFoundError, match="given as str"):
+        resolve_model(Path("smollm2-135m-Q4_1"))
+    with pytest.raises(ModelNotFoundError, match="given as str"):
+        resolve_model(Path("owner/repo:file.gguf"))
+
+
 def test_path(machine):
     path = put(machine / "a" / "model.gguf")
     assert resolve_model(path) == resolve_model(str(path)) == path

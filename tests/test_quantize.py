@@ -1,5 +1,6 @@
 """Making files: expanded, stand-in, quantized; and what is left behind when that fails."""
 
+import os
 import shutil
 import struct
 import subprocess
@@ -240,6 +241,21 @@ def test_a_type_that_the_gguf_package_lacks_is_the_engines(tiny, tmp_path):
         assert session.capture(IDS, stages=("hidden",)).hidden.shape == (4, len(IDS), 256)
     with pytest.warns(UserWarning, match="quantized already .*Q2_0"):
         quantize(made, tmp_path / "again.gguf", "Q8_0", progress=False)
+
+
+def test_a_quantization_is_used_again_where_it_was_made_from_this_reference(tiny, tmp_path):
+    def made(reference, **options):
+        path = quantizations(reference, ["Q8_0"], tmp_path, progress=False, **options)["Q8_0"]
+        return path.stat().st_ino
+
+    first = made(tiny)
+    assert made(tiny) == first
+    other = tiny_model("llama", tmp_path, n_embd=256, n_ff=512, head_dim=64)
+    os.utime(other, (0, 0))  # older than what is there, and another model
+    second = made(other)
+    assert second != first and made(other) == second
+    (tmp_path / "Q8_0.gguf").write_bytes(b"GGUF half")
+    assert made(other) and GGUFFile(tmp_path / "Q8_0.gguf").n_ff == 512
 
 
 def test_a_type_that_nobody_knows_is_read_as_far_as_it_can_be(tiny, tmp_path):

@@ -284,7 +284,7 @@ class CaptureSession:
         code = self._process.returncode
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         log = self._read_log()
-        why = logs.reason(log)
+        why = logs.reason(log, killed=code < 0)
         message = f"the capture worker ended ({how}{why and f': {why}'}). The next capture starts a new one."
         return WorkerCrashedError(f"{message} End of its log:\n{logs.last_words(log)}")
 
