@@ -117,6 +117,15 @@ class Kaggle:
         others = [kernel.ref for kernel in latest if kernel and kernel.enable_gpu and kernel.ref not in but]
         return [name for name in others if self.session(name).status in RUNNING]
 
+    def gpu_quota(self):
+        """The week's GPU quota: (used, reserved by what runs, allowed) in seconds; None where the client tells none."""
+        if not hasattr(self.api, "quota_view"):  # before 2.0
+            return None
+        with _one_call():
+            quota = self.api.quota_view().gpu_quota
+        times = [] if quota is None else [quota.time_used, quota.time_reserved, quota.total_time_allowed]
+        return tuple(time.total_seconds() for time in times) if times and all(t is not None for t in times) else None
+
     def log(self, name):
         """The lines that a kernel's last run printed; [] where Kaggle has none (yet)."""
         from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest

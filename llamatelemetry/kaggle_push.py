@@ -49,15 +49,12 @@ def push(folder="staged", names=(), wait=True, again=False, poll_s=30):
         for path in chosen:
             if path not in kernels:
                 _push_dataset(kaggle, state, path, metas[path]["id"])
-        settled = 0.0
         for some in ([path for path in kernels if path.name == "engine"],
                      [path for path in kernels if path.name != "engine"]):
             jobs = {metas[path]["id"]: (path, _content(path, metas[path], state)) for path in some}
             _say_what_it_takes(jobs, metas, state)
-            sessions = Sessions(kaggle, state, jobs, settled)
-            if not sessions.run(wait, poll_s):
+            if not Sessions(kaggle, state, jobs).run(wait, poll_s):
                 return
-            settled = sessions.settled
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here; sessions that started run on.", file=sys.stderr)
         raise
@@ -78,7 +75,7 @@ def _chosen(folder, names):
 
 
 class State:
-    """What was sent: {id: {content, version, step}}, step one of sending, sent, done, failed; in a JSON file."""
+    """What was sent: {id: {content, version, step, ended}}, step one of sending, sent, done, failed; a JSON file."""
 
     def __init__(self, path, again=False):
         self.path, self.again = path, again
@@ -102,8 +99,12 @@ class State:
             return "", 0
         return record["step"], record["version"]
 
-    def put(self, name, content, version, step):
-        self.records[name] = {"content": content, "version": version, "step": step}
+    def ended(self):
+        """When the last session ended, by the clock; 0 if none did."""
+        return max([record.get("ended", 0) for record in self.records.values()], default=0)
+
+    def put(self, name, content, version, step, **more):
+        self.records[name] = {"content": content, "version": version, "step": step, **more}
         scratch = self.path.with_suffix(".new")
         scratch.write_text(json.dumps(self.records, indent=1))
         os.replace(scratch, self.path)

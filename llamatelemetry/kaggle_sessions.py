@@ -25,6 +25,8 @@ SETTLE_S = 60  # a session that ended counts a little longer; a status may be th
 SILENCE_S = 30 * 60  # without an answer about a session
 ATTEMPTS = 4
 LINES = 15  # of a log that are shown
+QUOTA = "weekly GPU quota of"
+SPENT = "Kaggle (Settings, Quotas) and `kaggle quota` say when it is new; the same command then goes on."
 FULL = re.compile(r"session count of \d+ reached|projected to exceed", re.I)
 NO_INTERNET = re.compile(r"name resolution|Failed to establish a new connection|Network is unreachable|"
                          r"No matching distribution found", re.I)
@@ -32,16 +34,14 @@ NO_GPU = re.compile(r"session has no(ne: choose)? GPU|no CUDA(-capable)? (GPU|de
 
 
 class Sessions:
-    """Kernels to push: {id: (folder, content)}. Those that ran with this content, as `state` has it, are left out.
+    """Kernels to push: {id: (folder, content)}. Those that ran with this content, as `state` has it, are left out."""
 
-    settled: the clock's time from which on sessions that ended before count no longer.
-    """
-
-    def __init__(self, kaggle, state, jobs, settled=0.0):
+    def __init__(self, kaggle, state, jobs):
         self.kaggle, self.state, self.jobs = kaggle, state, jobs
         self.waiting, self.running, self.failed = [], {}, {}
         self.changed = time.monotonic()  # when a session was started or ended
-        self.settled, self.others = settled, 0
+        self.settled = self.changed + state.ended() + SETTLE_S - time.time()  # until when one that ended counts
+        self.others, self.refusal = 0, ""
 
     def run(self, wait=True, poll_s=30):
         """Start each and see it end; False where that would mean to wait, and `wait` is not set.
@@ -66,7 +66,8 @@ class Sessions:
                     return False
                 if time.monotonic() - self.changed > SESSION_S + SILENCE_S:
                     raise StageError(f"No session started or ended for {(SESSION_S + SILENCE_S) / 3600:.1f} hours. "
-                                     "See https://www.kaggle.com/code for what runs; the same command goes on.")
+                                     f"{self.refusal} https://www.kaggle.com/code shows what runs; the same command "
+                                     "goes on.")
                 time.sleep(poll_s)
         if self.failed:
             raise StageError("\n".join(f"{self._title(name)}: {text}" for name, text in self.failed.items())
@@ -79,8 +80,8 @@ class Sessions:
     def _say(self, name, text):
         self.bar.write(f"{self._title(name)}: {text}")
 
-    def _put(self, name, version, step):
-        self.state.put(name, self.jobs[name][1], version, step)
+    def _put(self, name, version, step, **more):
+        self.state.put(name, self.jobs[name][1], version, step, **more)
 
     def _take_up(self):
         """Sort the jobs into those that are done, those that a stopped push left running, and the rest."""
@@ -103,10 +104,14 @@ class Sessions:
         """Whether a session is free. Asked first: a new kernel that is refused stays behind, empty."""
         if len(self.running) >= SESSIONS or time.monotonic() < self.settled:
             return False
-        try:
-            others = self.kaggle.gpu_sessions(self.running)
-        except StageError:
-            others = []  # a push will tell
+        others = _or_none(lambda: self.kaggle.gpu_sessions(self.running)) or []
+        if quota := _or_none(self.kaggle.gpu_quota):
+            used, reserved, allowed = quota
+            if used >= allowed:
+                raise StageError(f"The weekly GPU quota of {allowed / 3600:.0f} hours is used up. {SPENT}")
+            if used + reserved >= allowed:
+                self.refusal = "What runs may still take the rest of the weekly GPU quota."
+                return False
         self.bar.set_postfix_str(f"also running: {', '.join(others)}" if others else "")
         if len(others) < self.others:  # one of them ended
             self.settled = time.monotonic() + SETTLE_S
@@ -114,7 +119,7 @@ class Sessions:
         return len(self.running) + len(others) < SESSIONS and time.monotonic() >= self.settled
 
     def _start(self, name):
-        """Push a kernel; False where Kaggle has no session for it now."""
+        """Push a kernel, or note why it cannot be; False where Kaggle has no session for it now."""
         folder, _ = self.jobs[name]
         version = self.state.version(name)
         self._put(name, version, "sending")
@@ -123,10 +128,13 @@ class Sessions:
                 version = self.kaggle.push(folder, SESSION_S)
                 break
             except Refused as error:
-                if FULL.search(str(error)):
+                self.refusal = str(error)
+                if FULL.search(self.refusal):
                     return False
-                if attempt == ATTEMPTS or "Notebook not found" not in str(error):
-                    raise StageError(f"{folder.name}: {_refusal(name, str(error))}") from None
+                if QUOTA in self.refusal:  # nothing can be started
+                    raise StageError(f"{folder.name}: {self.refusal} {SPENT}") from None
+                if attempt == ATTEMPTS or "Notebook not found" not in self.refusal:
+                    return self._cannot_start(name, _refusal(name, self.refusal))
             except Passing as error:
                 if self._runs(name):  # it got through, only the answer did not
                     version += 1
@@ -134,14 +142,21 @@ class Sessions:
                 if attempt == ATTEMPTS:
                     raise StageError(f"{folder.name}: {error}\nThe same command, later, goes on.") from None
             except StageError as error:
-                self._put(name, version, "failed")
-                raise StageError(f"{folder.name}: {error}") from None
+                return self._cannot_start(name, str(error))
             time.sleep(SETTLE_S)
         self._put(name, version, "sent")
         self.waiting.remove(name)
         self.changed = time.monotonic()
         self.running[name] = _Run(self.changed, self.changed)
         self._say(name, f"version {version} started, https://www.kaggle.com/code/{name}")
+        return True
+
+    def _cannot_start(self, name, why):
+        """Note it and go on with the next."""
+        self._put(name, self.state.version(name), "failed")
+        self.waiting.remove(name)
+        self.failed[name] = why
+        self._say(name, "could not be started")
         return True
 
     def _look(self, name):
@@ -152,7 +167,7 @@ class Sessions:
         except (Missing, Passing) as error:
             if now - run.heard > SILENCE_S:
                 raise StageError(f"{self._title(name)}: no answer about its session for {SILENCE_S // 60} minutes: "
-                                 f"{error}\nThe same command, later, goes on.") from None
+                                 f"{error}\nThe same command, later, goes on; with --again it sends anew.") from None
             return
         run.heard = now
         if session.status in RUNNING or now - run.since < SETTLE_S:
@@ -161,7 +176,7 @@ class Sessions:
         self.changed, self.settled = now, now + SETTLE_S
         self.bar.update()
         good = session.status == "COMPLETE"
-        self._put(name, self.state.version(name), "done" if good else "failed")
+        self._put(name, self.state.version(name), "done" if good else "failed", ended=time.time())
         lines = self._log(name)
         hint = _hint(self.jobs[name][0], lines)  # also where it ended well: the engine's kernel makes do with the CPU
         self._say(name, session.status.lower().replace("_", " ") + (f"\n{hint}" if good and hint else ""))
@@ -172,16 +187,11 @@ class Sessions:
                                  f"https://www.kaggle.com/code/{name} has its log{log}")
 
     def _log(self, name):
-        lines = []
         for _ in range(3):  # Kaggle has them a little after the end
-            try:
-                lines = self.kaggle.log(name)
-            except StageError:
-                pass
-            if lines:
-                break
+            if lines := _or_none(lambda: self.kaggle.log(name)):
+                return lines
             time.sleep(20)
-        return lines
+        return []
 
 
 @dataclass
@@ -190,6 +200,14 @@ class _Run:
 
     heard: float
     since: float
+
+
+def _or_none(ask):
+    """ask(), or None where it fails: a push will tell."""
+    try:
+        return ask()
+    except StageError:
+        return None
 
 
 def _hint(folder, lines):
@@ -202,8 +220,6 @@ def _hint(folder, lines):
 
 
 def _refusal(name, text):
-    if "weekly GPU quota" in text:
-        return f"{text} Kaggle (Settings, Quotas) and `kaggle quota` say when it is new; the same command then goes on."
     if "Notebook not found" in text:
         return (f"{text}: an empty notebook of that name was left by a push that Kaggle refused. Delete it on "
                 f"https://www.kaggle.com/code/{name} (or Your Work, Code), then give the same command.")

@@ -52,6 +52,7 @@ class StandIn:
         self.run_s, self.ends = 300, {}  # of a session; id -> (status, failure, log)
         self.refuse = []  # the next answers to SaveKernel
         self.lingers_s = 30  # of a session that ended, in the count
+        self.quota = {"timeUsed": "3600s", "timeReserved": "0s", "totalTimeAllowed": "108000s"}
 
     def fault(self, request, *faults):
         """The next answers to a request: HTTP codes, or exceptions of the connection."""
@@ -185,6 +186,9 @@ class StandIn:
             return {}
         return {"log": json.dumps([{"stream_name": "stdout", "time": 1.0, "data": line + "\n"}
                                    for line in found["run"].log.splitlines()])}
+
+    def GetAcceleratorQuotaStatistics(self, body):
+        return {"gpuQuota": self.quota}
 
     def ListKernels(self, body):
         return {"kernels": [{"ref": name, "enableGpu": True} for name in self.kernels]}

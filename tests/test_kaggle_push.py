@@ -1,5 +1,6 @@
 """The push against a Kaggle of our own: the real client asks it, and it does what Kaggle was seen to do."""
 
+import importlib
 import json
 import re
 
@@ -211,7 +212,31 @@ def test_an_empty_notebook_left_behind_is_named(kaggle, send):
     send("wheels")
     kaggle.ghosts.add(f"someone/{NAMES[0]}")
     with pytest.raises(StageError, match=f"(?s){NAMES[0]}: Notebook not found.*Delete it on .*{NAMES[0]} "):
-        send(NAMES[0])
+        send("engine", *NAMES[:3])
+    assert set(kaggle.kernels) == {"someone/llamatelemetry-engine", *(f"someone/{name}" for name in NAMES[1:3])}
+    kaggle.ghosts.clear()  # deleted by hand
+    send()
+    assert len(kaggle.kernels) == 1 + len(NAMES) and all(kernel["version"] == 1 for kernel in kaggle.kernels.values())
+
+
+def test_a_refusal_that_never_ends_is_a_bounded_wait(kaggle, send):
+    send("wheels", "engine")
+    kaggle.refuse = [kaggle_standin.QUOTA_RESERVED] * 10_000
+    with pytest.raises(StageError, match="No session started or ended for 3.5 hours. Session cannot start because"):
+        send("engine", again=True, poll_s=300)
+
+
+def test_quota_that_is_spent_or_reserved_is_asked_for_first(kaggle, send):
+    """A new kernel that is refused for it would stay behind, empty."""
+    if not hasattr(importlib.import_module("kaggle.api.kaggle_api_extended").KaggleApi, "quota_view"):
+        pytest.skip("this client tells no quota")
+    kaggle.quota |= {"timeUsed": "108000s"}
+    with pytest.raises(StageError, match="The weekly GPU quota of 30 hours is used up. Kaggle .Settings"):
+        send()
+    kaggle.quota |= {"timeUsed": "80000s", "timeReserved": "40000s"}
+    kaggle.clock.events.append((kaggle.clock.now + 2000, lambda: kaggle.quota.update(timeReserved="0s")))
+    send("engine")
+    assert kaggle.pushed() == ["llamatelemetry-engine"] and not kaggle.ghosts
 
 
 @pytest.mark.parametrize("lacks, names", [
