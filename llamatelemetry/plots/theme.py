@@ -1,11 +1,13 @@
 """One look for all five notebooks: colours with a fixed meaning, and how figures and tables get into a page."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.io.base_renderers import MimetypeRenderer
-from plotly.offline import get_plotlyjs
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from ..drawn import isolated, plotly, shorten, text_of, token_columns, token_labels, token_text  # noqa: F401
 
@@ -63,12 +65,31 @@ def table(frame, formats=None):
     return styler.format_index(escape="html", axis="columns").hide(axis="index")
 
 
+# Plotly's bundle looks for AMD's `define` and CommonJS' `module` before it sets window.Plotly. Pages with require.js have
+# a `define` (nbconvert's templates, among them the one of Kaggle's saved versions; the classic notebook): the bundle then
+# registers there, and no figure finds it. So it runs where those names are nobody's.
+_BUNDLE = """<script>window.PlotlyConfig = {{MathJaxConfig: 'local'}};
+if ((window.Plotly || {{}}).version !== '{version}') (function () {{
+var define, module, exports, require;
+{bundle}
+}}).call(window);</script>"""
+# An application may add the outputs of a saved notebook in any order, or those in view first: a figure waits for the bundle.
+_WAIT = "(function draw() {{ if (!window.Plotly) return void setTimeout(draw, 50);{script}}})();"
+_SCRIPT = re.compile(r"(<script[^>]*>)(.*)(</script>)", re.DOTALL)
+
+
 class OfflineRenderer(MimetypeRenderer):
     """A figure as HTML that asks no network for anything: Plotly's own notebook renderer asks for MathJax."""
 
     def to_mimebundle(self, fig_dict):
         options = dict(include_plotlyjs=False, include_mathjax=False, full_html=False, validate=False)
-        return {"text/html": pio.to_html(fig_dict, config={"displaylogo": False, "responsive": True}, **options)}
+        page = pio.to_html(fig_dict, config={"displaylogo": False, "responsive": True}, **options)
+        return {"text/html": _SCRIPT.sub(lambda part: part[1] + _WAIT.format(script=part[2]) + part[3], page)}
+
+
+def plotly_script():
+    """Plotly's script as HTML: sets window.Plotly whatever module loader a page has, and once however often it is shown."""
+    return _BUNDLE.format(version=get_plotlyjs_version(), bundle=get_plotlyjs())
 
 
 def setup():
@@ -83,7 +104,7 @@ def setup():
     except ImportError:
         return
     if get_ipython() is not None:
-        display(HTML(f"<script>window.PlotlyConfig = {{MathJaxConfig: 'local'}};</script><script>{get_plotlyjs()}</script>"))
+        display(HTML(plotly_script()))
 
 
 def titled(title):
