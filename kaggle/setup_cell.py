@@ -1,16 +1,18 @@
-REPOSITORY = ""  # where pip finds llamatelemetry if it is neither attached nor installed: "git+https://...", a wheel
 import glob, importlib.util, os, subprocess, sys
+from packaging.utils import parse_wheel_filename
 
-inputs = os.environ.get("LLAMATELEMETRY_KAGGLE_INPUT", "/kaggle/input")
-source = max(glob.glob(f"{inputs}/**/llamatelemetry-*.whl", recursive=True), default=None)
-if source is None and importlib.util.find_spec("llamatelemetry") is None:
-    assert REPOSITORY, "llamatelemetry is not here: attach its dataset (Add Input) or set REPOSITORY in this cell"
-    source = REPOSITORY
-if source:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", source], check=True)
+# llamatelemetry's newest wheel: attached, or carried by a staged notebook (the cell above).
+wheels = glob.glob("/kaggle/input/**/llamatelemetry-*.whl", recursive=True)
+wheels += glob.glob("llamatelemetry-*.whl")
+if wheels:
+    newest = max(wheels, key=lambda path: parse_wheel_filename(os.path.basename(path))[1:3])
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall"]
+    subprocess.run([*pip, newest], check=True)
     importlib.invalidate_caches()
+assert importlib.util.find_spec("llamatelemetry"), \
+    "llamatelemetry is not here: attach its dataset, or upload a staged notebook instead"
 
 from llamatelemetry import InferenceEngine, kaggle
 
-kaggle.setup()  # engine, packages that are missing, secrets, folders, this process's GPU; says what it did
+kaggle.setup()  # engine, missing packages, secrets, folders, this process's GPU
 from llamatelemetry.plots import theme

