@@ -27,6 +27,11 @@ PACKAGES = ("gguf", "nvidia-ml-py", "xarray", "safetensors", "diskcache", "umap-
 TARGETS = ("3.11", "3.12", "3.13")  # Python of Kaggle's images
 T4_BYTES = 14913 * 2**20  # free on a T4 of a new session
 
+# A saved page shows every cell's text: this one takes its own away, in the classic notebook's pages and in JupyterLab's.
+_FOLDED = ("<style>.cell:has(.carried-wheel) .input, .jp-Cell:has(.carried-wheel) .jp-Cell-inputWrapper "
+           "{ display: none }</style><span class='carried-wheel'>llamatelemetry, carried by this notebook.</span>")
+
+
 # The first cell
 
 def setup_cell(checkout="."):
@@ -45,7 +50,9 @@ def package_cell(wheel):
     return (f"# llamatelemetry itself, as text, so that this file is all that a session needs. Nothing to read or change.\n"
             f"import base64, lzma, pathlib\n"
             f'wheel = "{text}"\n'
-            f'pathlib.Path("{Path(wheel).name}").write_bytes(lzma.decompress(base64.b85decode(wheel)))')
+            f'pathlib.Path("{Path(wheel).name}").write_bytes(lzma.decompress(base64.b85decode(wheel)))\n'
+            f'from IPython.display import HTML\n'
+            f'HTML("{_FOLDED}")')
 
 
 def write_setup_cell(paths, checkout=".", wheel=None):

@@ -71,6 +71,8 @@ def every_figure_is_drawn(session, page, executed):
     found, asked = saved_pages.drawn(page, executed.with_suffix(".html"), session.require_js, wait_s=60)
     assert len(found) == saved_pages.figures(nbformat.read(executed, 4)) > 5 and all(found)
     assert all(any(part in address for part in saved_pages.TEMPLATE) for address in asked), asked
+    carried = page.locator(".cell", has=page.locator(".carried-wheel"))
+    assert carried.bounding_box()["height"] < 100, "a reader sees the package's text"
     executed.with_suffix(".html").unlink()
 
 
