@@ -119,9 +119,16 @@ def texts(reserved=()):
 
 def quantization(value, model, values):
     """A type that llama-quantize makes."""
-    if str(value).upper() in TYPES:
-        return None
-    return f"a type that llama-quantize makes is expected: {', '.join(TYPES)}"
+    kind = str(value).upper()
+    if kind not in TYPES:
+        return f"a type that llama-quantize makes is expected: {', '.join(TYPES)}"
+    if kind.startswith(("IQ1", "IQ2", "IQ3", "Q2_K_S")) and not values.get("IMATRIX"):
+        from . import quantize  # noqa: F401  the function, before the module takes its name in the package
+        from .quantize import needs_imatrix
+
+        if needs_imatrix(model.path, kind):
+            return f"{kind} of this model needs an importance matrix (IMATRIX = True in notebook 16)"
+    return None
 
 
 def same_model(value, model, values, facts=SHAPE + VOCABULARY):
@@ -163,8 +170,12 @@ def candidates(value, model, values):
     if not isinstance(value, list | tuple) or not value:
         return "a list of one or more types or files is expected"
     for item in value:
-        if quantization(item, model, values) and (wrong := same_model(item, model, values)):
-            return f"{item!r} is no type of llama-quantize, and as a file: {wrong}"
+        if str(item).upper() in TYPES:
+            wrong = quantization(item, model, values)
+        elif wrong := same_model(item, model, values):
+            wrong = f"{item!r} is no type of llama-quantize, and as a file: {wrong}"
+        if wrong:
+            return wrong
     return None if len(set(value)) == len(value) else "a list that names none twice is expected"
 
 

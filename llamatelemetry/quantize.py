@@ -22,6 +22,7 @@ from .texts import is_path, load_text
 
 __all__ = ["QuantizeError", "quantize", "quantizations", "expand", "make_reference", "imatrix", "fallbacks", "tool"]
 
+_NEEDS_MATRIX = "will require an imatrix"  # what llama-quantize says in a dry run
 # What llama-quantize takes when a row is not a multiple of 256 wide: the type that is there -> what it stands for.
 STANDS_FOR = {"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K", "Q4_0": "Q2_K or Q3_K", "IQ4_NL": "IQ1 to IQ3, or IQ4_XS"}
 
@@ -63,7 +64,7 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     dry = _run([tool("llama-quantize"), "--dry-run", *options, str(src), type], what)
     if not (size := re.search(r"quant size\s*=\s*([\d.]+) MiB", dry)):
         raise QuantizeError(f"llama-quantize did not say how large {shown(dst)} will be. Its last words:\n{dry[-800:]}")
-    if "will require an imatrix" in dry and imatrix is None:
+    if _NEEDS_MATRIX in dry and imatrix is None:
         raise QuantizeError(f"{type} needs an importance matrix: make one with imatrix(model, text, dst) and pass it.")
     need = float(size[1]) * 2**20 + SLACK
     with written(dst, inputs=[src, imatrix], need=need, model=True, error=QuantizeError) as temporary:
@@ -75,6 +76,15 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
             progress=progress,
         )
     return dst
+
+
+def needs_imatrix(src, type):
+    """Whether llama-quantize makes this type of a file only with an importance matrix: a dry run, a tenth of a second.
+
+    It depends on the model, since rows that are no multiple of 256 wide get another type.
+    """
+    command = [tool("llama-quantize"), "--dry-run", "--allow-requantize", str(src), type]
+    return _NEEDS_MATRIX in _run(command, f"quantize {shown(src)} to {type}")
 
 
 def quantizations(reference, wanted, folder, imatrix=None, progress=True):

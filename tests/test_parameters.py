@@ -2,6 +2,9 @@
 
 import ast
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import models
@@ -33,6 +36,16 @@ def check_cell(number):
     return compile(ast.Module(found[:place + 1], []), f"check of {number}", "exec")
 
 
+def has_quantizer():
+    from llamatelemetry import LlamaTelemetryError, quantize  # noqa: F401  the function before its module
+    from llamatelemetry.quantize import tool
+
+    try:
+        return tool("llama-quantize")
+    except LlamaTelemetryError:
+        return None
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return models.tiny_model("llama", tmp_path_factory.mktemp("tiny"))
@@ -45,6 +58,8 @@ def run_check(tiny, tmp_path, monkeypatch):
 
     words = pd.DataFrame({"word": [f"w{i}" for i in range(60)]})
     monkeypatch.setattr(emb, "word_table", lambda *_, **__: words)  # the tiny vocabulary has no words
+    if not has_quantizer():
+        monkeypatch.setattr(sys.modules["llamatelemetry.quantize"], "needs_imatrix", lambda *_: False)
 
     def run(number, **given):
         values = {}
@@ -219,16 +234,8 @@ def test_the_kinds_that_are_made_are_reserved():
 
 
 def test_types_are_those_of_the_tool():
-    import re
-    import subprocess
-
-    from llamatelemetry import LlamaTelemetryError
-    from llamatelemetry.quantize import tool
-
-    try:
-        program = tool("llama-quantize")
-    except LlamaTelemetryError as error:
-        pytest.skip(str(error))
+    if not (program := has_quantizer()):
+        pytest.skip("no engine")
     said = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
     listed = re.findall(r"^ *\d+ +or +(\w+) *:(?! alias)", said, re.MULTILINE)
     assert sorted(listed) == sorted(TYPES)
@@ -242,12 +249,25 @@ def test_defaults_are_of_the_declared_types(number):
     assert fit(NOTEBOOKS[number], given) == given
 
 
+def test_a_type_that_needs_a_matrix_is_refused_without_one(run_check, tmp_path):
+    """Rows of 256 weights are what such types pack; narrower ones fall back and need none."""
+    if not has_quantizer():
+        pytest.skip("no engine")
+    wide = str(models.tiny_model("llama", tmp_path, n_embd=256, n_ff=256))
+    for number, name in (("13", "OTHER_TYPE"), ("14", "QUANTIZATION"), ("15", "REQUANTIZE")):
+        with pytest.raises(ParameterError, match=f"^{name} = 'IQ2_XXS': IQ2_XXS of this model needs an importance matrix"):
+            run_check(number, MODEL=wide, **{name: "IQ2_XXS"})
+        run_check(number, **{name: "IQ2_XXS"})
+    with pytest.raises(ParameterError, match="^QUANTIZATIONS = .*: IQ1_S of this model needs an importance matrix"):
+        run_check("16", MODEL=wide, QUANTIZATIONS=["Q4_K_M", "IQ1_S"])
+    run_check("16", MODEL=wide, QUANTIZATIONS=["Q4_K_M", "IQ1_S"], IMATRIX=True)
+
+
 def test_the_check_leaves_public_names_as_they_are(tiny):
     """A module `quantize` that is imported before the function of that name takes its place in the package."""
-    import subprocess
-    import sys
-
-    code = (f"from llamatelemetry import parameters; parameters.check({{'MODEL': {str(tiny)!r}, 'QUANTIZATION': 'Q8_0', "
+    if not has_quantizer():
+        pytest.skip("no engine")
+    code = (f"from llamatelemetry import parameters; parameters.check({{'MODEL': {str(tiny)!r}, 'QUANTIZATION': 'IQ3_XS', "
             "'BACKEND': 'cpu', 'REFERENCE_MODEL': None}); import llamatelemetry as package\n"
             "assert all(not isinstance(getattr(package, name), type(package)) for name in package.__all__)")
     subprocess.run([sys.executable, "-c", code], check=True)
