@@ -33,7 +33,10 @@ def fit(notebook, values, typed=False):
     if not values:
         return {}
     path = Path(notebook)
-    kinds = declared(parameters_cell(path))
+    try:
+        kinds = declared(parameters_cell(path))
+    except SyntaxError as error:
+        raise ParameterError(f"The parameters cell of {path.name} is no plain Python: {error}.") from None
     for name in values:
         if name not in kinds:
             near = difflib.get_close_matches(str(name).upper(), kinds, 1, cutoff=0.5)
@@ -108,7 +111,7 @@ def _fitted(name, value, kind, typed, notebook):
     except UnicodeEncodeError:  # a file name that is no UTF-8
         raise ParameterError(f"{name} = {said}: a notebook is written in UTF-8 and cannot hold this text. Give a link to "
                              "that file under another name.") from None
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ParameterError(f"{name} = {said}: {words(kind)} is expected by {notebook}.") from None
     return value
 

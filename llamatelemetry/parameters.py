@@ -49,7 +49,7 @@ def optional(rule):
     """None, or what `rule` allows."""
     def check(value, model, values):
         wrong = None if value is None else rule(value, model, values)
-        return wrong and f"{wrong}, or None"
+        return wrong and f"{wrong.rstrip('.')} (or None)"
     return check
 
 
@@ -66,8 +66,8 @@ def whole(least, most=None):
 def number(least, most=None):
     """A number from `least` to `most`."""
     def check(value, model, values):
-        fits = _is(value, numbers.Real) and least <= value <= (math.inf if most is None else most)
-        return None if fits and math.isfinite(value) else f"a number {_range(least, most)} is expected"
+        fits = _is(value, numbers.Real) and least <= value < math.inf and (most is None or value <= most)
+        return None if fits else f"a number {_range(least, most)} is expected"
     return check
 
 
@@ -204,7 +204,11 @@ def folder(value, model, values):
     """A folder to write to, which need not exist yet."""
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
         return "the name of a folder is expected"
-    there = next(path for path in (Path(value).absolute(), *Path(value).absolute().parents) if path.exists())
+    path = Path(value).absolute()
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists())
+    except OSError as error:  # a name that is too long, a folder that must not be looked into
+        return str(error)
     if not there.is_dir():
         return f"a folder is expected, and {there} is a file"
     return None if os.access(there, os.W_OK | os.X_OK) else f"nothing can be written in {there}"
@@ -291,6 +295,8 @@ def check_texts(values, engine, room=None):
     context, generate = values.get("CONTEXT"), values.get("GENERATE", 0)
     because = "" if room else f" (CONTEXT {context} - GENERATE {generate})"
     room = room or context - generate
+    if room < 2:
+        raise _error("GENERATE", generate, f"a whole number from 1 to {context - 2} fits beside a prompt in CONTEXT {context}")
     found = {name: engine.tokenize(values[name]) for name in ("PROMPT", "SECOND_PROMPT") if name in values}
     for name, tokens in found.items():
         if not 2 <= len(tokens) <= room:

@@ -93,7 +93,7 @@ def test_values_from_python(values, fitted, notebook):
 
 
 @pytest.mark.parametrize("values", [{"PROMPT": 1984}, {"PROMPT": None}, {"LAYER": "3"}, {"LAYER": 3.0}, {"LAYER": True},
-                                    {"MARGIN": float("nan")}, {"SURE": 1}, {"TYPES": [1]}, {"COUNT": "None"}])
+                                    {"MARGIN": float("nan")}, {"MARGIN": 10**400}, {"SURE": 1}, {"TYPES": [1]}, {"COUNT": "None"}])
 def test_values_from_python_are_not_read_as_texts(values, notebook):
     with pytest.raises(ParameterError, match=f"^{next(iter(values))} = "):
         fit(notebook, values)
@@ -137,6 +137,13 @@ def test_texts_arrive_in_the_notebook_as_they_were_typed(notebook, tmp_path, cap
 def test_a_name_that_a_notebook_cannot_hold_is_refused(notebook):
     with pytest.raises(ParameterError, match=r"FILE = 'caf\\udce9': a notebook is written in UTF-8"):
         fit(notebook, {"FILE": "caf\udce9"}, typed=True)
+
+
+def test_a_cell_that_is_no_python_is_said(tmp_path):
+    cell = nbformat.v4.new_code_cell("%matplotlib inline\nA = 1", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "m.ipynb")
+    with pytest.raises(ParameterError, match="parameters cell of m.ipynb is no plain Python"):
+        fit(tmp_path / "m.ipynb", {"A": 2})
 
 
 def test_types_have_names():
