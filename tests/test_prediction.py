@@ -73,7 +73,7 @@ def test_the_states_of_an_encoder_are_those_that_its_embeddings_are_made_of(tmp_
         np.testing.assert_allclose(cap.final_norm.mean("token"), engine.embed(text, normalize=False)[0], atol=3e-3)
 
 
-# ---- values that are no numbers ----------------------------------------------------------------------------------------
+# ---- values that are no numbers --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[np.nan, np.inf], ids=["NaN", "infinity"])
@@ -149,9 +149,11 @@ LAYERS = [lambda h: layers.sum_error(h, h[1:] * 0, h[1:] * 0), lambda h: layers.
           lambda h: layers.projection(h, h[1:] * 0, h[1:] * 0), layers.cka_map, layers.block_influence,
           layers.magnitude_quantiles, lambda h: layers.massive_activations(h, "abc"), layers.norm_table,
           lambda h: layers_compare.divergence(h, h, PAIRS), lambda h: layers_compare.changed_positions(h, h),
-          lambda h: quantization.hidden_drift(h, h), lambda h: attention_output.residual_shares(h, h[1:] * 0, h[1:] * 0)]
+          lambda h: quantization.hidden_drift(h, h),
+          lambda h: attention_output.residual_shares(h, h[1:] * 0, h[1:] * 0)]
 ATTENTION = [att.head_table, att.entropy, att.mean_distance, att.sink_mass, att.key_importance, att.is_sink_head,
-             lambda a: att.generated_split(a, 1), attention_flow.rollout, attention_flow.flow, attention_flow.head_edges,
+             lambda a: att.generated_split(a, 1), attention_flow.rollout, attention_flow.flow,
+             attention_flow.head_edges,
              lambda a: attention_flow.token_nodes(a, "abc", None), lambda a: attention_compare.compare_heads(a, a),
              lambda a: attention_findings.head_finding(a[1, 1], "abc"), lambda a: attention_output.first_shares(a, a),
              lambda a: quantization.attention_divergence(a, a), lambda a: heads_similarity.js_sums(a, [0, 1, 2]),

@@ -9,6 +9,7 @@ from ..capture.finite import measured
 from ..drawn import quoted
 from .attention import SINK_THRESHOLD
 from .attention_output import first_shares
+from .ratios import rank_correlation, ratio, some
 
 
 def _wrapped(function):
@@ -47,10 +48,18 @@ def depth_finding(table):
     layers = table.groupby("layer")[["entropy_normalised", "distance"]].mean()
     low, high = layers["entropy_normalised"].idxmin(), layers["entropy_normalised"].idxmax()
     far = table.loc[table["distance"].idxmax()]
-    return (
+    broad = (
         f"Attention is broadest in layer {high} (mean normalised entropy "
         f"{layers.loc[high, 'entropy_normalised']:.2f}) and "
-        f"most concentrated in layer {low} ({layers.loc[low, 'entropy_normalised']:.2f}). The head that looks farthest "
+        f"most concentrated in layer {low} ({layers.loc[low, 'entropy_normalised']:.2f})."
+        if low != high else
+        f"Attention has a mean normalised entropy of {layers.loc[low, 'entropy_normalised']:.2f} in "
+        f"{'the only' if len(layers) == 1 else 'every'} layer."
+    )  # fmt: skip
+    if len(table) == 1:
+        return f"{broad} The only head looks {far['distance']:.1f} tokens back on average."
+    return (
+        f"{broad} The head that looks farthest "
         f"back is layer {int(far['layer'])}, head {int(far['head'])}: {far['distance']:.1f} tokens on average."
     )
 
@@ -73,10 +82,12 @@ def sink_finding(table):
 def weighted_finding(raw, weighted, norms, pieces):
     """Raw against norm-weighted attention of one head. raw, weighted: (query, key); norms: (key,), |W_O v|."""
     norms, later = np.asarray(norms), slice(1, None)
-    shares = np.asarray(weighted) / np.asarray(weighted).sum(-1, keepdims=True)
+    if not norms.any():
+        return "Every value of this head is 0 through W_O: whatever it looks at, it moves nothing."
+    shares = ratio(weighted, np.asarray(weighted).sum(-1, keepdims=True))
     return (
         f"The first token gets {np.asarray(raw)[later, 0].mean():.0%} of this head's weight, and "
-        f"{shares[later, 0].mean():.0%} of the length that the head moves: its value is {norms[0]:.3g} long "
+        f"{np.nanmean(shares[later, 0]):.0%} of the length that the head moves: its value is {norms[0]:.3g} long "
         "through W_O, "
         f"against {np.median(norms[later]):.3g} for the median of the others. The longest is "
         f"{quoted(pieces[norms.argmax()])}"
@@ -89,9 +100,9 @@ def weighted_layers_finding(attention, weighted):
     """The same over all heads: (layer, head, query, key)."""
     raw, moved = first_shares(attention, weighted)
     return (
-        f"Over all heads the first token receives {raw:.0%} of the attention and {moved:.0%} of the moved length: raw "
-        "weights "
-        + ("overstate" if raw > moved else "understate")
+        f"Over all heads the first token receives {raw:.0%} of the attention and "
+        f"{some(moved, '{:.0%}', 'no')} of the moved length: raw weights "
+        + ("match" if not abs(raw - moved) > 0.005 else "overstate" if raw > moved else "understate")
         + " its part in what heads write."
     )
 
@@ -117,14 +128,15 @@ def flow_finding(flow, mean, pieces):
     """Flow and mean attention of the last query: (key,) each, sums 1."""
     flow, mean = np.asarray(flow), np.asarray(mean)
     best = int(flow.argmax())
-    order = np.corrcoef(np.argsort(np.argsort(flow)), np.argsort(np.argsort(mean)))[0, 1]
+    order = some(rank_correlation(flow, mean), "The two rank tokens with a correlation of {:.2f}.",
+                 "There is too little to rank for a correlation of the two.")  # fmt: skip
     other = 1 + int(mean[1:].argmax())
     return (
         f"Flow is largest from {quoted(pieces[best])} (position {best}): {flow[best]:.3f}, against "
         f"{1 / len(flow):.3f} for an "
         f"even share. Mean attention gives the first token {mean[0]:.2f} and among the others most to "
         f"{quoted(pieces[other])} "
-        f"(position {other}, {mean[other]:.2f}). The two rank tokens with a correlation of {order:.2f}."
+        f"(position {other}, {mean[other]:.2f}). {order}"
     )
 
 
@@ -147,6 +159,7 @@ def residual_finding(shares, position=-1):
     """Attention against feed-forward in the residual stream. shares: residual_shares."""
     by_layer = shares["attention_share"].isel(token=slice(1, None)).mean("token")
     strongest = int(np.argmax(by_layer.values))
+    most = f", most in layer {strongest} ({float(by_layer[strongest]):.0%})" if by_layer.size > 1 else ""
     direct = {
         "attention": float(shares["attention_direct"].isel(token=position).sum()),
         "feed-forward blocks": float(shares["ffn_direct"].isel(token=position).sum()),
@@ -155,7 +168,7 @@ def residual_finding(shares, position=-1):
     said = ", ".join(f"{round(value, 2) + 0.0:.0%} {name}" for name, value in direct.items())
     return (
         f"Attention writes {float(by_layer.mean()):.0%} of the length that the blocks add, mean over layers and tokens "
-        f"after the first, most in layer {strongest} ({float(by_layer[strongest]):.0%}). Along the direction of "
+        f"after the first{most}. Along the direction of "
         "the last "
         f"token's final stream the shares are {said}; negative means against it."
     )
@@ -170,8 +183,8 @@ def logit_finding(parts, pieces):
     return (
         f"{quoted(pieces[0])} leads {quoted(pieces[1])} by {first['captured'] - second['captured']:.2f} in logit: "
         f"{gap['attention']:+.2f} from attention, {gap['ffn']:+.2f} from the feed-forward blocks, "
-        f"{gap['embedding']:+.2f} from the embedding. Layer {layers.argmax()} adds most to the lead "
-        f"({layers.max():+.2f})."
+        f"{gap['embedding']:+.2f} from the embedding."
+        + (f" Layer {layers.argmax()} adds most to the lead ({layers.max():+.2f})." if len(layers) > 1 else "")
     )
 
 
@@ -179,6 +192,8 @@ def logit_finding(parts, pieces):
 def compare_finding(table, a="the quantized file", b="the reference"):
     """How far two precisions' attention is apart. table: compare_heads."""
     top, moved = table.iloc[0], table["top_moved"].mean()
+    if not table["max_difference"].max() > 0:
+        return f"Between {a} and {b} no weight of any head differs."
     return (
         f"Between {a} and {b} a head's attention differs by a Jensen-Shannon distance of "
         f"{table['js_distance'].median():.4f} (median over heads), most in layer {int(top['layer'])}, head "
@@ -201,7 +216,7 @@ def moved_finding(table, moved, n_token):
 @_wrapped
 def centrality_finding(table):
     """PageRank and betweenness against received attention. table: as plots.attention.centrality_scatter."""
-    order = table[["received", "pagerank", "betweenness"]].corr(method="spearman")["received"]
+    order = {name: rank_correlation(table["received"], table[name]) for name in ("pagerank", "betweenness")}
     top = table.loc[table["pagerank"].idxmax()]
     between = table.loc[table["betweenness"].idxmax()]
     others = table["received"].iloc[1:]
@@ -209,8 +224,10 @@ def centrality_finding(table):
         f"Later tokens give the first {table['received'].iloc[0]:.2f} of their attention, its sink mass, and any "
         "other at "
         f"most {others.max():.2f} (position {others.idxmax()}). "
-        f"PageRank ranks positions with a Spearman correlation of {order['pagerank']:.2f} to what they receive, "
-        f"betweenness with {order['betweenness']:.2f}. The highest PageRank is {quoted(top['piece'])} (position "
-        f"{int(top['position'])}, {top['pagerank']:.2f}); most shortest paths pass {quoted(between['piece'])} (position "
-        f"{int(between['position'])})."
+        + some(order["pagerank"], "PageRank ranks positions with a Spearman correlation of {:.2f} to what they receive",
+               "PageRank gives no order to compare with what positions receive")
+        + some(order["betweenness"], ", betweenness with {:.2f}", "")
+        + f". The highest PageRank is {quoted(top['piece'])} (position {int(top['position'])}, {top['pagerank']:.2f}); "
+        + (f"most shortest paths pass {quoted(between['piece'])} (position {int(between['position'])})."
+           if between["betweenness"] > 0 else "no shortest path passes a third position.")
     )

@@ -8,6 +8,7 @@ from ..capture.finite import measured
 from . import rounding
 from .attention import kv_head, softmax
 from .attention_weights import output_weight, project_output
+from .ratios import ratio
 
 
 def value_norms(v, gguf, progress=False):
@@ -36,7 +37,8 @@ def norm_weighted(attention, norms):
 def first_shares(attention, weighted):
     """The first token's share of what later tokens attend to: of the weight, and of the moved length. Two floats."""
     raw, moved = measured(attention, np.float64), np.asarray(weighted)
-    return float(raw[..., 1:, 0].mean()), float((moved[..., 0] / moved.sum(-1))[..., 1:].mean())
+    shares = ratio(moved[..., 0], moved.sum(-1))[..., 1:]  # NaN where a head moves nothing
+    return float(raw[..., 1:, 0].mean()), float(np.nanmean(shares)) if np.isfinite(shares).any() else float("nan")
 
 
 def residual_shares(hidden, attn_out, ffn_out):
@@ -47,14 +49,14 @@ def residual_shares(hidden, attn_out, ffn_out):
     stream, x · final / |final|^2, which together sum to 1 where nothing else writes the stream.
     """
     h, a, f = (measured(x.transpose("layer", "token", "embd"), np.float64) for x in (hidden, attn_out, ffn_out))
-    final = h[-1] / np.sum(h[-1] ** 2, axis=-1, keepdims=True)
+    final = ratio(h[-1], np.sum(h[-1] ** 2, axis=-1, keepdims=True))
     norms = np.linalg.norm(a, axis=-1), np.linalg.norm(f, axis=-1)
     dims = ("layer", "token")
     return xr.Dataset(
         {
             "attention_norm": (dims, norms[0]),
             "ffn_norm": (dims, norms[1]),
-            "attention_share": (dims, norms[0] / (norms[0] + norms[1])),
+            "attention_share": (dims, ratio(norms[0], norms[0] + norms[1])),
             "attention_direct": (dims, np.einsum("lte,te->lt", a, final)),
             "ffn_direct": (dims, np.einsum("lte,te->lt", f, final)),
             "embedding_direct": ("token", np.einsum("te,te->t", h[0], final)),

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..drawn import quoted
+from .ratios import ratio, some
 
 
 def _quoted(pieces, limit=6):
@@ -24,7 +25,7 @@ def norm_sentence(norms, kinds):
     medians = {name: float(np.median(norms[kinds == name])) for name in names}
     low, high = min(medians, key=medians.get), max(medians, key=medians.get)
     text = (f"Norms run from {norms.min():.3g} to {norms.max():.3g}, with median {np.median(norms):.3g} and a spread "
-            f"(standard deviation over mean) of {norms.std() / norms.mean():.1%}.")
+            f"(standard deviation over mean) of {some(ratio(norms.std(), norms.mean()), '{:.1%}', 'none')}.")
     if low == high:
         return text
     return text + (f" Of kinds with five tokens or more, {low!r} has the smallest median ({medians[low]:.3g}), "
@@ -55,18 +56,19 @@ def projection_sentence(kept, k, variance, what):
     shares = ", ".join(f"{name} {share:.0%}" for name, share in kept.items())
     return (f"Of each token's {k} nearest neighbours among these {what}, the three dimensions keep: {shares}. "
             f"Neighbourhoods are read best in {best}; three principal components hold "
-            f"{variance:.0%} of the variance.")
+            f"{some(variance, '{:.0%}', 'none')} of the variance.")
 
 
 def clusters_sentence(table):
     """table: `cluster_agreement`."""
     purity = table.loc[("categories", "purity")]
     parts = [f"{purity.value:.0%} of a word's nearest neighbours share its category "
-             f"(shuffled labels: {purity.shuffled:.0%})."]
+             f"(shuffled labels: {purity.shuffled:.0%})." if np.isfinite(purity.value) else
+             "The words are of one category, or each of its own: there is nothing that clusters could agree with."]
     for name in [grouping for grouping in dict.fromkeys(table.index.get_level_values(0)) if grouping != "categories"]:
         row = table.loc[(name, "adjusted Rand")]
         noise = f", {row.noise:.0%} noise" if row.noise else ""
-        if np.isnan(row.value):
+        if np.isnan(row.value) or np.isnan(purity.value):
             parts.append(f"{name} finds {row.clusters:.0f} cluster(s){noise}: nothing to compare with the categories.")
             continue
         above = "above" if row.value > row.shuffled_p95 else "not above"
@@ -108,6 +110,8 @@ def pairs_sentence(cosines, texts, labels):
     a, b = np.unravel_index(np.where(upper, cosines, -np.inf).argmax(), cosines.shape)
     across = upper & (labels[:, None] != labels)
     c, d = np.unravel_index(np.where(across, cosines, -np.inf).argmax(), cosines.shape)
+    if not across.any():
+        return f"Closest: {texts[a]!r} and {texts[b]!r} ({cosines[a, b]:.2f}). There is one topic."
     return (f"Closest: {texts[a]!r} and {texts[b]!r} ({cosines[a, b]:.2f}). Closest of two topics: {texts[c]!r} "
             f"({labels[c]}) and {texts[d]!r} ({labels[d]}), {cosines[c, d]:.2f}.")
 
@@ -159,7 +163,8 @@ def unused_sentence(table, norms):
         return ("Nothing here tells an unused token: none is marked in the file, no two rows are equal, none is zero, "
                 "and there is no impossible byte to compare with.")
     close = table[table.why == "as close to those"]
-    low, high = np.percentile(np.delete(norms, table.id), [1, 99])  # the others
+    others = np.delete(norms, table.id)
+    low, high = np.percentile(others, [1, 99]) if len(others) else (-np.inf, np.inf)
     apart = table.norm.quantile(0.75) < low or table.norm.quantile(0.25) > high
     known = len(table) - len(close)
     text = f"{known:,} tokens are known to be unused by their row, their byte or the file"
@@ -210,6 +215,8 @@ def plane_sentence(planes, senses):
     """planes: {layer: (scores, shares)}: in which of the panels the two senses lie farthest apart, in units of their
     own spread."""
     names = list(dict.fromkeys(senses))
+    if len(names) < 2:
+        return f"All sentences have one sense, {names[0]!r}: there is none to be apart from."
     ratios = {}
     for layer, (scores, _) in planes.items():
         parts = [scores[np.asarray(senses) == name] for name in names[:2]]

@@ -5,6 +5,7 @@ import pandas as pd
 import xarray as xr
 
 from .heads_texts import OFFSETS
+from .ratios import rank_correlation
 
 # What a label says. All but the last are shares of a head's attention, mean over query rows that have such a key.
 LABELS = {
@@ -91,6 +92,8 @@ def profile(scores, n_boot=500, seed=0):
     for name in [n for n in scores.data_vars if "text" in scores[n].dims and not n.endswith("~")]:
         array = scores[name]
         have = np.flatnonzero(np.isfinite(array.values).any(axis=(1, 2)))
+        if not len(have):
+            continue  # no text had it: a measure that was not made
         values = array.values[have]  # (text, layer, head)
         draws = rng.integers(0, len(have), (n_boot, len(have)))
         weights = np.stack([np.bincount(draw, minlength=len(have)) for draw in draws]) / len(have)  # (boot, text)
@@ -149,19 +152,17 @@ def label_counts(earned, profiled):
 def by_depth(profiled, measures=None):
     """How each measure changes over the layers: DataFrame (measure) of mean in the first, middle and last third of the
     layers, the layer with the highest mean, and Spearman's correlation of a head's score with its layer."""
-    from scipy.stats import spearmanr
-
     rows = {}
     for name in measures or [name for name in profiled["measure"].values if name != "mass"]:
         value = profiled["value"].sel(measure=name)
         mean = value.mean("head")
-        thirds = [float(np.nanmean(part)) if len(part) else np.nan for part in np.array_split(mean.values, 3)]
+        thirds = [float(np.nanmean(part)) if np.isfinite(part).any() else np.nan
+                  for part in np.array_split(mean.values, 3)]  # fmt: skip
         depth = np.repeat(value["layer"].values, value.sizes["head"])
         flat = value.values.reshape(-1)
-        keep = np.isfinite(flat)
         rows[str(name)] = {"first third": thirds[0], "middle third": thirds[1], "last third": thirds[2],
                            "peak layer": int(mean["layer"][int(np.nanargmax(mean.values))]),
-                           "spearman with layer": float(spearmanr(depth[keep], flat[keep])[0])}  # fmt: skip
+                           "spearman with layer": rank_correlation(depth, flat)}  # fmt: skip
     return pd.DataFrame(rows).T.rename_axis("measure")
 
 
@@ -174,4 +175,4 @@ def typical_texts(scores, layer, head, measures):
         if values.size:
             rows.append({"measure": name, "text": str(values.text.values[int(np.argmax(values.values))]),
                          "score": float(values.max()), "mean over texts": float(values.mean())})  # fmt: skip
-    return pd.DataFrame(rows).set_index("measure")
+    return pd.DataFrame(rows, columns=["measure", "text", "score", "mean over texts"]).set_index("measure")

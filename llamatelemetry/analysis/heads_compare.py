@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from .heads import LABELS
+from .ratios import rank_correlation
 
 
 def compare_profiles(one, other, earned, other_earned):
@@ -13,8 +14,6 @@ def compare_profiles(one, other, earned, other_earned):
     the heads' scores; mean_change: mean absolute difference; head: the one that moved most; inside: share of heads
     whose other score lies in the first one's interval; labels: heads that have it in the first profile.
     """
-    from scipy.stats import spearmanr
-
     rows = {}
     for name in [name for name in one["measure"].values if name in other["measure"].values and name != "mass"]:
         a, b = (part["value"].sel(measure=name).values.reshape(-1) for part in (one, other))
@@ -24,7 +23,7 @@ def compare_profiles(one, other, earned, other_earned):
         change = np.where(keep, np.abs(a - b), -1)
         layer, head = np.unravel_index(change.argmax(), (one.sizes["layer"], one.sizes["head"]))
         low, high = (one[side].sel(measure=name).values.reshape(-1)[keep] for side in ("low", "high"))
-        row = {"spearman": float(spearmanr(a[keep], b[keep])[0]), "mean_change": float(change[keep].mean()),
+        row = {"spearman": rank_correlation(a, b), "mean_change": float(change[keep].mean()),
                "largest_change": float(change.max()), "head": f"L{int(one['layer'][layer])}H{head}",
                "inside": float(((b[keep] >= low) & (b[keep] <= high)).mean())}  # fmt: skip
         if name in LABELS and name in earned["label"].values and name in other_earned["label"].values:

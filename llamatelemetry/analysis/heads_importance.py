@@ -56,6 +56,9 @@ def relations(table, columns, target="kl", n_boot=500, seed=0):
     rng, rows = np.random.default_rng(seed), {}
     for name in columns:
         pair = table[[name, target]].dropna().to_numpy(float)
+        if len(pair) < 3 or (np.ptp(pair, axis=0) == 0).any():  # two points, or a column without an order
+            rows[name] = {"rho": np.nan, "low": np.nan, "high": np.nan, "p": np.nan, "heads": len(pair)}
+            continue
         rho, p = spearmanr(pair[:, 0], pair[:, 1])
         picks = rng.integers(0, len(pair), (n_boot, len(pair)))
         a, b = (rankdata(pair[picks, i], axis=1) for i in (0, 1))

@@ -4,6 +4,7 @@ import numpy as np
 
 from .heads import LABELS
 from .heads_similarity import head_name
+from .ratios import rank_correlation, some
 
 
 def _list(words):
@@ -42,11 +43,11 @@ def map_sentence(profiled, measures):
 def label_sentence(counts, earned, table, margin):
     """How many heads earn each label, several, or none."""
     ranked = counts["heads"].sort_values(ascending=False, kind="stable")
-    some = [f"{name} {int(n)}" for name, n in ranked.items() if n]
+    earn = [f"{name} {int(n)}" for name, n in ranked.items() if n]
     empty = [name for name, n in ranked.items() if n == 0]
     per_head = earned.sum("label").values.reshape(-1)
     none = int((table["labels"] == "none").sum())
-    text = f"Of {len(table)} heads these clear their baseline by {margin:g} or more: {_list(some)}."
+    text = f"Of {len(table)} heads these clear their baseline by {margin:g} or more: {_list(earn)}."
     if empty:
         text += f" No head is {_list(empty)} in that sense."
     return text + f" {int((per_head > 1).sum())} carry several labels, {none} none."
@@ -56,6 +57,8 @@ def depth_sentence(depth, earned):
     """Where behaviours sit: the strongest drift with depth, and the layers of those that peak early and late."""
     known = depth.loc[[name for name in depth.index if name in LABELS]]
     rho = known["spearman with layer"].dropna()
+    if rho.empty:
+        return "No score rises or falls with depth: there are too few heads or layers, or the scores are constant."
     peaks = known["peak layer"].astype(int)
     text = (f"With depth {rho.idxmax()} rises most (Spearman {rho.max():+.2f} with the layer) and "
             f"{rho.idxmin()} falls most "
@@ -71,6 +74,9 @@ def cluster_sentence(labels, silhouette, rand, jaccard, mds_share):
     """Sizes of the clusters, how separate they are, whether they come again, and how faithful the map is."""
     sizes = np.bincount(labels[labels >= 0])
     stable = int((jaccard >= 0.75).sum())
+    if not np.isfinite(silhouette):
+        return (f"No clusters: {len(labels)} head{'s' if len(labels) > 1 else ''} cannot be told apart in groups "
+                "(a silhouette needs two clusters and more heads than clusters).")  # fmt: skip
     grades = (0.5, "well separated"), (0.25, "weakly separated"), (-2, "not separated by gaps")
     split = next(name for limit, name in grades if silhouette > limit)
     return (f"{len(sizes)} clusters of {_list(map(str, sizes))} heads, {split} (silhouette {silhouette:.2f}). "
@@ -78,7 +84,7 @@ def cluster_sentence(labels, silhouette, rand, jaccard, mds_share):
             f"gives an adjusted Rand index of {rand.mean():.2f} ({rand.min():.2f} to {rand.max():.2f}); {stable} of "
             f"{len(jaccard)} clusters come again with a Jaccard overlap of 0.75 or more. Two coordinates of "
             f"classical scaling "
-            f"hold {mds_share:.0%} of the squared distances.")  # fmt: skip
+            f"hold {some(mds_share, '{:.0%}', 'none')} of the squared distances.")  # fmt: skip
 
 
 def hdbscan_sentence(labels, other):
@@ -95,8 +101,33 @@ def hdbscan_sentence(labels, other):
     return text + f"; on the heads it keeps, it agrees with the clusters above by {rand:.2f} (adjusted Rand index)."
 
 
+def apart_sentence(same, other):
+    """Mean distances of heads of one layer and of different layers: similarity.layer_distances."""
+    said = [some(same, "two heads of one layer are {:.3f} apart on average", ""),
+            some(other, "two of different layers {:.3f}", "")]  # fmt: skip
+    said = ", ".join(filter(None, said))
+    return f"{said[0].upper()}{said[1:]}." if said else "There is one head: no distance to another."
+
+
+def nearest_sentence(name, near):
+    """near: similarity.nearest_heads of the head called `name`."""
+    if not near:
+        return f"There is no head beside {name}."
+    return f"Nearest to {name}: " + ", ".join(f"{other} at {apart:.3f}" for other, apart in near) + "."
+
+
+def links_sentence(edges):
+    """edges: DataFrame (source, target) of head names, each head linked to its nearest."""
+    if edges.empty:
+        return "No links: there is one head."
+    across = edges["source"].str.split("H").str[0] != edges["target"].str.split("H").str[0]
+    return f"{len(edges)} links; {across.mean():.0%} of them join heads of different layers."
+
+
 def redundancy_sentence(pairs, curve, n_heads, groups):
     """The closest pair, what half of the heads can stand for, and whether shared keys make heads alike."""
+    if pairs.empty:
+        return "There is one head: nothing that could be redundant."
     first = pairs.iloc[0]
     half = curve[curve["heads"] <= n_heads / 2]
     text = (f"The closest pair is {first['a']} and {first['b']} at {first['distance']:.3f}; "
@@ -114,8 +145,8 @@ def redundancy_sentence(pairs, curve, n_heads, groups):
     verdict = "closer to each other than to the layer's other heads" if closer else "as close as chance makes them"
     verdict += f" (p = {groups['p']:.3f} by shuffling)"
     return text + (f" Heads that share a kv head are {verdict}: mean distance {groups['inside']:.3f} inside groups, "
-                   f"{groups['outside']:.3f} between groups of a layer, {groups['other_layers']:.3f} between "
-                   f"layers.")  # fmt: skip
+                   f"{groups['outside']:.3f} between groups of a layer"
+                   f"{some(groups['other_layers'], ', {:.3f} between layers', '')}.")  # fmt: skip
 
 
 def importance_sentence(table, base_loss, n_heads):
@@ -125,11 +156,13 @@ def importance_sentence(table, base_loss, n_heads):
     better = int((table["loss_change"] < -2 * table["error"]).sum())
     positive = table["loss_change"].clip(lower=0).sort_values(ascending=False)
     share = positive.head(10).sum() / max(positive.sum(), 1e-12)
+    held = f" The ten costliest heads hold {share:.0%} of all increases." if len(table) > 10 and positive.any() else ""
     scope = "" if len(table) == n_heads else f" (a sample of {len(table)} of {n_heads})"
     name = head_name((int(worst["layer"]), int(worst["head"])))
-    return (f"Without {name} the loss of {base_loss:.2f} nats per token rises most, by "
-            f"{worst['loss_change']:.3f} ± {worst['error']:.3f}. The ten costliest heads hold {share:.0%} of "
-            f"all increases. "
+    change = (f"Without {name} the loss of {base_loss:.2f} nats per token rises most, by" if worst["loss_change"] > 0
+              else f"No head costs anything: the loss of {base_loss:.2f} nats per token changes most upwards without "
+                   f"{name}, by")  # fmt: skip
+    return (f"{change} {worst['loss_change']:.3f}{some(worst['error'], ' ± {:.3f}', '')}.{held} "
             f"{clear} heads raise and {better} lower it by more than two standard errors{scope}; with "
             f"{len(table)} heads "
             f"tested, about {0.046 * len(table) / 2:.0f} of either sign would by chance alone.")  # fmt: skip
@@ -153,7 +186,9 @@ def relation_sentence(relations):
     """Which measures go with importance, which do not."""
     clear = relations[(relations["low"] > 0) | (relations["high"] < 0)].sort_values("rho", key=abs, ascending=False)
     if clear.empty:
-        return "No measure is related to importance: every interval holds 0."
+        if relations["rho"].isna().all():
+            return f"No relation can be seen: {int(relations['heads'].max())} heads are too few, or nothing varies."
+        return "No measure is related to importance: every interval that there is holds 0."
     said = [f"{name} {row['rho']:+.2f}" for name, row in clear.head(4).iterrows()]
     rest = [name for name in relations.index if name not in clear.index]
     text = (f"Important heads differ in {_list(said)} (Spearman; the strongest of {len(clear)} whose intervals "
@@ -163,9 +198,13 @@ def relation_sentence(relations):
 
 def mode_sentence(both):
     """Zero against mean ablation of the same heads."""
-    rho = both[["zero", "mean"]].corr("spearman").iloc[0, 1]
+    rho = rank_correlation(both["zero"], both["mean"])
     smaller = float((both["mean"].abs() < both["zero"].abs()).mean())
-    return (f"Over {len(both)} heads the two ways rank heads with a Spearman correlation of {rho:.2f}; the mean "
+    if len(both) == 1:
+        return (f"The only head's zero ablation changes the loss by {both['zero'].iloc[0]:+.4f} nats per token, its "
+                f"mean ablation by {both['mean'].iloc[0]:+.4f}.")  # fmt: skip
+    ranks = some(rho, "the two ways rank heads with a Spearman correlation of {:.2f}", "too few differ to be ranked")
+    return (f"Over {len(both)} heads {ranks}; the mean "
             f"ablation changes "
             f"the loss less in {smaller:.0%} of them (on average {both['mean'].abs().mean():.4f} against "
             f"{both['zero'].abs().mean():.4f} nats per token).")  # fmt: skip
@@ -185,6 +224,8 @@ def pruning_sentence(table, kept, n_heads, limit):
 
 def matrix_sentence(profiled, places, notes):
     """The heads shown side by side, and why."""
+    if not places:
+        return "No head earns a label: there is none to show."
     return "Shown are " + _list(f"L{layer}H{head} ({notes[layer, head]})" for layer, head in places) + "."
 
 
@@ -192,14 +233,16 @@ def precision_sentence(comparison, one, other):
     """Which behaviours survive in the other precision."""
     part = comparison.dropna(subset=["labels"])
     had, kept = int(part["labels"].sum()), int(part["kept"].sum())
-    low = part["spearman"].idxmin()
+    ranks = part["spearman"].dropna()
     shares = comparison.loc[[name for name in comparison.index if name in LABELS]]
     moved = shares["largest_change"].idxmax()
     row = shares.loc[moved]
-    text = (f"Of {had} labels in {one}, {kept} ({kept / max(had, 1):.0%}) hold in {other}, where "
-            f"{int(part['gained'].sum())} are new. ")
-    text += (f"Rank correlations of the scores run from {part['spearman'].min():.3f} ({low}) to "
-             f"{part['spearman'].max():.3f}. ")
+    text = (f"Of {had} labels in {one}, {kept} ({kept / had:.0%}) hold in {other}" if had else
+            f"No head has a label in {one} that could hold in {other}")
+    text += f", where {int(part['gained'].sum())} are new. "
+    if len(ranks):
+        text += (f"Rank correlations of the scores run from {ranks.min():.3f} ({ranks.idxmin()}) to "
+                 f"{ranks.max():.3f}. ")  # fmt: skip
     return text + f"The score that moved most is {moved} of {row['head']}, by {row['largest_change']:.3f}."
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from ..capture.finite import measured
+from .ratios import ratio
 
 BLOCK = 2**22  # attention weights of a temporary
 
@@ -50,7 +51,8 @@ def distances(sums, n_rows):
 
 
 def classical_mds(distance, n=2):
-    """Classical scaling (Torgerson 1952): coordinates (head, n) and the share of the distances' variance in each."""
+    """Classical scaling (Torgerson 1952): coordinates (head, n) and the share of the distances' variance in each: NaN
+    where all distances are 0. Fewer heads than coordinates leave the last ones 0."""
     n_head = len(distance)
     centre = np.eye(n_head) - 1 / n_head
     values, vectors = np.linalg.eigh(-centre @ (distance**2) @ centre / 2)
@@ -58,19 +60,24 @@ def classical_mds(distance, n=2):
     kept = np.maximum(values[order], 0)
     scores = vectors[:, order] * np.sqrt(kept)
     sign = np.sign(scores[np.abs(scores).argmax(0), np.arange(scores.shape[1])])
-    return scores * np.where(sign == 0, 1, sign), kept / np.maximum(values, 0).sum()
+    scores, shares = scores * np.where(sign == 0, 1, sign), ratio(kept, np.maximum(values, 0).sum())
+    return np.pad(scores, ((0, 0), (0, n - scores.shape[1]))), np.pad(shares, (0, n - len(shares)))
 
 
 def cluster(distance, n_clusters=None, largest=12):
     """Average-linkage clusters (Sokal and Michener 1958): labels (head,) from 0, largest cluster first, and silhouette.
 
-    n_clusters: None takes the count from 2 to `largest` with the best mean silhouette (Rousseeuw 1987).
+    n_clusters: None takes the count from 2 to `largest` with the best mean silhouette (Rousseeuw 1987). A silhouette
+    needs from 2 clusters to one less than there are heads: more are cut to that, and where there are no such counts
+    (one head, two, all alike) all heads are one cluster, silhouette NaN.
     """
     from scipy.cluster.hierarchy import fcluster
     from sklearn.metrics import silhouette_score
 
-    tree = linkage_of(distance)
-    counts = range(2, min(largest, len(distance) - 1) + 1) if n_clusters is None else [n_clusters]
+    if len(distance) < 3:
+        return np.zeros(len(distance), int), float("nan")
+    tree, most = linkage_of(distance), len(distance) - 1
+    counts = range(2, min(largest, most) + 1) if n_clusters is None else [min(n_clusters, most)]
     found = {}
     for count in counts:
         labels = fcluster(tree, count, "maxclust")
@@ -83,10 +90,12 @@ def cluster(distance, n_clusters=None, largest=12):
 
 
 def linkage_of(distance):
-    """scipy's linkage matrix of average linkage on a distance matrix."""
+    """scipy's linkage matrix of average linkage on a distance matrix; (0, 4) for a single head."""
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
+    if len(distance) < 2:
+        return np.empty((0, 4))
     return linkage(squareform(distance, checks=False), "average", optimal_ordering=len(distance) <= 600)
 
 
@@ -107,6 +116,8 @@ def stability(sums, n_rows, labels, n_boot=30, seed=0):
     rng = np.random.default_rng(seed)
     sums, n_rows = np.asarray(sums), np.asarray(n_rows)
     names = np.unique(labels)
+    if len(labels) < 2:
+        return np.ones(n_boot), pd.Series(1.0, index=pd.Index(names, name="cluster"), name="jaccard")
     rand, overlap = np.zeros(n_boot), np.zeros((n_boot, len(names)))
     for repeat in range(n_boot):
         draw = rng.integers(0, len(sums), len(sums))
@@ -151,6 +162,34 @@ def cover_curve(distance, radii):
     return pd.DataFrame({"radius": radii, "heads": sizes, "share": np.array(sizes) / len(distance)})
 
 
+def order_of(distance):
+    """Heads in the order of the leaves of average linkage: (head,) int."""
+    from scipy.cluster.hierarchy import leaves_list
+
+    return leaves_list(linkage_of(distance)) if len(distance) > 1 else np.zeros(len(distance), int)
+
+
+def dense_groups(backend, coordinates):
+    """HDBSCAN's labels (-1: left out) of heads by their coordinates; all are left out where there are too few."""
+    least = max(3, len(coordinates) // 50)
+    return backend.hdbscan(coordinates, min_cluster_size=least) if len(coordinates) > least else \
+        np.full(len(coordinates), -1)
+
+
+def uniqueness(distance):
+    """Distance of every head to its nearest other one: (head,); NaN for a single head."""
+    others = np.where(np.eye(len(distance), dtype=bool), np.inf, distance).min(axis=1)
+    return np.where(np.isfinite(others), others, np.nan)
+
+
+def layer_distances(distance, names):
+    """Mean distance of two heads of one layer, and of different layers; NaN where there are no such pairs."""
+    layer = np.array([name[0] for name in names])
+    rows, columns = np.triu_indices(len(names), 1)
+    same, values = layer[rows] == layer[columns], distance[rows, columns]
+    return tuple(float(part.mean()) if part.size else float("nan") for part in (values[same], values[~same]))
+
+
 def group_agreement(distance, names, n_head, n_kv_head, n_shuffle=200, seed=0):
     """Are heads that share a kv head more alike than other heads of the layer?
 
@@ -192,7 +231,8 @@ def nearest(distance, k=3):
     for i, row in enumerate(distance):
         for j in [j for j in np.argsort(row, kind="stable") if j != i][:k]:
             pairs[min(i, j), max(i, j)] = float(row[j])
-    return pd.DataFrame([(i, j, d) for (i, j), d in pairs.items()], columns=["source", "target", "distance"])
+    table = pd.DataFrame([(i, j, d) for (i, j), d in pairs.items()], columns=["source", "target", "distance"])
+    return table.astype({"source": int, "target": int, "distance": float})  # a single head has no pair to tell by
 
 
 def nearest_heads(distance, names, name, k=3):

@@ -9,6 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from ..capture.finite import measured
+from .ratios import rank_correlation, ratio
 
 MASSIVE_VALUE, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al. 2024, arXiv:2402.17762
 
@@ -87,7 +88,7 @@ def sum_error(hidden, attn_out, ffn_out):
     h = measured(hidden, np.float64)
     summed = h[0] + np.cumsum(np.add(*additions(hidden, attn_out, ffn_out)), axis=0)
     error = np.abs(summed - h[1:]).max(axis=(1, 2))
-    table = pd.DataFrame({"error": error, "relative": error / np.abs(h[1:]).max(axis=(1, 2))})
+    table = pd.DataFrame({"error": error, "relative": error / np.maximum(np.abs(h[1:]).max(axis=(1, 2)), 1e-30)})
     return table.set_axis(pd.RangeIndex(1, len(h), name="layer"))
 
 
@@ -103,7 +104,7 @@ def contributions(hidden, attn_out, ffn_out):
     norm, length = np.linalg.norm(added, axis=-1), np.linalg.norm(before, axis=-1)
     norm[norm == 0] = np.nan
     dims = ("part", "layer", "token")
-    data = {"norm": norm, "relative": norm / length, "cosine": (added * before).sum(-1) / (norm * length)}
+    data = {"norm": norm, "relative": ratio(norm, length), "cosine": ratio((added * before).sum(-1), norm * length)}
     return xr.Dataset({name: (dims, values) for name, values in data.items()},
                       coords={"part": ["attention", "ffn"], "layer": np.arange(len(attention))})
 
@@ -115,7 +116,7 @@ def projection(hidden, attn_out, ffn_out, position=-1):
     The last cumulative value is 1 where nothing else writes the stream.
     """
     h = measured(hidden, np.float64)[:, position]
-    final = h[-1] / (h[-1] @ h[-1])
+    final = ratio(h[-1], h[-1] @ h[-1])
     attention, ffn = (part[:, position] @ final for part in additions(hidden, attn_out, ffn_out))
     table = pd.DataFrame({"attention": attention, "ffn": ffn}).rename_axis("layer")
     table["cumulative"] = h[0] @ final + (table["attention"] + table["ffn"]).cumsum()
@@ -138,12 +139,13 @@ def cka_map(hidden, other=None, seed=0):
 
     other: states of the same tokens in another run or model (None: of the same). chance: the mean over layers of the
     CKA of a layer with itself after its tokens were shuffled. With fewer tokens than dimensions it is far from 0.
+    NaN where all tokens after the first have one state: what does not vary is like nothing.
     """
     def grams(states):
         h = _stream(states)[:, 1:]
         h = h - h.mean(axis=1, keepdims=True)
         grams = h @ h.transpose(0, 2, 1)  # (layer, token, token)
-        return grams / np.linalg.norm(grams, axis=(1, 2), keepdims=True)
+        return ratio(grams, np.linalg.norm(grams, axis=(1, 2), keepdims=True))
 
     a = grams(hidden)
     b = a if other is None else grams(other)
@@ -164,5 +166,6 @@ def layer_importance(hidden, sweep):
         named = sweep["loss_change"].items()
         rows = {int(name.split()[1]): value for name, value in named if name.startswith(f"{part} ")}
         table[part] = pd.Series(rows, dtype=float)
-    table.attrs["spearman"] = table.corr(method="spearman")["influence"].drop("influence").to_dict()
+    table.attrs["spearman"] = {part: rank_correlation(table["influence"], table[part])
+                               for part in ("attention", "ffn", "both")}  # fmt: skip
     return table

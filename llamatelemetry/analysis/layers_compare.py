@@ -8,6 +8,9 @@ import xarray as xr
 
 from ..capture.finite import measured
 from ..capture.measures import log_softmax
+from .ratios import ratio
+
+NOISE = 0.05  # logits; whoever has the file and the capture knows better: twice lens.logit_error's tolerance
 
 
 def align(ids, other, by="position"):
@@ -55,14 +58,19 @@ def answer_difference(logits, answers, position=-1):
     return float(row[answers[0]]) - float(row[answers[1]])
 
 
-def restored(difference, patched_run, source_run):
+def answers(logits, other, position=-1):
+    """Two token ids to tell two runs' answers apart: the first run's best token, and the second's best other one."""
+    first = int(measured(logits)[position].argmax())
+    return first, int(next(i for i in np.argsort(-measured(other)[position]) if i != first))
+
+
+def restored(difference, patched_run, source_run, noise=NOISE):
     """Share of the source's answer that a patch brings back: 0 as the run without a patch, 1 as the source.
 
-    All three are answer differences (logits). NaN where the two runs do not differ.
+    All three are answer differences (logits). noise: what rounding can do to the difference of the two runs; where
+    they are no farther apart there is nothing to bring back, and every share is NaN.
     """
-    gap = source_run - patched_run
-    difference = np.asarray(difference, dtype=np.float64)
-    return (difference - patched_run) / gap if gap else np.full(difference.shape, np.nan)
+    return ratio(np.asarray(difference, dtype=np.float64) - patched_run, source_run - patched_run, noise)
 
 
 def changed_positions(hidden, other, limit=None):

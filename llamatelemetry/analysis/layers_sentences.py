@@ -4,30 +4,31 @@ import numpy as np
 
 from ..drawn import quoted
 from .layers import MASSIVE_RATIO, MASSIVE_VALUE
+from .ratios import rank_correlation, ratio, some
 
 
 def norm_sentence(table):
     """table: norm_table."""
     peak, n = table["first"].idxmax(), table.index[-1]
-    ratio = table["first"] / table["median"]
+    times = ratio(table["first"], table["median"])
+    grown = some(ratio(table["median"].iloc[-1], table["median"].iloc[0]), ", {:.3g} times")
     return (
         f"The median length of the other tokens goes from {table['median'].iloc[0]:.3g} at the embedding to "
-        f"{table['median'].iloc[-1]:.3g} after layer {n - 1}, {table['median'].iloc[-1] / table['median'].iloc[0]:.0f} "
-        f"times. The first token is longest before layer {peak} ({table['first'].max():.3g}, {ratio[peak]:.0f} "
-        "times the "
-        f"others' median there) and ends at {ratio.iloc[-1]:.1f} times."
+        f"{table['median'].iloc[-1]:.3g} after layer {n - 1}{grown}. The first token is longest before layer {peak} "
+        f"({table['first'].max():.3g}, {times[table.index.get_loc(peak)]:.3g} times the others' median there) and ends "
+        f"at {times[-1]:.1f} times."
         if peak < n else
         f"The median length of the other tokens goes from {table['median'].iloc[0]:.3g} at the embedding to "
         f"{table['median'].iloc[-1]:.3g} after the last layer; the first token grows to the end, where it is "
-        f"{ratio.iloc[-1]:.1f} times as long as their median."
+        f"{times[-1]:.1f} times as long as their median."
     )  # fmt: skip
 
 
 def massive_sentence(table, quantiles):
     """table: massive_activations; quantiles: magnitude_quantiles."""
     last = quantiles.iloc[-1]
-    tail = (f"Among the later tokens the largest value after the last layer is {last[1.0] / last[0.5]:.0f} times the "
-            "median magnitude.")
+    tail = (f"Among the later tokens the largest value after the last layer is "
+            f"{some(ratio(last[1.0], last[0.5]), '{:.0f} times the median magnitude', 'all that is not 0')}.")
     if table.empty:
         return f"No value is above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of its layer. {tail}"
     top = table.iloc[0]
@@ -49,6 +50,10 @@ def sparsity_sentence(table):
     low, high = table["needed"].idxmin(), table["needed"].idxmax()
     exact = table["zero"].mean()
     zeros = "No neuron is exactly 0" if exact == 0 else f"{exact:.1%} of the values are exactly 0"
+    if len(table) == 1:
+        return (f"{zeros}; {table['small'].mean():.0%} are below 1% of their token's largest. In the only layer "
+                f"{table['needed'].iloc[0]:.1%} of the neurons hold 90% of the sum of squares, and a single one up to "
+                f"{table['largest'].max():.0%}.")  # fmt: skip
     return (
         f"{zeros}; {table['small'].mean():.0%} are below 1% of their token's largest. In the most concentrated layer "
         f"({low}) {table.loc[low, 'needed']:.1%} of the neurons hold 90% of the sum of squares, in the broadest "
@@ -67,12 +72,15 @@ def contribution_sentence(data):
         if np.isfinite(values).any():
             layer = int(np.nanargmax(values))
             parts.append(f"{part} adds most in layer {layer} ({values[layer]:.2g} of the stream's length), in the "
-                         f"median layer {np.nanmedian(values):.2g}")
+                         f"median layer {np.nanmedian(values):.2g}" if len(values) > 1 else
+                         f"{part} adds {values[0]:.2g} of the stream's length in the only layer")
+    if not parts:
+        return "No layer adds anything to the stream of the later tokens."
     against = (later["cosine"] < 0).sum("layer")
     signs = " and ".join(f"{int(against.sel(part=p))} for {p}" for p in data["part"].values)
     return (
-        f"Of the later tokens, {'; '.join(parts)}. The addition points against the stream in {signs} of "
-        f"{later.sizes['layer']} layers."
+        f"For the later tokens, {'; '.join(parts)}. The addition points against the stream in {signs} of "
+        f"{later.sizes['layer']} layer{'s' if later.sizes['layer'] > 1 else ''}."
     )
 
 
@@ -99,10 +107,13 @@ def norms_sentence(table):
     for part, rows in table.groupby(level="part"):
         rows = rows.droplevel("part")
         turn = rows["cosine"].idxmin()
-        text = f"before {part} the direction changes most in layer {turn} (cosine {rows['cosine'].min():.2f})"
+        text = (f"before {part} the direction changes most in layer {turn} (cosine {rows['cosine'].min():.2f})"
+                if len(rows) > 1 else
+                f"before {part} state and normed state have a cosine of {rows['cosine'].min():.2f}")  # fmt: skip
         if rows["silenced"].notna().any():
             layer = rows["silenced"].idxmax()
-            text += f" and up to {rows['silenced'].max():.1%} of the dimensions are silenced (layer {layer})"
+            text += (f" and up to {rows['silenced'].max():.1%} of the dimensions are silenced (layer {layer})"
+                     if rows["silenced"].max() > 0 else " and no dimension is silenced")
         said.append(text)
     known = table["error"].dropna()
     check = (f"Recomputed with the file's weights the norms are off by at most {known.max():.1e}." if len(known) else
@@ -146,8 +157,9 @@ def settled_sentence(layers, n_layer):
     """layers: (token,) of lens.settled."""
     layers = np.asarray(layers)
     return (
-        f"The prediction settles at state {np.median(layers):.0f} of {n_layer} in the median over tokens; earliest at "
-        f"{layers.min()} (position {layers.argmin()}), latest at {layers.max()} (position {layers.argmax()}). "
+        f"The prediction settles at state {np.median(layers):.0f} of {n_layer} "
+        + (f"in the median over tokens; earliest at {layers.min()} (position {layers.argmin()}), latest at "
+           f"{layers.max()} (position {layers.argmax()}). " if layers.min() < layers.max() else "for every token. ") +
         f"{(layers > 0.8 * n_layer).mean():.0%} of the positions change their mind in the last fifth of the layers."
     )
 
@@ -161,9 +173,9 @@ def attribution_sentence(table, pieces):
         f"{table.attrs['captured']:.2f}): {sums['attention']:+.2f} from attention, {sums['ffn']:+.2f} from the "
         "feed-forward "
         f"blocks, {sums['embedding']:+.2f} from the embedding. {most['component']} of layer {int(most['layer'])} "
-        "adds most "
-        f"({most['value']:+.2f}); {least['component']} of layer {int(least['layer'])} works hardest against it "
-        f"({least['value']:+.2f})."
+        f"adds most ({most['value']:+.2f}); "
+        + (f"{least['component']} of layer {int(least['layer'])} works hardest against it ({least['value']:+.2f})."
+           if least["value"] < 0 else "no layer works against it.")
     )
 
 
@@ -174,8 +186,12 @@ def importance_sentence(table):
     best, worst = table["both"].idxmin(), table["both"].idxmax()
     proxy = table["influence"].idxmin()
     rank = int(table["both"].rank()[proxy])
+    if len(table) == 1:
+        return (f"Removing the only layer changes the loss by {table.loc[worst, 'both']:+.2f} nats per token. With one "
+                "layer there is no order to compare with Block Influence's.")  # fmt: skip
     return (
-        f"Removing layer {worst} costs most ({table.loc[worst, 'both']:+.2f} nats per token), layer {best} least "
+        ("" if table["both"].max() > 0 else "No layer costs anything here: without any of them the loss is lower. ")
+        + f"Removing layer {worst} costs most ({table.loc[worst, 'both']:+.2f} nats per token), layer {best} least "
         f"({table.loc[best, 'both']:+.2f}). Block Influence calls layer {proxy} the least important; by ablation it is "
         f"number {rank} of {len(table)} from the harmless end.{agree}"
     )
@@ -185,6 +201,8 @@ def cka_sentence(values, chance):
     """values, chance: cka_map."""
     near = np.diag(values, 1)
     far = values[0, -1]
+    if not np.isfinite(values).all():
+        return "In some state all tokens after the first are the same: there is nothing that another could resemble."
     cut = int(near.argmin())
     return (
         f"Neighbouring states have a CKA of {near.mean():.3f} on average; the largest step is from state {cut} to "
@@ -213,9 +231,22 @@ def divergence_sentence(data, what):
     )
 
 
+def answers_sentence(names, same, source, target):
+    """What the two answers are. names: the two pieces; same: whether both prompts have one best token; source, target:
+    the first's lead over the second in either run (logits)."""
+    first, second = (quoted(piece) for piece in names)
+    whose = f"The first prompt's best token is {first}, the second's {second}"
+    if same:
+        whose = f"Both prompts have {first} for their best token; against it stands the second's next best, {second}"
+    return f"{whose}. The lead of {first} is {source:+.2f} logits in the first run and {target:+.2f} in the second."
+
+
 def patch_sentence(values, layers, positions, pieces, n_layer):
     """values: (layer, position) restored shares."""
     values = np.asarray(values)
+    if np.isnan(values).all():
+        return ("No share is given: the two prompts' answers are no farther apart than rounding can put them, so that "
+                "there is nothing to bring back. Choose prompts whose best next tokens differ.")  # fmt: skip
     i, j = np.unravel_index(np.nanargmax(values), values.shape)
     half = {int(p): np.asarray(layers)[column >= 0.5] for p, column in zip(positions, values.T)}
     spans = "; ".join(f"position {p} {quoted(pieces[p])}: states {where.min()} to {where.max()}"
@@ -233,7 +264,7 @@ def quantization_sentence(data, change, names):
     by_layer = data["distance"].isel(pair=slice(1, None)).median("pair").values
     steps = np.diff(by_layer)
     return (
-        f"Between {names[0]} and {names[1]} the median relative distance of the later tokens grows from "
+        f"Between {names[0]} and {names[1]} the median relative distance of the later tokens goes from "
         f"{by_layer[0]:.3f} to "
         f"{by_layer[-1]:.3f}, most in layer {int(steps.argmax())} ({steps.max():+.3f}). The predictions differ by a "
         "mean KL "
@@ -258,27 +289,30 @@ def models_sentence(values, chance, change, names):
 def generation_sentence(table):
     """table: generation_table."""
     unsure, late = table.loc[table["entropy"].idxmax()], table.loc[table["settled"].idxmax()]
-    rho = table[["entropy", "settled"]].corr(method="spearman").iloc[0, 1]
+    rho = rank_correlation(table["entropy"], table["settled"])
     agree = f" Entropy and settling state have a rank correlation of {rho:.2f} over {len(table)} tokens."
     agree = agree if np.isfinite(rho) else ""
+    settled = f"settled latest on the token at position {int(late['position'])} (state {int(late['settled'])})" \
+        if table["settled"].nunique() > 1 else f"settled on every token at state {int(late['settled'])}"
     return (
         f"The model was least sure before {quoted(unsure['piece'])} (position {int(unsure['position'])}: entropy "
-        f"{unsure['entropy']:.2f} nats, probability {unsure['probability']:.2f}) and settled latest on the token at "
-        "position "
-        f"{int(late['position'])} (state {int(late['settled'])}).{agree}"
+        f"{unsure['entropy']:.2f} nats, probability {unsure['probability']:.2f}) and {settled}.{agree}"
     )
 
 
 def graph_sentence(nodes, edges):
     """nodes, edges: stream_graph."""
     # State 0 of a model with a tied output matrix names its own token.
-    sure = nodes[nodes["layer"].between(1, nodes["layer"].max() - 1)].sort_values("probability").iloc[-1]
+    inner = nodes[nodes["layer"].between(1, nodes["layer"].max() - 1)].sort_values("probability")
     strong = edges[edges["kind"] == "attention"].sort_values("weight")
     text = f"{len(nodes):,} nodes and {len(edges):,} edges. "
     if len(strong):
         edge = strong.iloc[-1]
         text += (f"The strongest attention edge (the first token and the token itself aside) goes from {edge['src']} "
                  f"to {edge['dst']} (layer:position), weight {edge['weight']:.2f}. ")
+    if inner.empty:
+        return text + "There is no state between the embedding and the last one."
+    sure = inner.iloc[-1]
     return text + (f"Between the embedding and the last state the lens is surest at {sure['id']}: "
                    f"{quoted(sure['says'])} with probability {sure['probability']:.2f}.")
 

@@ -9,6 +9,7 @@ import pandas as pd
 from ..capture.finite import check_finite, measured
 from .attention_compare import jensen_shannon
 from .embeddings import check_rows, unit
+from .ratios import ratio
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -55,7 +56,7 @@ def grid_share(file, matrices=8, rows=32, seed=0):
     step = np.where(gaps > span / 1000, gaps, np.inf).min(axis=1, keepdims=True)  # (block, 1)
     with np.errstate(invalid="ignore"):
         even = (np.abs(gaps / step - np.round(gaps / step)) < 0.1).all(axis=1) & (span[:, 0] / step[:, 0] < 256)
-    return float(even[span[:, 0] > 0].mean())
+    return float(even[span[:, 0] > 0].mean()) if (span > 0).any() else 1.0  # constant weights lie on any grid
 
 
 def weight_errors(reference, candidate, rows=64, seed=0):
@@ -130,8 +131,8 @@ def hidden_drift(reference, candidate):
     """
     base, other = measured(reference, np.float64), measured(candidate, np.float64)
     norm, norm_other = np.linalg.norm(base, axis=-1), np.linalg.norm(other, axis=-1)  # (layer, token)
-    error = np.linalg.norm(other - base, axis=-1) / norm
-    cosine = (base * other).sum(axis=-1) / (norm * norm_other)
+    error = ratio(np.linalg.norm(other - base, axis=-1), norm)
+    cosine = ratio((base * other).sum(axis=-1), norm * norm_other)
     return pd.DataFrame(
         {
             "error": error[:, 1:].mean(axis=1),

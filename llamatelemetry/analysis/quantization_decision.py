@@ -7,7 +7,10 @@ import pandas as pd
 
 from ..capture.finite import measured
 from .quantization_quality import Reference
+from .ratios import ratio
 
+# Nats. A mean divergence below this cannot be told from 0: logits are 32-bit floats, whose sums are off by about 1e-6.
+NOISE = 1e-5
 PARTS = {"attn_out": "attention", "ffn_out": "FFN"}
 # Tensors behind each part, as a regular expression for `--tensor-type`.
 TENSORS = {"attn_out": r"attn_(q|k|v|qkv|output)", "ffn_out": r"ffn_(up|gate|down)"}
@@ -34,13 +37,14 @@ def fall_map(run, base, n_layer, parts=tuple(PARTS), layers=None, progress=True)
     with their interplay with every other error of the model.
 
     run(part, layer) -> logits (token, vocab) of the quantized model, patched; run(None, None) unpatched. base: the
-    reference's logits. DataFrame: part, layer, kld (patched), fall (nats), share (of the unpatched). attrs["kld"]: the
+    reference's logits. DataFrame: part, layer, kld (patched), fall (nats), share (of the unpatched; NaN where that
+    is no more than NOISE). attrs["kld"]: the
     unpatched mean. The first position, which sees one token, is left out.
     """
     before = kl(base[1:], run(None, None)[1:]).mean()
     table = _every_part(run, base, n_layer, parts, layers, progress, "give back")
     table["fall"] = before - table["kld"]
-    table["share"] = table["fall"] / before if before else 0.0
+    table["share"] = ratio(table["fall"], before, NOISE)
     table.attrs["kld"] = float(before)
     return table
 
@@ -89,7 +93,7 @@ def control(costs, tensors, chosen, type="Q8_0", bits=8.5):
     everything = recommend(costs, tensors, keep=len(costs), type=type, bits=bits)
     left = everything[~everything["pattern"].isin(chosen["pattern"])].sort_values("cost")
     parts = [left[left["part"] == part].head(n) for part, n in chosen["part"].value_counts().items()]
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat([left.head(0), *parts], ignore_index=True)  # empty where no part of the kind is left
 
 
 def explicit_types(tensors, chosen):

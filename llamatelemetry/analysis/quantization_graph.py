@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 
+from .ratios import ratio
+
 
 def graph_tables(quality, drifts, errors, focus):
     """Nodes and edges: every file tied to every layer by its drift there, layers to the focus file's tensors by error.
@@ -32,7 +34,8 @@ def graph_tables(quality, drifts, errors, focus):
             edges.append((f"file {focus}", name, float(row["error"]), "weight error"))
     nodes = pd.DataFrame(nodes, columns=["id", "label", "kind", "value", "type"])
     nodes["x"], nodes["y"] = _places(nodes, errors[focus])
-    nodes["size"] = nodes["value"] / nodes.groupby("kind")["value"].transform("max")
+    nodes["size"] = ratio(nodes["value"], nodes.groupby("kind")["value"].transform("max"))
+    nodes["size"] = nodes["size"].fillna(0.0)  # a kind whose every error is 0
     edges = pd.DataFrame(edges, columns=["src", "dst", "weight", "kind"])
     return nodes, edges[edges["weight"] > 0].reset_index(drop=True)
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from .quantization import quantized_types
-from .quantization_decision import PARTS, ladder
+from .quantization_decision import NOISE, PARTS, ladder
+from .ratios import ratio, some
 
 
 def is_stand_in(file):
@@ -85,7 +86,8 @@ def percentiles(table):
     row = table.dropna(subset="kld_mean").sort_values("kld_mean").iloc[-1]
     return (
         f"For {row.name} half of the tokens have a KLD below {row.kld_median:.3g} nats, one in a hundred above "
-        f"{row.kld_p99:.3g}: the mean is {row.kld_mean / max(row.kld_median, 1e-12):.1f} times the median."
+        f"{row.kld_p99:.3g}"
+        + some(ratio(row.kld_mean, row.kld_median, NOISE), ": the mean is {:.1f} times the median.", ".")
     )
 
 
@@ -159,6 +161,9 @@ def together(correlations, n_layers):
     """How weight error, drift and cost go together over the layers. correlations: rank_correlations(layer_table)."""
     names = {"weight_error": "weight error", "drift_added": "drift added", "cost": "cost", "fall": "fall"}
     pairs = [("weight_error", "cost"), ("drift_added", "cost"), ("weight_error", "drift_added"), ("cost", "fall")]
+    pairs = [(a, b) for a, b in pairs if np.isfinite(correlations.loc[a, b])]
+    if not pairs or n_layers < 3:  # two points always have an order of their own
+        return f"{n_layers} layer{'s' if n_layers > 1 else ''}: too few, or too alike, for a rank correlation."
     said = [f"{names[a]} and {names[b]} {correlations.loc[a, b]:+.2f}" for a, b in pairs]
     limit = 1.96 / np.sqrt(max(n_layers - 1, 1))
     sure = sum(abs(correlations.loc[a, b]) > limit for a, b in pairs)
@@ -171,11 +176,14 @@ def together(correlations, n_layers):
 def falls(table):
     """What giving back one part alone removes. table: fall_map."""
     ordered = table.sort_values("fall", ascending=False)
+    if table["share"].isna().all():
+        return f"The file is {table.attrs['kld']:.2g} nats from the reference here: there is nothing to give back."
     top = [f"{_part(r)} ({r.share:.1%})" for r in ordered.head(3).itertuples()]
     harm = int((table["fall"] < 0).sum())
     return (
-        f"Of {table.attrs['kld']:.4g} nats, giving back one part alone removes most at {', '.join(top)}; at {harm} of "
-        f"{len(table)} parts the answer gets worse: their error had been cancelling another's."
+        f"Of {table.attrs['kld']:.4g} nats, giving back one part alone removes most at {', '.join(top)}; "
+        + (f"at {harm} of {len(table)} parts the answer gets worse: their error had been cancelling another's." if harm
+           else "at none does the answer get worse.")
     )
 
 
@@ -183,11 +191,15 @@ def costs(table, kld):
     """Which parts cost most on their own, and whether the costs add up. table: cost_map; kld: of the whole file."""
     ordered = table.sort_values("cost", ascending=False)
     top = [f"{_part(r)} ({r.cost:.3g})" for r in ordered.head(3).itertuples()]
-    total, by = table["cost"].sum(), table.groupby("part")["cost"].sum() / table["cost"].sum()
+    total = table["cost"].sum()
+    if not total > NOISE:
+        return f"No part costs anything alone: the {len(table)} costs add up to {total:.2g} nats."
+    by = table.groupby("part")["cost"].sum() / total
     half = int((ordered["cost"].cumsum() < total / 2).sum()) + 1
+    whole = some(ratio(total, kld, NOISE), "{:.0%} of ", "beside ")
     return (
         f"Quantized alone, {', '.join(top)} nats cost most. The {len(table)} costs add up to {total:.3g} nats, "
-        f"{total / kld:.0%} of the {kld:.3g} of the whole file; {by.get('attn_out', 0):.0%} of them is attention and "
+        f"{whole}the {kld:.3g} of the whole file; {by.get('attn_out', 0):.0%} of them is attention and "
         f"{by.get('ffn_out', 0):.0%} FFN. Half of the sum lies in {half} of them."
     )
 
@@ -200,6 +212,11 @@ def mixture(before, chosen, other):
     """Did the recommendation hold? Rows of a Comparison: the plain file, the mixture, the control of the same size."""
     won, control = before.kld_mean - chosen.kld_mean, before.kld_mean - other.kld_mean
     added = (chosen.size_bytes - before.size_bytes) / 2**20
+    if other.size_bytes == before.size_bytes:
+        return (
+            f"For {added:.1f} MiB more, the mean KLD goes from {before.kld_mean:.4g} to {chosen.kld_mean:.4g} nats "
+            f"({won:+.4g} removed). No other part is left for a control."
+        )
     held = "holds" if won > control and won > 0 else "does not hold"
     return (
         f"The recommendation {held}: for {added:.1f} MiB more, the mean KLD goes from {before.kld_mean:.4g} to "

@@ -159,6 +159,9 @@ def depth_lines(profiled, measures, model):
 
 def side_by_side(attention, places, pieces, model, notes=None):
     """The attention matrices of chosen heads. attention: {(layer, head): (query, key)}; notes: {place: text}."""
+    if not places:
+        return _figure(go.Figure().add_annotation(text="no head to show", showarrow=False), f"Heads of {model}",
+                       height=200)  # fmt: skip
     columns = min(3, len(places))
     rows = -(-len(places) // columns)
     titles = [f"L{layer}H{head}" + (f": {notes[layer, head]}" if notes else "") for layer, head in places]
