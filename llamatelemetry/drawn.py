@@ -116,4 +116,4 @@ def html(text):
 
 def markdown(text):
     """Text in which Markdown, with GitHub's tables and formulas, finds nothing to do."""
-    return re.sub(r"([\\`*_\[\]<>|$~])", r"\\\1", str(text))
+    return re.sub(r"([\\`*_\[\]<>&|$~])", r"\\\1", str(text))

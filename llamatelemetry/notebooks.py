@@ -1,6 +1,5 @@
 """Runs the notebooks with papermill and keeps each as .ipynb and as one self-contained .html file."""
 
-import html
 import logging
 import os
 import re
@@ -8,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from . import drawn
 from .errors import NotebookError, ParameterError
 from .files import refuse_overwriting
 from .parameter_types import fit
@@ -128,7 +128,7 @@ def _fit_all(paths, out, parameters, typed):
             if not (out / path.name).exists():
                 out.mkdir(parents=True, exist_ok=True)
                 notebook = nbformat.read(path, as_version=4)
-                notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"**Not run:** {html.escape(str(error))}"))
+                notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"**Not run:** {drawn.markdown(error)}"))
                 nbformat.write(notebook, out / path.name)
     if refused:
         raise ParameterError("Nothing was run. " + " ".join(refused))
@@ -174,7 +174,7 @@ def take_formulas(markdown: str, formulas: list[str]) -> str:
         try:
             formulas.append(convert(match[1] if display else match[2], display="block" if display else "inline"))
         except Exception:  # LaTeX that the converter does not know is shown as it was written
-            formulas.append(f"<code>{html.escape(match[0])}</code>")
+            formulas.append(f"<code>{drawn.html(match[0])}</code>")
         return _PLACE.format(len(formulas) - 1)
 
     parts = _CODE.split(markdown)

@@ -84,7 +84,7 @@ def test_shortened_text_is_closed(text, length, short):
     "text, plotly, html, markdown",
     [
         ("a \"b\" don't", "a \"b\" don't", "a &quot;b&quot; don&#x27;t", "a \"b\" don't"),
-        ("<b>&amp;", "&lt;b&gt;&amp;amp;", "&lt;b&gt;&amp;amp;", "\\<b\\>&amp;"),
+        ("<b>&amp;", "&lt;b&gt;&amp;amp;", "&lt;b&gt;&amp;amp;", "\\<b\\>\\&amp;"),
         ("$x$ 5%", "&#36;x&#36; 5%", "$x$ 5%", "\\$x\\$ 5%"),
         ("%{y}", "&#37;{y}", "%{y}", "%{y}"),
         ("one\ntwo", "one<br>two", "one\ntwo", "one\ntwo"),

@@ -14,6 +14,16 @@ CHECKOUT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 
 
+def test_what_is_shown_is_escaped_in_one_place():
+    """Tables by theme.table, text by drawn: no cell and no module has an escape, a Styler or a decoder of its own."""
+    own = re.compile(r"\.style\b|html\.escape|<br>|\.decode\(")
+    for path in NOTEBOOKS:
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert [found for cell in cells for found in own.findall("".join(cell["source"]))] == [], path.name
+    modules = [path for path in (CHECKOUT / "llamatelemetry").rglob("*.py") if "html.escape(" in path.read_text()]
+    assert [path.name for path in modules] == ["drawn.py"]
+
+
 def test_all_five_are_here():
     assert [path.name[:2] for path in NOTEBOOKS] == ["12", "13", "14", "15", "16"]
 

@@ -1,5 +1,6 @@
 """Figures and sentences of notebook 16 from hand-made tables: they say what the numbers say, and escape text."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,16 @@ def test_answers_are_escaped_and_marked():
     page = plots.answers(rows, "<m>").html
     assert "<mark>&lt;/td&gt;</mark>" in page and "&lt;b&gt;" in page and "<i>" not in page
     assert words.answers(rows) == "x: 1 of 1 differ, first at token 2."
+
+
+def test_the_mark_covers_the_whole_character_of_a_token():
+    pizza = "🍕".encode()
+    pieces = [" a", pizza[:2], pizza[2:], "<b>", "", pizza[:1]]
+    for first, marked in ((0, " a"), (1, "🍕"), (2, "🍕"), (3, "&lt;b&gt;"), (4, "&#8203;"), (5, "\ufffd")):
+        page = plots.answers([{"prompt": "p", "answers": {"x": (pieces, first)}}], "m").html
+        assert page.count("<mark>") == 1 and f"<mark>{marked}</mark>" in page
+        cell = page.split("<td class='a'>")[1].split("</td>")[0]
+        assert re.sub("</?mark>|&#8203;", "", cell) == " a🍕&lt;b&gt;\ufffd"
 
 
 def test_pareto_marks_what_is_beaten():
