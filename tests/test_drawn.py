@@ -345,6 +345,11 @@ def test_tables_show_every_piece_as_it_is(page, tmp_path):
     assert plain(page.locator("thead th").last.text_content()).strip() == plain(NAME)
 
 
+def test_a_notebook_s_mathjax_leaves_figures_alone():
+    shown = theme.OfflineRenderer().to_mimebundle(NAMED["heatmap"]().to_dict())["text/html"]
+    assert shown.startswith("<div class='mathjax_ignore tex2jax_ignore'>") and shown.endswith("</div>")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [64, 65, 130])
 def test_a_page_without_q_and_k_opens_at_any_length(page, tmp_path, n):

@@ -84,7 +84,9 @@ class OfflineRenderer(MimetypeRenderer):
     def to_mimebundle(self, fig_dict):
         options = dict(include_plotlyjs=False, include_mathjax=False, full_html=False, validate=False)
         page = pio.to_html(fig_dict, config={"displaylogo": False, "responsive": True}, **options)
-        return {"text/html": _SCRIPT.sub(lambda part: part[1] + _WAIT.format(script=part[2]) + part[3], page)}
+        drawn = _SCRIPT.sub(lambda part: part[1] + _WAIT.format(script=part[2]) + part[3], page)
+        # Jupyter's MathJax would set what stands between dollars in a figure's texts: these classes keep it away.
+        return {"text/html": f"<div class='mathjax_ignore tex2jax_ignore'>{drawn}</div>"}
 
 
 def plotly_script():
