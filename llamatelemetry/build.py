@@ -22,6 +22,7 @@ from collections import deque
 from pathlib import Path
 
 from . import needs
+from .build_log import failure, progress
 from .errors import LlamaTelemetryError
 
 VERSION = "0.3.36"  # of llama-cpp-python; its change log names the llama.cpp commit, its archive holds no git history
@@ -46,34 +47,13 @@ FLAGS = {
 }
 
 # Without the driver's library: CMake stops where it is not found, as on machines without a GPU and in Kaggle's image
-# (whose driver is a libcuda.so.1 without the libcuda.so that CMake looks for), and what links to it does not load where
-# there is no driver. Only the pool for temporary buffers uses it (ggml-cuda.cu, ggml_cuda_pool_vmm). The other pool
-# (ggml_cuda_pool_leg) keeps a buffer per size and, where memory runs out, gives back those that are free and tries
-# again: its price is memory for temporaries. NCCL would tie the wheel to the NCCL of the machine that builds.
+# (which has libcuda.so.1 and not the libcuda.so that CMake looks for, as scripts published for Kaggle say), and what
+# links to it does not load where there is no driver. Only the pool for temporary buffers uses it (ggml-cuda.cu,
+# ggml_cuda_pool_vmm). The other pool (ggml_cuda_pool_leg) keeps buffers by size and, where memory runs out, gives back
+# those that are free and tries again (llama.cpp pull request 22155): its price is memory for temporaries. NCCL would tie
+# the wheel to the NCCL of the machine that builds.
 CUDA_FLAGS = {"GGML_CUDA": "ON", "GGML_CUDA_NO_VMM": "ON", "GGML_CUDA_NCCL": "OFF"}
 CUDA_FOLDERS = ("/usr/local", "/opt")  # where toolkits lie: cuda, cuda-12.8
-
-_EVERY_S = 30  # between two lines of progress in a log
-
-# What a failed build's log says, and the way out.
-_REASONS = [
-    (r"No CMAKE_C(XX)?_COMPILER could be found|is not a full path to an existing compiler",
-     "No C and C++ compiler: install one (Debian, Ubuntu: apt-get install g++)."),
-    (r"Killed signal|cc1plus: out of memory|virtual memory exhausted", "Out of memory: build with --jobs 1."),
-    (r"No space left on device", "The disk is full: the build needs about 2 GB below the temporary folder ($TMPDIR)."),
-    (r"Failed to establish a new connection|Temporary failure in name resolution|Could not find a version"
-     r"|No matching distribution|Connection (refused|reset)|Read timed out|ProxyError",
-     "The package registry could not be reached: the source distribution and CMake come from there."),
-    (r"Failed to find nvcc|No CMAKE_CUDA_COMPILER|CUDA Toolkit not found", "No CUDA compiler: put nvcc on PATH."),
-    (r"CUDA::cuda_driver\s+but the target was not found",
-     "CMake found no CUDA driver library (libcuda.so) on this machine: build with GGML_CUDA_NO_VMM=ON, as `engine build "
-     "--cuda` does, which needs none."),
-    (r"CUDA::\w+\s+but the target was not found",
-     "The CUDA toolkit has nvcc, but not every library that llama.cpp links to: install the whole toolkit, or cuBLAS and "
-     "the runtime with their development files (Debian, Ubuntu: libcublas-dev-12-8 for CUDA 12.8)."),
-    (r"unsupported GNU version|Unsupported gpu architecture|nvcc fatal",
-     "nvcc refused: check --cuda against `nvcc --list-gpu-arch`, and the compiler's version."),
-]
 
 
 class EngineBuildError(LlamaTelemetryError):
@@ -102,6 +82,8 @@ def recipe(cuda: str | None = None, portable: bool = False) -> dict:
     flags = dict(FLAGS)
     if cuda:
         flags |= CUDA_FLAGS | {"CMAKE_CUDA_ARCHITECTURES": cuda}
+        if folder := _runtime_folder():
+            flags["CMAKE_SHARED_LINKER_FLAGS"] = f"-Wl,-rpath,{folder}"
     if portable:
         flags["GGML_NATIVE"] = "OFF"  # AVX2, FMA and F16C instead of all that this CPU has
     return {
@@ -201,8 +183,6 @@ def _build_into(folder: Path, recipe: dict, jobs: int) -> Path:
 
 
 def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
-    from tqdm import tqdm
-
     # Without pip's cache: its wheels are not keyed by CMAKE_ARGS.
     command = [sys.executable, "-m", "pip", "wheel", f"llama-cpp-python=={VERSION}", "--no-deps", "--wheel-dir",
                str(out), "--no-binary", "llama-cpp-python", "--no-cache-dir",
@@ -214,9 +194,7 @@ def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
     if "GGML_CUDA" in flags and (nvcc := _nvcc()):  # CMake before 3.29 looks for the toolkit on PATH only
         env |= {"CUDACXX": nvcc, "PATH": os.pathsep.join((str(Path(nvcc).parent), env.get("PATH", os.defpath)))}
     tail = deque(maxlen=400)
-    look = {"mininterval": 0.5, "leave": False, "dynamic_ncols": True} if sys.stderr.isatty() else \
-        {"mininterval": _EVERY_S, "file": _Lines(), "ascii": True, "ncols": 100}
-    bar = tqdm(desc="fetching sources", unit="file", miniters=1, **look)
+    bar = progress("fetching sources")
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                errors="replace", start_new_session=True)
     try:
@@ -240,24 +218,6 @@ def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
         raise EngineBuildError(failure(tail, log))
 
 
-class _Lines:
-    """Progress for a log, such as Kaggle's: a line for each state of the bar instead of one line written over."""
-
-    def write(self, text):
-        if text := text.strip():
-            print(text, file=sys.stderr, flush=True)
-
-    def flush(self):
-        pass
-
-
-def failure(lines, log: Path) -> str:
-    """Message for a failed build: what is missing, where it is known, and the end of the log."""
-    text = "\n".join(lines)
-    reason = next((advice for pattern, advice in _REASONS if re.search(pattern, text)), "")
-    return f"The engine could not be built. {reason}\nLog: {log}\n...\n" + "\n".join(list(lines)[-25:])
-
-
 def _check_tools(cuda: str | None) -> None:
     for module in ("pip", "wheel"):
         if importlib.util.find_spec(module) is None:
@@ -271,11 +231,26 @@ def _check_tools(cuda: str | None) -> None:
         named = os.environ.get("CUDACXX")
         raise EngineBuildError(f"No CUDA compiler{f' at $CUDACXX ({named})' if named else ''}: put nvcc on PATH or set "
                                f"CUDACXX (looked in {', '.join(CUDA_FOLDERS)}, too).")
-    if cuda and (release := _nvcc_release()):  # else half an hour of compiling ends with a library that is not found
-        names = [f"lib{name}.so.{release.partition('.')[0]}" for name in ("cudart", "cublas")]
-        if why := needs.lacking({"libraries": names}):
-            raise EngineBuildError(f"An engine built with CUDA {release} {why}: install that CUDA's runtime and cuBLAS, or "
-                                   "name their folder in LD_LIBRARY_PATH.")
+    # Else half an hour of compiling ends with a library that is not found.
+    if cuda and (names := _runtime()) and not _runtime_folder() and (why := needs.lacking({"libraries": names})):
+        raise EngineBuildError(f"An engine built with CUDA {_nvcc_release()} {why}: install that CUDA's runtime and "
+                               "cuBLAS, or name their folder in LD_LIBRARY_PATH.")
+
+
+def _runtime() -> list[str]:
+    """CUDA's own libraries that an engine built here links to."""
+    major = (_nvcc_release() or "").partition(".")[0]
+    return [f"lib{name}.so.{major}" for name in ("cudart", "cublas")] if major else []
+
+
+def _runtime_folder() -> str | None:
+    """The toolkit's folder with those libraries, where the dynamic linker does not find them on its own."""
+    names, nvcc = _runtime(), _nvcc()
+    if not names or needs.lacking({"libraries": names}) is None:
+        return None
+    toolkit = Path(nvcc).resolve().parents[1]
+    folders = (toolkit / name for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"))
+    return next((str(folder) for folder in folders if all((folder / name).is_file() for name in names)), None)
 
 
 def _nvcc() -> str | None:

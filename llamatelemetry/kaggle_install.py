@@ -185,8 +185,8 @@ def _driver_too_old(manifest, archs, capability):
     has_code = any(arch // 10 == capability // 10 and arch <= capability for arch in archs)
     if built[0] == driver[0] and has_code:
         return None
-    return (f"is built with CUDA {manifest['cuda']}, and this session's driver knows CUDA {driver[0]}.{driver[1]}: build it "
-            "with that or an older one (the engine kernel does)")
+    return (f"is built with CUDA {manifest['cuda']}, and this session's driver knows CUDA {driver[0]}.{driver[1]}: build "
+            "it with that or an older one (the engine kernel does)")
 
 
 def _driver_cuda():

@@ -103,8 +103,9 @@ def _number(version):
 
 def _cache():
     """{name: path} of the libraries that the dynamic linker knows."""
+    program = shutil.which("ldconfig") or "/sbin/ldconfig"
     try:
-        said = subprocess.run([shutil.which("ldconfig") or "/sbin/ldconfig", "-p"], capture_output=True, text=True).stdout
+        said = subprocess.run([program, "-p"], capture_output=True, text=True).stdout
     except OSError:
         return {}
     kind = "x86-64" if platform.machine() == "x86_64" else ""  # beside those for 32 bits

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from processes import gone
 
-from llamatelemetry import build, needs
+from llamatelemetry import build, build_log, needs
 from llamatelemetry.slim import slim
 
 pytest.importorskip("wheel", reason="the package wheel is not installed")
@@ -243,10 +243,28 @@ def test_a_toolkit_without_its_libraries_is_said_before_half_an_hour_of_compilin
         build._check_tools("75")
 
 
+def test_libraries_that_only_the_toolkit_s_folder_has_are_found_by_the_engine(toolkits, tmp_path, monkeypatch):
+    """/usr/local/cuda is a link, lib64 another one, and the linker's cache knows nothing of them."""
+    home = Path(toolkits("cuda-99.1")).parents[1]
+    home.with_name("cuda").symlink_to(home)
+    (home / "targets" / "x86_64-linux" / "lib").mkdir(parents=True)
+    (home / "lib64").symlink_to("targets/x86_64-linux/lib")
+    plain = build.recipe("75", portable=True)
+    assert "CMAKE_SHARED_LINKER_FLAGS" not in plain["flags"]
+    for name in ("libcudart.so.99", "libcublas.so.99"):
+        (home / "lib64" / name).write_bytes(b"")
+    found = build.recipe("75", portable=True)
+    assert found["flags"]["CMAKE_SHARED_LINKER_FLAGS"] == f"-Wl,-rpath,{home / 'lib64'}" and build.key(found) != build.key(plain)
+    monkeypatch.setenv("CXX", sys.executable)
+    build._check_tools("75")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(home / "lib64"))  # then the linker finds them
+    assert build.key(build.recipe("75", portable=True)) == build.key(plain)
+
+
 def test_progress_in_a_log_is_lines(tmp_path, monkeypatch, capsys):
     steps = "\n".join(f"echo '[{n}/4] file'" for n in range(1, 5))
     monkeypatch.setattr(sys, "executable", script(tmp_path / "python", f"echo '*** Configuring CMake...'\n{steps}\n"))
-    monkeypatch.setattr(build, "_EVERY_S", 0)
+    monkeypatch.setattr(build_log, "EVERY_S", 0)
     build._pip_wheel(build.FLAGS, tmp_path / "out", tmp_path / "log", 1)
     said = capsys.readouterr().err
     assert "\r" not in said
