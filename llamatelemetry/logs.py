@@ -7,7 +7,7 @@ ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}
 
 # "/.../ggml.c:123: GGML_ASSERT(x) failed" is ggml_abort's form, the other C++'s own: what a process says at its end.
 _ENDS = [re.compile(form) for form in (r"^\S*\.(?:c|cc|cpp|cu|cuh|h|hpp|m|mm|comp):\d+: .*\S", r"^\s*what\(\):.*\S")]
-# What it says before it gives up in order; the last few lines only, except for the loader's own words.
+# What it says before it gives up in order; of what may be a mere complaint the last few lines only.
 _LOADER = re.compile(r"error loading model:.*\S")
 _TROUBLE = [re.compile(form, re.IGNORECASE) for form in (
     r"\berror:.*\S", r"^\d[\d.]* E .*\S", r"\berror\b.*\S", r"failed|unable to|cannot")]  # fmt: skip
@@ -21,12 +21,12 @@ def reason(log, killed=False):
     killed: a signal ended the process; earlier complaints, which it survived, are then not the reason.
     """
     lines = log.splitlines()
-    places = [(form, lines) for form in _ENDS]
-    if not killed:
-        places += [(_LOADER, lines)] + [(form, lines[-_FEW:]) for form in _TROUBLE]
-    for form, some in places:
-        if found := [line for line in some if form.search(line)]:
-            return _PREFIX.sub("", found[-1]).strip()
+    for form in _ENDS if killed else (*_ENDS, _LOADER):
+        if found := [line for line in lines if form.search(line)]:
+            return found[-1].strip()
+    for form in () if killed else _TROUBLE:
+        if found := [line for line in lines[-_FEW:] if form.search(line)]:
+            return _PREFIX.sub("", found[0]).strip()  # the cause comes before those that it brought down
     return ""
 
 

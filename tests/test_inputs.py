@@ -151,7 +151,8 @@ def test_a_template_that_is_none_leaves_infer(template, tmp_path, header, llama_
 
 
 @pytest.mark.parametrize("family, length", [
-    ("llama", 1), ("llama", 28), ("llama", 513), ("llama", 1100), ("gemma3", 560), ("gpt-oss", 560)])  # fmt: skip
+    ("llama", 1), ("llama", 28), ("llama", 513), pytest.param("llama", 1100, marks=pytest.mark.slow), ("gemma3", 560),
+    pytest.param("gpt-oss", 560, marks=pytest.mark.slow)])  # fmt: skip
 def test_a_run_patched_with_itself_is_itself(family, length, tmp_path):
     """Batches of 512 tokens; gemma3 and gpt-oss have windows of 8 tokens."""
     ids = [0, *np.random.default_rng(0).integers(3, 300, length - 1).tolist()]
@@ -197,6 +198,8 @@ ABORT = "/build/ggml/src/ggml.c:3217: GGML_ASSERT(a->ne[2] == b->ne[0]) failed"
     ("x\nllama_model_load: error loading model: no 'a'\nllama_model_load_from_file_impl: failed to load model\n",
      "llama_model_load: error loading model: no 'a'"),
     ("0.00.1.2 I fine\n0.00.011.261 E srv  load: cannot do it\n0.00.2.3 I ended\n", "srv  load: cannot do it"),
+    ("main: failed to quantize: no such type\nmain: failed to quantize model from 'a'\n",
+     "main: failed to quantize: no such type"),
     ("ggml_cuda_init: failed to initialize CUDA\n" + "print_info: fine\n" * 20, ""),
 ])  # fmt: skip
 def test_the_reason_is_llama_cpps_sentence(log, sentence):
@@ -256,6 +259,15 @@ def test_a_path_that_is_not_utf_8_works_to_the_end(tmp_path, header, llama_serve
     with pytest.raises(LlamaTelemetryError) as missing:
         resolve_model(folder / "none.gguf")
     assert str(missing.value).encode() and r"d\xe9" in str(missing.value)
-    for command in (["models", "--here"], ["doctor"], ["capture", path, "The cat", "--out", folder / "d.safetensors"]):
+
+
+@pytest.mark.slow
+def test_commands_take_and_print_such_paths(tmp_path, monkeypatch, llama_server):
+    path, out = tmp_path / os.fsdecode(b"m\xff.gguf"), tmp_path / os.fsdecode(b"c\xfe.safetensors")
+    tiny_model("llama", tmp_path).rename(path)
+    monkeypatch.setenv("LLAMATELEMETRY_KAGGLE_INPUT", str(tmp_path))
+    for command in (["models", "--here"], ["doctor"], ["capture", path, "The cat", "--out", out]):
         done = subprocess.run([sys.executable, "-m", "llamatelemetry.cli", *command], capture_output=True)
         assert done.returncode == 0, done.stderr
+    assert out.stat().st_size and rb"m\xff" in subprocess.run(
+        [sys.executable, "-m", "llamatelemetry.cli", "models"], capture_output=True).stdout  # fmt: skip
