@@ -152,6 +152,9 @@ def title_of(stem):
 
 
 def _fresh(folder):
+    """An empty folder in the place of one that was staged before; StageError where it is anything else."""
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in (DATASET, KERNEL)):
+        raise StageError(f"{folder} was not staged and would be emptied: give another --out, or remove it.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -174,6 +177,7 @@ def _wheels(templates, folder, user, checkout, engine, progress):
     from tqdm.auto import tqdm
 
     _fresh(folder)
+    _write(folder / DATASET, templates / "wheels" / DATASET, user)
     with tempfile.TemporaryDirectory() as scratch:  # setuptools leaves its build folder beside the sources
         for name in ("pyproject.toml", "README.md", "LICENSE", "llamatelemetry"):
             source = checkout / name
@@ -193,7 +197,6 @@ def _wheels(templates, folder, user, checkout, engine, progress):
         if not Path(wheel).name.startswith("llama_cpp_python-"):
             raise StageError(f"--engine {wheel}: a wheel that `llamatelemetry engine build` made is expected.")
         shutil.copy(wheel, folder)
-    _write(folder / DATASET, templates / "wheels" / DATASET, user)
     return folder
 
 
@@ -204,6 +207,7 @@ def _models(templates, folder, user, models):
     from .models import resolve_model
 
     _fresh(folder)
+    _write(folder / DATASET, templates / "models" / DATASET, user)
     for model in dict.fromkeys(models):
         path = resolve_model(model)
         print(fit(GGUFFile(path), memory_bytes=T4_BYTES, gpu=True).sentence.replace(" there", " on a T4", 1))
@@ -212,7 +216,6 @@ def _models(templates, folder, user, models):
                 (folder / part.name).hardlink_to(part.resolve())
             except OSError:  # another file system
                 shutil.copy(part, folder)
-    _write(folder / DATASET, templates / "models" / DATASET, user)
     return folder
 
 

@@ -20,9 +20,9 @@ DEFAULT_MODEL = "smollm2-135m-Q4_1"
 def resolve_model(name=None, progress=True):
     """The path of a model's GGUF file (of a split model: of its first part).
 
-    name: a path (a file, or a folder with one GGUF; a pathlib.Path is nothing else), a name that `list_models` shows (upper or lower case), or
-        "repo:file" of the Hugging Face hub ("repo:Q4_K_M" where one file of the repository has that quantization);
-        None is DEFAULT_MODEL.
+    name: a path (a file, or a folder with one GGUF; a pathlib.Path is nothing else), a name that `list_models` shows
+        (upper or lower case), or "repo:file" of the Hugging Face hub ("repo:Q4_K_M" where one file of the repository
+        has that quantization); None is DEFAULT_MODEL.
     Looked for, in this order: a file, an installed model package, /kaggle/input (any depth), the Hugging Face cache,
     a download. The file is not read; GGUFFile does that. progress: show bars for slow steps.
 
@@ -38,7 +38,7 @@ def resolve_model(name=None, progress=True):
         return _from_path(path)
     if isinstance(name, os.PathLike):
         raise ModelNotFoundError(f"There is no file {path} (working folder: {Path.cwd()}). A Path is a file's; names of "
-                                 "list_models() and \"repo:file\" are given as str.")
+                                 'list_models() and "repo:file" are given as str.')
     if model is None:
         return _unregistered(text, progress)
     return (_from_package(model, progress) or _from_kaggle(model, _kaggle_files())

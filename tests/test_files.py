@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from models import tiny_model
 
-from llamatelemetry import CaptureError, LlamaTelemetryError
+from llamatelemetry import CaptureError, LlamaTelemetryError, kaggle_stage
 from llamatelemetry.capture.data import Capture
+from llamatelemetry.cli import main
 from llamatelemetry.errors import OutputError
 from llamatelemetry.files import labels, refuse_overwriting, shown, written
+from llamatelemetry.kaggle_push import StageError
+from llamatelemetry.notebooks import run_notebook
 from llamatelemetry.plots.page import Page
 from llamatelemetry.quantize import QuantizeError, expand, imatrix, make_reference, quantize
 from llamatelemetry.texts import CompareError, load_text
@@ -134,3 +137,39 @@ def test_a_path_is_a_path(tmp_path, monkeypatch):
     for wrong in (b"bytes", 3, ["a"]):
         with pytest.raises(LlamaTelemetryError, match="A text is a str"):
             load_text(wrong)
+
+
+def test_staging_removes_nothing_that_it_did_not_write(tmp_path):
+    mine = tmp_path / "models" / "mine.gguf"
+    mine.parent.mkdir()
+    mine.write_bytes(b"GGUF")
+    with pytest.raises(StageError, match="was not staged and would be emptied"):
+        kaggle_stage._fresh(tmp_path / "models")
+    with pytest.raises(StageError, match="lies where staged folders are made afresh"):
+        kaggle_stage._check_inputs(tmp_path, [mine], [])
+    other = tmp_path / "other" / "mine.gguf"
+    other.parent.mkdir()
+    other.write_bytes(b"GGUF")
+    with pytest.raises(StageError, match="several files are called mine.gguf"):
+        kaggle_stage._check_inputs(tmp_path / "staged", [mine, other], [])
+    kaggle_stage._check_inputs(tmp_path / "staged", [mine, mine], [])
+    (mine.parent / kaggle_stage.DATASET).write_text("{}")
+    assert list(kaggle_stage._fresh(tmp_path / "models").iterdir()) == []
+
+
+def test_a_notebook_is_not_executed_onto_itself(tmp_path):
+    import nbformat
+
+    path = tmp_path / "one.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), path)
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="would destroy"):
+        run_notebook(path, tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_a_capture_is_not_saved_onto_its_model(tmp_path, capsys):
+    model = tiny_model("llama", tmp_path).rename(tmp_path / "model.safetensors")
+    before = model.read_bytes()
+    assert main(["capture", str(model), "The cat", "--out", str(model)]) == 1
+    assert "would destroy" in capsys.readouterr().err and model.read_bytes() == before
