@@ -238,11 +238,11 @@ class InferenceEngine:
 
         from .capture.finite import check_finite
 
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [texts] if isinstance(texts, (str, bytes, os.PathLike)) else list(texts)
         if not texts:
             return np.empty((0, self._loaded().n_embd), np.float32)
         if not all(isinstance(text, str) and text for text in texts):
-            raise ServerError("embed takes texts that are not empty.")
+            raise ServerError("embed takes texts (str) that are not empty: read files and decode bytes first.")
         pooling = check_pooling(pooling) if pooling else self._pooling or pooling_of(self._loaded())
         with self._serving(embeddings=True, pooling=pooling) as server:
             for text in texts:
