@@ -23,7 +23,7 @@ SILENCE_S = 300  # of a connection, before a request counts as failed
 PATIENCE_S = 5 * 60  # with failures that may pass
 RUNNING = ("QUEUED", "RUNNING", "NEW_SCRIPT", "CANCEL_REQUESTED")  # of kagglesdk's KernelWorkerStatus
 TOKEN = ("Kaggle: Settings, API, Generate New Token, kept in ~/.kaggle/access_token or KAGGLE_API_TOKEN; "
-         "~/.kaggle/kaggle.json works, too.")
+         "~/.kaggle/kaggle.json and `kaggle auth login` work, too.")
 
 
 class Passing(StageError):
@@ -64,8 +64,8 @@ class Kaggle:
     """An account of Kaggle's. Every method may raise Passing, and StageError where the token is refused."""
 
     def __init__(self):
-        with _one_call() as said:
-            self.api = _authenticated(said)
+        with _one_call():
+            self.api = _authenticated()
             self.user = self.api.get_config_value(self.api.CONFIG_NAME_USER) or ""
 
     def dataset(self, name):
@@ -141,7 +141,7 @@ class Kaggle:
         return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
 
 
-def _authenticated(said):
+def _authenticated():
     try:
         from kaggle.api.kaggle_api_extended import KaggleApi
 
@@ -154,8 +154,7 @@ def _authenticated(said):
     except ValueError as error:  # a kaggle.json without its name or key
         raise StageError(f"{error} {TOKEN}") from None
     except SystemExit:
-        raise StageError("Kaggle's client found no token that is valid. " + TOKEN + " The client says:\n"
-                         + said.getvalue().strip()) from None
+        raise StageError(f"Kaggle's client found no token that is valid. {TOKEN}") from None
     if "acc" not in inspect.signature(api.kernels_push).parameters:
         raise StageError("This client cannot choose an accelerator: pip install 'kaggle>=1.8.4'")
     upload = api._upload_file
@@ -171,8 +170,7 @@ def _authenticated(said):
 
 @contextmanager
 def _one_call(shown=False):
-    """Run calls of the client: with a time limit, what it prints kept (and shown, if asked), failures sorted."""
-    said = _Kept(sys.stdout if shown else None)
+    """Run calls of the client: with a time limit, without what it prints unless `shown`, failures sorted."""
     plain = HTTPAdapter.send
 
     def send(self, request, stream=False, timeout=None, **rest):
@@ -180,27 +178,14 @@ def _one_call(shown=False):
 
     HTTPAdapter.send = send
     try:
-        with redirect_stdout(said):
-            yield said
+        with redirect_stdout(sys.stdout if shown else io.StringIO()):
+            yield
     except StageError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _sorted_failure(error) from error
     finally:
         HTTPAdapter.send = plain
-
-
-class _Kept(io.StringIO):
-    """What is printed, kept; also handed on to `out`, if there is one."""
-
-    def __init__(self, out):
-        super().__init__()
-        self.out = out
-
-    def write(self, text):
-        if self.out is not None:
-            self.out.write(text)
-        return super().write(text)
 
 
 def _sorted_failure(error):
@@ -214,6 +199,8 @@ def _sorted_failure(error):
     # No answer at all, or one that the client cannot read: an error page, a state that it has no name for.
     unread = code is None and isinstance(error, (requests.RequestException, ConnectionError, TimeoutError,
                                                  json.JSONDecodeError, LookupError))
+    if isinstance(error, requests.ConnectionError) and "resolve" in says:
+        says = "there is no connection to Kaggle"
     if unread or code in (408, 429) or (code or 0) >= 500 or says.startswith("Upload unsuccessful"):
         return Passing(says)
     reason = (response.text or "").strip()[:300] if response is not None else ""
