@@ -229,11 +229,12 @@ def install_engine(make=True):
     why = " ".join(refused) or "No engine (llama.cpp with its Python bindings) is attached or installed."
     if not make:
         raise LlamaTelemetryError(f"{why} {_NO_ENGINE}")
-    print(f"{why} Building it: 20 minutes or more on 4 cores, once.", flush=True)
+    cuda = str(capability) if capability else None
+    print(f"{why} Building it, once: {build.reckoned(cuda)}.", flush=True)
     started = time.monotonic()
     install_missing(("build",))
     try:
-        wheel = build.build(str(capability) if capability else None, working_dir() / "engine", portable=True)
+        wheel = build.build(cuda, working_dir() / "engine", portable=True)
     except build.EngineBuildError as error:
         raise LlamaTelemetryError(f"{why} {_NO_ENGINE} Building it here failed: {error}") from None
     build.install(wheel)

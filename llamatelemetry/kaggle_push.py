@@ -25,6 +25,7 @@ from .kaggle_sessions import Sessions
 STATE = "push.json"
 DATASET_S = 45 * 60  # until a dataset is ready
 ATTEMPTS = 4  # of what fails in passing
+BUILDERS = tuple(f"llamatelemetry/{name}.py" for name in ("build", "slim", "needs"))  # decide what an engine wheel holds
 
 
 def push(folder="staged", names=(), wait=True, again=False, poll_s=30):
@@ -132,7 +133,7 @@ def _content(path, meta, state):
     if path.name == "engine":
         wheels = sorted((path.parent / "wheels").glob("llamatelemetry-*.whl"))
         return content_of(path, *(entry.CRC for wheel in wheels for entry in zipfile.ZipFile(wheel).infolist()
-                                  if entry.filename == "llamatelemetry/build.py"))
+                                  if entry.filename in BUILDERS))
     return content_of(path, *(state.version(name) for field in ("dataset_sources", "kernel_sources")
                               for name in meta.get(field, ())))
 
