@@ -90,7 +90,7 @@ def check(path):
         "model": Path(path).stem, "architecture": facts.architecture, "n_layer": runtime.n_layer,
         "kinds": [layer["kind"] for layer in layers],
         "missing": {stage: missing(plan, stage, runtime.n_layer) for stage in STAGES_SHOWN},
-        "why_not": plan.why_not, "sum": [bool(layer.get("sum")) for layer in layers], "invariants": {},
+        "predicts": vars(runtime.predicts), "why_not": plan.why_not, "sum": [bool(layer.get("sum")) for layer in layers], "invariants": {},
     }  # fmt: skip
     holds = result["invariants"]
     if plain is not None and "logits" in arrays:

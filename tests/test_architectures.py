@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import architectures
 import pytest
 
+from llamatelemetry.capture import prediction
+
 
 @pytest.mark.slow
 def test_every_architecture_is_captured_and_its_invariants_hold():
@@ -19,6 +21,8 @@ def test_every_architecture_is_captured_and_its_invariants_hold():
     bad = {row["model"]: row.get("error") or row["invariants"] for row in rows if not architectures.holds(row)}
     assert not bad
     assert len(rows) >= 128
+    assert all(row["predicts"]["logits"] for row in rows)  # the generator makes no encoders
+    assert {row["architecture"] for row in rows if row["predicts"]["ahead"]} == prediction.BOTH_WAYS
     table = (architectures.ROOT / "notebooks" / "ARCHITECTURES.md").read_text()
     assert f"{len(rows)} of {len(rows)} captured" in table
     for row in rows:  # the first columns and the note do not depend on the machine's rounding

@@ -154,6 +154,7 @@ def test_files_that_do_not_differ():
     before = pd.Series({"kld_mean": 0.1, "size_bytes": 2**20})
     chosen = pd.Series({"kld_mean": 0.05, "size_bytes": 2**21})
     assert "No other part is left" in quantization_words.mixture(before, chosen, before)
+    assert "nothing to keep" in quantization_words.mixture(before, before, before)
 
 
 def test_one_category_is_nothing_to_agree_with():

@@ -212,6 +212,8 @@ def mixture(before, chosen, other):
     """Did the recommendation hold? Rows of a Comparison: the plain file, the mixture, the control of the same size."""
     won, control = before.kld_mean - chosen.kld_mean, before.kld_mean - other.kld_mean
     added = (chosen.size_bytes - before.size_bytes) / 2**20
+    if chosen.size_bytes == before.size_bytes:
+        return "Every part that costs something has these bits already: there is nothing to keep at higher precision."
     if other.size_bytes == before.size_bytes:
         return (
             f"For {added:.1f} MiB more, the mean KLD goes from {before.kld_mean:.4g} to {chosen.kld_mean:.4g} nats "
