@@ -194,7 +194,8 @@ def senses_sentence(table, what="the sense of a word"):
     if not len(above):
         return f"At no layer does {what} separate better than 95% of shuffled labels do."
     last = f"and is {table.separation.iloc[-1]:.2f} at the last" if best != table.index[-1] else "the last"
-    return (f"Separation by {what} goes from {table.separation.iloc[0]:.2f} at layer {table.index[0]} to its largest, "
+    first = round(table.separation.iloc[0], 2) + 0.0  # no "-0.00": equal rows differ by rounding, of either sign
+    return (f"Separation by {what} goes from {first:.2f} at layer {table.index[0]} to its largest, "
             f"{table.separation[best]:.2f}, at layer {best}, {last}. It is above 95% of shuffled labels at "
             f"{len(above)} of {len(table)} layers, first at layer {above[0]}. At layer {best}, "
             f"{table.agreement[best]:.0%} of nearest neighbours agree; shuffled, "
