@@ -47,6 +47,16 @@ def settle(gguf, ctx_size, options):
     return Setup(size, server | both(variant), session | {"variant": variant}, says)
 
 
+def described(variant):
+    """What a variant changes, for the label of a capture: " with lora a.gguf x 0.5, rope_freq_base 500"; "" for none."""
+    files = [(name, Path(path).name, scale) for name, key in (("lora", "loras"), ("control vector", "controls"))
+             for path, scale in variant.get(key, ())]  # fmt: skip
+    said = [f"{name} {file}" + (f" x {scale:g}" if scale != 1 else "") for name, file, scale in files]
+    said += [f"{key} {value}" for key, _, value in variant.get("overrides", ()) if not key.endswith("context_length")]
+    said += [f"{name} {value:g}" for name, value in variant.get("context", {}).items()]
+    return f" with {', '.join(said)}" if said else ""
+
+
 def _tokens(ctx_size):
     if ctx_size is None or isinstance(ctx_size, (int, np.integer)) and not isinstance(ctx_size, bool) and ctx_size > 0:
         return ctx_size and int(ctx_size)

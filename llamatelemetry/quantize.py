@@ -18,6 +18,7 @@ from .expand import FLOATS, SLACK, QuantizeError, _open, expand, make_reference
 from .files import labels, refuse_overwriting, shown, written
 from .gguf import GGUFFile
 from .registry import TYPES
+from .server_options import environment
 from .texts import is_path, load_text
 
 __all__ = ["QuantizeError", "quantize", "quantizations", "expand", "make_reference", "imatrix", "fallbacks", "tool"]
@@ -205,7 +206,7 @@ def _run(command, what, step=None, total=None, bar="", progress=False):
 
     tail = deque(maxlen=400)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                               env=logs.ENVIRONMENT | os.environ)  # fmt: skip
+                               env=environment())  # fmt: skip
     try:
         with tqdm(desc=bar, disable=not (progress and step)) as meter:
             pending = ""

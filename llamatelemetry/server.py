@@ -17,7 +17,7 @@ from pathlib import Path
 from . import guard, logs
 from .errors import ModelLoadError, ModelNotFoundError, ServerError, TemplateError
 from .files import shown
-from .server_options import flags, pooling_of, refuse_system_settings
+from .server_options import environment, flags, pooling_of
 
 _MEND = ("`llamatelemetry engine build` makes an engine wheel with llama-server in it; "
          "or set LLAMA_SERVER_PATH to a llama-server of your own.")
@@ -109,9 +109,8 @@ class ServerManager:
         if port:
             _refuse_port_in_use(host, port)
         pooling = server_kwargs.pop("pooling", None) or (embeddings and pooling_of(GGUFFile(model_path)))
-        refuse_system_settings()
+        variables, split = self._environment(env, tensor_split)
         folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-server-"))
-        environment, split = self._environment(env, tensor_split, folder)
         self.log = folder / "llama-server.log"
         command = [binary, "--model", model_path, "--host", host, "--port", port or 0, "--parallel", n_parallel,
                    "--threads", threads or physical_cores()]
@@ -125,7 +124,7 @@ class ServerManager:
         try:
             with open(self.log, "wb") as log:
                 self._guard, self.pid = guard.popen([*command, *flags(options | server_kwargs)], log,
-                                                    env=environment, folder=folder)
+                                                    env=variables, folder=folder)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise ServerError(f"{binary} cannot be executed: {error.strerror}. {_MEND}") from error
@@ -145,7 +144,7 @@ class ServerManager:
                   f"ready after {time.monotonic() - started:.1f} s")
         return self
 
-    def _environment(self, env, tensor_split, folder):
+    def _environment(self, env, tensor_split):
         from . import gpus
 
         split = None
@@ -155,11 +154,9 @@ class ServerManager:
         # The key goes by the environment: a command line can be read by every user of the machine. The other settings
         # do because an older llama-server ignores those it does not know: log what was put where, no web page, prompts
         # not kept in the machine's memory after their request.
-        ours = logs.ENVIRONMENT | {"LLAMA_API_KEY": self._api_key, "LLAMA_ARG_LOG_VERBOSITY": "4", "LLAMA_ARG_UI": "0",
+        ours = {"LLAMA_API_KEY": self._api_key, "LLAMA_ARG_LOG_VERBOSITY": "4", "LLAMA_ARG_UI": "0",
                 "LLAMA_ARG_CACHE_RAM": "0"}
-        # Settings of the user's for llama-server elsewhere would change this model here, and captures not with it.
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
-        return clean | {"XDG_CONFIG_HOME": str(folder)} | dict(env or {}) | ours, split
+        return environment() | dict(env or {}) | ours, split
 
     def _wait_until_ready(self, port, timeout, silent):
         from tqdm.auto import tqdm

@@ -6,9 +6,11 @@ goes to the server. The names are those of the pinned llama.cpp (common/arg.cpp)
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 
+from . import logs
 from .errors import ModelNotFoundError, OptionError, ServerError
 
 SYSTEM_SETTINGS = "/etc/llama.cpp/config.ini"
@@ -151,19 +153,23 @@ def check_pooling(value):
     return value
 
 
-def refuse_system_settings(path=SYSTEM_SETTINGS):
-    """ServerError if the machine's settings for llama-server, which no argument switches off, hold more than FREE ones.
+def environment(system_settings=SYSTEM_SETTINGS):
+    """The environment of llama.cpp's programs: this process's, without settings that they would take from elsewhere and
+    that captures would not have: LLAMA_ARG_* and the user's config.ini.
 
-    The user's own (~/.config/llama.cpp) and LLAMA_ARG_* are kept from the server by its environment.
+    Raises ServerError for the machine's config.ini, which nothing keeps from them, if it has any but FREE options.
     """
     try:
-        names = re.findall(r"^\s*([\w-]+)\s*=", Path(path).read_text(errors="replace"), re.M)
+        text = Path(system_settings).read_text(errors="replace")
     except OSError:
-        return  # none: the rule
-    others = [name for name in names if canonical(name)[0] not in (*KIND, "version")]
+        text = ""  # there is none: the rule
+    others = [name for name in re.findall(r"^\s*([\w-]+)\s*=", text, re.M)
+              if canonical(name)[0] not in (*KIND, "version")]  # fmt: skip
     if others:
-        raise ServerError(f"{path} gives llama-server settings that captures would not have: {', '.join(others)}. "
-                          "Remove them there, and name what this model should have in load_model.")
+        raise ServerError(f"{system_settings} gives llama.cpp's programs settings that captures would not have: "
+                          f"{', '.join(others)}. Remove them there, and name what a model should have in load_model.")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
+    return logs.ENVIRONMENT | kept | {"XDG_CONFIG_HOME": os.devnull}
 
 
 def pooling_of(gguf):

@@ -1,6 +1,7 @@
 """Options of load_model: what changes the model is in the server and in captures alike, or refused by name."""
 
 import itertools
+import os
 import re
 import subprocess
 
@@ -12,8 +13,9 @@ from llamatelemetry import (InferenceEngine, LlamaTelemetryError, ModelLoadError
                             ServerError, resolve_model)
 from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.gguf import GGUFFile
-from llamatelemetry.loading import least_context, settle, sort_options, trained_context
-from llamatelemetry.server_options import KIND, PARAMETERS, SHARED, canonical, flags, refusal, refuse_system_settings
+from llamatelemetry.loading import described, least_context, settle, sort_options, trained_context
+from llamatelemetry.quantize import imatrix
+from llamatelemetry.server_options import KIND, PARAMETERS, SHARED, canonical, environment, flags, refusal
 from llamatelemetry.texts import load_text
 
 import models
@@ -82,14 +84,16 @@ def test_flags():
     assert " ".join(made) == ("--batch-size 256 --jinja --no-repack --fit-target 1,2 --control-vector-layer-range 1 3")
 
 
-def test_settings_of_the_machine(tmp_path):
+def test_settings_of_the_machine(tmp_path, monkeypatch):
     path = tmp_path / "config.ini"
-    refuse_system_settings(path)  # there is none: the rule
+    monkeypatch.setenv("LLAMA_ARG_ROPE_FREQ_BASE", "500")
+    made = environment(path)  # there is none: the rule
+    assert "LLAMA_ARG_ROPE_FREQ_BASE" not in made and made["PATH"] == os.environ["PATH"]
     path.write_text("version = 1\n[*]\nthreads-batch = 2\n; rope-freq-base = 5\n")
-    refuse_system_settings(path)
+    environment(path)
     path.write_text("[*]\nthreads-batch = 2\nrope-freq-base = 500\n")
     with pytest.raises(ServerError, match="rope-freq-base"):
-        refuse_system_settings(path)
+        environment(path)
 
 
 @pytest.mark.slow
@@ -222,7 +226,9 @@ def test_both_or_neither(files, llama_server, options, without):
     for given in (options, without):
         with InferenceEngine(llama_server) as engine:
             engine.load_model(files["llama"], silent=True, threads=1, **EXACT, **named(files, given))
-            found.append(captured(engine, IDS))
+            capture = engine.capture(IDS, stages="logits")
+            assert (" with " in capture.logits.attrs["model"]) == bool(given)
+            found.append(log_softmax(capture.logits.values[-1]))
             assert off(served(engine, IDS), found[-1]) < NEAR
     assert off(*found) > FAR
 
@@ -260,6 +266,17 @@ def test_settings_elsewhere_are_not_read(files, llama_server, monkeypatch, tmp_p
 
 
 @pytest.mark.slow
+def test_settings_elsewhere_change_no_importance_matrix(files, tmp_path, monkeypatch):
+    made = []
+    for number, base in enumerate((None, "500")):
+        if base:
+            monkeypatch.setenv("LLAMA_ARG_ROPE_FREQ_BASE", base)
+        path = imatrix(files["llama"], load_text()[:1000], tmp_path / f"{number}.gguf", n_ctx=64, progress=False)
+        made.append({tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors})
+    assert made[0] and all(np.array_equal(made[0][name], made[1][name]) for name in made[0])
+
+
+@pytest.mark.slow
 def test_adapters_that_do_not_fit(files, tmp_path):
     wide = write_gguf(tmp_path / "wide.gguf", "controlvector", {}, {"direction.1": np.ones(65, np.float32)})
     for options, says in (({"lora": files["control1"]}, "adapter"), ({"control_vector": wide}, "65 wide"),
@@ -277,6 +294,13 @@ def test_overrides_reach_what_is_read_from_the_file(files):
 
 
 # ---- the context --------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_model_is_called_so(tmp_path):
+    (tmp_path / "a.gguf").touch()
+    options = {"lora_scaled": f"{tmp_path}/a.gguf:0.5", "rope_freq_base": 500, "override_kv": "x.y=int:3"}
+    assert described(sort_options(options)[1]) == " with lora a.gguf x 0.5, x.y 3, rope_freq_base 500"
+    assert described(sort_options(EXACT)[1]) == ""
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pandas as pd
 from .. import errors, logs
 from ..errors import CaptureError, WorkerCrashedError
 from ..gguf import GGUFFile
-from ..loading import least_context
+from ..loading import described, least_context
 from ..server import physical_cores
 from .data import Capture, token_table
 from .edits import flatten
@@ -42,7 +42,7 @@ class CaptureSession:
         if cache_type is None:
             matrices = self.model.tensors[self.model.tensors["shape"].map(len) > 1]
             cache_type = "f32" if (matrices["type"] == "F32").all() else "f16"
-        self.cache_type, self._verbose = cache_type, verbose
+        self.cache_type, self._verbose, self._variant = cache_type, verbose, described(variant or {})
         self._folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-", dir=_roomy_folder()))
         self._log = self._folder / "worker.log"
         self._count, self._free = 0, []
@@ -170,7 +170,7 @@ class CaptureSession:
         model = self.model
         return {name: getattr(model, name) for name in
                 ("name", "architecture", "n_layer", "n_head", "n_kv_head", "n_embd", "n_vocab")} | {
-                    "file": model.path.name, "gpu": self.facts["gpu"]}  # fmt: skip
+                    "file": model.path.name + self._variant, "gpu": self.facts["gpu"]}  # fmt: skip
 
     def close(self):
         """End the worker and remove its files. Safe to call twice."""
