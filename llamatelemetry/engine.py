@@ -52,7 +52,8 @@ class InferenceEngine:
         server_kwargs: threads, port, host, timeout, embeddings=True, and llama-server's options; those that change the
         model (lora, control_vector, rope_*, override_kv, ...) are for captures too, those that captures cannot follow
         are refused: llamatelemetry.server_options. LLAMA_ARG_* and ~/.config/llama.cpp are not read. flash_attn="off"
-        with swa_full=True makes the server sum in the order of captures: the same numbers to the last digits.
+        with swa_full=True makes the server sum in the order of captures: the same numbers to the last digits (of an F32
+        file with cache_type_k="f32" and cache_type_v="f32", as captures of it have).
         Raises ModelNotFoundError, ModelLoadError, GpuError, OptionError, ServerError.
         """
         from .gguf import GGUFFile

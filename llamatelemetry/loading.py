@@ -1,5 +1,6 @@
 """What load_model asked for, settled once for both processes: options, context and the numbers that depend on them."""
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,12 +49,14 @@ def settle(gguf, ctx_size, options):
 
 
 def described(variant):
-    """What a variant changes, for the label of a capture: " with lora a.gguf x 0.5, rope_freq_base 500"; "" for none."""
+    """What a variant changes, for a capture's label: " with lora a.gguf x 0.5, rope_freq_base 500"; "" for nothing."""
     files = [(name, Path(path).name, scale) for name, key in (("lora", "loras"), ("control vector", "controls"))
              for path, scale in variant.get(key, ())]  # fmt: skip
     said = [f"{name} {file}" + (f" x {scale:g}" if scale != 1 else "") for name, file, scale in files]
     said += [f"{key} {value}" for key, _, value in variant.get("overrides", ()) if not key.endswith("context_length")]
-    said += [f"{name} {value:g}" for name, value in variant.get("context", {}).items()]
+    scalings = {number: name for name, number in SCALINGS.items()}
+    said += [f"rope_scaling {scalings[value]}" if name == "rope_scaling_type" else f"{name} {value:g}"
+             for name, value in variant.get("context", {}).items()]  # fmt: skip
     return f" with {', '.join(said)}" if said else ""
 
 
@@ -145,6 +148,8 @@ def both(variant):
 def _plain(name, value, kind):
     if name in ("flash_attn", "fit", "reasoning") and isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, dict):
+        return json.dumps(value)  # chat_template_kwargs
     if kind == "value" and (isinstance(value, bool) or value == ""):
         raise OptionError(f"{name}={value!r}: it takes a value.")
     if kind != "value" and not isinstance(value, bool):
@@ -161,7 +166,7 @@ def _shared(name, value, variant):
         value = _number(name, value, float)
         if not value > 0:
             raise OptionError(f"rope_scale={value:g}: it is more than 0.")
-        context["rope_freq_scale"] = 1 / value
+        context["rope_freq_scale"] = float(1 / np.float32(value))  # as llama-server rounds it
     elif name == "rope_scaling":
         if value not in SCALINGS:
             raise OptionError(f"rope_scaling={value!r}: it is one of {', '.join(SCALINGS)}.")

@@ -18,7 +18,8 @@ SYSTEM_SETTINGS = "/etc/llama.cpp/config.ini"
 # Arguments of load_model and start_server that are handled there.
 PARAMETERS = ("threads", "port", "host", "timeout", "embeddings", "pooling")
 
-# No effect on the numbers: speed, memory, where it is computed, the text that chat() renders, the server's endpoints.
+# No effect on the numbers: speed, memory, which processor of the server computes (captures go by gpu_layers and
+# tensor_split), the text that chat() renders, the server's endpoints.
 FREE = {
     "value": """threads_batch threads_http cpu_mask cpu_range cpu_strict prio poll cpu_mask_batch cpu_range_batch
         cpu_strict_batch prio_batch poll_batch batch_size ubatch_size flash_attn ctx_checkpoints checkpoint_min_step
@@ -123,7 +124,7 @@ def canonical(name, value=True):
     name = name.strip("-").replace("-", "_")
     name = ALIASES.get(name, name)
     positive = name.removeprefix("no_")
-    if name != positive and name not in KIND and value in (True, False):
+    if name != positive and name not in KIND and isinstance(value, bool):
         positive = ALIASES.get(positive, positive)
         if KIND.get(positive) == "either" or positive in _WHY_NOT:
             return positive, not value
@@ -131,6 +132,7 @@ def canonical(name, value=True):
 
 
 def refusal(given, name):
+    """Why load_model does not take an option, or what its name may be; name: its `canonical` one."""
     if re.match("(no_)?spec_|fim_|draft_p_", name) or name.endswith("_draft") or name in _DRAFTS:
         reason = _OTHER_MODELS
     else:

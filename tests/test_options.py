@@ -9,9 +9,11 @@ import gguf
 import numpy as np
 import pytest
 
-from llamatelemetry import (InferenceEngine, LlamaTelemetryError, ModelLoadError, ModelNotFoundError, OptionError,
-                            ServerError, resolve_model)
+from llamatelemetry import (CaptureError, InferenceEngine, LlamaTelemetryError, ModelLoadError, ModelNotFoundError,
+                            OptionError, ServerError, resolve_model)
+from llamatelemetry.capture.names import STAGES
 from llamatelemetry.capture.session import CaptureSession
+from llamatelemetry.expand import _rewrite
 from llamatelemetry.gguf import GGUFFile
 from llamatelemetry.loading import described, least_context, settle, sort_options, trained_context
 from llamatelemetry.quantize import imatrix
@@ -426,3 +428,71 @@ def test_a_chat_template_of_the_users(files, llama_server):
         engine.load_model(files["llama"], silent=True, threads=1)
         with pytest.raises(ServerError, match="chat template"):
             engine.apply_template("Hi")
+
+
+MATRICES = {"qwen3moe": "attn_q attn_k attn_v attn_output ffn_gate_exps ffn_up_exps ffn_down_exps",
+            "llama": "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down",
+            "gemma3": "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down",
+            "phi3": "attn_qkv attn_output ffn_up ffn_down", "gpt2": "attn_qkv attn_output ffn_up ffn_down"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", MATRICES)
+def test_every_stage_is_that_of_the_adapted_model(tmp_path, architecture):
+    """With an adapter every stage is that of a file whose weights hold the adapter: W + scale alpha / rank B A."""
+    path, random = tiny_model(architecture, tmp_path), np.random.RandomState(5)
+    file, tensors, changes = GGUFFile(path), {}, {}
+    for layer in range(file.n_layer):
+        for matrix in MATRICES[architecture].split():
+            name = f"blk.{layer}.{matrix}.weight"
+            *experts, rows, width = file.tensors.loc[name, "shape"]
+            a, b = (0.2 * random.standard_normal(shape).astype(np.float32)
+                    for shape in ((*experts, 4, width), (*experts, rows, 4)))  # fmt: skip
+            tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+            changes[name] = 0.5 * 8 / 4 * b @ a
+    lora = write_gguf(tmp_path / "lora.gguf", architecture,
+                      {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8.0}, tensors)
+
+    def change(tensor, start, values):
+        if tensor.name not in changes:
+            return values
+        rows = changes[tensor.name].reshape(-1, values.shape[-1])
+        return values + rows[start : start + len(values.reshape(-1, values.shape[-1]))].reshape(values.shape)
+
+    merged = _rewrite(path, tmp_path / "merged.gguf", "F32", change, {}, False)
+    captures = []
+    for model, options in ((path, {"lora_scaled": f"{lora}:0.5"}), (merged, {}), (path, {})):
+        with InferenceEngine() as engine:
+            engine.load_model(model, auto_start=False, silent=True, threads=1, **options)
+            have = [stage for stage in STAGES if gives(engine, stage)] if not captures else list(captures[0].stages)
+            captures.append(engine.capture(IDS, stages=have))
+    adapted, wanted, plain = captures
+    assert {"attention", "hidden", "attn_out", "ffn_out", "q", "logits"} <= set(adapted.stages)
+    other = []
+    for stage in adapted.stages:
+        values, found = wanted[stage].values, adapted[stage].values
+        room = 1e-4 * np.abs(values[np.isfinite(values)]).max()  # GELU's table of the CPU makes steps of a half
+        if values.shape != found.shape or not np.allclose(found, values, rtol=0, atol=room):
+            other.append(stage)
+    assert not other
+    assert np.abs(plain.hidden.values[1:] - wanted.hidden.values[1:]).max() > FAR
+
+
+def gives(engine, stage):
+    try:
+        return bool(engine.capture(IDS[:4], stages=stage))
+    except CaptureError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_control_vector_is_added_behind_its_layers(files):
+    rows = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(files["control1"]).tensors}
+    with InferenceEngine() as engine:
+        engine.load_model(files["llama"], auto_start=False, silent=True, threads=1,
+                          control_vector_scaled=f"{files['control1']}:2", control_vector_layer_range=(2, 2))
+        found = engine.capture(IDS, stages=("hidden", "attn_out", "ffn_out"))
+    for layer in range(3):
+        left = found.hidden.values[layer + 1] - found.hidden.values[layer] - found.attn_out.values[layer]
+        left = left - found.ffn_out.values[layer]
+        assert np.allclose(left, 2 * rows["direction.2"] if layer == 2 else 0, atol=1e-5), layer

@@ -54,6 +54,8 @@ class Graph:
             if source:
                 node.src.append(self._resolve(source))
                 node.src[-1].users.append(node)
+        if node.op == "ADD" and _adapter(node.src[1]):
+            _fold(node)
         self.nodes.append(node)
         self._by_address[address] = self._by_name[node.name] = node
 
@@ -69,6 +71,25 @@ class Graph:
                 found = Node(-1, address, "NONE", copy[1] if copy else name, tensor)
             self._by_address[address] = found
         return found
+
+
+def _adapter(node):
+    """Whether a summand is what an adapter adds to a product, scale * B (A x), or to a row of the embedding."""
+    return node.op == "SCALE" and node.src[0].op.startswith("MUL_MAT") and node.src[0].src[0].name.endswith(".lora_b")
+
+
+def _fold(node):
+    """Let the sum W x + scale * B (A x) be the product that it is without an adapter, so that every stage is where it
+    is without one; what it is made of leads nowhere any more."""
+    plain, scaled = node.src[:2]
+    op, sources = plain.op, plain.src
+    for part in (plain, scaled, scaled.src[0], scaled.src[0].src[1]):
+        for source in part.src:
+            source.users = [user for user in source.users if user is not part]
+        part.op = "ADAPTER"
+    node.op, node.src = op, sources
+    for source in sources:
+        source.users.append(node)
 
 
 def _name(tensor):
