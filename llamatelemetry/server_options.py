@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from . import logs
-from .errors import ModelNotFoundError, OptionError, ServerError
+from .errors import OptionError, ServerError
 
 SYSTEM_SETTINGS = "/etc/llama.cpp/config.ini"
 
