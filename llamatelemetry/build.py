@@ -150,10 +150,19 @@ def build(cuda: str | None = None, out: Path | None = None, jobs: int | None = N
         with _lock(folder / f"{key(wanted)}.lock"):
             wheel = cached_wheel(wanted) or _build_into(folder, wanted, jobs or _default_jobs())
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        if not os.path.samefile(out, wheel.parent):  # the cache itself has it already
-            wheel = Path(shutil.copy2(wheel, out))
+        wheel = _copied(wheel, Path(out))
     return wheel
+
+
+def _copied(wheel: Path, out: Path) -> Path:
+    copy = out / wheel.name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return wheel if copy.exists() and copy.samefile(wheel) else Path(shutil.copy2(wheel, copy))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            copy.unlink()  # a part of a wheel
+        raise EngineBuildError(f"{wheel} is built and could not be copied to {out}: {error.strerror}.") from None
 
 
 def install(wheel: Path) -> None:

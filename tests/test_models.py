@@ -262,6 +262,16 @@ def test_kaggle_input_by_file_name(machine):
     assert list_models().set_index("name").loc["My-Model", "path"] == str(path)
 
 
+def test_a_path_below_kaggle_input_that_has_moved_says_where_the_file_is(machine):
+    """Sessions of 2026 attach a dataset below datasets/OWNER/SLUG, older guides say SLUG."""
+    path = put(machine / "kaggle" / "datasets" / "someone" / "mine" / "My-Model.gguf")
+    with pytest.raises(ModelNotFoundError) as raised:
+        resolve_model(str(machine / "kaggle" / "mine" / "My-Model.gguf"))
+    assert f"A file of that name is attached: {path}. Check the path" in str(raised.value)
+    with pytest.raises(ModelNotFoundError, match=r"There is no file \S+Other\.gguf\. Check the path"):
+        resolve_model(str(machine / "kaggle" / "mine" / "Other.gguf"))
+
+
 def test_kaggle_input_with_a_link_that_leads_back(machine):
     path = put(machine / "kaggle" / "a" / FILE)
     (machine / "kaggle" / "a" / "again").symlink_to(machine / "kaggle", target_is_directory=True)

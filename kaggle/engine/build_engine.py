@@ -18,7 +18,7 @@ CUDA = "75"  # the T4's compute capability, 7.5
 
 
 def main():
-    wheel = max(map(str, INPUT.rglob("llamatelemetry-*.whl")), default=None)
+    wheel = max(INPUT.rglob("llamatelemetry-*.whl"), key=lambda path: path.name, default=None)
     if wheel is None:
         sys.exit(f"No llamatelemetry wheel below {INPUT}: attach the dataset that `llamatelemetry kaggle stage` makes.")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
