@@ -12,6 +12,7 @@ import pandas as pd
 
 from . import hub, logs
 from .analysis.quantization_quality import summarize
+from .arguments import whole
 from .errors import LlamaTelemetryError, ModelLoadError, WorkerCrashedError
 from .files import labels, shown
 from .gpus import inference_environment
@@ -67,7 +68,10 @@ def compare_quantizations(
     reference, paths = _path(reference), [_path(candidate) for candidate in candidates]
     if not paths:
         raise CompareError("No candidates were given: pass at least one path or name.")
-    if n_ctx < 4:
+    for name, value, least in (("max_windows", max_windows, 1), ("threads", threads, 1), ("gpu_layers", gpu_layers, -1)):
+        whole(name, value, least, error=CompareError, none=True)
+    whole("retries", retries, 0, error=CompareError)
+    if whole("n_ctx", n_ctx, error=CompareError) < 4:
         raise CompareError(f"n_ctx={n_ctx}: a window needs at least 4 tokens; llama-perplexity's default is 512.")
     job = {
         "reference": str(reference),

@@ -1,9 +1,11 @@
 """What llama-server's /completion is asked, and what comes back, as InferResult."""
 
+import difflib
 import math
 import os
 from dataclasses import dataclass, field
 
+from .arguments import finite, one_sequence, whole
 from .capture.tokenizer import say_two_starts
 from .errors import NotFiniteError, ServerError
 
@@ -32,9 +34,15 @@ class InferResult:
         return self.text
 
 
+ARGUMENTS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop_sequences", "n_probs")
 # What a request must not ask of llama-server, and why.
 REFUSED = {
     "stream": "infer_stream does",
+    "n_predict": "max_tokens says it", "max_completion_tokens": "max_tokens says it",
+    "stop": "stop_sequences says it", "prompt": "it is the first argument", "logprobs": "n_probs says it",
+    "return_tokens": "n_probs has them", "return_progress": "one answer is read",
+    "n_cmpl": "one answer is read", "n": "one answer is read",
+    "n_keep": "the server's context is never shifted", "n_discard": "the server's context is never shifted",
     "lora": "captures have the adapters of load_model(..., lora=...), always",
     "post_sampling_probs": "probabilities are the model's, before any sampling",
     "response_fields": "the answer is read as a whole",
@@ -43,31 +51,45 @@ REFUSED = {
 # llama-server has defaults (min_p 0.05), and a model's file may have more (general.sampling.*): nobody asked for them.
 OFF = {"min_p": 0.0, "xtc_probability": 0.0, "repeat_penalty": 1.0, "mirostat": 0,
        "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]}
+# What else /completion reads (server-schema.cpp of the pinned llama.cpp). It ignores every other name.
+OPTIONS = set("""min_p top_n_sigma xtc_probability xtc_threshold typical_p dynatemp_range dynatemp_exponent repeat_last_n
+    repeat_penalty frequency_penalty presence_penalty dry_multiplier dry_base dry_allowed_length dry_penalty_last_n
+    dry_sequence_breakers mirostat mirostat_tau mirostat_eta adaptive_target adaptive_decay min_keep backend_sampling
+    json_schema grammar grammar_lazy grammar_triggers preserved_tokens logit_bias ignore_eos samplers t_max_predict_ms
+    n_indent id_slot cache_prompt verbose timings_per_token sse_ping_interval reasoning_control reasoning_budget_tokens
+    reasoning_budget_start_tag reasoning_budget_end_tag reasoning_budget_end_tags reasoning_budget_message""".split())
 FORCED = 1e4  # logits: more than any model's
 
 
 def request_body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options):
-    """The JSON body of POST /completion for the arguments of InferenceEngine.infer."""
+    """The JSON body of POST /completion for the arguments of InferenceEngine.infer; ServerError where one is wrong."""
     if not isinstance(prompt, str):
         if isinstance(prompt, bytes | os.PathLike):
             raise ServerError(f"A prompt is a text (str) or token ids, not {prompt!r:.80}: read or decode it first.")
-        prompt = [int(token) for token in prompt]
+        prompt = one_sequence(prompt, ServerError)
     if len(prompt) == 0:
         raise ServerError("The prompt is empty: there is nothing to continue.")
-    if isinstance(stop_sequences, str):
-        stop_sequences = [stop_sequences]
-    for name in REFUSED.keys() & options.keys():
-        raise ServerError(f"A request does not take {name!r}: {REFUSED[name]}.")
+    stop_sequences = [stop_sequences] if isinstance(stop_sequences, str) else list(stop_sequences or ())
+    if not all(isinstance(text, str) and text for text in stop_sequences):
+        raise ServerError(f"stop_sequences={stop_sequences!r}: they are texts that are not empty.")
+    for name in sorted(options.keys() - OPTIONS):
+        if name in REFUSED:
+            raise ServerError(f"A request does not take {name!r}: {REFUSED[name]}.")
+        near = difflib.get_close_matches(name, [*OPTIONS, *ARGUMENTS], 1)
+        raise ServerError(f"llama-server knows no {name!r}: it would ignore it"
+                          f"{f'; the nearest name is {near[0]!r}' if near else ''}.")
+    if max_tokens != -1:  # 0 would give a token
+        max_tokens = whole("max_tokens", max_tokens, 1, 2**31 - 1, error=ServerError)
     return OFF | {
         "prompt": prompt,
         "n_predict": int(max_tokens),
-        "temperature": float(temperature),
-        "top_p": float(top_p),
-        "top_k": int(top_k),
-        "seed": -1 if seed is None else int(seed),
-        "stop": list(stop_sequences or ()),
-        "n_probs": int(n_probs),
-        "return_tokens": int(n_probs) > 0,
+        "temperature": finite("temperature", temperature, 0, error=ServerError),
+        "top_p": finite("top_p", top_p, 0, error=ServerError),
+        "top_k": whole("top_k", top_k, error=ServerError),
+        "seed": -1 if seed is None else whole("seed", seed, 0, 2**32 - 2, error=ServerError),  # 2**32 - 1: random
+        "stop": stop_sequences,
+        "n_probs": whole("n_probs", n_probs, 0, error=ServerError),
+        "return_tokens": n_probs > 0,
         # A prompt that is partly reused is computed in other batches, whose sums round differently: same seed, other
         # text.
         "cache_prompt": False,
@@ -123,7 +145,8 @@ def _asked_again(before, token, body, post, model):
     request = {"prompt": [prompt, *before] if isinstance(prompt, str) else [*prompt, *before], "n_predict": 1,
                "temperature": 0.0, "logit_bias": [[word, FORCED]], "cache_prompt": bool(before)}  # fmt: skip
     for n_probs in (body["n_probs"], model.n_vocab):  # the second where the token is not among the most probable
-        tops = post("/completion", request | {"n_probs": n_probs})["completion_probabilities"][0]["top_logprobs"]
+        rows = post("/completion", request | {"n_probs": n_probs}).get("completion_probabilities")
+        tops = rows[0]["top_logprobs"] if rows else ()  # logits beyond FORCED: it chose another token
         if found := next((top for top in tops if top["id"] == token), None):
             return found | {"top_logprobs": tops[: body["n_probs"]]}
     raise ServerError(f"llama-server gave no probability of its own token {token}.")

@@ -8,6 +8,7 @@ import warnings
 from contextlib import contextmanager
 
 from . import gpus
+from .arguments import whole
 from .completion import (  # noqa: F401  InferResult is public here
     InferResult,
     as_result,
@@ -16,7 +17,7 @@ from .completion import (  # noqa: F401  InferResult is public here
     every_token,
     request_body,
 )
-from .errors import LlamaTelemetryError, ServerError, TemplateError, WorkerCrashedError
+from .errors import LlamaTelemetryError, NotFiniteError, ServerError, TemplateError, WorkerCrashedError
 from .fit import spread
 from .loading import settle
 from .server import ServerManager, find_server, physical_cores
@@ -45,7 +46,8 @@ class InferenceEngine:
         """Load a model; another one that was loaded is closed first. Returns self.
 
         model: a name of the registry, a path, or "repo:file". gpu_layers: None for as many as fit, -1 all, 0 none.
-        ctx_size: tokens per request and per capture, None for 4,096 or what the model was trained for if that is less.
+        ctx_size: tokens per request and per capture, None for 4,096 or what the model was trained for if that is less;
+        rounded up to a multiple of 256, as llama.cpp has it.
         auto_start=False: no llama-server now; infer, chat and embed start it when they are first called.
         tensor_split: "1.0,0.0" shows inference only GPU 0, "0.5,0.5" spreads the weights over both.
         verbose: one line on the GPUs and one on the server; silent: neither, and no progress.
@@ -59,6 +61,7 @@ class InferenceEngine:
         from .gguf import GGUFFile
         from .models import resolve_model
 
+        gpu_layers, n_parallel = whole("gpu_layers", gpu_layers, -1, none=True), whole("n_parallel", n_parallel, 1)
         plan, opened = gpus.plan(tensor_split), GGUFFile(resolve_model(model))
         setup = settle(opened, ctx_size, server_kwargs)
         self.close()  # only now: a misspelt name leaves the loaded model as it was
@@ -151,7 +154,8 @@ class InferenceEngine:
         each time. stop_sequences: texts that end the generation and are left out. n_probs=k: probabilities has, for
         each generated token, its k most probable alternatives before temperature, top_k and top_p: position, rank
         (0 is the most probable), id, piece, prob, logprob (nats), chosen; the chosen token is always among them.
-        options: llama-server's further sampling parameters; those that are not named are off.
+        options: llama-server's further sampling parameters (completion.OPTIONS); those that are not named are off.
+        max_tokens=-1: until the text ends or the context is full.
 
         Raises ServerError: empty prompt, prompt longer than the context, server gone (the next call starts it again);
         CaptureError for a model that predicts no next token (an encoder), NotFiniteError where logits are no numbers.
@@ -251,6 +255,10 @@ class InferenceEngine:
             rows = server.post("/embeddings", {"content": texts, "embd_normalize": 2 if normalize else -1})
         rows = sorted(rows, key=lambda row: row["index"])
         vectors = np.array([row["embedding"][0] for row in rows], np.float32)  # (n, n_embd); null is NaN
+        if normalize and not vectors.any(axis=1).all():
+            text = texts[int(np.argmin(vectors.any(axis=1)))]
+            raise NotFiniteError(f"The embedding of {text!r:.60} in {self.model.path.name} is all zeros: it has no "
+                                 "direction, and a cosine with it would be made up. normalize=False gives it as it is.")
         return check_finite(vectors, "embeddings", file=self.model.path.name)
 
     def tokenize(self, text, add_special=True):

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from .arguments import finite, whole
 from .errors import ModelNotFoundError, OptionError
 from .server_options import (CACHE_TYPES, KIND, NUMBERS, PARAMETERS, SCALINGS, SHARED, canonical, check_pooling,
                              pooling_of, refusal)
 
+_CHECKS = {"pooling": check_pooling, "threads": lambda value: whole("threads", value, 1),
+           "port": lambda value: whole("port", value, 0, 65535), "timeout": lambda value: finite("timeout", value, 0)}
 DEFAULT_CTX = 4096  # tokens, where the model was trained for more: a KV cache for 128k tokens does not fit a T4
 
 
@@ -35,7 +38,8 @@ def settle(gguf, ctx_size, options):
     if server.get("embeddings"):
         server.setdefault("pooling", pooling_of(gguf))
     trained, fixed = trained_context(gguf, variant.get("context", {}))
-    size, says, longest = _tokens(ctx_size) or min(DEFAULT_CTX, trained or DEFAULT_CTX), "", None
+    size = whole("ctx_size", ctx_size, 1, none=True) or min(DEFAULT_CTX, trained or DEFAULT_CTX)
+    says, longest = "", None
     if trained and size > trained:
         says = f"ctx_size={size:,}: {gguf.name} was trained for {trained:,} tokens. "
         if fixed:
@@ -45,6 +49,8 @@ def settle(gguf, ctx_size, options):
             says += "What comes after those, in answers and captures, it has never learned."
             variant["overrides"] = _longer(gguf, size, variant.get("overrides", []))
     session = {"longest": longest, "cache_type": variant.pop("cache_type", None)}
+    # llama.cpp makes contexts in steps of 256, and llama-server ends a request at what the model was trained for.
+    size = min(-(-size // 256) * 256, max(trained, size)) if trained else -(-size // 256) * 256
     return Setup(size, server | both(variant), session | {"variant": variant}, says)
 
 
@@ -58,12 +64,6 @@ def described(variant):
     said += [f"rope_scaling {scalings[value]}" if name == "rope_scaling_type" else f"{name} {value:g}"
              for name, value in variant.get("context", {}).items()]  # fmt: skip
     return f" with {', '.join(said)}" if said else ""
-
-
-def _tokens(ctx_size):
-    if ctx_size is None or isinstance(ctx_size, (int, np.integer)) and not isinstance(ctx_size, bool) and ctx_size > 0:
-        return ctx_size and int(ctx_size)
-    raise OptionError(f"ctx_size={ctx_size!r}: it is a number of tokens, or None.")
 
 
 def _longer(gguf, size, overrides):
@@ -120,7 +120,7 @@ def sort_options(options):
         if seen.setdefault(name, given) != given:
             raise OptionError(f"{given!r} and {seen[name]!r} are the same option of llama-server. Give one of them.")
         if name in PARAMETERS:
-            server[name] = check_pooling(value) if name == "pooling" else value
+            server[name] = _CHECKS[name](value) if name in _CHECKS else value
         elif name in SHARED:
             value = _shared(name, value, variant)
             if value is not None:

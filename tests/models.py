@@ -304,10 +304,9 @@ def tiny_encoder(folder, architecture="bert", n_embd=32, n_layer=2, n_head=2, n_
 
 
 def with_value(path, tensor, value, target, at=7):
-    """A copy of an F32 model in which one weight of a tensor is `value`; returns its path."""
+    """A copy of an F32 model in which one weight of a tensor, or a slice of them, is `value`; returns its path."""
     data = bytearray(Path(path).read_bytes())
     found = next(t for t in gguf.GGUFReader(str(path)).tensors if t.name == tensor)
-    start = found.data_offset + 4 * at
-    data[start : start + 4] = np.float32(value).tobytes()
+    np.frombuffer(data, np.float32, found.n_elements, found.data_offset)[at] = value
     Path(target).write_bytes(data)
     return Path(target)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llamatelemetry import InferenceEngine, ServerError
-from llamatelemetry.completion import OFF, _held_back, request_body
+from llamatelemetry.completion import OFF, _held_back, every_token, request_body
 
 import models
 from models import IDS, N_VOCAB, tiny_model
@@ -16,7 +16,7 @@ class Bytes:
     """A vocabulary of single bytes, and a control token behind them."""
 
     pieces = [bytes([i]) if i > 127 else chr(i) for i in range(256)] + ["<|end|>"]
-    token_types = [1] * 256 + [3]
+    token_types, n_vocab = [1] * 256 + [3], 257
 
 
 @pytest.mark.parametrize("text, held", [
@@ -30,6 +30,12 @@ def test_held_back_on_odd_bytes():
     for raw, held in ((b"\x80\x80", "--"), (b"\xf0a", "xx"), (b"\xf0abc", "xxx-"), (b"\xc3", "x")):
         assert "".join("x" if h else "-" for h in _held_back(list(raw), Bytes)) == held
     assert _held_back([0xC3, 256, 65], Bytes) == [True, True, False]  # a control token writes nothing
+
+
+def test_a_token_that_the_server_gives_no_row_of_is_an_error_of_ours():
+    """Logits of 1e30 are beyond any bias: the token that was to be chosen is not, and half a character has no row."""
+    with pytest.raises(ServerError, match="no probability of its own token 240"):
+        every_token({"tokens": [0xF0]}, {"n_probs": 2, "prompt": [1]}, lambda *_: {"content": ""}, Bytes)
 
 
 def test_what_nobody_asked_for_is_off():

@@ -122,6 +122,10 @@ class HeadStatistics:
         number = np.repeat(np.arange(len(rows)), [len(some) for some in rows])  # of the pattern that a pair belongs to
         order = found[:, 0].argsort(kind="stable")
         self.patterns, self._pairs = list(pairs), (*found[order].T, number[order])  # query, key, pattern
+        # What this text has no pair of positions for: attention to nothing is no 0.
+        self._absent = {name for name, some in zip(self.patterns, rows) if not len(some)}
+        self._absent |= {"previous_token", "normalized_entropy"} if self.n < 2 else set()
+        self._absent |= {"duplicate_token", "induction"} if len(set(self.tokens.tolist())) == self.n else set()
         self.sums = {}  # layer -> {measure: (head,)}, "patterns": (head, pattern)
         self._on_device = {}  # layer -> [(head, measure), (head, pattern) if there are any], fetched once at the end
         self._ids = {}  # CUDA device number -> the tokens there
@@ -216,6 +220,7 @@ class HeadStatistics:
             found = sums[layer] | dict(zip(self.patterns, sums[layer]["patterns"].T))
             for name, row in ((name, rows[place]) for name, rows in out.items()):
                 by_mass = name in DETECTED or name in self.patterns
-                row[: len(found[name])] = found[name] / (found["mass"] if by_mass else self.n)
+                if name not in self._absent:
+                    row[: len(found[name])] = found[name] / (found["mass"] if by_mass else self.n)
         return out, layers
 

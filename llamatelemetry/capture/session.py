@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .. import errors, logs
+from ..arguments import finite, one_sequence, whole
 from ..errors import CaptureError, WorkerCrashedError
 from ..gguf import GGUFFile
 from ..loading import described, least_context
@@ -92,14 +93,13 @@ class CaptureSession:
         if unknown or not stages:
             raise CaptureError(f"unknown stage {unknown[:1] or stages!r}; stages are {', '.join(STAGES)}.")
         layers, queries = _chosen("layers", layers), _chosen("queries", queries)
-        generate, seed = _count("generate", generate), _count("seed", seed)
-        if not isinstance(temperature, (int, float, np.number)) or not temperature >= 0:
-            raise CaptureError(f"temperature is 0 (always the best token) or more, not {temperature!r}.")
+        generate, seed = whole("generate", generate, 0, error=CaptureError), whole("seed", seed, 0, error=CaptureError)
+        temperature = finite("temperature", temperature, 0, error=CaptureError)
         arena = self._free.pop() if self._free else self._file("arena")
         try:
             answer = self._call(
                 "capture", prompt=_prompt(text_or_ids), stages=stages, path=str(arena), layers=layers, queries=queries,
-                edits=self._pack(edits), generate=generate, temperature=float(temperature), seed=seed,
+                edits=self._pack(edits), generate=generate, temperature=temperature, seed=seed,
             )  # fmt: skip
             memory = np.memmap(arena, np.uint8, "c")  # the user's own copy where it is written to
         except BaseException:
@@ -151,7 +151,7 @@ class CaptureSession:
         the log of the number of keys), distance (tokens), sink (mass on the first token: Xiao et al. 2023), top (the
         largest weight), mass (row sum); and pattern scores as TransformerLens's head detector defines them with
         error_measure="mul" (Olsson et al. 2022): previous_token, duplicate_token, induction, and each of
-        patterns={name: [(query, key), ...]}.
+        patterns={name: [(query, key), ...]}; NaN where the text has no such pair: no token twice, one token in all.
         """
         import xarray as xr
 
@@ -303,10 +303,7 @@ def _prompt(text_or_ids):
     if isinstance(text_or_ids, os.PathLike):
         raise CaptureError(f"{str(text_or_ids)!r} is a path and a prompt is a text: read the file "
                            "(llamatelemetry.texts.load_text does), or give the text as a str.")  # fmt: skip
-    ids = np.asarray(text_or_ids)
-    if ids.ndim != 1 or ids.size and ids.dtype.kind not in "iu":
-        raise CaptureError("a prompt is a text, or one sequence of token ids (whole numbers).")
-    return ids.tolist()
+    return one_sequence(text_or_ids, CaptureError)
 
 
 def _text(text):
@@ -323,12 +320,6 @@ def _chosen(name, values):
     if not values.size or values.dtype.kind not in "iu":
         raise CaptureError(f"{name} is None for all, or whole numbers, at least one; not {values.tolist()!r}.")
     return sorted(set(values.tolist()))
-
-
-def _count(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise CaptureError(f"{name} is a whole number, 0 or more; not {value!r}.")
-    return int(value)
 
 
 def _crop(stage, array, n_tokens, queries):

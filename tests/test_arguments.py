@@ -1,0 +1,124 @@
+"""What is asked for is checked where it is asked: a wrong value is neither rounded, cut nor ignored."""
+
+import numpy as np
+import pytest
+from models import tiny_model, with_value
+
+from llamatelemetry import InferenceEngine
+from llamatelemetry.arguments import finite, one_sequence, whole
+from llamatelemetry.compare import compare_quantizations
+from llamatelemetry.completion import OFF, OPTIONS, REFUSED, request_body
+from llamatelemetry.errors import CaptureError, LlamaTelemetryError, NotFiniteError, OptionError, ServerError
+from llamatelemetry.gguf import GGUFFile
+from llamatelemetry.loading import settle
+from llamatelemetry.texts import CompareError
+
+ARGUMENTS = dict(max_tokens=1, temperature=0.7, top_p=0.9, top_k=40, seed=0, stop_sequences=None, n_probs=0)
+
+
+def body(prompt="x", options=(), **changes):
+    return request_body(prompt, *(ARGUMENTS | changes).values(), dict(options))
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, float("nan"), -1, 8])
+def test_a_whole_number_is_one(value):
+    assert whole("n", np.int64(7), 0, 7) == 7 and whole("n", None, none=True) is None
+    with pytest.raises(OptionError, match="n=.*whole number from 0 to 7"):
+        whole("n", value, 0, 7)
+
+
+@pytest.mark.parametrize("value", [True, "1", None, float("nan"), float("inf"), -0.5])
+def test_a_finite_number_is_one(value):
+    assert finite("t", np.float32(0.5), 0) == 0.5
+    with pytest.raises(OptionError, match="t=.*finite number, 0 or more"):
+        finite("t", value, 0)
+
+
+@pytest.mark.parametrize("ids", [[1.5, 2], [True, False], ["the cat"], [[1, 2], [3]], np.ones((2, 3), int), 5, None])
+def test_token_ids_are_one_sequence_in_answers_as_in_captures(ids):
+    assert one_sequence(np.array([3, 4]), CaptureError) == [3, 4] and one_sequence([], CaptureError) == []
+    with pytest.raises(CaptureError, match="one sequence"):
+        one_sequence(ids, CaptureError)
+    with pytest.raises(ServerError, match="one sequence"):
+        body(ids)
+
+
+@pytest.mark.parametrize("changes, name", [
+    ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -2}, "max_tokens"), ({"max_tokens": 2.5}, "max_tokens"),
+    ({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_p": "a"}, "top_p"),
+    ({"top_k": 1.5}, "top_k"), ({"n_probs": -1}, "n_probs"), ({"stop_sequences": [""]}, "stop_sequences"),
+    ({"stop_sequences": [None]}, "stop_sequences"), ({"seed": -1}, "seed"), ({"seed": 2**32 - 1}, "seed"),
+])  # fmt: skip
+def test_a_request_says_what_is_wrong_with_a_value(changes, name):
+    with pytest.raises(ServerError, match=name):
+        body(**changes)
+
+
+def test_a_request_takes_what_llama_server_reads_and_nothing_else():
+    assert OFF.keys() <= OPTIONS and not OPTIONS & REFUSED.keys()
+    assert body(options={"top_n_sigma": 1.0})["top_n_sigma"] == 1.0 and body(max_tokens=-1)["n_predict"] == -1
+    with pytest.raises(ServerError, match="no 'temprature'.*'temperature'"):
+        body(options={"temprature": 0})
+    with pytest.raises(ServerError, match="'n_predict': max_tokens"):
+        body(options={"n_predict": 5})
+
+
+@pytest.mark.parametrize("changes", [{"n_ctx": "64"}, {"n_ctx": 64.0}, {"n_ctx": 3}, {"max_windows": 0},
+                                     {"max_windows": -1}, {"max_windows": 1.5}, {"threads": -2}, {"retries": -1},
+                                     {"gpu_layers": -5}])  # fmt: skip
+def test_a_comparison_says_what_is_wrong_with_a_value(changes, tmp_path):
+    path = tiny_model("llama", tmp_path)
+    with pytest.raises(CompareError, match=next(iter(changes))):
+        compare_quantizations(path, [path], text="x", progress=False, **changes)
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": -3}, {"port": 99999}, {"port": "x"}, {"timeout": -1},
+                                     {"gpu_layers": "x"}, {"gpu_layers": -2}, {"n_parallel": 0}, {"ctx_size": 0},
+                                     {"ctx_size": "512"}])  # fmt: skip
+def test_load_model_says_what_is_wrong_with_a_value(options, tmp_path):
+    with InferenceEngine() as engine, pytest.raises(OptionError, match=next(iter(options))):
+        engine.load_model(tiny_model("llama", tmp_path), auto_start=False, silent=True, **options)
+
+
+@pytest.mark.parametrize("asked, trained, held", [(100, 512, 256), (256, 512, 256), (300, 512, 512), (300, 400, 400),
+                                                  (700, 512, 700), (None, 512, 512)])  # fmt: skip
+def test_a_context_holds_what_llama_server_lets_a_request_have(asked, trained, held, tmp_path):
+    assert settle(GGUFFile(tiny_model("llama", tmp_path, n_ctx=trained)), asked, {}).ctx_size == held
+
+
+def accepts(ask):
+    try:
+        ask()
+    except LlamaTelemetryError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("asked", [100, 300])
+def test_answers_and_captures_end_at_the_same_token(asked, tmp_path, llama_server):
+    held, ids = -(-asked // 256) * 256, [50, 60, 70, 80] * 200
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(tiny_model("llama", tmp_path, n_ctx=1024), ctx_size=asked, silent=True, threads=1)
+        for n in (asked + 1, held - 1, held + 1):
+            answered = accepts(lambda: engine.infer(ids[:n], max_tokens=1, temperature=0))
+            assert answered == accepts(lambda: engine.capture(ids[:n], stages="logits")) == (n < held)
+
+
+def test_an_embedding_of_zeros_has_no_direction(tmp_path, llama_server):
+    path = tiny_model("llama", tmp_path)
+    zeros = with_value(path, "output_norm.weight", 0, tmp_path / "zeros.gguf", at=slice(None))
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(zeros, auto_start=False, silent=True, threads=1)
+        with pytest.raises(NotFiniteError, match="'the cat'.*all zeros"):
+            engine.embed("the cat")
+        assert not engine.embed("the cat", normalize=False).any()
+
+
+@pytest.mark.parametrize("ids, absent", [([5], {"previous_token", "normalized_entropy", "duplicate_token", "induction"}),
+                                         ([5, 6, 7], {"duplicate_token", "induction"}), ([5, 6, 5], set())])  # fmt: skip
+def test_attention_to_pairs_that_a_text_does_not_have_is_not_measured(ids, absent, tmp_path):
+    with InferenceEngine() as engine:
+        engine.load_model(tiny_model("llama", tmp_path), auto_start=False, silent=True, threads=1)
+        found = engine.head_statistics(ids, patterns={"mine": [(0, 0)], "none": []})
+    assert {str(name) for name in found if np.isnan(found[name]).all()} == absent | {"none"}
+    assert all(np.isfinite(found[name]).all() for name in set(found) - absent - {"none"})
