@@ -344,6 +344,8 @@ def test_figures_leave_the_future_blank_and_escape_tokens():
     assert np.isnan(z[0, 1]) and not np.isnan(z[1]).all() and z[2, 0] == pytest.approx(1 / 3)
     rows = figures.token_map(uniform(4)[2:], list("abcd"), queries=[2, 3], title="t", unit="weight")
     assert np.isnan(np.asarray(rows.data[0].z)).tolist() == [[False] * 3 + [True], [False] * 4]
+    longer = figures.token_map(uniform(40)[28:], ["word " * 4] * 40, queries=range(28, 40), title="t", unit="weight")
+    assert longer.layout.height - 8 * 18 - 120 >= 12 * 16  # beside title and labels, 12 rows that can be told apart
     parts = pd.DataFrame({"embedding": [1.0], "by_layer": [np.array([[1.0, 2.0], [3.0, 4.0]])]})
     line = figures.logit_build_up(parts, ["x"], title="t").data[0]
     assert list(line.y) == [1, 2, 4, 7, 11] and line.text[-1] == "layer 1 ffn"

@@ -145,6 +145,17 @@ def test_choosing_a_head_redraws_it_with_the_captured_numbers(opened, dark):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", [700, 858, 1000])  # 858: a frame in a notebook's column
+def test_all_thumbnails_are_in_view_where_the_frame_is_narrow(opened, width):
+    """The last layers of 30 lay outside a frame in a notebook."""
+    tab = opened(views(made(n_layer=30)))
+    tab.set_viewport_size({"width": width, "height": 900})
+    tab.reload()
+    wait(tab, f"window.state && state.thumbnails === {30 * N_HEAD}")
+    assert tab.evaluate("document.getElementById('gridbox').scrollWidth <= document.getElementById('gridbox').clientWidth")
+
+
+@pytest.mark.slow
 def test_lines_follow_threshold_and_filters(opened):
     data = made()
     tab = opened(views(data))

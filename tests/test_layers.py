@@ -311,4 +311,6 @@ def test_sentences_say_what_the_numbers_say(stream):
     said = layers_sentences.projection_sentence(layers.projection(*stream, position=2), "c")
     assert "attention writes 17%" in said and "ffn of layer 0 (50%)" in said
     said = layers_sentences.patch_sentence([[0, 0.9], [0.2, 0.1]], [0, 4], [1, 2], ["a", "b", "c"], 5)
-    assert "0.90, at state 0 and position 2 'c'" in said and "position 2 'c': states 0 to 0" in said
+    assert "0.90, at state 0 and position 2 'c'" in said and "position 2 'c': state 0." in said
+    said = layers_sentences.patch_sentence([[0.9], [0.8]], [0, 4], [1], ["a", "b", "c"], 5)
+    assert "position 1 'b': states 0 to 4." in said

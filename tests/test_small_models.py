@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import xarray as xr
 from models import tiny_model
@@ -19,6 +20,8 @@ from llamatelemetry.backend import get_backend
 from llamatelemetry.gguf import GGUFFile
 from llamatelemetry.notebooks import run_notebook
 from llamatelemetry.plots import heads as figures
+from llamatelemetry.plots import layers as layer_figures
+from llamatelemetry.plots import theme
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NO_NUMBER = re.compile(r"(?<![\w.])[-+±]?(nan|inf)(?![\w])", re.IGNORECASE)
@@ -147,6 +150,44 @@ def test_sentences_of_one_layer():
     assert not re.search("broadest|farthest|costs most|rises most", " ".join(said))
 
 
+def test_rollout_that_does_not_drain_is_not_explained():
+    said = attention_findings.rollout_finding([[0.1, 0.2, 0.7]], ["a", "b", "c"])
+    assert "never passes one half and ends at 0.100. After" in " ".join(said.split())
+    assert "drains" in attention_findings.rollout_finding([[0.1, 0.9], [0.6, 0.4]], ["a", "b"])
+
+
+@pytest.mark.parametrize("n, step", [(1, 1), (2, 1), (7, 1), (8, None), (30, None)])
+def test_axes_that_count_have_no_ticks_between_whole_numbers(n, step):
+    assert theme.whole(range(n)).get("dtick") == step and theme.whole(["0 a"] * n) == {}
+    figure = theme.heatmap(np.ones((n, 2)), ["a", "b"], list(range(n)), title="", x_title="", y_title="", unit="")
+    assert figure.layout.yaxis.dtick == step and figure.layout.xaxis.dtick is None
+    table = pd.DataFrame({"low": 1.0, "median": 20.0, "high": 30.0, "first": 500.0}, index=range(n))
+    assert layer_figures.norm_profile(table, title="").layout.xaxis.dtick == step
+
+
+@pytest.mark.parametrize("values, step", [([2.0, 500.0], 1), ([0.2, 1.1, 9.0], None), ([0.99, 1.01], None),
+                                          ([0.0, np.nan], None)])  # fmt: skip
+def test_a_log_axis_of_less_than_two_decades_is_labelled_between_them(values, step):
+    figure = go.Figure(go.Scatter(y=values))
+    assert layer_figures.log_axis(figure).layout.yaxis.dtick == step and figure.layout.yaxis.type == "log"
+
+
+def test_one_layer_and_one_head_can_be_seen():
+    profile = xr.Dataset({"value": (("measure", "layer", "head"), [[[0.5]]])},
+                         {"measure": ["sink"], "layer": [0], "head": [0]})  # fmt: skip
+    assert {trace.mode for trace in figures.depth_lines(profile, ["sink"], "tiny").data[1:]} == {"markers"}
+    assert figures.distance_matrix(np.zeros((1, 1)), [0], ["L0H0"], "tiny").data[0].zmax == 1
+    assert figures.side_by_side({}, [], ["a"], "tiny", {}).layout.xaxis.visible is False
+
+
+def test_a_table_shows_no_nan():
+    frame = pd.DataFrame({"kept": [2.0, np.nan], "rho": [0.5, np.nan], "head": ["L0H0", None], "n": [1, 2], "peak": 24.0},
+                         index=["sink", "top"])  # fmt: skip
+    shown = theme.dashes(frame)
+    assert shown.loc["top"].tolist() == ["–", "–", "–", 2, 24] and shown.loc["sink"].tolist() == [2, 0.5, "L0H0", 1, 24]
+    assert str(shown.loc["sink", "peak"]) == "24" and not NO_NUMBER.search(shown.to_html()) and frame["rho"].isna().any()
+
+
 def test_files_that_do_not_differ():
     same = pd.DataFrame({"layer": [0], "head": [0], "js_distance": [0.0], "max_difference": [0.0], "top_moved": [0.0],
                          "top_shift": [np.nan]})
@@ -197,3 +238,5 @@ def test_a_notebook_passes_on_a_small_model_and_says_only_what_is_so(small, numb
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     said = "\n".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
     assert len(said) > 1000 and not NO_NUMBER.search(said), NO_NUMBER.findall(said)
+    tables = [output.data.get("text/html", "") for output in outputs if output.output_type != "stream"]
+    assert not re.search(r"<td[^>]*>(nan|&lt;NA&gt;)</td>", "".join(tables), re.IGNORECASE)

@@ -113,13 +113,13 @@ def rollout_finding(rolled, pieces):
     r = np.asarray(rolled)
     half = np.flatnonzero(r[:, 0] > 0.5)
     where = f"passes one half after layer {half[0]}" if len(half) else "never passes one half"
+    drains = (": in a causal model the first token sees only itself, so a product of many maps drains into it"
+              if len(half) else "")  # fmt: skip
     middle = r[len(r) // 4]
     best = 1 + int(middle[1:].argmax())
     return (
-        f"The first token's rollout {where} and ends at {r[-1, 0]:.3f}: in a causal model the first token sees "
-        "only itself, "
-        f"so a product of many maps drains into it. After layer {len(r) // 4} the largest other token is "
-        f"{quoted(pieces[best])} (position {best}, {middle[best]:.2f})."
+        f"The first token's rollout {where} and ends at {r[-1, 0]:.3f}{drains}. "
+        f"After layer {len(r) // 4} the largest other token is {quoted(pieces[best])} (position {best}, {middle[best]:.2f})."
     )
 
 

@@ -225,7 +225,7 @@ def plane_sentence(planes, senses):
         ratios[layer] = float(np.linalg.norm(parts[0].mean(axis=0) - parts[1].mean(axis=0)) / spread) if spread else 0.0
     best = max(ratios, key=ratios.get)
     return (f"Distance of {names[0]!r} from {names[1]!r} in these planes, over their own spread: "
-            + ", ".join(f"layer {layer} {ratio:.1f}" for layer, ratio in ratios.items())
+            + ", ".join(f"{ratio:.1f} at layer {layer}" for layer, ratio in ratios.items())
             + (f"; farthest apart at layer {best}." if ratios[best] else ": not apart anywhere."))
 
 

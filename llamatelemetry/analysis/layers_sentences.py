@@ -7,6 +7,11 @@ from .layers import MASSIVE_RATIO, MASSIVE_VALUE
 from .ratios import rank_correlation, ratio, some
 
 
+def span(name, places):
+    """The first and the last of some states or layers, in words."""
+    return f"{name} {min(places)}" if min(places) == max(places) else f"{name}s {min(places)} to {max(places)}"
+
+
 def norm_sentence(table):
     """table: norm_table."""
     peak, n = table["first"].idxmax(), table.index[-1]
@@ -33,14 +38,13 @@ def massive_sentence(table, quantiles):
         return f"No value is above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of its layer. {tail}"
     top = table.iloc[0]
     where = sorted(set(table["position"]))
-    layers = sorted(set(table["layer"]))
+    layers, dims = sorted(set(table["layer"])), len(set(table["dim"]))
     shown = ", ".join(map(str, where[:6])) + (" and others" if len(where) > 6 else "")
     return (
         f"Massive activations (above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of their layer) "
         "stand at "
-        f"position{'s' if len(where) > 1 else ''} {shown}, in {len(set(table['dim']))} of the dimensions, from "
-        "layer state "
-        f"{layers[0]} to {layers[-1]}. The largest relative to its layer is {top['value']:.4g} in dimension "
+        f"position{'s' if len(where) > 1 else ''} {shown}, in {dims} dimension{'s' if dims > 1 else ''}, "
+        f"{span('state', layers)}. The largest relative to its layer is {top['value']:.4g} in dimension "
         f"{int(top['dim'])} of state {int(top['layer'])}, {top['ratio']:.0f} times the median. {tail}"
     )
 
@@ -71,9 +75,9 @@ def contribution_sentence(data):
         values = later["relative"].sel(part=part).values
         if np.isfinite(values).any():
             layer = int(np.nanargmax(values))
-            parts.append(f"{part} adds most in layer {layer} ({values[layer]:.2g} of the stream's length), in the "
+            parts.append(f"{part} adds most in layer {layer} ({values[layer]:.2g} times the stream's length), in the "
                          f"median layer {np.nanmedian(values):.2g}" if len(values) > 1 else
-                         f"{part} adds {values[0]:.2g} of the stream's length in the only layer")
+                         f"{part} adds {values[0]:.2g} times the stream's length in the only layer")
     if not parts:
         return "No layer adds anything to the stream of the later tokens."
     against = (later["cosine"] < 0).sum("layer")
@@ -107,9 +111,9 @@ def norms_sentence(table):
     for part, rows in table.groupby(level="part"):
         rows = rows.droplevel("part")
         turn = rows["cosine"].idxmin()
-        text = (f"before {part} the direction changes most in layer {turn} (cosine {rows['cosine'].min():.2f})"
+        text = (f"before {part}, the direction changes most in layer {turn} (cosine {rows['cosine'].min():.2f})"
                 if len(rows) > 1 else
-                f"before {part} state and normed state have a cosine of {rows['cosine'].min():.2f}")  # fmt: skip
+                f"before {part}, state and normed state have a cosine of {rows['cosine'].min():.2f}")  # fmt: skip
         if rows["silenced"].notna().any():
             layer = rows["silenced"].idxmax()
             text += (f" and up to {rows['silenced'].max():.1%} of the dimensions are silenced (layer {layer})"
@@ -145,7 +149,7 @@ def lens_sentence(data, position, vocabulary):
     said = f"it is the lens's best token first at state {first}"
     said = "it is never the best token of the lens" if first is None else said
     return (
-        f"The answer {quoted(vocabulary[best])} has rank {int(one['rank'][0])} at the embedding; {said}, and reaches "
+        f"The answer {quoted(vocabulary[best])} has rank {int(one['rank'][0])} (0: best) at the embedding; {said}, and reaches "
         "half of "
         f"its final probability ({float(one['probability'][-1]):.3f}) at state {one['layer'].values[half[0]]}. The "
         "lens's "
@@ -249,7 +253,7 @@ def patch_sentence(values, layers, positions, pieces, n_layer):
                 "there is nothing to bring back. Choose prompts whose best next tokens differ.")  # fmt: skip
     i, j = np.unravel_index(np.nanargmax(values), values.shape)
     half = {int(p): np.asarray(layers)[column >= 0.5] for p, column in zip(positions, values.T)}
-    spans = "; ".join(f"position {p} {quoted(pieces[p])}: states {where.min()} to {where.max()}"
+    spans = "; ".join(f"position {p} {quoted(pieces[p])}: {span('state', where)}"
                       for p, where in half.items() if len(where))
     spans = f"At least half of the answer comes back from {spans}." if spans else ""
     return (

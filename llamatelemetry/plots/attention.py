@@ -19,9 +19,10 @@ def token_map(values, pieces, *, title, unit, query_pieces=None, queries=None, z
     queries = np.arange(len(values)) if queries is None else np.asarray(queries)
     columns = theme.token_labels(pieces)
     rows = [columns[q] for q in queries]
+    below = 8 * min(theme.TICK, max(map(len, columns)))  # pixels of the upright labels, which are taken from the rows
     figure = theme.heatmap(
         _visible(values, queries), columns, rows, title=title, x_title="key token", y_title="query token", unit=unit,
-        zmax=zmax, height=max(320, min(760, 150 + 16 * len(rows)) if queries.size < len(columns) else 720),
+        zmax=zmax, height=max(320, 720 if queries.size == len(columns) else below + min(760, 120 + 18 * len(rows))),
     )  # fmt: skip
     figure.update_xaxes(tickangle=-90)
     return theme.label_ticks(theme.label_ticks(figure, columns, "x"), rows, "y")
@@ -57,7 +58,7 @@ def depth_profile(table, columns, *, title):
             hovertemplate="layer %{x}, mean: %{y:.4f}<extra></extra>",
         )  # fmt: skip
         figure.update_yaxes(title=plotly(name), rangemode="tozero", row=1, col=i)
-        figure.update_xaxes(title="layer", row=1, col=i)
+        figure.update_xaxes(title="layer", **theme.whole(mean.index), row=1, col=i)
     legend = dict(orientation="h", y=1.12, x=1, xanchor="right")
     return figure.update_layout(**theme.titled(title), height=400, legend=legend)
 
@@ -145,7 +146,7 @@ def logit_build_up(parts, pieces, *, title):
             line=dict(color=theme.CATEGORIES[i % 8], width=2),
             hovertemplate="after %{text}: %{y:.3f}<extra>%{fullData.name}</extra>",
         )  # fmt: skip
-    figure.update_xaxes(title="layer (attention, then feed-forward)")
+    figure.update_xaxes(title="layer (attention, then feed-forward)", **theme.whole(range((len(steps) - 1) // 2)))
     figure.update_yaxes(title="logit so far")
     return figure
 

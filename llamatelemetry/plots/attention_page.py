@@ -91,7 +91,9 @@ def attention_page(attention, pieces, *, model, scales, q=None, k=None, softcap=
         "q": None if q is None else pack_vectors(q, vector_bits, layers),
         "k": None if k is None else pack_vectors(k, vector_bits, layers),
     }
-    title = f"Attention of {model}: {n_layer} layers, {n_head} heads, {n_token} tokens"
+    sizes = {"layer": n_layer, "head": n_head, "token": n_token}
+    sizes = ", ".join(f"{n} {name}{'' if n == 1 else 's'}" for name, n in sizes.items())
+    title = f"Attention of {model}: {sizes}"
     return Page(
         title,
         _body("attention_views.html", title=title, about=about + "."),

@@ -14,7 +14,8 @@ let cell = 0, left = 34, top_ = 16, run = 0;
 const heads = [DATA.n_layer, DATA.n_head];
 function drawGrid() {
   const mine = ++run, ratio = devicePixelRatio || 1, canvas = $('grid');
-  cell = Math.max(14, Math.min(40, Math.floor((870 - left) / DATA.n_layer)));
+  const room = $('gridbox').clientWidth || 870;  // a frame may be narrower than the page; not laid out yet: 0
+  cell = Math.max(14, Math.min(40, Math.floor((Math.min(870, room) - left) / DATA.n_layer)));
   const width = left + cell * DATA.n_layer, height = top_ + cell * DATA.n_head;
   canvas.width = width * ratio; canvas.height = height * ratio;
   canvas.style.width = width + 'px'; canvas.style.height = height + 'px';

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..drawn import plotly, token_text
-from .theme import CATEGORIES, COLOR, MAGNITUDE, axis_values, titled
+from .theme import CATEGORIES, COLOR, MAGNITUDE, axis_values, titled, whole
 
 _SYMBOLS = ("circle", "diamond", "square", "cross", "x")  # 3-D markers; colours repeat after len(CATEGORIES) groups
 
@@ -162,7 +162,7 @@ def separation_figure(tables, *, title, points=None):
             figure.add_scatter(x=[layer], y=[value], mode="markers", name=name, showlegend=column == 1, row=1,
                                col=column, legendgroup=name, marker=dict(symbol="star", size=13, color=CATEGORIES[5]),
                                hovertemplate="%{y:.3f}<extra>" + name + "</extra>")
-    figure.update_xaxes(title="layer (0 is the embedding)")
+    figure.update_xaxes(title="layer (0 is the embedding)", **whole(first.index))
     figure.update_yaxes(title="same minus different label (cosine)", row=1, col=1)
     figure.update_yaxes(title="share", range=[0, 1.03], row=1, col=2)
     return figure.update_layout(**titled(title), height=420, legend=dict(orientation="h", y=-0.25))

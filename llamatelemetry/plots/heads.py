@@ -35,6 +35,7 @@ def measure_maps(profiled, measures, model):
                        coloraxis="coloraxis2" if signed else "coloraxis",
                        hovertemplate="%{text}<extra></extra>"),
             place // 2 + 1, place % 2 + 1)  # fmt: skip
+    figure.update_xaxes(**theme.whole(layers)).update_yaxes(**theme.whole(heads))
     figure.update_yaxes(autorange="reversed", title_text="head", title_standoff=2)
     figure.update_xaxes(title_text="layer", title_standoff=2, row=rows)
     limit = float(np.nanmax(np.abs(profiled["value"].sel(measure="semantic")))) if "semantic" in measures else 1
@@ -110,7 +111,7 @@ def distance_matrix(distance, order, names, model):
         values = values[:size, :size].reshape(size // step, step, size // step, step).mean((1, 3))
         labels = [f"{labels[i]} to {labels[i + step - 1]}" for i in range(0, size, step)]
     figure = go.Figure(go.Heatmap(
-        z=np.round(values, 3), x=labels, y=labels, colorscale=theme.MAGNITUDE, zmin=0, zmax=float(values.max()),
+        z=np.round(values, 3), x=labels, y=labels, colorscale=theme.MAGNITUDE, zmin=0, zmax=float(values.max()) or 1,
         colorbar=dict(title="distance", title_side="right"), hovertemplate="%{y}, %{x}<br>distance "
                                                                            "%{z}<extra></extra>"))  # fmt: skip
     ticks = [labels[i] for i in np.linspace(0, len(values) - 1, min(12, len(values))).astype(int)]
@@ -141,14 +142,15 @@ def depth_lines(profiled, measures, model):
         color = MEASURE_COLOR.get(name, theme.COLOR["attention"])
         band = go.Scatter(x=[*layers, *layers[::-1]], y=[*low, *high[::-1]], fill="toself", line=dict(width=0),
                           opacity=0.3, fillcolor=color, hoverinfo="skip", mode="lines", showlegend=False)  # fmt: skip
-        top = go.Scatter(x=layers, y=np.nanmax(value, 1), mode="lines", line=dict(color=color, width=1, dash="dot"),
+        mode = "lines" if len(layers) > 1 else "markers"
+        top = go.Scatter(x=layers, y=np.nanmax(value, 1), mode=mode, line=dict(color=color, width=1, dash="dot"),
                          showlegend=False, hovertemplate=f"{name}<br>layer %{{x}}<br>largest "
                                                          f"%{{y:.3f}}<extra></extra>")  # fmt: skip
-        line = go.Scatter(x=layers, y=mid, mode="lines", line=dict(color=color, width=2), showlegend=False,
+        line = go.Scatter(x=layers, y=mid, mode=mode, marker_color=color, line=dict(color=color, width=2), showlegend=False,
                           hovertemplate=f"{name}<br>layer %{{x}}<br>mean %{{y:.3f}}<extra></extra>")  # fmt: skip
         for trace in (band, top, line):
             figure.add_trace(trace, row, column)
-    figure.update_xaxes(title_text="layer", row=-(-len(measures) // 2))
+    figure.update_xaxes(**theme.whole(layers)).update_xaxes(title_text="layer", row=-(-len(measures) // 2))
     figure.update_yaxes(title_text="share", title_standoff=4)
     if "semantic" in measures:
         place = measures.index("semantic")
@@ -161,7 +163,7 @@ def side_by_side(attention, places, pieces, model, notes=None):
     """The attention matrices of chosen heads. attention: {(layer, head): (query, key)}; notes: {place: text}."""
     if not places:
         return _figure(go.Figure().add_annotation(text="no head to show", showarrow=False), f"Heads of {model}",
-                       height=200)  # fmt: skip
+                       height=200, xaxis_visible=False, yaxis_visible=False)  # fmt: skip
     columns = min(3, len(places))
     rows = -(-len(places) // columns)
     titles = [f"L{layer}H{head}" + (f": {notes[layer, head]}" if notes else "") for layer, head in places]

@@ -40,7 +40,7 @@ def heads_page(profiled, labels, attention, pieces, distance, *, model, extra=No
         "clusters": None if clusters is None else [int(c) for c in clusters],
         "near": pack(order.astype(np.int32)), "near_distance": pack(np.take_along_axis(distance, order, 1)),
     }  # fmt: skip
-    title = f"The {len(layers) * n_head} heads of {model}"
+    title = f"The heads of {model}: {len(layers) * n_head}"
     about = ("Map: layer across, head down; click, or arrow keys. Scores: means over the set of texts, bars 95 "
              "% intervals, the "
              f"mark the highest shuffled score. Matrices: query down, key across, one text of {len(pieces)} "

@@ -14,18 +14,19 @@ PARTS = {"attention": theme.COLOR["attention"], "ffn": theme.COLOR["ffn"], "both
          "embedding": theme.COLOR["embedding"]}  # fmt: skip
 
 
-def _lines(title, x_title, y_title, *, height=440, log=False, **axes):
+def _lines(title, x_title, y_title, count=(), *, height=440, **axes):
     figure = go.Figure(layout=dict(**theme.titled(title), height=height, legend=_LEGEND))
-    figure.update_xaxes(title=x_title)
+    figure.update_xaxes(title=x_title, **theme.whole(count))
     figure.update_yaxes(title=y_title, **axes)
-    if log:
-        log_axis(figure)
     return figure.update_layout(margin=dict(t=90))
 
 
 def log_axis(figure, **where):
-    """A logarithmic axis labelled at powers of ten, in digits that can be read."""
-    return figure.update_yaxes(type="log", dtick=1, exponentformat="power", **where)
+    """A logarithmic axis of what is drawn: labelled at powers of ten, in digits that can be read, where two are in it."""
+    values = np.concatenate([np.asarray(trace.y, float) for trace in figure.select_traces(**where)])
+    ends = np.log10(values[np.isfinite(values) & (values > 0)])
+    decades = len(ends) and np.floor(ends.max()) - np.ceil(ends.min()) >= 1
+    return figure.update_yaxes(type="log", dtick=1 if decades else None, exponentformat="power", **where)
 
 
 def _line(figure, x, y, name, color, *, dash=None, place={}, unit=".4g", **more):
@@ -37,30 +38,31 @@ def _line(figure, x, y, name, color, *, dash=None, place={}, unit=".4g", **more)
 
 def norm_profile(table, *, title):
     """Length of the stream by state. table: analysis.layers.norm_table."""
-    figure = _lines(title, STATE, "length (L2 norm, log scale)", log=True)
+    figure = _lines(title, STATE, "length (L2 norm, log scale)", table.index)
     band = dict(mode="lines", line=dict(width=0), hoverinfo="skip")
     figure.add_scatter(x=table.index, y=table["low"], showlegend=False, **band)
     figure.add_scatter(x=table.index, y=table["high"], fill="tonexty", fillcolor="rgba(0,158,115,0.2)",
                        name="other tokens, 10 to 90%", **band)
     _line(figure, table.index, table["median"], "other tokens, median", theme.COLOR["residual"])
     _line(figure, table.index, table["first"], "first token", theme.CATEGORIES[5], dash="dash")
-    return figure
+    return log_axis(figure)
 
 
 def magnitude_profile(table, *, title):
     """Quantiles of the magnitudes by state. table: analysis.layers.magnitude_quantiles."""
-    figure = _lines(title, STATE, "magnitude of one value (log scale)", log=True)
+    figure = _lines(title, STATE, "magnitude of one value (log scale)", table.index)
     columns = [column for column in table.columns if column != "first"]
     names = {0.5: "median", 1.0: "largest"}
     for column, color in zip(columns, ("#9E9E9E", *theme.CATEGORIES[2:5], theme.CATEGORIES[0])):
         _line(figure, table.index, table[column], names.get(column, f"{100 * column:g}%"), color)
     _line(figure, table.index, table["first"], "largest of the first token", theme.CATEGORIES[5], dash="dash")
-    return figure
+    return log_axis(figure)
 
 
 def sparsity_profile(table, *, title):
     """How few neurons are active. table: analysis.layers.ffn_sparsity."""
-    figure = _lines(title, "layer", "share (of the neurons, or of the energy)", rangemode="tozero", tickformat=".0%")
+    figure = _lines(title, "layer", "share (of the neurons, or of the energy)", table.index, rangemode="tozero",
+                    tickformat=".0%")  # fmt: skip
     names = {"small": "below 1% of the token's largest", "needed": "hold 90% of the sum of squares",
              "largest": "sum of squares in one neuron"}  # fmt: skip
     for (column, name), color in zip(names.items(), theme.CATEGORIES):
@@ -79,15 +81,15 @@ def contribution_profile(data, *, title):
                   showlegend=col == 1)
             _line(figure, data["layer"].values, values[:, 0], f"{part}, first token", color, dash="dot", place=place,
                   showlegend=col == 1, opacity=0.6)
-    log_axis(figure, title="length added / length before", row=1, col=1)
+    log_axis(figure, row=1, col=1).update_yaxes(title="length added / length before", row=1, col=1)
     figure.update_yaxes(title="cosine with the stream", zeroline=True, row=1, col=2)
-    figure.update_xaxes(title="layer")
+    figure.update_xaxes(title="layer", **theme.whole(data["layer"].values))
     return figure.update_layout(**theme.titled(title), height=430, legend=_LEGEND, margin=dict(t=90))
 
 
 def projection_bars(table, *, title):
     """Shares of the final state by layer, with their running sum. table: analysis.layers.projection."""
-    figure = _lines(title, "layer (-1: embedding)", "share of the final state", tickformat=".0%")
+    figure = _lines(title, "layer (-1: embedding)", "share of the final state", table.index, tickformat=".0%")
     figure.add_bar(x=[-1], y=[table.attrs["embedding"]], name="embedding", marker_color=PARTS["embedding"])
     for part in ("attention", "ffn"):
         figure.add_bar(x=table.index, y=table[part], name=part, marker_color=PARTS[part],
@@ -109,7 +111,7 @@ def norm_impact(table, *, title):
         figure.update_yaxes(title=dict(text=name, standoff=4), row=1, col=col)
     log_axis(figure, row=1, col=2)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=3)
-    figure.update_xaxes(title="layer")
+    figure.update_xaxes(title="layer", **theme.whole(table.index.unique("layer")))
     return figure.update_layout(**theme.titled(title), height=400, legend=_LEGEND, margin=dict(t=90))
 
 
@@ -125,7 +127,7 @@ def lens_profile(data, position, *, title):
         _line(figure, one["layer"].values, values, label, theme.CATEGORIES[i], place=place, showlegend=False)
         figure.update_yaxes(title=label if name != "rank" else "rank + 1 (log)", rangemode="tozero", **place)
     log_axis(figure, row=1, col=1)
-    figure.update_xaxes(title=STATE, row=2)
+    figure.update_xaxes(**theme.whole(one["layer"].values)).update_xaxes(title=STATE, row=2)
     return figure.update_layout(**theme.titled(title), height=520)
 
 
@@ -169,12 +171,13 @@ def settled_bars(layers, pieces, *, title):
     figure.add_bar(x=theme.axis_values(labels), y=layers, marker_color=theme.COLOR["residual"],
                    hovertemplate="%{x}: state %{y}<extra></extra>")  # fmt: skip
     theme.label_ticks(figure, labels, "x", most=48, tickangle=-90)
+    figure.update_yaxes(**theme.whole(range(int(max(layers)) + 1)))
     return figure.update_layout(margin=dict(t=60))
 
 
 def attribution_bars(table, *, title):
     """Direct logit attribution by layer, with the running sum. table: analysis.lens.logit_attribution."""
-    figure = _lines(title, "layer (-1: embedding and the rest)", "logit difference")
+    figure = _lines(title, "layer (-1: embedding and the rest)", "logit difference", table["layer"].unique())
     rest = table[table["layer"] < 0]
     figure.add_bar(x=[-1], y=[rest["value"].sum()], name="embedding, bias", marker_color=PARTS["embedding"])
     for part in ("attention", "ffn"):
@@ -195,7 +198,7 @@ def importance_profile(table, *, title):
         _line(figure, table.index, table[part], f"without {part}", PARTS[part], place=dict(row=2, col=1), unit="+.4f")
     figure.update_yaxes(title="1 - cosine", row=1)
     figure.update_yaxes(title="rise of the loss (nats per token)", row=2)
-    figure.update_xaxes(title="layer", row=2)
+    figure.update_xaxes(**theme.whole(table.index)).update_xaxes(title="layer", row=2)
     return figure.update_layout(**theme.titled(title), height=560, legend=_LEGEND, margin=dict(t=90))
 
 
@@ -228,7 +231,7 @@ def drift_profile(data, change, pieces, *, title):
     labels = [f"{p} {theme.token_text(pieces[p])}" for p in change["position"]]
     figure.add_bar(x=theme.axis_values(labels), y=change["kl"], marker_color=theme.CATEGORIES[0], showlegend=False,
                    row=2, col=1, hovertemplate="%{x}: %{y:.5f} nats<extra></extra>")
-    figure.update_xaxes(title=STATE, row=1)
+    figure.update_xaxes(title=STATE, **theme.whole(data["layer"].values), row=1)
     theme.label_ticks(figure, labels, "x", most=48, title="token that is read", tickangle=-60, row=2)
     figure.update_yaxes(title="relative distance", rangemode="tozero", row=1)
     figure.update_yaxes(title="KL of predictions (nats)", row=2)
@@ -256,7 +259,7 @@ def generation_map(table, lens_data, *, title):
     figure.update_yaxes(title="entropy", row=1, secondary_y=False)
     figure.update_yaxes(title="probability", range=[0, 1.05], tickvals=[0, 0.5, 1], showgrid=False, row=1,
                         secondary_y=True)  # fmt: skip
-    figure.update_yaxes(title=ROWS, row=2)
+    figure.update_yaxes(title=ROWS, **theme.whole(values["layer"].values), row=2)
     theme.label_ticks(figure, labels, "x", most=64, title="generated token", tickangle=-60, row=2)
     return figure.update_layout(**theme.titled(title), height=720, legend=_LEGEND, margin=dict(t=90))
 

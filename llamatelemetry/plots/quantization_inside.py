@@ -74,7 +74,8 @@ def attention_precision(maps, model):
             hovertemplate="layer %{y}, head %{x}: %{customdata:.5f} bits<extra></extra>",
             **arguments,
         )
-    figure.update_yaxes(autorange="reversed").update_xaxes(dtick=1 if maps and m.shape[1] <= 32 else 4)
+    figure.update_yaxes(autorange="reversed", **theme.whole(m["layer"].values))
+    figure.update_xaxes(dtick=1 if m.shape[1] <= 32 else 4)
     return _menu(figure, list(maps))
 
 
@@ -100,7 +101,8 @@ def drift(tables, model):
                 )
     figure.update_layout(template=theme.TEMPLATE, height=640, title=plotly(f"Drift of the residual stream: {model}"))
     figure.update_yaxes(title="||h' - h|| / ||h||", row=1).update_yaxes(title="1 - cosine", row=2)
-    return figure.update_yaxes(**DECADES).update_xaxes(title="layers passed (0: the embedding)", row=2)
+    figure.update_xaxes(**theme.whole(table.index)).update_xaxes(title="layers passed (0: the embedding)", row=2)
+    return figure.update_yaxes(**DECADES)
 
 
 def embeddings(tables, model):

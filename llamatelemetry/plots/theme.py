@@ -65,6 +65,14 @@ def table(frame, formats=None):
     return styler.format_index(escape="html", axis="columns").hide(axis="index")
 
 
+def dashes(frame):
+    """A DataFrame to be shown: a dash where there is no value; columns of floats that are all counts as whole numbers."""
+    shown = {name: column.astype("Int64") if column.dtype == float and (column.dropna() % 1 == 0).all() else column
+             for name, column in frame.items()}  # fmt: skip
+    return pd.DataFrame({name: column.astype(object).where(column.notna(), "–") if column.isna().any() else column
+                         for name, column in shown.items()}, index=frame.index)  # fmt: skip
+
+
 # Plotly's bundle looks for AMD's `define` and CommonJS' `module` before it sets window.Plotly. Pages with require.js have
 # a `define` (nbconvert's templates, among them the one of Kaggle's saved versions; the classic notebook): the bundle then
 # registers there, and no figure finds it. So it runs where those names are nobody's.
@@ -129,6 +137,12 @@ def label_ticks(figure, labels, axis, most=32, **where):
     return update(tickmode="array", tickvals=tickvals, ticktext=ticktext, **where)
 
 
+def whole(labels):
+    """Settings of an axis that counts layers, states or heads: where there are few, no ticks between whole numbers."""
+    numbers = 0 < len(labels) < 8 and all(isinstance(label, (int, np.integer)) for label in labels)
+    return dict(dtick=1) if numbers else {}
+
+
 def heatmap(values, x, y, *, title, x_title, y_title, unit, signed=False, zmax=None, hover=None, **layout):
     """A heatmap in the theme. Texts are plain text.
 
@@ -158,5 +172,5 @@ def heatmap(values, x, y, *, title, x_title, y_title, unit, signed=False, zmax=N
         ),
         layout=dict(template=TEMPLATE, title=title, xaxis_title=x_title, yaxis_title=y_title),
     )
-    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(**whole(x)).update_yaxes(autorange="reversed", **whole(y))
     return figure.update_layout(**layout)
