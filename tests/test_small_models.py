@@ -169,7 +169,7 @@ def test_axes_that_count_have_no_ticks_between_whole_numbers(n, step):
                                           ([0.0, np.nan], None)])  # fmt: skip
 def test_a_log_axis_of_less_than_two_decades_is_labelled_between_them(values, step):
     figure = go.Figure(go.Scatter(y=values))
-    assert layer_figures.log_axis(figure).layout.yaxis.dtick == step and figure.layout.yaxis.type == "log"
+    assert theme.decades(figure).layout.yaxis.dtick == step and figure.layout.yaxis.type == "log"
 
 
 def test_one_layer_and_one_head_can_be_seen():

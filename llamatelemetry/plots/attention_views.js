@@ -10,12 +10,12 @@ const firstKey = () => $('nofirst').checked ? 1 : 0;
 const shown = i => DATA.tokens[i].toLowerCase().includes($('filter').value.toLowerCase());
 
 // Thumbnails
-let cell = 0, left = 34, top_ = 16, run = 0;
+let cell = 0, left = 34, top_ = 16, run = 0, room = 0;
 const heads = [DATA.n_layer, DATA.n_head];
 function drawGrid() {
   const mine = ++run, ratio = devicePixelRatio || 1, canvas = $('grid');
-  const room = $('gridbox').clientWidth || 870;  // a frame may be narrower than the page; not laid out yet: 0
-  cell = Math.max(14, Math.min(40, Math.floor((Math.min(870, room) - left) / DATA.n_layer)));
+  room = $('gridbox').clientWidth;  // 0: not laid out yet
+  cell = Math.max(14, Math.min(40, Math.floor((Math.min(870, room || 870) - left) / DATA.n_layer)));
   const width = left + cell * DATA.n_layer, height = top_ + cell * DATA.n_head;
   canvas.width = width * ratio; canvas.height = height * ratio;
   canvas.style.width = width + 'px'; canvas.style.height = height + 'px';
@@ -48,6 +48,8 @@ function drawGrid() {
   };
   column(0); mark(); drawScale();
 }
+// A frame is narrower than the page, and may get its width after the page has run.
+new ResizeObserver(() => { if ($('gridbox').clientWidth !== room) drawGrid(); }).observe($('gridbox'));
 function drawScale() {
   const bar = el('canvas', {width: 120, height: 1}), ctx = bar.getContext('2d'), image = ctx.createImageData(120, 1);
   for (let i = 0; i < 120; i++) image.data.set([...viridis((i / 119) ** tone()), 255], 4 * i);

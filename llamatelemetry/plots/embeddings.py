@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..drawn import plotly, token_text
-from .theme import CATEGORIES, COLOR, MAGNITUDE, axis_values, titled, whole
+from .theme import CATEGORIES, COLOR, MAGNITUDE, axis_values, decades, titled, whole
 
 _SYMBOLS = ("circle", "diamond", "square", "cross", "x")  # 3-D markers; colours repeat after len(CATEGORIES) groups
 
@@ -66,8 +66,7 @@ def norm_figure(norms, kinds, *, title):
 def spectrum_figure(values, centred, random, *, title):
     """Singular values as a share of their sum: as stored, centred, and of a random matrix of the same shape."""
     figure = go.Figure(layout=dict(**titled(title), xaxis_title="singular value (largest first)",
-                                   yaxis_title="share of the sum of singular values", yaxis_type="log", height=420,
-                                   xaxis=dict(type="log", dtick=1), yaxis_dtick=1,
+                                   yaxis_title="share of the sum of singular values", height=420,
                                    legend=dict(x=0.98, y=0.98, xanchor="right")))
     for name, line, color, dash in (("as stored", values, COLOR["embedding"], "solid"),
                                     ("minus the mean row", centred, CATEGORIES[0], "solid"),
@@ -75,7 +74,7 @@ def spectrum_figure(values, centred, random, *, title):
         line = np.asarray(line)[np.asarray(line) > 0]
         figure.add_scatter(x=np.arange(1, len(line) + 1), y=line / line.sum(), mode="lines", name=name,
                            line=dict(color=color, dash=dash), hovertemplate="number %{x}: %{y:.5f}<extra></extra>")
-    return figure
+    return decades(decades(figure, "x"), "y")
 
 
 def cosine_figure(series, *, title, x_title="cosine of a random pair of tokens"):
@@ -123,7 +122,7 @@ def contingency_figure(tables, *, title):
 def analogy_figure(table, *, title):
     """Rank of each expected answer with the offset (b - a + c) and by cosine to c alone, on a logarithmic scale."""
     labels = [plotly(f"{q.a} : {q.b} = {q.c} : {q.d}") for q in table.itertuples()]
-    figure = go.Figure(layout=dict(**titled(title), height=180 + 22 * len(table), xaxis_type="log",
+    figure = go.Figure(layout=dict(**titled(title), height=180 + 22 * len(table),
                                    xaxis_title="rank of the expected token in the whole vocabulary (1 is the best)",
                                    legend=dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right")))
     for label, row in zip(labels, table.itertuples()):
@@ -134,7 +133,7 @@ def analogy_figure(table, *, title):
         figure.add_scatter(x=table[column], y=labels, mode="markers", name=name, marker=dict(color=color, size=9),
                            text=piece_labels(table.answer),
                            hovertemplate="%{y}<br>rank %{x}, first with the offset: %{text}<extra></extra>")
-    return figure.update_yaxes(autorange="reversed", tickfont=dict(size=11)).update_xaxes(dtick=1)
+    return decades(figure, "x").update_yaxes(autorange="reversed", tickfont=dict(size=11))
 
 
 def separation_figure(tables, *, title, points=None):

@@ -21,14 +21,6 @@ def _lines(title, x_title, y_title, count=(), *, height=440, **axes):
     return figure.update_layout(margin=dict(t=90))
 
 
-def log_axis(figure, **where):
-    """A logarithmic axis of what is drawn: labelled at powers of ten, in digits that can be read, where two are in it."""
-    values = np.concatenate([np.asarray(trace.y, float) for trace in figure.select_traces(**where)])
-    ends = np.log10(values[np.isfinite(values) & (values > 0)])
-    decades = len(ends) and np.floor(ends.max()) - np.ceil(ends.min()) >= 1
-    return figure.update_yaxes(type="log", dtick=1 if decades else None, exponentformat="power", **where)
-
-
 def _line(figure, x, y, name, color, *, dash=None, place={}, unit=".4g", **more):
     name = plotly(name)
     figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", line=dict(color=color, width=2, dash=dash),
@@ -45,7 +37,7 @@ def norm_profile(table, *, title):
                        name="other tokens, 10 to 90%", **band)
     _line(figure, table.index, table["median"], "other tokens, median", theme.COLOR["residual"])
     _line(figure, table.index, table["first"], "first token", theme.CATEGORIES[5], dash="dash")
-    return log_axis(figure)
+    return theme.decades(figure)
 
 
 def magnitude_profile(table, *, title):
@@ -56,7 +48,7 @@ def magnitude_profile(table, *, title):
     for column, color in zip(columns, ("#9E9E9E", *theme.CATEGORIES[2:5], theme.CATEGORIES[0])):
         _line(figure, table.index, table[column], names.get(column, f"{100 * column:g}%"), color)
     _line(figure, table.index, table["first"], "largest of the first token", theme.CATEGORIES[5], dash="dash")
-    return log_axis(figure)
+    return theme.decades(figure)
 
 
 def sparsity_profile(table, *, title):
@@ -81,7 +73,7 @@ def contribution_profile(data, *, title):
                   showlegend=col == 1)
             _line(figure, data["layer"].values, values[:, 0], f"{part}, first token", color, dash="dot", place=place,
                   showlegend=col == 1, opacity=0.6)
-    log_axis(figure, row=1, col=1).update_yaxes(title="length added / length before", row=1, col=1)
+    theme.decades(figure, row=1, col=1).update_yaxes(title="length added / length before", row=1, col=1)
     figure.update_yaxes(title="cosine with the stream", zeroline=True, row=1, col=2)
     figure.update_xaxes(title="layer", **theme.whole(data["layer"].values))
     return figure.update_layout(**theme.titled(title), height=430, legend=_LEGEND, margin=dict(t=90))
@@ -109,7 +101,7 @@ def norm_impact(table, *, title):
             _line(figure, rows.index, rows[column], f"before {part}", PARTS[part], place=dict(row=1, col=col),
                   showlegend=col == 1)
         figure.update_yaxes(title=dict(text=name, standoff=4), row=1, col=col)
-    log_axis(figure, row=1, col=2)
+    theme.decades(figure, row=1, col=2)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=3)
     figure.update_xaxes(title="layer", **theme.whole(table.index.unique("layer")))
     return figure.update_layout(**theme.titled(title), height=400, legend=_LEGEND, margin=dict(t=90))
@@ -126,7 +118,7 @@ def lens_profile(data, position, *, title):
         values = one[name].values + (name == "rank")  # a log axis has no 0: rank counts from 1 there
         _line(figure, one["layer"].values, values, label, theme.CATEGORIES[i], place=place, showlegend=False)
         figure.update_yaxes(title=label if name != "rank" else "rank + 1 (log)", rangemode="tozero", **place)
-    log_axis(figure, row=1, col=1)
+    theme.decades(figure, row=1, col=1)
     figure.update_xaxes(**theme.whole(one["layer"].values)).update_xaxes(title=STATE, row=2)
     return figure.update_layout(**theme.titled(title), height=520)
 

@@ -14,9 +14,10 @@ def colors(names):
     return {name: theme.CATEGORIES[i % len(theme.CATEGORIES)] for i, name in enumerate(names)}
 
 
-DECADES = dict(
-    type="log", dtick=1, exponentformat="power", minor=dict(showgrid=True, gridcolor="rgba(128,128,128,0.1)")
-)
+def decades(figure, **where):
+    """theme.decades with a faint grid between the powers of ten."""
+    minor = dict(showgrid=True, gridcolor="rgba(128,128,128,0.1)")
+    return theme.decades(figure, **where).update_yaxes(minor=minor, **where)
 
 
 def _figure(title, x, y, **layout):
@@ -57,7 +58,7 @@ def ladder(table, model):
     if len(bits):
         step = (bits.max() - bits.min() or 1) / 20
         figure.update_xaxes(range=[bits.min() - step, bits.max() + 3 * step])  # room for the last name
-    return figure.update_yaxes(**DECADES)
+    return decades(figure)
 
 
 def percentiles(table, model):
@@ -89,7 +90,7 @@ def percentiles(table, model):
             line_color=color[name],
             hovertemplate="percentile %{x}<br>%{y:.4g} nats<extra>" + plotly(name) + "</extra>",
         )
-    return figure.update_yaxes(**DECADES).update_xaxes(type="category")
+    return decades(figure).update_xaxes(type="category")
 
 
 def token_kinds(kinds, by, model):
@@ -110,7 +111,7 @@ def token_kinds(kinds, by, model):
             hovertemplate="%{x}: %{y:.4g} nats<br>%{customdata[0]} tokens, %{customdata[1]:.0%} of the sum"
             "<extra>" + plotly(name) + "</extra>",
         )
-    return figure.update_yaxes(**DECADES)
+    return decades(figure)
 
 
 def pareto(table, fronts, costs, model):
@@ -152,7 +153,7 @@ def pareto(table, fronts, costs, model):
         title=plotly(f"Divergence against what it costs (x: beaten by another file): {model}"),
         legend=dict(orientation="h", y=-0.25),
     )
-    return figure.update_yaxes(**DECADES).update_yaxes(title="mean KL divergence (nats, log scale)", col=1)
+    return decades(figure).update_yaxes(title="mean KL divergence (nats, log scale)", col=1)
 
 
 def answers(rows, model):

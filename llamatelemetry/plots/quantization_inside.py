@@ -5,7 +5,7 @@ from plotly.subplots import make_subplots
 
 from ..drawn import plotly
 from . import theme
-from .quantization import DECADES, _figure, colors
+from .quantization import _figure, colors, decades
 
 PART_COLOR = {"attention": theme.COLOR["attention"], "FFN": theme.COLOR["ffn"]}
 
@@ -102,7 +102,7 @@ def drift(tables, model):
     figure.update_layout(template=theme.TEMPLATE, height=640, title=plotly(f"Drift of the residual stream: {model}"))
     figure.update_yaxes(title="||h' - h|| / ||h||", row=1).update_yaxes(title="1 - cosine", row=2)
     figure.update_xaxes(**theme.whole(table.index)).update_xaxes(title="layers passed (0: the embedding)", row=2)
-    return figure.update_yaxes(**DECADES)
+    return decades(decades(figure, row=1, col=1), row=2, col=1)
 
 
 def embeddings(tables, model):

@@ -143,6 +143,17 @@ def whole(labels):
     return dict(dtick=1) if numbers else {}
 
 
+def decades(figure, axis="y", **where):
+    """Make an axis logarithmic, for the positive values drawn on it. Powers of ten are labelled where there are two of
+    them, and else what Plotly finds between: powers alone would leave a narrow axis bare. where: row, col."""
+    drawn = [np.asarray(trace[axis], float) for trace in figure.select_traces(**where)]
+    values = np.concatenate([np.empty(0), *drawn])
+    ends = np.log10(values[np.isfinite(values) & (values > 0)])
+    two = len(ends) and np.floor(ends.max()) > np.ceil(ends.min())
+    update = figure.update_yaxes if axis == "y" else figure.update_xaxes
+    return update(type="log", dtick=1 if two else None, exponentformat="power", **where)
+
+
 def heatmap(values, x, y, *, title, x_title, y_title, unit, signed=False, zmax=None, hover=None, **layout):
     """A heatmap in the theme. Texts are plain text.
 
