@@ -423,3 +423,9 @@ def test_smollm2_matrix(smollm2):
     assert (emb.analogies(matrix, model.pieces, lists.ANALOGIES)["rank"] == 1).mean() > 0.5
     near = get_backend("cpu").neighbors(matrix[words.id], 10)[1]
     assert groups.neighborhood_purity(near, words.category) > 0.6
+
+
+def test_bars_of_kept_neighbours_are_as_wide_as_one_neighbour():
+    """The width came from the smallest share: where none kept fewer than two of ten, bars ran into one another."""
+    kept = pd.DataFrame({"cosine": [0.9, 0.95, 0.99, 1.0], "overlap": [0.2, 0.8, 0.9, 1.0]})
+    assert plots.precision_figure(kept, title="t", other="Q5_0").data[1].width == pytest.approx(0.08)

@@ -194,7 +194,6 @@ def sense_figure(planes, senses, texts, *, title):
 
 def precision_figure(table, *, title, other):
     """Histograms over tokens: cosine to the reference row, and neighbours kept. table: DataFrame of `precision`."""
-    k = round(1 / min((v for v in np.unique(table.overlap) if v > 0), default=1))
     figure = make_subplots(1, 2, horizontal_spacing=0.12,
                            subplot_titles=("cosine to the reference row",
                                            plotly(f"neighbours also nearest in {other}")))
@@ -204,7 +203,8 @@ def precision_figure(table, *, title, other):
     figure.add_bar(x=(edges[:-1] + edges[1:]) / 2, y=count, width=np.diff(edges), row=1, col=1,
                    marker_color=COLOR["embedding"], hovertemplate="cosine %{x:.5f}: %{y} tokens<extra></extra>")
     kept, tokens = np.unique(table.overlap.round(4), return_counts=True)
-    figure.add_bar(x=kept, y=tokens, width=0.8 / max(k, 1), marker_color=CATEGORIES[0], row=1, col=2,
+    step = np.diff(np.union1d([0, 1], kept)).min()  # one neighbour, where any two of the shares differ by one
+    figure.add_bar(x=kept, y=tokens, width=0.8 * step, marker_color=CATEGORIES[0], row=1, col=2,
                    hovertemplate="%{x:.0%} kept: %{y} tokens<extra></extra>")
     figure.update_xaxes(title="cosine", row=1, col=1).update_yaxes(title="tokens")
     figure.update_xaxes(title="share of a token's nearest neighbours", range=[-0.05, 1.07],
