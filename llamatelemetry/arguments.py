@@ -14,7 +14,7 @@ def whole(name, value, least=None, most=None, *, error=OptionError, none=False):
     number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if number and (least is None or value >= least) and (most is None or value <= most):
         return int(value)
-    ends = f", {least} or more" if least is not None and most is None else f" from {least:,} to {most:,}" if most else ""
+    ends = "" if least is None else f", {least} or more" if most is None else f" from {least:,} to {most:,}"
     raise error(f"{name}={value!r}: it is {'None or ' if none else ''}a whole number{ends}.")
 
 

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from . import hub, logs
@@ -68,11 +69,12 @@ def compare_quantizations(
     reference, paths = _path(reference), [_path(candidate) for candidate in candidates]
     if not paths:
         raise CompareError("No candidates were given: pass at least one path or name.")
-    for name, value, least in (("max_windows", max_windows, 1), ("threads", threads, 1), ("gpu_layers", gpu_layers, -1)):
+    for name, value, least in ("max_windows", max_windows, 1), ("threads", threads, 1), ("gpu_layers", gpu_layers, -1):
         whole(name, value, least, error=CompareError, none=True)
     whole("retries", retries, 0, error=CompareError)
     if whole("n_ctx", n_ctx, error=CompareError) < 4:
         raise CompareError(f"n_ctx={n_ctx}: a window needs at least 4 tokens; llama-perplexity's default is 512.")
+    _check_window(reference, n_ctx)
     job = {
         "reference": str(reference),
         "text": load_text(text),
@@ -88,6 +90,22 @@ def compare_quantizations(
     else:
         found, attempts = _distributed(client, job, unique, retries, progress)
     return _result(found, attempts, [str(p) for p in paths], seed)
+
+
+def _check_window(path, n_ctx):
+    """Say where a window is longer than what the model was trained for; CompareError where it has no positions there."""
+    from .gguf import GGUFFile
+
+    try:
+        model = GGUFFile(path)
+    except LlamaTelemetryError:
+        return  # llama.cpp says what is wrong with it
+    if not model.n_ctx_train or n_ctx <= model.n_ctx_train:
+        return
+    says = f"n_ctx={n_ctx:,}: {model.name} was trained for {model.n_ctx_train:,} tokens"
+    if model.has_tensor("position_embd.weight"):
+        raise CompareError(f"{says}, and its positions are a table of that length. Pass a smaller n_ctx.")
+    warnings.warn(f"{says}. What comes after those it has never learned.", stacklevel=3)
 
 
 def measure_all(job, progress=False):
@@ -188,8 +206,6 @@ def _reason(why, log):
 
 
 def _load(path):
-    import numpy as np
-
     with np.load(path) as columns:
         return {name: columns[name] for name in columns}
 
@@ -262,7 +278,17 @@ def _suspicious(dask_scheduler, key):
     return int(task.suspicious) if task else 0
 
 
+def _lost(result):
+    """The reason to leave out a candidate whose logits are numbers, but whose perplexity is none; else None."""
+    with np.errstate(over="ignore"):
+        loss = -float(np.mean(result["columns"]["logprob"]))
+        return None if np.isfinite(np.exp(loss)) else f"its loss of {loss:.3g} nats per token is beyond any perplexity"
+
+
 def _result(found, attempts, order, seed):
+    for f in found.values():
+        if not f["error"]:
+            f["error"] = _lost(f)
     other = [f"{p}: {f['error']}" for p, f in found.items() if f["kind"] == "other"]
     if other:
         raise CompareError("Not a quantization of the reference's model: " + "; ".join(other))

@@ -52,9 +52,9 @@ REFUSED = {
 OFF = {"min_p": 0.0, "xtc_probability": 0.0, "repeat_penalty": 1.0, "mirostat": 0,
        "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]}
 # What else /completion reads (server-schema.cpp of the pinned llama.cpp). It ignores every other name.
-OPTIONS = set("""min_p top_n_sigma xtc_probability xtc_threshold typical_p dynatemp_range dynatemp_exponent repeat_last_n
-    repeat_penalty frequency_penalty presence_penalty dry_multiplier dry_base dry_allowed_length dry_penalty_last_n
-    dry_sequence_breakers mirostat mirostat_tau mirostat_eta adaptive_target adaptive_decay min_keep backend_sampling
+OPTIONS = set("""min_p top_n_sigma xtc_probability xtc_threshold typical_p dynatemp_range dynatemp_exponent
+    repeat_last_n repeat_penalty frequency_penalty presence_penalty dry_multiplier dry_base dry_allowed_length
+    dry_penalty_last_n dry_sequence_breakers mirostat mirostat_tau mirostat_eta adaptive_target adaptive_decay min_keep backend_sampling
     json_schema grammar grammar_lazy grammar_triggers preserved_tokens logit_bias ignore_eos samplers t_max_predict_ms
     n_indent id_slot cache_prompt verbose timings_per_token sse_ping_interval reasoning_control reasoning_budget_tokens
     reasoning_budget_start_tag reasoning_budget_end_tag reasoning_budget_end_tags reasoning_budget_message""".split())

@@ -243,7 +243,7 @@ class InferenceEngine:
 
         from .capture.finite import check_finite
 
-        texts = [texts] if isinstance(texts, (str, bytes, os.PathLike)) else list(texts)
+        texts = [texts] if isinstance(texts, (str, bytes)) or not np.iterable(texts) else list(texts)
         if not texts:
             return np.empty((0, self._loaded().n_embd), np.float32)
         if not all(isinstance(text, str) and text for text in texts):

@@ -122,3 +122,37 @@ def test_attention_to_pairs_that_a_text_does_not_have_is_not_measured(ids, absen
         found = engine.head_statistics(ids, patterns={"mine": [(0, 0)], "none": []})
     assert {str(name) for name in found if np.isnan(found[name]).all()} == absent | {"none"}
     assert all(np.isfinite(found[name]).all() for name in set(found) - absent - {"none"})
+
+
+def test_what_is_generated_is_told_from_the_prompt_in_a_context_that_is_full(tmp_path):
+    with InferenceEngine() as engine:
+        engine.load_model(tiny_model("llama", tmp_path), auto_start=False, silent=True, threads=1)
+        with pytest.raises(CaptureError, match="the prompt has 510 tokens and 3 are to be generated.*holds 512"):
+            engine.capture([50, 60] * 255, stages="hidden", generate=3)
+        with pytest.raises(CaptureError, match="variants are {name: edits}, not list"):
+            engine.sweep([5, 6], [])
+        for text in (5, b"x", None, ["a", 5], [""]):
+            with pytest.raises(ServerError, match="embed takes texts"):
+                engine.embed(text)
+
+
+def test_a_window_beyond_training_is_said(tmp_path):
+    text = "the cat sat on the mat and " * 60
+    with pytest.warns(UserWarning, match="n_ctx=128: tiny llama was trained for 64 tokens"):
+        path = tiny_model("llama", tmp_path, n_ctx=64)
+        compare_quantizations(path, [path], text=text, n_ctx=128, max_windows=1, progress=False)
+    with pytest.raises(CompareError, match="n_ctx=128: tiny gpt2 was trained for 64 tokens.*table"):
+        path = tiny_model("gpt2", tmp_path, n_ctx=64)
+        compare_quantizations(path, [path], text=text, n_ctx=128, max_windows=1, progress=False)
+
+
+def test_a_loss_beyond_any_perplexity_leaves_a_candidate_out(tmp_path):
+    path = tiny_model("llama", tmp_path)
+    huge = with_value(path, "output_norm.weight", 1e30, tmp_path / "huge.gguf", at=slice(None))
+    text = "the cat sat on the mat and " * 60
+    with pytest.warns(UserWarning, match="beyond any perplexity"):
+        found = compare_quantizations(path, [huge, path], text=text, n_ctx=64, max_windows=1, progress=False)
+    assert "nats per token" in found["error"].iloc[0] and np.isnan(found["ppl"].iloc[0])
+    assert found["kld_mean"].iloc[1] == 0 and found["ppl_ratio"].iloc[1] == 1  # the reference itself
+    with pytest.raises(LlamaTelemetryError, match="beyond any perplexity"):
+        compare_quantizations(path, [huge], text=text, n_ctx=64, max_windows=1, progress=False)

@@ -13,7 +13,7 @@ import xarray as xr
 from models import tiny_model
 
 from llamatelemetry.analysis import attention_findings, embeddings_groups, embeddings_sentences, heads_importance
-from llamatelemetry.analysis import heads_sentences, heads_similarity, layers, layers_compare, layers_sentences
+from llamatelemetry.analysis import heads, heads_sentences, heads_similarity, layers, layers_compare, layers_sentences
 from llamatelemetry.analysis import quantization, quantization_decision, quantization_words
 from llamatelemetry.analysis.ratios import rank_correlation, ratio, some
 from llamatelemetry.backend import get_backend
@@ -87,6 +87,33 @@ def test_states_that_do_not_vary_are_like_nothing():
     assert not NO_NUMBER.search(layers_sentences.cka_sentence(values, chance))
     drift = quantization.hidden_drift(hidden * 0, hidden * 0)
     assert drift["error"].isna().all()
+
+
+def test_one_text_gives_no_interval_no_label_and_no_stability():
+    data = xr.Dataset({"sink": (("text", "layer", "head"), np.full((1, 1, 2), 0.9)),
+                       "sink~": (("text", "shuffle", "layer", "head"), np.full((1, 3, 1, 2), 0.1))},
+                      {"text": ["one"], "layer": [0], "head": [0, 1]})  # fmt: skip
+    profiled = heads.profile(data, n_boot=5)
+    assert (profiled["value"] == 0.9).all() and profiled["low"].isnull().all() and profiled["high"].isnull().all()
+    earned = heads.labels(profiled)
+    assert not earned.any()
+    said = heads_sentences.label_sentence(heads.label_counts(earned, profiled), earned,
+                                          heads.head_table(profiled, earned), 0.1)  # fmt: skip
+    assert "One text gives no interval" in said and "No head is" not in said
+    assert len(figures.measure_maps(profiled, ["sink"], "m").data) == 1
+    distance = np.array([[0, 0.1, 0.9], [0.1, 0, 0.9], [0.9, 0.9, 0]])
+    rand, jaccard = heads_similarity.stability(distance[None] ** 2, [1], np.array([0, 0, 1]), n_boot=3)
+    assert np.isnan(rand).all() and jaccard.isna().all()
+    said = heads_sentences.cluster_sentence(np.array([0, 0, 1]), 0.5, rand, jaccard, 0.9)
+    assert "One text cannot say" in said and not NO_NUMBER.search(said)
+
+
+def test_four_heads_are_too_few_for_an_interval_of_their_ranks():
+    """Of four heads one order in twelve agrees wholly: resampled, it gave an interval of 1 to 1."""
+    table = pd.DataFrame({"entropy": [1.0, 2, 3, 4], "kl": [0.1, 0.2, 0.3, 0.4]})
+    found = heads_importance.relations(table, ["entropy"])
+    assert found[["rho", "low", "high"]].isna().all(axis=None)
+    assert "No relation can be seen" in heads_sentences.relation_sentence(found)
 
 
 # ---- no variety -----------------------------------------------------------------------------------------------------

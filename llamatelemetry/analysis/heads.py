@@ -84,7 +84,8 @@ def _finish(data):
 def profile(scores, n_boot=500, seed=0):
     """Value, interval and baseline of every measure: Dataset (measure, layer, head).
 
-    value: mean over the texts that have the measure; low, high: 95% percentile bootstrap over those texts; baseline,
+    value: mean over the texts that have the measure; low, high: 95% percentile bootstrap over those texts, nan for one
+    text, which resampling gives back as it is; baseline,
     baseline_high: mean and largest of the shuffled versions' means over texts (nan without a baseline); n_texts.
     """
     rng = np.random.default_rng(seed)
@@ -99,6 +100,8 @@ def profile(scores, n_boot=500, seed=0):
         weights = np.stack([np.bincount(draw, minlength=len(have)) for draw in draws]) / len(have)  # (boot, text)
         boot = np.tensordot(weights, values, 1)
         low, high = np.quantile(boot, [0.025, 0.975], axis=0)
+        if len(have) < 2:
+            low, high = low * np.nan, high * np.nan
         row = {"value": values.mean(0), "low": low, "high": high}
         if f"{name}~" in scores:
             null = scores[f"{name}~"].values[have].mean(0)  # (shuffle, layer, head)

@@ -25,7 +25,7 @@ def compare_profiles(one, other, earned, other_earned):
         low, high = (one[side].sel(measure=name).values.reshape(-1)[keep] for side in ("low", "high"))
         row = {"spearman": rank_correlation(a, b), "mean_change": float(change[keep].mean()),
                "largest_change": float(change.max()), "head": f"L{int(one['layer'][layer])}H{head}",
-               "inside": float(((b[keep] >= low) & (b[keep] <= high)).mean())}  # fmt: skip
+               "inside": float(((b[keep] >= low) & (b[keep] <= high)).mean()) if np.isfinite(low).all() else np.nan}
         if name in LABELS and name in earned["label"].values and name in other_earned["label"].values:
             had, has = earned.sel(label=name).values, other_earned.sel(label=name).values
             row |= {"labels": int(had.sum()), "kept": int((had & has).sum()), "lost": int((had & ~has).sum()),

@@ -56,7 +56,8 @@ def relations(table, columns, target="kl", n_boot=500, seed=0):
     rng, rows = np.random.default_rng(seed), {}
     for name in columns:
         pair = table[[name, target]].dropna().to_numpy(float)
-        if len(pair) < 3 or (np.ptp(pair, axis=0) == 0).any():  # two points, or a column without an order
+        # A column without an order, or so few heads that chance orders them (of 4, one order in 12 agrees wholly).
+        if len(pair) < 5 or (np.ptp(pair, axis=0) == 0).any():
             rows[name] = {"rho": np.nan, "low": np.nan, "high": np.nan, "p": np.nan, "heads": len(pair)}
             continue
         rho, p = spearmanr(pair[:, 0], pair[:, 1])

@@ -48,8 +48,11 @@ def label_sentence(counts, earned, table, margin):
     per_head = earned.sum("label").values.reshape(-1)
     none = int((table["labels"] == "none").sum())
     text = f"Of {len(table)} heads these clear their baseline by {margin:g} or more: {_list(earn)}."
-    if empty:
-        text += f" No head is {_list(empty)} in that sense."
+    one = [name for name in empty if counts.loc[name, "texts"] < 2]
+    if rest := [name for name in empty if name not in one]:
+        text += f" No head is {_list(rest)} in that sense."
+    if one:
+        text += f" One text gives no interval, and a score without one no label: {_list(one)}."
     return text + f" {int((per_head > 1).sum())} carry several labels, {none} none."
 
 
@@ -79,12 +82,11 @@ def cluster_sentence(labels, silhouette, rand, jaccard, mds_share):
                 "(a silhouette needs two clusters and more heads than clusters).")  # fmt: skip
     grades = (0.5, "well separated"), (0.25, "weakly separated"), (-2, "not separated by gaps")
     split = next(name for limit, name in grades if silhouette > limit)
-    return (f"{len(sizes)} clusters of {_list(map(str, sizes))} heads, {split} (silhouette {silhouette:.2f}). "
-            f"Resampling the texts "
-            f"gives an adjusted Rand index of {rand.mean():.2f} ({rand.min():.2f} to {rand.max():.2f}); {stable} of "
-            f"{len(jaccard)} clusters come again with a Jaccard overlap of 0.75 or more. Two coordinates of "
-            f"classical scaling "
-            f"hold {some(mds_share, '{:.0%}', 'none')} of the squared distances.")  # fmt: skip
+    again = some(rand.mean(), f"Resampling the texts gives an adjusted Rand index of {{:.2f}} ({rand.min():.2f} to "
+                 f"{rand.max():.2f}); {stable} of {len(jaccard)} clusters come again with a Jaccard overlap of 0.75 or "
+                 "more.", "One text cannot say whether they come again.")  # fmt: skip
+    return (f"{len(sizes)} clusters of {_list(map(str, sizes))} heads, {split} (silhouette {silhouette:.2f}). {again} "
+            f"Two coordinates of classical scaling hold {some(mds_share, '{:.0%}', 'none')} of the squared distances.")
 
 
 def hdbscan_sentence(labels, other):

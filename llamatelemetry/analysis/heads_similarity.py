@@ -108,7 +108,8 @@ def by_size(labels):
 
 def stability(sums, n_rows, labels, n_boot=30, seed=0):
     """Clusters again from resampled texts: the adjusted Rand index of each repeat, and per cluster the mean best
-    Jaccard overlap (Hennig 2007). Returns (array (n_boot,), Series by cluster)."""
+    Jaccard overlap (Hennig 2007). Returns (array (n_boot,), Series by cluster): nan where nothing can differ, for one
+    text, which resampling gives back as it is, and for one cluster."""
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
     from sklearn.metrics import adjusted_rand_score
@@ -116,8 +117,8 @@ def stability(sums, n_rows, labels, n_boot=30, seed=0):
     rng = np.random.default_rng(seed)
     sums, n_rows = np.asarray(sums), np.asarray(n_rows)
     names = np.unique(labels)
-    if len(labels) < 2:
-        return np.ones(n_boot), pd.Series(1.0, index=pd.Index(names, name="cluster"), name="jaccard")
+    if len(sums) < 2 or len(names) < 2:
+        return np.full(n_boot, np.nan), pd.Series(np.nan, index=pd.Index(names, name="cluster"), name="jaccard")
     rand, overlap = np.zeros(n_boot), np.zeros((n_boot, len(names)))
     for repeat in range(n_boot):
         draw = rng.integers(0, len(sums), len(sums))

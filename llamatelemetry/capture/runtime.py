@@ -87,16 +87,16 @@ class Runtime:
         if why := self.predicts.why_not(self.name):
             raise CaptureError(why)
 
-    def check_length(self, n_tokens):
+    def check_length(self, n_tokens, generated=0):
         if n_tokens == 0:
             raise CaptureError("the prompt is empty: give at least one token.")
         if n_tokens > self.n_ctx_limit:
             mend = f" or load the model with ctx_size={n_tokens} or more"
             if self.n_ctx_limit < self.n_ctx_full:
                 mend = f": this model was trained for {self.n_ctx_limit} and takes no more"
-            raise CaptureError(
-                f"the prompt has {n_tokens} tokens and the context holds {self.n_ctx_limit}: shorten it{mend}."
-            )
+            more = f" and {generated} are to be generated" if generated else ""
+            raise CaptureError(f"the prompt has {n_tokens - generated} tokens{more}, and the context holds "
+                               f"{self.n_ctx_limit}: shorten it{mend}.")
 
     def _context_size(self, n_tokens):
         """As large as the text needs: what a token costs depends on the cells in use, but memory on all there are.
@@ -180,7 +180,7 @@ class Runtime:
 
     def pieces(self, tokens, total):
         """[(past, tokens)]: pieces of at most one ubatch. total: tokens that the context will hold in the end."""
-        self.check_length(total)
+        self.check_length(total, total - len(tokens))
         size = min(self.n_ubatch, self._context_size(total))
         return [(start, tokens[start : start + size]) for start in range(0, len(tokens), size)]
 

@@ -135,6 +135,8 @@ class CaptureSession:
         loss: mean nats per token; loss_change: against no edits; kl: mean KL(no edits || edited) in nats;
         top1_agreement: share of positions with the same best token. attrs["base_loss"]: the loss without edits.
         """
+        if not isinstance(variants, dict):
+            raise CaptureError(f"variants are {{name: edits}}, not {type(variants).__name__}.")
         packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
         answer = self._call("sweep", prompt=_prompt(text_or_ids), variants=packed,
                             progress="ablations" if progress else None)  # fmt: skip

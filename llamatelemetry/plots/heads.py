@@ -4,6 +4,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..analysis.ratios import some
 from ..drawn import plotly
 from . import theme
 
@@ -28,8 +29,9 @@ def measure_maps(profiled, measures, model):
         part = profiled.sel(measure=name)
         signed = name == "semantic"
         sides = [part[key].values.T for key in ("value", "low", "high", "baseline_high")]  # (head, layer) each
-        text = [[f"L{layer}H{head}<br>{name} {v:.4f}<br>95% interval {lo:.3f} to {hi:.3f}<br>highest shuffled {b:.3f}"
-                 for layer, v, lo, hi, b in zip(layers, *columns)] for head, *columns in zip(heads, *sides)]
+        text = [[f"L{layer}H{head}<br>{name} {v:.4f}<br>{some(lo, f'95% interval {{:.3f}} to {hi:.3f}', 'one text')}"
+                 f"<br>highest shuffled {b:.3f}" for layer, v, lo, hi, b in zip(layers, *columns)]
+                for head, *columns in zip(heads, *sides)]
         figure.add_trace(
             go.Heatmap(z=np.round(part["value"].values.T, 4), x=layers, y=heads, text=text,
                        coloraxis="coloraxis2" if signed else "coloraxis",
