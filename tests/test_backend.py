@@ -166,17 +166,37 @@ def test_min_samples_is_translated_for_cuml(monkeypatch, min_samples, given):
     assert asked == ([] if given is None else [given])
 
 
+def noisy_clusters():
+    rng = np.random.default_rng(0)
+    centres = np.array([[0, 0], [6, 0], [0, 7], [9, 9]])
+    x = np.vstack([centre + rng.normal(size=(60, 2)) * spread for centre, spread in zip(centres, (0.5, 0.8, 1.1, 1.4))])
+    return np.vstack([x, rng.uniform(-10, 20, size=(40, 2))]).astype(np.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not RAPIDS_HERE, reason="no RAPIDS")
 @pytest.mark.parametrize("min_samples", [None, 1, 2, 3, 5, 10, 15, 30])
 def test_cpu_and_gpu_cluster_alike_for_one_min_samples(min_samples):
-    rng = np.random.default_rng(0)
-    centres = np.array([[0, 0], [6, 0], [0, 7], [9, 9]])
-    x = np.vstack([centre + rng.normal(size=(60, 2)) * spread for centre, spread in zip(centres, (0.5, 0.8, 1.1, 1.4))])
-    x = np.vstack([x, rng.uniform(-10, 20, size=(40, 2))]).astype(np.float32)
+    x = noisy_clusters()
     ours, theirs = cpu.hdbscan(x, 15, min_samples), get_backend("gpu").hdbscan(x, 15, min_samples)
-    # Equal distances may be joined in another order, which moves a point at a cluster's edge.
-    assert set(ours) == set(theirs) and adjusted_rand_score(ours, theirs) > 0.98
+    # Not every point: cuML's tree is not always the least one (0.949 to 1 with cuML 26.10; the next test has an exact one).
+    assert set(ours) == set(theirs) and adjusted_rand_score(ours, theirs) > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not RAPIDS_HERE, reason="no RAPIDS")
+def test_cuml_counts_neighbours_without_the_point_itself():
+    """Of three translations only one gives scikit-learn's distances in the tree, which no order of joining changes."""
+    from cuml.cluster import HDBSCAN as Cuml
+    from sklearn.cluster import HDBSCAN
+
+    x = noisy_clusters()
+    ours = np.sort(HDBSCAN(min_cluster_size=15, min_samples=5).fit(x)._single_linkage_tree_["value"])
+    apart = []
+    for neighbours in (3, 4, 5):
+        model = Cuml(min_cluster_size=15, min_samples=neighbours, output_type="numpy").fit(x)
+        apart.append(np.abs(np.sort(np.asarray(model._single_linkage_tree)[:, 2]) - ours).max())
+    assert apart[1] < 1e-3 and min(apart[0], apart[2]) > 0.1
 
 
 def test_rows_without_a_place_in_umap_are_named_with_the_reason(backend):
