@@ -3,7 +3,9 @@
 Public names are imported on first use, so that `import llamatelemetry` loads no GPU library and costs nothing.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -47,3 +49,14 @@ def __getattr__(name):
 
 def __dir__():
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Importing `llamatelemetry.quantize` sets that module as an attribute here: the function of the name stays."""
+
+    def __setattr__(self, name, value):
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -32,6 +32,6 @@ def one_sequence(ids, error):
         array = np.asarray(ids)
     except ValueError:  # lists of different lengths
         array = np.empty((0, 0))
-    if array.ndim != 1 or array.size and array.dtype.kind not in "iu":
-        raise error("a prompt is a text, or one sequence of token ids (whole numbers).")
+    if array.ndim != 1 or array.size and array.dtype.kind not in "iu" or any(isinstance(one, bool) for one in ids):
+        raise error(f"a prompt is a text, or one sequence of token ids (whole numbers); not {ids!r:.80}.")
     return array.tolist()

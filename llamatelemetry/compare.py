@@ -78,8 +78,8 @@ def compare_quantizations(
     job = {
         "reference": str(reference),
         "text": load_text(text),
-        "n_ctx": n_ctx,
-        "max_windows": max_windows,
+        "n_ctx": int(n_ctx),
+        "max_windows": max_windows and int(max_windows),
         "gpu_layers": gpu_layers,
         "threads": threads,
     }
@@ -221,6 +221,8 @@ def _path(name):
     """The file's path as it was given, links and all: what they lead to has another name and no parts beside it."""
     from .models import resolve_model
 
+    if name is None:
+        raise CompareError("None is no file to compare: give a path or a name.")
     return Path(resolve_model(name))
 
 

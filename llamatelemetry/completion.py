@@ -2,10 +2,10 @@
 
 import difflib
 import math
-import os
 from dataclasses import dataclass, field
 
-from .arguments import finite, one_sequence, whole
+from . import texts
+from .arguments import finite, whole
 from .capture.tokenizer import say_two_starts
 from .errors import NotFiniteError, ServerError
 
@@ -63,12 +63,7 @@ FORCED = 1e4  # logits: more than any model's
 
 def request_body(prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, options):
     """The JSON body of POST /completion for the arguments of InferenceEngine.infer; ServerError where one is wrong."""
-    if not isinstance(prompt, str):
-        if isinstance(prompt, bytes | os.PathLike):
-            raise ServerError(f"A prompt is a text (str) or token ids, not {prompt!r:.80}: read or decode it first.")
-        prompt = one_sequence(prompt, ServerError)
-    if len(prompt) == 0:
-        raise ServerError("The prompt is empty: there is nothing to continue.")
+    prompt = texts.prompt(prompt, ServerError)
     stop_sequences = [stop_sequences] if isinstance(stop_sequences, str) else list(stop_sequences or ())
     if not all(isinstance(text, str) and text for text in stop_sequences):
         raise ServerError(f"stop_sequences={stop_sequences!r}: they are texts that are not empty.")

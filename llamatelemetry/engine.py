@@ -22,6 +22,7 @@ from .fit import spread
 from .loading import settle
 from .server import ServerManager, find_server, physical_cores
 from .server_options import check_pooling, pooling_of
+from .texts import writable
 
 
 class InferenceEngine:
@@ -246,8 +247,8 @@ class InferenceEngine:
         texts = [texts] if isinstance(texts, (str, bytes)) or not np.iterable(texts) else list(texts)
         if not texts:
             return np.empty((0, self._loaded().n_embd), np.float32)
-        if not all(isinstance(text, str) and text for text in texts):
-            raise ServerError("embed takes texts (str) that are not empty: read files and decode bytes first.")
+        if not all(writable(text, ServerError) for text in texts):
+            raise ServerError("embed takes texts that are not empty.")
         pooling = check_pooling(pooling) if pooling else self._pooling or pooling_of(self._loaded())
         with self._serving(embeddings=True, pooling=pooling) as server:
             for text in texts:

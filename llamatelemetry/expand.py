@@ -1,12 +1,11 @@
 """Rewriting a GGUF file tensor by tensor: expanded to floats, or made into a stand-in for a full-precision model."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .errors import LlamaTelemetryError, ModelLoadError
-from .files import shown, written
+from .files import path_of, shown, written
 from .ggml_types import TensorType, dequantize
 from .gguf import GGUFFile, unreadable
 
@@ -96,7 +95,7 @@ def _rewrite(src, dst, type, change, metadata, progress):
     import gguf
     from tqdm.auto import tqdm
 
-    source = _open(src)
+    source, dst = _open(src), path_of(dst, QuantizeError)
     kinds = {name: type if len(shape) > 1 else "F32" for name, shape in source.tensors["shape"].items()}
     need = sum(int(n) * FLOATS[kinds[name]] for name, n in source.tensors["n_elements"].items())
     with written(dst, inputs=[src], need=need + SLACK, model=True, error=QuantizeError) as temporary:
@@ -113,7 +112,7 @@ def _rewrite(src, dst, type, change, metadata, progress):
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             file = writer.fout[0]
-            for name in tqdm(source.tensors.index, desc=shown(Path(dst).name), unit="tensor", disable=not progress):
+            for name in tqdm(source.tensors.index, desc=shown(dst.name), unit="tensor", disable=not progress):
                 writer.write_padding(file, file.tell())
                 tensor = Tensor(name, *source.raw(name))
                 for start in range(0, len(tensor.data), ROWS):
@@ -125,7 +124,7 @@ def _rewrite(src, dst, type, change, metadata, progress):
             raise unreadable(name, source.tensors["type"][name]) from None
         finally:
             writer.close()
-    return Path(dst)
+    return dst
 
 
 def _copy_metadata(source, writer, metadata):

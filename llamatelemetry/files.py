@@ -1,6 +1,8 @@
 """Files: what they are called, how one is written, and that none is written over one that it is made from."""
 
+import errno
 import os
+import secrets
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +15,24 @@ def shown(text):
     try:
         return os.fsencode(text).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half a character, which no name of a file has
-        return text.encode("utf-8", "backslashreplace").decode()
+        return os.fspath(text).encode("utf-8", "backslashreplace").decode()
+
+
+def path_of(given, error=LlamaTelemetryError):
+    """A user's path (str, bytes, PathLike) as an absolute one, which stays what it is when the working folder changes.
+
+    "~" is the user's home; links stay. Raises `error` for what names no file, or lies where nobody may look.
+    """
+    try:
+        # pathlib's own expanduser raises for the "~x" of no user.
+        path = Path(os.fsdecode(os.path.expanduser(given))).absolute()
+        path.lstat()
+    except (TypeError, ValueError) as why:  # a number; a zero byte, half a character
+        raise error(f"{given!r:.80} is no name of a file: {why}.") from None
+    except OSError as why:
+        if why.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise error(f"{shown(given)[:80]} is no name of a file here: {why.strerror}.") from None
+    return path
 
 
 def labels(paths):
@@ -44,8 +63,9 @@ def refuse_overwriting(dst, inputs, error=OutputError):
     """
     from .gguf_header import split_parts
 
+    dst = path_of(dst, error)
     for given in inputs:
-        for path in split_parts(given) if given is not None else ():
+        for path in split_parts(path_of(given, error)) if given is not None else ():
             if _same(dst, path):
                 raise error(f"{shown(dst)} is the file that it would be made from ({shown(path)}): writing it would "
                             "destroy that. Give another name for the output.")  # fmt: skip
@@ -65,13 +85,15 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
     inputs: what the file is made from, see refuse_overwriting. need: bytes that will be written. model: a GGUF file is
     what is written; nothing else takes the place of one. Raises `error` for what the file system refuses, too.
     """
-    dst = Path(dst)
+    dst = path_of(dst, error)
     refuse_overwriting(dst, inputs, error)
     if dst.is_dir():
         raise error(f"{shown(dst)} is a folder: give the name of a file in it.")
+    if dst.exists() and not dst.is_file():
+        raise error(f"{shown(dst)} is a device or a pipe: give the name of a file.")
     if not model and _is_gguf(dst):
         raise error(f"{shown(dst)} is a model or another GGUF file: give another name for the output.")
-    temporary = dst.with_name(f".{dst.name}.{os.getpid()}.partial")
+    temporary = dst.with_name(f".{secrets.token_hex(8)}.partial")  # another one each time, and shorter than any limit
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(dst.parent).free

@@ -7,13 +7,12 @@ import difflib
 import math
 import re
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from gguf import LlamaFileType
 
-from .errors import ModelLoadError
-from .files import shown
+from .errors import ModelLoadError, ModelNotFoundError
+from .files import path_of, shown
 from .ggml_types import dequantize
 from .gguf_header import Header, split_parts
 
@@ -34,7 +33,7 @@ class GGUFFile:
     """
 
     def __init__(self, path):
-        self.path = Path(path).expanduser()
+        self.path = path_of(path, ModelNotFoundError)
         first = Header(self.path)
         self.metadata, self.kinds = first.metadata, first.kinds
         try:

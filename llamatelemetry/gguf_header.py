@@ -83,7 +83,7 @@ class Header:
         what = "is empty" if not head else "is not a GGUF file"
         if head.startswith(b"version https://git-lfs"):
             what = "is a Git LFS pointer, not the model itself"
-        elif head.lstrip()[:1] == b"<":
+        elif head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
             what = "is a web page, not a model; the download was probably refused"
         elif head and all(32 <= byte or byte in b"\t\r\n" for byte in head):
             what = f"is a text file, not a GGUF file (it starts with {head[:24].decode(errors='replace')!r})"

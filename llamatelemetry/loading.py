@@ -9,6 +9,7 @@ import numpy as np
 
 from .arguments import finite, whole
 from .errors import ModelNotFoundError, OptionError
+from .files import path_of
 from .server_options import (CACHE_TYPES, KIND, NUMBERS, PARAMETERS, SCALINGS, SHARED, canonical, check_pooling,
                              pooling_of, refusal)
 
@@ -217,13 +218,13 @@ def _file(name, item, scaled):
         path, _, scale = str(item).rpartition(":")
         if not path:
             raise OptionError(f"{name}={str(item)!r}: it is FILE:SCALE.")
-    path = Path(path).expanduser()
+    path = path_of(path, ModelNotFoundError)
     if not path.is_file():
         raise ModelNotFoundError(f"{name}: {path} is not a file.")
     if ":" in str(path) or '"' in str(path):
         raise OptionError(f"{name}: llama-server cannot read a path with a colon or a quotation mark: {path}. "
                           "Make a link to it of another name.")
-    return [str(path.absolute()), _number(name, scale, float)]
+    return [str(path), _number(name, scale, float)]
 
 
 def _override(item):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import hub
 from .errors import ModelLoadError, ModelNotFoundError
-from .files import shown
+from .files import path_of, shown
 from .gguf_header import split_parts
 from .registry import PACKAGES, REGISTRY
 
@@ -29,10 +29,11 @@ def resolve_model(name=None, progress=True):
     Raises ModelNotFoundError where there is none (with the nearest names, or with what is here where nothing could be
     fetched), ModelLoadError for a folder without exactly one model or a file that arrived damaged.
     """
-    text = os.fspath(DEFAULT_MODEL if name is None else name)
+    name = DEFAULT_MODEL if name is None else name
+    text = name if isinstance(name, str) else str(path_of(name, ModelNotFoundError))
     if not text.strip():
         raise ModelNotFoundError(f"The model's name is empty. Give a file or a name of list_models(), as {DEFAULT_MODEL!r}.")
-    path = Path(text).expanduser()
+    path = path_of(text, ModelNotFoundError)
     model = _by_name(text)
     if path.is_file() or (path.is_dir() and model is None):
         return _from_path(path)

@@ -123,7 +123,6 @@ def quantization(value, model, values):
     if kind not in TYPES:
         return f"a type that llama-quantize makes is expected: {', '.join(TYPES)}"
     if kind.startswith(("IQ1", "IQ2", "IQ3", "Q2_K_S")) and not values.get("IMATRIX"):
-        from . import quantize  # noqa: F401  the function, before the module takes its name in the package
         from .quantize import needs_imatrix
 
         if needs_imatrix(model.path, kind):

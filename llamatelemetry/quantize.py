@@ -15,7 +15,7 @@ import pandas as pd
 from . import importance, logs
 from .errors import ModelLoadError, ModelNotFoundError
 from .expand import FLOATS, SLACK, QuantizeError, _open, expand, make_reference
-from .files import labels, refuse_overwriting, shown, written
+from .files import labels, path_of, refuse_overwriting, shown, written
 from .gguf import GGUFFile
 from .registry import TYPES
 from .server_options import environment
@@ -39,9 +39,10 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     QuantizeError: unknown type, disk full, an importance matrix missing or of another model, or a `dst` that is one of
     the inputs by whatever name.
     """
-    src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    src, dst = path_of(src, ModelNotFoundError), path_of(dst, QuantizeError)
+    imatrix = None if imatrix is None else path_of(imatrix, ModelNotFoundError)
     refuse_overwriting(dst, [src, imatrix], QuantizeError)
-    if imatrix is not None and not Path(imatrix).is_file():
+    if imatrix is not None and not imatrix.is_file():
         raise ModelNotFoundError(f"No importance matrix at {imatrix}: make one with imatrix(model, text, dst).")
     source = _open(src)
     if imatrix is not None:
@@ -131,13 +132,13 @@ def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
     path of `dst`. Raises QuantizeError, also for a text shorter than two windows (llama-imatrix asks for that much) and
     for a `dst` that is the model or the text; CompareError for a text that is not there.
     """
-    model, dst = Path(model).expanduser(), Path(dst).expanduser()
+    model, dst = path_of(model, ModelNotFoundError), path_of(dst, QuantizeError)
     _open(model)
     file = text if is_path(text) else None
     with (tempfile.TemporaryDirectory() as folder,
           written(dst, inputs=[model, file], need=SLACK, model=True, error=QuantizeError) as temporary):  # fmt: skip
         path = Path(folder) / "text.txt"
-        path.write_text(load_text(text), encoding="utf-8", errors="surrogateescape")
+        path.write_bytes(load_text(text).encode())  # line ends stay as they are
         # llama-imatrix chooses its format by the file's ending.
         out = Path(folder) / "imatrix.gguf"
         options = {"-m": model, "-f": path, "-o": out, "-c": n_ctx, "-b": n_ctx, "-t": _threads()}

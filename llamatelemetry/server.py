@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import guard, logs
 from .errors import ModelLoadError, ModelNotFoundError, ServerError, TemplateError
-from .files import shown
+from .files import path_of, shown
 from .server_options import environment, flags, pooling_of
 
 _MEND = ("`llamatelemetry engine build` makes an engine wheel with llama-server in it; "
@@ -30,7 +30,7 @@ def find_server(path=None):
     """
     for given, whose in ((path, "server_path"), (os.environ.get("LLAMA_SERVER_PATH"), "LLAMA_SERVER_PATH")):
         if given:
-            file = Path(given).expanduser()
+            file = path_of(given, ServerError)
             file = file / "llama-server" if file.is_dir() else file
             if not os.access(file, os.X_OK) or not file.is_file():
                 raise ServerError(f"{whose} says {given}, but there is no executable llama-server. {_MEND}")
@@ -100,7 +100,7 @@ class ServerManager:
         """
         from .gguf import GGUFFile
 
-        model_path = Path(model_path).expanduser()
+        model_path = path_of(model_path, ModelNotFoundError)
         if not model_path.is_file():
             kind = "is a folder, not" if model_path.is_dir() else "is not"
             raise (ModelLoadError if model_path.is_dir() else ModelNotFoundError)(f"{model_path} {kind} a GGUF file.")

@@ -4,8 +4,9 @@ import os
 import re
 from pathlib import Path
 
-from .errors import LlamaTelemetryError
-from .files import shown
+from .arguments import one_sequence
+from .errors import CaptureError, LlamaTelemetryError
+from .files import path_of, shown
 
 TEXT = Path(__file__).parent / "data" / "text.txt"
 
@@ -14,12 +15,41 @@ class CompareError(LlamaTelemetryError, ValueError):
     """Files or a text that cannot be compared as asked."""
 
 
+def writable(text, error=CaptureError):
+    """`text`, a str that UTF-8 can hold; `error` where it is none: half a character, as of a cut emoji, is no text."""
+    if not isinstance(text, str):
+        raise error(f"A text is a str, not {text!r:.80}: read or decode it first.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as wrong:
+        raise error(f"The text has half a character at position {wrong.start} ({text[wrong.start]!r}), which no model "
+                    "reads: take it out.") from None  # fmt: skip
+    return text
+
+
+def prompt(given, error=CaptureError):
+    """A prompt as both processes take it: a str, or a list of token ids. Raises `error` for anything else, or none.
+
+    given: a text, or one sequence of whole numbers (a list, an array, a column of engine.tokenize).
+    """
+    if isinstance(given, os.PathLike):
+        raise error(f"{shown(given)!r} is a path, and a prompt is a text (str) or token ids: read the file "
+                    "(llamatelemetry.texts.load_text does), or give the text as a str.")  # fmt: skip
+    if isinstance(given, str):
+        ids = writable(given, error)
+    else:
+        ids = one_sequence(given, error)
+    if not ids:  # with a start token put before it, it would not look empty any more
+        raise error("The prompt is empty: give a text, or at least one token.")
+    return ids
+
+
 def load_text(text=None):
     """A text to measure on, as a str.
 
-    text: None for the package's own; a pathlib.Path for a file (UTF-8); "wikitext-2" (a download); any other str is
-    the text itself, unless it is written as a path: on one line and either starting with "/", "./", "../" or "~/", or
-    with a "/" and no space, or ending like a file of text (.txt, .md, .raw, .json, .py, ...). That one is read, and
+    text: None for the package's own; a Path for a file (UTF-8, line ends kept); "wikitext-2" (a download); any other
+    str is the text itself, unless it is written as a path: on one line and either starting with "/", "./", "../" or
+    "~/", or with a "/" and no space, or ending like a file of text (.txt, .md, .raw, .json, .py, ...). That one is read, and
     CompareError where no such file is. CompareError, too, for a str that could be both, because a file of that name is
     here: a Path makes it the file, a newline at its end the text. What the disk holds never decides in silence which of
     the two is meant.
@@ -33,11 +63,11 @@ def load_text(text=None):
             if _is_file(text):
                 raise CompareError(f"{text!r} is the name of a file here and may be the text itself: give "
                                    f"Path({text!r}) for the file, or end the text with a newline.")  # fmt: skip
-            return text
+            return writable(text, CompareError)
     elif not isinstance(text, os.PathLike):
         raise CompareError(f"A text is a str, or a Path to a file of it, not {text!r:.80}.")
     try:
-        return Path(text).expanduser().read_text(encoding="utf-8")
+        return path_of(text, CompareError).read_bytes().decode("utf-8-sig")  # line ends stay as they are
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         mend = " If this is the text itself, end it with a newline." if isinstance(text, str) else ""
         raise CompareError(f"No text at {shown(text)}: {error}.{mend}") from error

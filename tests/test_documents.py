@@ -7,6 +7,8 @@ import inspect
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,3 +224,16 @@ def test_pictures_are_small_and_have_captions():
     assert all(path.stat().st_size < 300_000 and path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
     text = (ROOT / "README.md").read_text()
     assert all(f"docs/figures/{path.name}" in text for path in pictures)
+
+
+@pytest.mark.parametrize("before", ["import llamatelemetry.quantize", "from llamatelemetry.quantize import tool",
+                                    "from llamatelemetry import quantize"])
+def test_a_public_name_is_never_a_module(before):
+    """A module of the name of a function takes its place in a package once it is imported, elsewhere in Python."""
+    modules = ("import pkgutil, llamatelemetry as p\n"
+               "for module in pkgutil.iter_modules(p.__path__): __import__(f'llamatelemetry.{module.name}')")
+    code = (f"{before}\n{modules}\nfrom llamatelemetry import quantize\n"
+            "assert quantize.__name__ == 'quantize', quantize\n"
+            "import sys; assert p.quantize is quantize is sys.modules['llamatelemetry.quantize'].quantize\n"
+            "assert all(not isinstance(getattr(p, name), type(sys)) for name in p.__all__)")
+    subprocess.run([sys.executable, "-c", code], check=True)

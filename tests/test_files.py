@@ -68,8 +68,37 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
     assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
     with pytest.raises(OutputError, match="is a folder"), written(tmp_path / "new"):
         pass
-    with pytest.raises(OutputError, match="Could not write"), written(path / "below" / "a.bin"):
-        pass
+    for wrong in (path / "below" / "a.bin", "x" * 300, "zero\0", 5):
+        with pytest.raises(OutputError, match="Could not write|is no name of a file"), written(wrong):
+            pass
+    longest = tmp_path / ("x" * 255)
+    with written(longest) as one, written(longest) as other:  # as two threads do
+        one.write_bytes(b"one"), other.write_bytes(b"other")
+    assert longest.read_bytes() == b"one"
+
+
+def test_a_device_or_a_pipe_is_no_output(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "null"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/null")
+    for path in (pipe, link):
+        with pytest.raises(OutputError, match="device or a pipe"), written(path):
+            pass
+    assert pipe.is_fifo() and link.is_symlink()
+
+
+def test_a_tilde_is_the_home_in_outputs_and_inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tiny_model("llama", tmp_path)
+    before = model.read_bytes()
+    for src, dst in ((f"~/{model.name}", model), (model, f"~/{model.name}"), (model.name, f"~/{model.name}")):
+        with pytest.raises(QuantizeError, match="would destroy"):
+            expand(src, dst, progress=False)
+    assert expand(f"~/{model.name}", "~/out.gguf", progress=False) == tmp_path / "out.gguf"
+    assert model.read_bytes() == before
+    assert capture().save("~/c.safetensors") == tmp_path / "c.safetensors" and Capture.load("~/c.safetensors").stages
+    assert not (tmp_path / "~").exists()
 
 
 def capture():
@@ -104,6 +133,7 @@ def test_files_of_one_name_are_told_apart(tmp_path):
     (tmp_path / "model.gguf").symlink_to(blob)
     assert labels([tmp_path / "model.gguf"]) == ["model"]
     assert shown(os.fsdecode(b"m\xff.gguf")) == r"m\xff.gguf" and labels([os.fsdecode(b"/m\xff.gguf")]) == [r"m\xff"]
+    assert shown(Path("\ud83d")) == r"\ud83d"
 
 
 LINE = "The dog saw the cat and the cat saw the dog. "
@@ -111,7 +141,7 @@ LINE = "The dog saw the cat and the cat saw the dog. "
 
 @pytest.mark.parametrize("text", [
     "", "one word", LINE * 6, LINE * 12, LINE * 400, "a/b of it. " * 300, LINE + "\n", "notes.txt\n",
-    "Call me Ishmael.", "zero \0 byte", "x" * 300 + ".txt", "\ud800",
+    "Call me Ishmael.", "zero \0 byte", "x" * 300 + ".txt", "\ufeffa\r\nb",
 ])  # fmt: skip
 def test_a_text_is_a_text_whatever_its_length(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -131,6 +161,10 @@ def test_a_path_is_a_path(tmp_path, monkeypatch):
             load_text(path)
     with pytest.raises(CompareError, match=r"Path\('LICENSE'\)"):  # it could be both
         load_text("LICENSE")
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")  # the mark is no text, line ends are
+    assert load_text("windows.txt") == "a\r\nb\r\n"
+    with pytest.raises(CompareError, match="half a character at position 1"):
+        load_text("a\ud83d")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(CompareError, match="No text at.*utf-8"):
         load_text("latin.txt")

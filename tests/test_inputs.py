@@ -20,10 +20,11 @@ from llamatelemetry.capture.tokenizer import NO_TOKENIZER, token_ids, token_piec
 from llamatelemetry.compare import compare_quantizations
 from llamatelemetry.completion import request_body
 from llamatelemetry.errors import ServerError, TemplateError
+from llamatelemetry.gguf import GGUFFile
 from llamatelemetry.graphs import Graph
 from llamatelemetry.models import list_models, resolve_model
 from llamatelemetry.quantize import imatrix, quantize
-from llamatelemetry.texts import load_text
+from llamatelemetry.texts import load_text, prompt
 
 pytest.importorskip("llama_cpp")
 
@@ -113,16 +114,75 @@ def test_two_start_tokens_are_said(tmp_path, header):
             assert engine.tokenize(twice, add_special=False)["id"].tolist()[0] == 0
 
 
-@pytest.mark.parametrize("given", [b"bytes", None, 3.5])
-def test_a_prompt_is_a_text_or_ids(given, tmp_path):
+@pytest.mark.parametrize("given, why", [
+    *[(given, "a text, or one sequence of token ids") for given in (
+        b"bytes", None, 3.5, 5, np.int64(5), [1.0, 2.0], [True, 5], np.array([True]), [[1, 2]], [[1], [2, 3]], {1, 2},
+        ["a", "b"], [float("nan")], [2**70], (one for one in (1, 2)))],
+    (Path("prompt.txt"), "is a path, and a prompt is a text"), ("", "empty"), ([], "empty"),
+    ("a\ud83d", "half a character"),
+])  # fmt: skip
+def test_a_prompt_is_a_text_or_ids(given, why):
+    """The same for captures and for llama-server, before either is asked."""
+    for ask in (prompt, lambda given: request_body(given, 1, 0, 1, 1, 0, None, 0, {})):
+        with pytest.raises(LlamaTelemetryError, match=why):
+            ask(given)
+
+
+@pytest.mark.parametrize("given, ids", [
+    ([3, 5], [3, 5]), ((3, 5), [3, 5]), (range(3), [0, 1, 2]), (np.array([3, 5], np.uint8), [3, 5]),
+    (pd.Series([3, 5], index=[7, 9]), [3, 5]), (" \n", " \n"), ("zero \0 byte", "zero \0 byte"),
+    ("\ufeffa\r\n", "\ufeffa\r\n"),
+])  # fmt: skip
+def test_what_a_prompt_may_be(given, ids):
+    assert prompt(given) == ids == request_body(given, 1, 0, 1, 1, 0, None, 0, {})["prompt"]
+
+
+@pytest.mark.parametrize("wrong", [b"a", None, 5, Path("a.txt"), "\ud83d"])
+def test_only_a_text_is_tokenized_and_embedded(wrong, tmp_path):
+    with InferenceEngine() as engine:
+        engine.load_model(tiny_model("llama", tmp_path), auto_start=False, silent=True)
+        for ask in (engine.tokenize, engine.embed):
+            with pytest.raises(LlamaTelemetryError, match="A text is a str|half a character"):
+                ask(wrong)
+
+
+def test_ids_beyond_the_vocabulary_are_said(tmp_path):
     with CaptureSession(tiny_model("llama", tmp_path), threads=1) as session:
-        for call in (session.capture, session.tokenize):
-            with pytest.raises(CaptureError):
-                call(given)
-        with pytest.raises(CaptureError, match="is a path and a prompt is a text"):
-            session.capture(tmp_path / "prompt.txt")
-    with pytest.raises(ServerError, match="text .str. or token ids"):
-        request_body(tmp_path / "prompt.txt", 1, 0, 1, 1, 0, None, 0, {})
+        for wrong in (-1, models.N_VOCAB, 2**31):
+            with pytest.raises(CaptureError, match=f"token id {wrong} is not in this model's vocabulary of 320"):
+                session.capture([5, wrong])
+
+
+def test_a_file_stays_itself_when_the_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", tmp_path).rename("-m.gguf")
+    file = GGUFFile("-m.gguf")
+    assert quantize("-m.gguf", "-q.gguf", "Q8_0", progress=False) == tmp_path / "-q.gguf"
+    monkeypatch.chdir("/")
+    with CaptureSession(file, threads=1) as session:
+        assert len(session.capture([1, 2]).tokens) == 2
+
+
+@pytest.mark.parametrize("name", ["y" * 300 + ".gguf", "y/" * 3000, "zero\0.gguf", "half\ud83d.gguf", "~nobody/x.gguf",
+                                  "C:/m.gguf", 5])
+def test_what_names_no_file_is_said(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama", tmp_path)
+    for ask in (resolve_model, GGUFFile, lambda name: quantize(name, "out.gguf", "Q8_0"),
+                lambda name: load_text(Path(str(name)))):  # fmt: skip
+        with pytest.raises(LlamaTelemetryError, match="no name of a file|There is no file|No text at"):
+            ask(name)
+    if "/" not in str(name):
+        with pytest.raises(LlamaTelemetryError, match="no name of a file"):
+            quantize(model, name, "Q8_0", progress=False)
+
+
+def test_a_tilde_of_nobody_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", tmp_path).rename("~x.gguf")
+    assert resolve_model("~x.gguf") == tmp_path / "~x.gguf"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_model("~/~x.gguf") == tmp_path / "~x.gguf"
 
 
 # ---- templates ----------------------------------------------------------------------------------------------------

@@ -264,15 +264,5 @@ def test_a_type_that_needs_a_matrix_is_refused_without_one(run_check, tmp_path):
     run_check("16", MODEL=wide, QUANTIZATIONS=["Q4_K_M", "IQ1_S"], IMATRIX=True)
 
 
-def test_the_check_leaves_public_names_as_they_are(tiny):
-    """A module `quantize` that is imported before the function of that name takes its place in the package."""
-    if not has_quantizer():
-        pytest.skip("no engine")
-    code = (f"from llamatelemetry import parameters; parameters.check({{'MODEL': {str(tiny)!r}, 'QUANTIZATION': 'IQ3_XS', "
-            "'BACKEND': 'cpu', 'REFERENCE_MODEL': None}); import llamatelemetry as package\n"
-            "assert all(not isinstance(getattr(package, name), type(package)) for name in package.__all__)")
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_facts_come_from_the_header(tiny):
     assert isinstance(parameters.check({"MODEL": str(tiny), "LAYER": 2}), GGUFFile)

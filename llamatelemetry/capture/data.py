@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import CaptureError
-from ..files import written
+from ..files import path_of, written
 from .names import STAGES
 
 
@@ -76,6 +76,7 @@ class Capture:
             "parts": {name: [layers, queries] for name, (_, layers, queries) in self._parts.items()},
         }
         arrays = {name: np.ascontiguousarray(array) for name, (array, _, _) in self._parts.items()}
+        path = path_of(path, CaptureError)
         with written(path, error=CaptureError) as temporary:
             try:
                 save_file(arrays, temporary, {"llamatelemetry": json.dumps(facts, default=_plain)})
@@ -88,6 +89,7 @@ class Capture:
         """Read a file that `save` wrote."""
         from safetensors import safe_open
 
+        path = path_of(path, CaptureError)
         try:
             with safe_open(str(path), "numpy") as file:
                 facts = json.loads((file.metadata() or {})["llamatelemetry"])

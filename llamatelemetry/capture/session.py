@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from .. import errors, logs
-from ..arguments import finite, one_sequence, whole
+from ..arguments import finite, whole
 from ..errors import CaptureError, WorkerCrashedError
 from ..gguf import GGUFFile
 from ..loading import described, least_context
 from ..server import physical_cores
+from ..texts import prompt, writable
 from .data import Capture, token_table
 from .edits import flatten
 from .names import GRIDS, STAGES
@@ -74,7 +75,7 @@ class CaptureSession:
 
     def tokenize(self, text, add_special=True):
         """Token ids of a text, as llama.cpp makes them (special tokens written in the text are parsed)."""
-        ids = self._call("tokenize", text=_text(text), add_special=add_special)["tokens"]
+        ids = self._call("tokenize", text=writable(text), add_special=add_special)["tokens"]
         self._say_two_starts(text, ids)
         return ids
 
@@ -98,7 +99,7 @@ class CaptureSession:
         arena = self._free.pop() if self._free else self._file("arena")
         try:
             answer = self._call(
-                "capture", prompt=_prompt(text_or_ids), stages=stages, path=str(arena), layers=layers, queries=queries,
+                "capture", prompt=prompt(text_or_ids), stages=stages, path=str(arena), layers=layers, queries=queries,
                 edits=self._pack(edits), generate=generate, temperature=temperature, seed=seed,
             )  # fmt: skip
             memory = np.memmap(arena, np.uint8, "c")  # the user's own copy where it is written to
@@ -123,7 +124,7 @@ class CaptureSession:
     def score(self, text_or_ids, edits=()):
         """DataFrame per predicted token: position, id, piece, logprob (nats), entropy (nats), rank (0 is best), top_id,
         top_logprob: how the model predicts each token of a text from those before it."""
-        answer = self._call("score", prompt=_prompt(text_or_ids), edits=self._pack(edits))
+        answer = self._call("score", prompt=prompt(text_or_ids), edits=self._pack(edits))
         self._say_two_starts(text_or_ids, answer["tokens"])
         tokens = self._tokens(answer["tokens"]).iloc[1:].drop(columns="generated")
         columns = {name: values for name, values in answer["table"].items() if name != "kl"}
@@ -138,7 +139,7 @@ class CaptureSession:
         if not isinstance(variants, dict):
             raise CaptureError(f"variants are {{name: edits}}, not {type(variants).__name__}.")
         packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
-        answer = self._call("sweep", prompt=_prompt(text_or_ids), variants=packed,
+        answer = self._call("sweep", prompt=prompt(text_or_ids), variants=packed,
                             progress="ablations" if progress else None)  # fmt: skip
         self._say_two_starts(text_or_ids, answer["tokens"])
         names = pd.Index(list(variants), name="name", tupleize_cols=False)
@@ -159,14 +160,14 @@ class CaptureSession:
 
         pairs = {name: np.asarray(value).tolist() for name, value in (patterns or {}).items()}
         layers = _chosen("layers", layers)
-        answer = self._call("head_statistics", prompt=_prompt(text_or_ids), layers=layers, patterns=pairs)
+        answer = self._call("head_statistics", prompt=prompt(text_or_ids), layers=layers, patterns=pairs)
         self._say_two_starts(text_or_ids, answer["tokens"])
         data = {name: (("layer", "head"), np.asarray(v)) for name, v in answer["table"].items()}
         return xr.Dataset(data, {"layer": answer["layers"]}, {"n_tokens": len(answer["tokens"])})
 
     def time_decode(self, text_or_ids, repeat=3, all_logits=True):
         """Seconds of each of `repeat` plain decodes: the yardstick of the benchmarks."""
-        return self._call("time_decode", prompt=_prompt(text_or_ids), repeat=repeat, all_logits=all_logits)["seconds"]
+        return self._call("time_decode", prompt=prompt(text_or_ids), repeat=repeat, all_logits=all_logits)["seconds"]
 
     def model_facts(self):
         model = self.model
@@ -295,23 +296,6 @@ class CaptureSession:
             return self._log.read_text(errors="replace")
         except OSError:
             return "(no log)"
-
-
-def _prompt(text_or_ids):
-    if isinstance(text_or_ids, str):
-        if not text_or_ids:  # with a start token put before it, it would not look empty any more
-            raise CaptureError("the prompt is empty: give at least one token.")
-        return text_or_ids
-    if isinstance(text_or_ids, os.PathLike):
-        raise CaptureError(f"{str(text_or_ids)!r} is a path and a prompt is a text: read the file "
-                           "(llamatelemetry.texts.load_text does), or give the text as a str.")  # fmt: skip
-    return one_sequence(text_or_ids, CaptureError)
-
-
-def _text(text):
-    if not isinstance(text, str):
-        raise CaptureError(f"a text to tokenize is a str, not {text!r:.80}.")
-    return text
 
 
 def _chosen(name, values):

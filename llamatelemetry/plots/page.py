@@ -5,12 +5,11 @@ A page's script reads its data with `DATA` (the JSON object) and `unpack(DATA.na
 
 import base64
 import json
-from pathlib import Path
-
 import numpy as np
 
 from ..drawn import html
-from ..files import written
+from ..errors import OutputError
+from ..files import path_of, written
 
 # Colours as CSS variables so that every page follows the reader's light or dark setting. --c0..--c7: theme.CATEGORIES.
 _STYLE = """
@@ -81,7 +80,7 @@ class Page:
 
     def save(self, path):
         """Write the page; returns the path. Raises OutputError where it cannot be written, or a model is there."""
-        path = Path(path)
+        path = path_of(path, OutputError)
         with written(path) as temporary:
             temporary.write_text(self.html, encoding="utf-8", errors="backslashreplace")  # as a script writes it
         return path
