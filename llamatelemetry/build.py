@@ -24,6 +24,7 @@ from pathlib import Path
 from . import needs
 from .build_log import failure, progress
 from .errors import LlamaTelemetryError
+from .files import path_of, written
 
 VERSION = "0.3.36"  # of llama-cpp-python; its change log names the llama.cpp commit, its archive holds no git history
 COMMIT = "0c1e57098"
@@ -150,19 +151,12 @@ def build(cuda: str | None = None, out: Path | None = None, jobs: int | None = N
         with _lock(folder / f"{key(wanted)}.lock"):
             wheel = cached_wheel(wanted) or _build_into(folder, wanted, jobs or _default_jobs())
     if out is not None:
-        wheel = _copied(wheel, Path(out))
+        copy = path_of(out, EngineBuildError) / wheel.name
+        if not copy.exists() or not copy.samefile(wheel):  # the cache itself has it already
+            with written(copy, need=wheel.stat().st_size, error=EngineBuildError) as temporary:
+                shutil.copy2(wheel, temporary)
+        wheel = copy
     return wheel
-
-
-def _copied(wheel: Path, out: Path) -> Path:
-    copy = out / wheel.name
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        return wheel if copy.exists() and copy.samefile(wheel) else Path(shutil.copy2(wheel, copy))
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            copy.unlink()  # a part of a wheel
-        raise EngineBuildError(f"{wheel} is built and could not be copied to {out}: {error.strerror}.") from None
 
 
 def install(wheel: Path) -> None:

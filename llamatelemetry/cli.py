@@ -11,7 +11,10 @@ from .errors import LlamaTelemetryError
 
 def main(arguments=None) -> int:
     """Run one command; errors of the package become one message on stderr and exit status 1."""
+    arguments, typed = _typed(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(arguments)
+    if typed:
+        options.parameters = typed
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     try:
@@ -24,6 +27,16 @@ def main(arguments=None) -> int:
     except BrokenPipeError:  # `llamatelemetry models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _typed(arguments):
+    """(the arguments without -p NAME VALUE of `notebooks`, those pairs): argparse takes no VALUE that begins with "-"."""
+    rest, pairs = list(arguments), []
+    while rest[:1] == ["notebooks"] and "-p" in rest and rest.index("-p") + 2 < len(rest):
+        at = rest.index("-p")
+        pairs.append(rest[at + 1 : at + 3])
+        del rest[at : at + 3]
+    return rest, pairs
 
 
 def parser() -> argparse.ArgumentParser:

@@ -91,8 +91,8 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
         raise error(f"{shown(dst)} is a folder: give the name of a file in it.")
     if dst.exists() and not dst.is_file():
         raise error(f"{shown(dst)} is a device or a pipe: give the name of a file.")
-    if not model and _is_gguf(dst):
-        raise error(f"{shown(dst)} is a model or another GGUF file: give another name for the output.")
+    if not model and _is_model(dst):
+        raise error(f"{shown(dst)} is a model or another file of tensors: give another name for the output.")
     temporary = dst.with_name(f".{secrets.token_hex(8)}.partial")  # another one each time, and shorter than any limit
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
@@ -111,9 +111,13 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
             temporary.unlink(missing_ok=True)
 
 
-def _is_gguf(path):
+def _is_model(path):
+    """Whether a file is GGUF, or safetensors of somebody else: a capture's header has our name in it."""
     try:
         with open(path, "rb") as file:
-            return file.read(4) == b"GGUF"
+            head = file.read(9)
+            size = int.from_bytes(head[:8], "little")  # safetensors: the bytes of the JSON that follows
+            foreign = head[8:] == b"{" and size < 10**8 and b'"llamatelemetry"' not in file.read(size)
+            return head[:4] == b"GGUF" or foreign
     except OSError:
         return False

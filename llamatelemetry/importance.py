@@ -29,6 +29,14 @@ def entries(path):
         return _of_former_format(file.read(), path)
 
 
+def is_one(path):
+    """Whether an importance matrix is there."""
+    try:
+        return bool(entries(path))
+    except (OSError, QuantizeError):
+        return False
+
+
 def check(model, path):
     """Say with a warning where an importance matrix fits only a part of `model` (a GGUFFile).
 

@@ -105,6 +105,8 @@ def stage(user, out="staged", checkout=".", models=(), engine=(), progress=True)
                          "folders. Change to it, or give --checkout.")
     if not re.fullmatch(r"[a-z0-9_-]{2,30}", user):
         raise StageError(f"--user {user}: the name in the address of your Kaggle profile is expected (lower case).")
+    stems = [path.stem for path in (checkout / "notebooks").glob("*.ipynb")]
+    _check_folders(out, templates, ["wheels", *["engine"] * (not engine), *["models"] * bool(models), *stems])
     _check_inputs(out, models, engine)
     made = {"wheels": _wheels(templates, out / "wheels", user, checkout, engine, progress)}
     if not engine:
@@ -128,6 +130,18 @@ def stage(user, out="staged", checkout=".", models=(), engine=(), progress=True)
     for folder in made.values():
         check(folder)
     return made
+
+
+def _check_folders(out, templates, names):
+    """The staged folders are made afresh: only what was staged before may be removed for that."""
+    if templates in (out, *out.parents):
+        raise StageError(f"--out {out}: the templates of the staged folders are there. Give another --out.")
+    for folder in (out / name for name in names):
+        ours = folder.is_dir() and not folder.is_symlink()
+        if os.path.lexists(folder) and not (ours and ((folder / KERNEL).is_file() or (folder / DATASET).is_file()
+                                                      or not any(folder.iterdir()))):
+            raise StageError(f"--out {out}: {folder.name} in it was not made by `kaggle stage` and would be removed. "
+                             "Give another --out.")
 
 
 def _check_inputs(out, models, engine):

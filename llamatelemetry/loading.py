@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .arguments import finite, whole
-from .errors import ModelNotFoundError, OptionError
+from .errors import ModelLoadError, ModelNotFoundError, OptionError
 from .files import path_of
 from .server_options import (CACHE_TYPES, KIND, NUMBERS, PARAMETERS, SCALINGS, SHARED, canonical, check_pooling,
                              pooling_of, refusal)
@@ -32,9 +32,11 @@ class Setup:
 def settle(gguf, ctx_size, options):
     """The Setup for a GGUFFile, whose metadata become what the option override_kv makes of them.
 
-    Raises OptionError, ModelNotFoundError.
+    Raises OptionError, ModelNotFoundError, ModelLoadError for a GGUF file that is no model.
     """
     server, variant = sort_options(options)
+    if what := _no_model(gguf):
+        raise ModelLoadError(f"{gguf.path} is {what}.")
     gguf.override({key: value for key, _, value in variant.get("overrides", ())})
     if server.get("embeddings"):
         server.setdefault("pooling", pooling_of(gguf))
@@ -53,6 +55,18 @@ def settle(gguf, ctx_size, options):
     # llama.cpp makes contexts in steps of 256, and llama-server ends a request at what the model was trained for.
     size = min(-(-size // 256) * 256, max(trained, size)) if trained else -(-size // 256) * 256
     return Setup(size, server | both(variant), session | {"variant": variant}, says)
+
+
+def _no_model(gguf):
+    """What a GGUF file is that is no language model, and what to do with it; None for a model."""
+    kind, architecture = gguf.metadata.get("general.type"), gguf.architecture
+    if kind == "adapter":
+        return "an adapter, not a model: load the model that it was made for, with lora=... for this file"
+    if architecture == "controlvector":
+        return "a control vector, not a model: load the model that it was made for, with control_vector=... for this file"
+    if kind in ("mmproj", "imatrix") or architecture == "clip":
+        return f"a part beside a model ({kind or architecture}), not the model: give the model's own file"
+    return None if gguf.has_tensor("") else "a vocabulary without weights: give a file of the whole model"
 
 
 def described(variant):

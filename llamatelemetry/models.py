@@ -35,7 +35,7 @@ def resolve_model(name=None, progress=True):
         raise ModelNotFoundError(f"The model's name is empty. Give a file or a name of list_models(), as {DEFAULT_MODEL!r}.")
     path = path_of(text, ModelNotFoundError)
     model = _by_name(text)
-    if path.is_file() or (path.is_dir() and model is None):
+    if _is_here(path, model):
         return _from_path(path)
     if isinstance(name, os.PathLike):
         raise ModelNotFoundError(f"There is no file {path} (working folder: {Path.cwd()}). A Path is a file's; names of "
@@ -44,6 +44,13 @@ def resolve_model(name=None, progress=True):
         return _unregistered(text, progress)
     return (_from_package(model, progress) or _from_kaggle(model, _kaggle_files())
             or _from_hub(model.repo, model.file, progress, model.name))
+
+
+def from_here(name):
+    """A model's name that means the same in another folder: of a path the absolute one, any other as it is."""
+    path = path_of(name, ModelNotFoundError)
+    is_path = _is_here(path, _by_name(name)) or ("/" in name and _repository(name) is None)
+    return str(path) if is_path else name
 
 
 def list_models():
@@ -67,6 +74,10 @@ def list_models():
 
 # A file or a folder
 
+def _is_here(path, model):
+    return path.is_file() or (path.is_dir() and model is None)
+
+
 def _from_path(path):
     if path.is_dir():
         found = hub.model_files(path.iterdir())
@@ -88,10 +99,15 @@ def _by_name(text):
     return next((model for model in REGISTRY.values() if model.name.casefold() == wanted), None)
 
 
-def _unregistered(text, progress):
+def _repository(text):
+    """(repo, file) of "repo:file", None for anything else."""
     repo, _, file = text.partition(":")
-    if file and repo.count("/") == 1 and not repo.startswith((".", "/", "~")):
-        return _from_hub(repo, file, progress)
+    return (repo, file) if file and repo.count("/") == 1 and not repo.startswith((".", "/", "~")) else None
+
+
+def _unregistered(text, progress):
+    if found := _repository(text):
+        return _from_hub(*found, progress)
     wanted = shown(Path(text).name).casefold().removesuffix(".gguf")
     for path in _kaggle_files() if "/" not in text else []:
         if shown(path.stem).casefold() == wanted:

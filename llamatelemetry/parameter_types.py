@@ -15,8 +15,13 @@ import types
 from pathlib import Path
 from typing import get_args, get_origin
 
-from .errors import ParameterError
+from .errors import LlamaTelemetryError, ParameterError
+from .files import path_of
+from .models import from_here
+from .registry import TYPES
+from .texts import place
 
+FILES = ("MODEL", "REFERENCE_MODEL", "OTHER_MODEL", "QUANTIZATIONS")  # names and files of models; TEXT: a text or its file
 _NAMES = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)}
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", list: "a list",
           dict: "a dict", type(None): "None"}
@@ -107,13 +112,27 @@ def _fitted(name, value, kind, typed, notebook):
     said = repr(value) if len(repr(value)) < 80 else f"{value!r:.76} ..."
     try:
         value = _as(value, kind, typed)
+        value = _from_here(name, value)
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:  # a file name that is no UTF-8
         raise ParameterError(f"{name} = {said}: a notebook is written in UTF-8 and cannot hold this text. Give a link to "
                              "that file under another name.") from None
+    except LlamaTelemetryError as error:
+        raise ParameterError(f"{name} = {said}: {error}") from error
     except (ValueError, OverflowError):
         raise ParameterError(f"{name} = {said}: {words(kind)} is expected by {notebook}.") from None
     return value
+
+
+def _from_here(name, value):
+    """The value of a parameter that names files, relative paths made absolute: a notebook runs in another folder."""
+    if isinstance(value, list):
+        return [_from_here(name, item) for item in value]
+    if not isinstance(value, str) or not value.strip() or value.upper() in TYPES:
+        return value
+    if name in FILES:
+        return from_here(value)
+    return str(place(value) or value) if name == "TEXT" else value
 
 
 def _as(value, kind, typed):
@@ -124,7 +143,7 @@ def _as(value, kind, typed):
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         value = value.item()  # a NumPy scalar
     if outer is str and isinstance(value, os.PathLike):
-        return os.path.abspath(value)  # the notebook runs in another folder than who gave the path
+        return str(path_of(value))
     if outer is str and isinstance(value, str):
         return value
     if typed:

@@ -19,7 +19,7 @@ from .files import labels, path_of, refuse_overwriting, shown, written
 from .gguf import GGUFFile
 from .registry import TYPES
 from .server_options import environment
-from .texts import is_path, load_text
+from .texts import load_text, place
 
 __all__ = ["QuantizeError", "quantize", "quantizations", "expand", "make_reference", "imatrix", "fallbacks", "tool"]
 
@@ -40,7 +40,7 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     the inputs by whatever name.
     """
     src, dst = path_of(src, ModelNotFoundError), path_of(dst, QuantizeError)
-    imatrix = None if imatrix is None else path_of(imatrix, ModelNotFoundError)
+    imatrix, type = None if imatrix is None else path_of(imatrix, ModelNotFoundError), str(type)
     refuse_overwriting(dst, [src, imatrix], QuantizeError)
     if imatrix is not None and not imatrix.is_file():
         raise ModelNotFoundError(f"No importance matrix at {imatrix}: make one with imatrix(model, text, dst).")
@@ -111,7 +111,7 @@ def quantizations(reference, wanted, folder, imatrix=None, progress=True):
 
 def _made_from(path, inputs):
     """Whether a quantization is newer than what it is made from, and of the same model: metadata and shapes."""
-    if not path.is_file() or path.stat().st_mtime < max(Path(given).stat().st_mtime for given in inputs):
+    if not path.is_file() or path.samefile(inputs[0]) or path.stat().st_mtime < max(Path(given).stat().st_mtime for given in inputs):
         return False
     own = r"general\.(file_type|quantization_version)|quantize\..*|split\..*"  # what llama-quantize writes
 
@@ -134,9 +134,9 @@ def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
     """
     model, dst = path_of(model, ModelNotFoundError), path_of(dst, QuantizeError)
     _open(model)
-    file = text if is_path(text) else None
+    file = place(text)
     with (tempfile.TemporaryDirectory() as folder,
-          written(dst, inputs=[model, file], need=SLACK, model=True, error=QuantizeError) as temporary):  # fmt: skip
+          written(dst, inputs=[model, file], need=SLACK, model=importance.is_one(dst), error=QuantizeError) as temporary):  # fmt: skip
         path = Path(folder) / "text.txt"
         path.write_bytes(load_text(text).encode())  # line ends stay as they are
         # llama-imatrix chooses its format by the file's ending.

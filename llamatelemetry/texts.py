@@ -54,23 +54,26 @@ def load_text(text=None):
     here: a Path makes it the file, a newline at its end the text. What the disk holds never decides in silence which of
     the two is meant.
     """
-    if text is None:
-        text = TEXT
-    elif isinstance(text, str):
-        if text == "wikitext-2":
-            return _wikitext()
-        if not is_path(text):
-            if _is_file(text):
-                raise CompareError(f"{text!r} is the name of a file here and may be the text itself: give "
-                                   f"Path({text!r}) for the file, or end the text with a newline.")  # fmt: skip
-            return writable(text, CompareError)
-    elif not isinstance(text, os.PathLike):
-        raise CompareError(f"A text is a str, or a Path to a file of it, not {text!r:.80}.")
+    if isinstance(text, str) and text == "wikitext-2":
+        return _wikitext()
+    path = TEXT if text is None else place(text)
+    if path is None:
+        return writable(text, CompareError)
     try:
-        return path_of(text, CompareError).read_bytes().decode("utf-8-sig")  # line ends stay as they are
+        return path.read_bytes().decode("utf-8-sig")  # line ends stay as they are
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         mend = " If this is the text itself, end it with a newline." if isinstance(text, str) else ""
         raise CompareError(f"No text at {shown(text)}: {error}.{mend}") from error
+
+
+def place(text):
+    """The absolute path where load_text would read a text, None for one that is meant itself. CompareError as there."""
+    if is_path(text):
+        return path_of(text, CompareError)
+    if isinstance(text, str) and _is_file(text):
+        raise CompareError(f"{text!r} is the name of a file here and may be the text itself: give Path({text!r}) for "
+                           "the file, or end the text with a newline.")  # fmt: skip
+    return None
 
 
 _SUFFIXES = "txt|text|md|rst|raw|jsonl?|csv|tsv|tex|html?|xml|ya?ml|py|ipynb|c|cc|cpp|h|js|ts|rs|go|java|sh"

@@ -153,6 +153,13 @@ def test_two_builds_at_once_compile_once(tmp_path, cache, monkeypatch, capsys):
 
     copy = build.build(out=tmp_path / "copy")  # from the cache: nothing is compiled
     assert compiled == [3] and copy.parent == tmp_path / "copy" and copy.read_bytes() == results[0].read_bytes()
+    copy.unlink()
+    copy.symlink_to(results[0])  # what is there already is not copied onto itself
+    assert build.build(out=tmp_path / "copy") == copy and build.build(out=results[0].parent) == results[0]
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(build.EngineBuildError, match="Could not write"):
+        build.build(out=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept" and results[0].is_file()
 
 
 def test_a_failed_build_leaves_no_wheel_and_says_why(tmp_path, cache, monkeypatch):

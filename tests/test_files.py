@@ -122,6 +122,29 @@ def test_nothing_but_a_model_replaces_a_model(tmp_path, error, save):
         save(tmp_path / "blocked" / "file")
 
 
+def test_an_importance_matrix_replaces_its_own_kind_only(tmp_path):
+    model, other, matrix = tiny_model("llama", tmp_path), tiny_model("llama", tmp_path, seed=1), tmp_path / "matrix.gguf"
+    before = other.read_bytes()
+    with pytest.raises(QuantizeError, match="is a model"):
+        imatrix(model, "A text. " * 90, other, n_ctx=64, progress=False)
+    assert other.read_bytes() == before
+    for _ in range(2):
+        assert imatrix(model, "A text. " * 90, matrix, n_ctx=64, progress=False) == matrix
+
+
+def test_tensors_of_somebody_else_are_no_output(tmp_path):
+    from safetensors.numpy import save_file
+
+    theirs = tmp_path / "model.safetensors"
+    save_file({"w": np.ones(3, np.float32)}, theirs, {"format": "pt"})
+    before = theirs.read_bytes()
+    with pytest.raises(CaptureError, match="file of tensors"):
+        capture().save(theirs)
+    assert theirs.read_bytes() == before
+    ours = capture().save(tmp_path / "ours.safetensors")
+    assert Capture.load(ours).save(ours) == ours and Capture.load(ours).stages == ("logits",)
+
+
 def test_files_of_one_name_are_told_apart(tmp_path):
     a, b, c = Path("/m/a/model.gguf"), Path("/m/b/model.gguf"), Path("/m/b/other.gguf")
     assert labels([a, c]) == ["model", "other"]

@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import gguf
 import models
 import numpy as np
 import pandas as pd
@@ -175,6 +176,27 @@ def test_what_names_no_file_is_said(name, tmp_path, monkeypatch):
     if "/" not in str(name):
         with pytest.raises(LlamaTelemetryError, match="no name of a file"):
             quantize(model, name, "Q8_0", progress=False)
+
+
+@pytest.mark.parametrize("architecture, keys, tensor, what", [
+    ("llama", {"general.type": "adapter", "adapter.type": "lora"}, "blk.0.attn_q.weight.lora_a", "an adapter, not a model.*lora="),
+    ("clip", {"general.type": "mmproj"}, "v.patch_embd.weight", r"a part beside a model \(mmproj\)"),
+    ("controlvector", {}, "direction.1", "a control vector, not a model.*control_vector="),
+    ("llama", {"tokenizer.ggml.model": "gpt2"}, None, "a vocabulary without weights"),
+])
+def test_what_is_no_model_is_said_and_leaves_the_one_that_is_loaded(architecture, keys, tensor, what, tmp_path):
+    model, other = tiny_model("llama", tmp_path), tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(str(other), architecture)
+    for key, value in keys.items():
+        writer.add_string(key, value)
+    if tensor:
+        writer.add_tensor(tensor, np.ones((4, 64), np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    with InferenceEngine() as engine:
+        engine.load_model(model, auto_start=False, silent=True)
+        with pytest.raises(ModelLoadError, match=f"other.gguf is {what}"):
+            engine.load_model(other, silent=True)
+        assert engine.model.path == model
 
 
 def test_a_tilde_of_nobody_is_a_name(tmp_path, monkeypatch):

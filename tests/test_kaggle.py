@@ -594,6 +594,28 @@ def test_stage_refuses_what_is_no_account(staged, tmp_path, user):
         kaggle_stage.stage(user, tmp_path, CHECKOUT)
 
 
+@pytest.mark.parametrize("name", ["models", "wheels", "engine", "12-gguf-attention-mechanism-explorer"])
+def test_stage_removes_nothing_that_it_did_not_make(staged, tmp_path, name):
+    mine = tmp_path / "staged" / name / "mine.gguf"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("kept")
+    others = {} if name != "models" else {"models": ["no-such-model"]}
+    with pytest.raises(kaggle_stage.StageError, match=f"{name} in it was not made by"):
+        staged(**others)
+    assert mine.read_text() == "kept" and list((tmp_path / "staged").iterdir()) == [mine.parent]
+
+
+def test_stage_leaves_the_checkouts_own_folders(tmp_path):
+    for out in (CHECKOUT / "kaggle", CHECKOUT / "kaggle" / "engine"):
+        with pytest.raises(kaggle_stage.StageError, match="templates"):
+            kaggle_stage.stage("someone", out, CHECKOUT)
+    assert (CHECKOUT / "kaggle" / "engine" / "build_engine.py").is_file()
+    link = tmp_path / "wheels"
+    link.symlink_to(CHECKOUT / "kaggle" / "wheels")
+    with pytest.raises(kaggle_stage.StageError, match="wheels in it was not made"):
+        kaggle_stage.stage("someone", tmp_path, CHECKOUT)
+
+
 def test_stage_outside_a_checkout(tmp_path):
     with pytest.raises(StageError, match="no checkout of llamatelemetry"):
         kaggle_stage.stage("someone", tmp_path / "out", tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llamatelemetry import ParameterError, cli
-from llamatelemetry.parameter_types import declared, fit, words
+from llamatelemetry.parameter_types import FILES, declared, fit, parameters_cell, words
 
 nbformat = pytest.importorskip("nbformat")
 CELL = '''
@@ -137,6 +137,68 @@ def test_texts_arrive_in_the_notebook_as_they_were_typed(notebook, tmp_path, cap
 def test_a_name_that_a_notebook_cannot_hold_is_refused(notebook):
     with pytest.raises(ParameterError, match=r"FILE = 'caf\\udce9': a notebook is written in UTF-8"):
         fit(notebook, {"FILE": "caf\udce9"}, typed=True)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A notebook whose parameters name files, and files in the folder where the user stands."""
+    cell = 'MODEL = "m"\nREFERENCE_MODEL: str | None = None\nQUANTIZATIONS = ["Q8_0"]\nTEXT: str | None = None\nPROMPT = "p"'
+    path = tmp_path / "09-files.ipynb"
+    cells = [nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("MODEL")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    for name in ("x.gguf", "Q4_0", "corpus", "a.txt"):
+        (tmp_path / name).write_text("here")
+    (tmp_path / "smollm2-135m-Q4_1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("name, value, meant", [
+    ("MODEL", "./x.gguf", "{}/x.gguf"), ("MODEL", "x.gguf", "{}/x.gguf"), ("REFERENCE_MODEL", "sub/none.gguf", "{}/sub/none.gguf"),
+    ("MODEL", "smollm2-135m-Q4_1", None), ("MODEL", "none.gguf", None), ("MODEL", "owner/repo:Q4_K_M", None),
+    ("MODEL", "/x/y.gguf", None), ("MODEL", "../up.gguf", "{}/../up.gguf"), ("TEXT", "a.txt", "{}/a.txt"),
+    ("TEXT", "./none.txt", "{}/none.txt"), ("TEXT", "Some words.", None), ("TEXT", "wikitext-2", None),
+    ("PROMPT", "./x.gguf", None), ("PROMPT", "a.txt", None), ("REFERENCE_MODEL", None, None),
+])
+def test_a_relative_path_is_meant_from_where_it_was_given(name, value, meant, typed, files, tmp_path):
+    given = "None" if typed and value is None else value
+    assert fit(files, {name: given}, typed) == {name: meant.format(tmp_path) if meant else value}
+
+
+def test_types_are_no_files_and_lists_hold_paths(files, tmp_path):
+    assert fit(files, {"QUANTIZATIONS": '["Q4_0", "x.gguf", "q8_0"]'}, typed=True) == {
+        "QUANTIZATIONS": ["Q4_0", f"{tmp_path}/x.gguf", "q8_0"]}  # fmt: skip
+    with pytest.raises(ParameterError, match="^TEXT = 'corpus': 'corpus' is the name of a file here"):
+        fit(files, {"TEXT": "corpus"}, typed=True)
+    with pytest.raises(ParameterError, match="^MODEL = .*no name of a file"):
+        fit(files, {"MODEL": "x" * 300}, typed=True)
+
+
+def test_every_file_of_the_notebooks_is_one():
+    """Parameters that name models or a text, by what the notebooks' cells say of them."""
+    for path in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb")):
+        for line in parameters_cell(path).splitlines():
+            name = line.partition(" = ")[0].partition(":")[0]
+            if "file" in line.partition("#")[2] or "path" in line.partition("#")[2] or name.endswith("MODEL"):
+                assert name in (*FILES, "TEXT"), line
+
+
+@pytest.mark.slow
+def test_a_shells_path_arrives_in_a_notebook(files, tmp_path):
+    assert cli.main(["notebooks", "--folder", str(tmp_path), "--out", "out", "-p", "MODEL", "./x.gguf"]) == 0
+    cells = nbformat.read(tmp_path / "out" / files.name, 4).cells
+    assert eval(cells[-1].outputs[0]["data"]["text/plain"]) == f"{tmp_path}/x.gguf"
+
+
+@pytest.mark.parametrize("value", ["-1", "--help", "-p", "-hello", "--out", ""])
+def test_any_value_can_be_typed(value, monkeypatch):
+    from llamatelemetry import notebooks
+
+    asked = []
+    monkeypatch.setattr(notebooks, "run_all", lambda *args, **kwargs: asked.append(args))
+    assert cli.main(["notebooks", "12", "-p", "PROMPT", value, "--out", "o", "-p", "LAYER", "-1"]) == 0
+    assert asked == [(Path("notebooks"), Path("o"), ["12"], {"PROMPT": value, "LAYER": "-1"})]
 
 
 def test_a_cell_that_is_no_python_is_said(tmp_path):

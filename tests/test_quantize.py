@@ -157,6 +157,20 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in.gguf"]
 
 
+def test_a_reference_is_no_quantization_of_itself(tmp_path):
+    reference = write(tmp_path / "Q8_0.gguf", ["F32"])
+    before = reference.read_bytes()
+    with pytest.raises(QuantizeError, match="would destroy"):
+        quantizations(reference, ["Q8_0"], tmp_path, progress=False)
+    assert reference.read_bytes() == before
+
+
+@pytest.mark.parametrize("type", ["Q9", None, ""])
+def test_an_unknown_type_is_said(type, tmp_path):
+    with pytest.raises(QuantizeError, match="Could not quantize"):
+        quantize(write(tmp_path / "in.gguf", ["F32"]), tmp_path / "out.gguf", type, progress=False)
+
+
 def test_fallbacks_are_named(tmp_path):
     narrow = write(
         tmp_path / "narrow.gguf", ["Q5_0", "Q8_0", "F32"], width=96, file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M
