@@ -23,7 +23,7 @@ from pathlib import Path
 
 from . import needs
 from .build_log import failure, progress
-from .errors import LlamaTelemetryError
+from .errors import LlamaTelemetryError, OutputError
 from .files import path_of, written
 
 VERSION = "0.3.36"  # of llama-cpp-python; its change log names the llama.cpp commit, its archive holds no git history
@@ -151,12 +151,19 @@ def build(cuda: str | None = None, out: Path | None = None, jobs: int | None = N
         with _lock(folder / f"{key(wanted)}.lock"):
             wheel = cached_wheel(wanted) or _build_into(folder, wanted, jobs or _default_jobs())
     if out is not None:
-        copy = path_of(out, EngineBuildError) / wheel.name
-        if not copy.exists() or not copy.samefile(wheel):  # the cache itself has it already
-            with written(copy, need=wheel.stat().st_size, error=EngineBuildError) as temporary:
-                shutil.copy2(wheel, temporary)
-        wheel = copy
+        wheel = _copied(wheel, path_of(out, EngineBuildError))
     return wheel
+
+
+def _copied(wheel: Path, out: Path) -> Path:
+    copy = out / wheel.name
+    try:
+        if not copy.exists() or not copy.samefile(wheel):  # the cache itself has it already
+            with written(copy, need=wheel.stat().st_size) as temporary:
+                shutil.copy2(wheel, temporary)
+    except OutputError as error:
+        raise EngineBuildError(f"{wheel} is built and could not be copied to {out}: {error}") from None
+    return copy
 
 
 def install(wheel: Path) -> None:
