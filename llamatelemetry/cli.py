@@ -126,22 +126,23 @@ def infer(options):
 
 def capture_text(options):
     from .engine import InferenceEngine
-    from .files import refuse_overwriting
+    from .files import check_output, path_of, shown
     from .models import resolve_model
 
-    if options.out.suffix != ".safetensors":
+    out = path_of(options.out)
+    if out.suffix != ".safetensors":
         raise LlamaTelemetryError(f"--out {options.out}: a capture is saved as a .safetensors file")
-    if not options.out.absolute().parent.is_dir():
+    if not out.parent.is_dir():
         raise LlamaTelemetryError(f"--out {options.out}: there is no such folder")
     model = resolve_model(options.model)
-    refuse_overwriting(options.out, [model])
+    check_output(out, [model])
     with InferenceEngine() as engine:
         engine.load_model(model, auto_start=False, silent=True)
         capture = engine.capture(options.text, stages=tuple(filter(None, options.stages.replace(" ", "").split(","))))
         for stage in capture.stages:
             print(f"{stage}: " + ", ".join(f"{dim} {size}" for dim, size in capture[stage].sizes.items()))
-        capture.save(options.out)
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:,.1f} MB")
+        capture.save(out)
+    print(f"{shown(options.out)}: {out.stat().st_size / 1e6:,.1f} MB")
 
 
 def build_engine(options):

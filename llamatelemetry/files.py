@@ -78,13 +78,8 @@ def _same(one, other):
         return False
 
 
-@contextmanager
-def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
-    """A temporary path beside `dst` that becomes `dst` when the block ends well, and is removed when it does not.
-
-    inputs: what the file is made from, see refuse_overwriting. need: bytes that will be written. model: a GGUF file is
-    what is written; nothing else takes the place of one. Raises `error` for what the file system refuses, too.
-    """
+def check_output(dst, inputs=(), model=False, error=OutputError):
+    """The Path of an output, or `error` where `written` would refuse it: to be asked before the work, too."""
     dst = path_of(dst, error)
     refuse_overwriting(dst, inputs, error)
     if dst.is_dir():
@@ -93,6 +88,27 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
         raise error(f"{shown(dst)} is a device or a pipe: give the name of a file.")
     if not model and _is_model(dst):
         raise error(f"{shown(dst)} is a model or another file of tensors: give another name for the output.")
+    return dst
+
+
+def folder_of(given, error=OutputError):
+    """A folder to write to, made where it is not there; `error` where it cannot be."""
+    folder = path_of(given, error)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as trouble:
+        raise error(f"No folder {shown(folder)} could be made: {trouble.strerror}. Give another one.") from None
+    return folder
+
+
+@contextmanager
+def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
+    """A temporary path beside `dst` that becomes `dst` when the block ends well, and is removed when it does not.
+
+    inputs: what the file is made from, see refuse_overwriting. need: bytes that will be written. model: a GGUF file is
+    what is written; nothing else takes the place of one. Raises `error` for what the file system refuses, too.
+    """
+    dst = check_output(dst, inputs, model, error)
     temporary = dst.with_name(f".{secrets.token_hex(8)}.partial")  # another one each time, and shorter than any limit
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)

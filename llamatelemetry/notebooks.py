@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import drawn
 from .errors import NotebookError, ParameterError
-from .files import refuse_overwriting
+from .files import folder_of, refuse_overwriting
 from .parameter_types import fit
 
 # The lab template without what it would load from the network: require.js, MathJax, Mermaid, the widget renderer.
@@ -62,8 +62,7 @@ def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress
     path, out = Path(path).absolute(), Path(out).resolve()  # a link to a notebook keeps its name
     parameters = fit(path, parameters)
     logging.getLogger("papermill").addFilter(_unless_unknown)
-    out.mkdir(parents=True, exist_ok=True)
-    executed = out / path.name
+    executed = folder_of(out) / path.name
     refuse_overwriting(executed, [path])
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else the kernel warns about a debugger
     os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
@@ -94,7 +93,7 @@ def run_all(folder="notebooks", out="executed", names=(), parameters: dict | Non
     """
     paths = find(Path(folder), names)
     if not paths:
-        print(f"No notebooks in {folder}.")
+        raise NotebookError(f"No notebooks in {folder} (working folder: {Path.cwd()}): name theirs with --folder.")
     fitted = _fit_all(paths, Path(out), parameters, typed)
     failures = []
     for path in paths:
@@ -126,10 +125,9 @@ def _fit_all(paths, out, parameters, typed):
         except ParameterError as error:
             refused.append(str(error))
             if not (out / path.name).exists():
-                out.mkdir(parents=True, exist_ok=True)
                 notebook = nbformat.read(path, as_version=4)
                 notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"**Not run:** {drawn.markdown(error)}"))
-                nbformat.write(notebook, out / path.name)
+                nbformat.write(notebook, folder_of(out) / path.name)
     if refused:
         raise ParameterError("Nothing was run. " + " ".join(refused))
     return fitted

@@ -22,8 +22,8 @@ def writable(text, error=CaptureError):
     try:
         text.encode()
     except UnicodeEncodeError as wrong:
-        raise error(f"The text has half a character at position {wrong.start} ({text[wrong.start]!r}), which no model "
-                    "reads: take it out.") from None  # fmt: skip
+        raise error(f"The text has half a character at position {wrong.start}, or a byte that is no UTF-8 "
+                    f"({text[wrong.start]!r}), which no model reads: take it out.") from None  # fmt: skip
     return text
 
 

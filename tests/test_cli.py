@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from models import tiny_model
 
 from llamatelemetry import __version__, build, cli, doctor
 
@@ -103,10 +104,22 @@ def test_models_lists_names_and_sizes(capsys):
     (("run", "/no/such/model.gguf", "Hello"), "/no/such/model.gguf"),
     (("notebooks", "--folder", "/no/such/folder", "99"), "No notebook '99'"),
     (("notebooks", "-p", "LAYER", "1", "-p", "LAYER", "2"), "-p LAYER is given twice"),
+    (("notebooks", "--folder", "/no/such/folder"), "No notebooks in /no/such/folder"),
+    (("notebooks", "12", "--out", "/dev/null"), "No folder /dev/null could be made"),
 ])
 def test_an_error_is_a_message_not_a_traceback(arguments, message, capsys):
     status, _, err = run(capsys, *arguments)
     assert status == 1 and err.startswith("llamatelemetry: ") and message in err and "Traceback" not in err
+
+
+def test_an_output_that_will_not_do_is_said_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llamatelemetry.engine.InferenceEngine", None)
+    model, folder, link = tiny_model("llama", tmp_path), tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    folder.mkdir()
+    link.symlink_to(model)
+    for out, message in ((folder, "is a folder"), (link, "would destroy"), ("/dev/null/c.safetensors", "no such folder")):
+        status, _, err = run(capsys, "capture", str(model), "text", "--out", str(out))
+        assert status == 1 and message in err
 
 
 @pytest.mark.parametrize("markdown, kept, formulas", [
