@@ -30,7 +30,7 @@ def main(arguments=None) -> int:
 
 
 def _typed(arguments):
-    """(the arguments without -p NAME VALUE of `notebooks`, those pairs): argparse takes no VALUE that begins with "-"."""
+    """(arguments without `-p NAME VALUE` of notebooks, those pairs): argparse takes no VALUE that begins with "-"."""
     rest, pairs = list(arguments), []
     while rest[:1] == ["notebooks"] and "-p" in rest and rest.index("-p") + 2 < len(rest):
         at = rest.index("-p")

@@ -61,9 +61,9 @@ def _no_model(gguf):
     """What a GGUF file is that is no language model, and what to do with it; None for a model."""
     kind, architecture = gguf.metadata.get("general.type"), gguf.architecture
     if kind == "adapter":
-        return "an adapter, not a model: load the model that it was made for, with lora=... for this file"
+        return "an adapter, not a model: load the model that it was made for, with lora=... for it"
     if architecture == "controlvector":
-        return "a control vector, not a model: load the model that it was made for, with control_vector=... for this file"
+        return "a control vector, not a model: load the model that it was made for, with control_vector=... for it"
     if kind in ("mmproj", "imatrix") or architecture == "clip":
         return f"a part beside a model ({kind or architecture}), not the model: give the model's own file"
     return None if gguf.has_tensor("") else "a vocabulary without weights: give a file of the whole model"

@@ -21,7 +21,7 @@ from .models import from_here
 from .registry import TYPES
 from .texts import place
 
-FILES = ("MODEL", "REFERENCE_MODEL", "OTHER_MODEL", "QUANTIZATIONS")  # names and files of models; TEXT: a text or its file
+FILES = ("MODEL", "REFERENCE_MODEL", "OTHER_MODEL", "QUANTIZATIONS")  # names and files of models
 _NAMES = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)}
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", list: "a list",
           dict: "a dict", type(None): "None"}

@@ -111,7 +111,8 @@ def quantizations(reference, wanted, folder, imatrix=None, progress=True):
 
 def _made_from(path, inputs):
     """Whether a quantization is newer than what it is made from, and of the same model: metadata and shapes."""
-    if not path.is_file() or path.samefile(inputs[0]) or path.stat().st_mtime < max(Path(given).stat().st_mtime for given in inputs):
+    newest = max(Path(given).stat().st_mtime for given in inputs)
+    if not path.is_file() or path.samefile(inputs[0]) or path.stat().st_mtime < newest:
         return False
     own = r"general\.(file_type|quantization_version)|quantize\..*|split\..*"  # what llama-quantize writes
 
@@ -135,8 +136,8 @@ def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
     model, dst = path_of(model, ModelNotFoundError), path_of(dst, QuantizeError)
     _open(model)
     file = place(text)
-    with (tempfile.TemporaryDirectory() as folder,
-          written(dst, inputs=[model, file], need=SLACK, model=importance.is_one(dst), error=QuantizeError) as temporary):  # fmt: skip
+    output = {"inputs": [model, file], "need": SLACK, "model": importance.is_one(dst), "error": QuantizeError}
+    with tempfile.TemporaryDirectory() as folder, written(dst, **output) as temporary:
         path = Path(folder) / "text.txt"
         path.write_bytes(load_text(text).encode())  # line ends stay as they are
         # llama-imatrix chooses its format by the file's ending.

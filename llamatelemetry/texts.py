@@ -49,7 +49,7 @@ def load_text(text=None):
 
     text: None for the package's own; a Path for a file (UTF-8, line ends kept); "wikitext-2" (a download); any other
     str is the text itself, unless it is written as a path: on one line and either starting with "/", "./", "../" or
-    "~/", or with a "/" and no space, or ending like a file of text (.txt, .md, .raw, .json, .py, ...). That one is read, and
+    "~/", or with a "/" and no space, or ending like a file of text (.txt, .md, .raw, .json, .py, ...). That one is read;
     CompareError where no such file is. CompareError, too, for a str that could be both, because a file of that name is
     here: a Path makes it the file, a newline at its end the text. What the disk holds never decides in silence which of
     the two is meant.

@@ -117,7 +117,8 @@ def test_an_output_that_will_not_do_is_said_before_the_work(tmp_path, capsys, mo
     model, folder, link = tiny_model("llama", tmp_path), tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     folder.mkdir()
     link.symlink_to(model)
-    for out, message in ((folder, "is a folder"), (link, "would destroy"), ("/dev/null/c.safetensors", "no such folder")):
+    wrong = {folder: "is a folder", link: "would destroy", "/dev/null/c.safetensors": "no such folder"}
+    for out, message in wrong.items():
         status, _, err = run(capsys, "capture", str(model), "text", "--out", str(out))
         assert status == 1 and message in err
 

@@ -123,7 +123,8 @@ def test_nothing_but_a_model_replaces_a_model(tmp_path, error, save):
 
 
 def test_an_importance_matrix_replaces_its_own_kind_only(tmp_path):
-    model, other, matrix = tiny_model("llama", tmp_path), tiny_model("llama", tmp_path, seed=1), tmp_path / "matrix.gguf"
+    model, other = tiny_model("llama", tmp_path), tiny_model("llama", tmp_path, seed=1)
+    matrix = tmp_path / "matrix.gguf"
     before = other.read_bytes()
     with pytest.raises(QuantizeError, match="is a model"):
         imatrix(model, "A text. " * 90, other, n_ctx=64, progress=False)

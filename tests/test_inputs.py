@@ -179,7 +179,7 @@ def test_what_names_no_file_is_said(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("architecture, keys, tensor, what", [
-    ("llama", {"general.type": "adapter", "adapter.type": "lora"}, "blk.0.attn_q.weight.lora_a", "an adapter, not a model.*lora="),
+    ("llama", {"general.type": "adapter"}, "blk.0.attn_q.weight.lora_a", "an adapter, not a model.*lora="),
     ("clip", {"general.type": "mmproj"}, "v.patch_embd.weight", r"a part beside a model \(mmproj\)"),
     ("controlvector", {}, "direction.1", "a control vector, not a model.*control_vector="),
     ("llama", {"tokenizer.ggml.model": "gpt2"}, None, "a vocabulary without weights"),

@@ -142,7 +142,9 @@ def test_a_name_that_a_notebook_cannot_hold_is_refused(notebook):
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """A notebook whose parameters name files, and files in the folder where the user stands."""
-    cell = 'MODEL = "m"\nREFERENCE_MODEL: str | None = None\nQUANTIZATIONS = ["Q8_0"]\nTEXT: str | None = None\nPROMPT = "p"'
+    cell = """MODEL, PROMPT, QUANTIZATIONS = "m", "p", ["Q8_0"]
+REFERENCE_MODEL: str | None = None
+TEXT: str | None = None"""
     path = tmp_path / "09-files.ipynb"
     cells = [nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("MODEL")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
@@ -155,7 +157,8 @@ def files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("typed", [True, False])
 @pytest.mark.parametrize("name, value, meant", [
-    ("MODEL", "./x.gguf", "{}/x.gguf"), ("MODEL", "x.gguf", "{}/x.gguf"), ("REFERENCE_MODEL", "sub/none.gguf", "{}/sub/none.gguf"),
+    ("MODEL", "./x.gguf", "{}/x.gguf"), ("MODEL", "x.gguf", "{}/x.gguf"),
+    ("REFERENCE_MODEL", "sub/none.gguf", "{}/sub/none.gguf"),
     ("MODEL", "smollm2-135m-Q4_1", None), ("MODEL", "none.gguf", None), ("MODEL", "owner/repo:Q4_K_M", None),
     ("MODEL", "/x/y.gguf", None), ("MODEL", "../up.gguf", "{}/../up.gguf"), ("TEXT", "a.txt", "{}/a.txt"),
     ("TEXT", "./none.txt", "{}/none.txt"), ("TEXT", "Some words.", None), ("TEXT", "wikitext-2", None),
