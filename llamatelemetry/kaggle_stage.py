@@ -40,17 +40,18 @@ def setup_cell(checkout="."):
 
 
 def package_cell(wheel):
-    """The text of the code cell that writes this package's wheel beside the notebook: compressed once more as a whole,
-    which halves it, and in base 85, because a notebook may have 1 MB."""
+    """The text of the code cell that writes this package's wheel beside the notebook, except on a user's own machine that
+    has the package: compressed once more as a whole, which halves it, and in base 85, because a notebook may have 1 MB."""
     flat = BytesIO()
     with zipfile.ZipFile(wheel) as packed, zipfile.ZipFile(flat, "w") as stored:
         for entry in packed.infolist():
             stored.writestr(zipfile.ZipInfo(entry.filename, entry.date_time), packed.read(entry))
     text = base64.b85encode(lzma.compress(flat.getvalue(), preset=9 | lzma.PRESET_EXTREME)).decode()
     return (f"# llamatelemetry itself, as text, so that this file is all that a session needs. Nothing to read or change.\n"
-            f"import base64, lzma, pathlib\n"
+            f"import base64, importlib.util, lzma, os, pathlib\n"
             f'wheel = "{text}"\n'
-            f'pathlib.Path("{Path(wheel).name}").write_bytes(lzma.decompress(base64.b85decode(wheel)))\n'
+            f'if "KAGGLE_KERNEL_RUN_TYPE" in os.environ or not importlib.util.find_spec("llamatelemetry"):\n'
+            f'    pathlib.Path("{Path(wheel).name}").write_bytes(lzma.decompress(base64.b85decode(wheel)))\n'
             f'from IPython.display import HTML\n'
             f'HTML("{_FOLDED}")')
 

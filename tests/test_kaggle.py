@@ -568,6 +568,15 @@ def test_a_staged_notebook_carries_the_package(staged, tmp_path, monkeypatch):
         assert [cell.source for cell in nbformat.read(made[path.stem] / path.name, 4).cells
                 if "package" not in cell.metadata.get("tags", [])] == original
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    exec(cells[1].source, {})
+    assert not (tmp_path / ours.name).exists()  # a user's own machine that has the package keeps it
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    exec(cells[1].source, {})
+    (tmp_path / ours.name).unlink()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     exec(cells[1].source, {})
     with zipfile.ZipFile(ours) as given, zipfile.ZipFile(tmp_path / ours.name) as written:
         assert {name: given.read(name) for name in given.namelist()} == {
