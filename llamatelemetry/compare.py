@@ -93,7 +93,7 @@ def compare_quantizations(
 
 
 def _check_window(path, n_ctx):
-    """Say where a window is longer than what the model was trained for; CompareError where it has no positions there."""
+    """Warn of a window longer than what the model was trained for; CompareError where it has no positions there."""
     from .gguf import GGUFFile
 
     try:

@@ -40,7 +40,7 @@ REFUSED = {
     "stream": "infer_stream does",
     "n_predict": "max_tokens says it", "max_completion_tokens": "max_tokens says it",
     "stop": "stop_sequences says it", "prompt": "it is the first argument", "logprobs": "n_probs says it",
-    "return_tokens": "n_probs has them", "return_progress": "one answer is read",
+    "n_probs": "infer and chat do", "return_tokens": "n_probs has them", "return_progress": "one answer is read",
     "n_cmpl": "one answer is read", "n": "one answer is read",
     "n_keep": "the server's context is never shifted", "n_discard": "the server's context is never shifted",
     "lora": "captures have the adapters of load_model(..., lora=...), always",
@@ -53,11 +53,15 @@ OFF = {"min_p": 0.0, "xtc_probability": 0.0, "repeat_penalty": 1.0, "mirostat": 
        "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]}
 # What else /completion reads (server-schema.cpp of the pinned llama.cpp). It ignores every other name.
 OPTIONS = set("""min_p top_n_sigma xtc_probability xtc_threshold typical_p dynatemp_range dynatemp_exponent
-    repeat_last_n repeat_penalty frequency_penalty presence_penalty dry_multiplier dry_base dry_allowed_length
-    dry_penalty_last_n dry_sequence_breakers mirostat mirostat_tau mirostat_eta adaptive_target adaptive_decay min_keep backend_sampling
-    json_schema grammar grammar_lazy grammar_triggers preserved_tokens logit_bias ignore_eos samplers t_max_predict_ms
-    n_indent id_slot cache_prompt verbose timings_per_token sse_ping_interval reasoning_control reasoning_budget_tokens
-    reasoning_budget_start_tag reasoning_budget_end_tag reasoning_budget_end_tags reasoning_budget_message""".split())
+    repeat_last_n repeat_penalty frequency_penalty presence_penalty dry_multiplier dry_base
+    dry_allowed_length dry_penalty_last_n dry_sequence_breakers mirostat mirostat_tau mirostat_eta
+    adaptive_target adaptive_decay min_keep backend_sampling json_schema grammar grammar_lazy
+    grammar_triggers preserved_tokens logit_bias ignore_eos samplers t_max_predict_ms n_indent id_slot
+    cache_prompt verbose timings_per_token sse_ping_interval reasoning_control reasoning_budget_tokens
+    reasoning_budget_start_tag reasoning_budget_end_tag reasoning_budget_end_tags
+    reasoning_budget_message""".split())
+NOT_SOUND = ("the model's log-probabilities are no numbers (NaN or infinity): its text would be made up. score() names "
+             "the layer where that begins; another file of this model may be sound.")  # fmt: skip
 FORCED = 1e4  # logits: more than any model's
 
 
@@ -109,7 +113,9 @@ def every_token(answer, body, post, model):
     post: sends a request to that server; model: its GGUFFile.
     """
     tokens, given = answer.get("tokens") or [], answer.get("completion_probabilities") or []
-    if not body["n_probs"] or len(given) == len(tokens):
+    if not body["n_probs"]:
+        return drawn(answer)
+    if len(given) == len(tokens):
         return answer
     whole = [place for place, held in enumerate(_held_back(tokens, model)) if not held][: len(given)]
     rows = dict(zip(whole, given)) if [tokens[place] for place in whole] == [row["id"] for row in given] else {}
@@ -147,6 +153,19 @@ def _asked_again(before, token, body, post, model):
     raise ServerError(f"llama-server gave no probability of its own token {token}.")
 
 
+def watched(body):
+    """The body with which llama-server shows the probabilities that it draws from: of logits that are no numbers they
+    are none. It has them at hand; those before sampling take a sort of the vocabulary."""
+    return body if body["n_probs"] else body | {"n_probs": 1, "post_sampling_probs": True}
+
+
+def drawn(answer):
+    """A whole or a streamed answer without what `watched` asked for; NotFiniteError where that is no number."""
+    if any(row["prob"] is None for row in answer.get("completion_probabilities") or ()):
+        raise NotFiniteError(NOT_SOUND)
+    return answer | {"completion_probabilities": None}
+
+
 def check_sound(server, body):
     """NotFiniteError unless the model's log-probabilities are numbers; asked once of a started server.
 
@@ -182,9 +201,7 @@ def _probabilities(tokens, pieces=None):
     for position, token in enumerate(tokens):
         tops = token["top_logprobs"]
         if any(top["logprob"] is None for top in (token, *tops)):  # JSON has no NaN
-            raise NotFiniteError("the model's log-probabilities are no numbers (NaN or infinity): its text would be made "
-                                 "up. score() names the layer where that begins; another file of this model may be "
-                                 "sound.")
+            raise NotFiniteError(NOT_SOUND)
         rows += [(position, rank, top, top["id"] == token["id"]) for rank, top in enumerate(tops)]
         if not any(top["id"] == token["id"] for top in tops):
             rows.append((position, None, token, True))  # sampled from further down: its rank is not reported

@@ -14,8 +14,10 @@ from .completion import (  # noqa: F401  InferResult is public here
     as_result,
     check_sound,
     check_start,
+    drawn,
     every_token,
     request_body,
+    watched,
 )
 from .errors import LlamaTelemetryError, NotFiniteError, ServerError, TemplateError, WorkerCrashedError
 from .fit import spread
@@ -166,7 +168,7 @@ class InferenceEngine:
             check_sound(server, body)
             check_start(body["prompt"], server.post, self.model)
             started = time.perf_counter()
-            answer = server.post("/completion", body)
+            answer = server.post("/completion", watched(body))
             latency_ms = 1000 * (time.perf_counter() - started)
             return as_result(every_token(answer, body, server.post, self.model), latency_ms, self.model.pieces)
 
@@ -191,7 +193,7 @@ class InferenceEngine:
         with self._serving() as server:
             check_sound(server, body)
             check_start(body["prompt"], server.post, self.model)
-            response = server.post("/completion", body, stream=True)
+            response = server.post("/completion", watched(body), stream=True)
             try:
                 for line in response.iter_lines(chunk_size=None):
                     if not line.startswith(b"data: "):
@@ -199,7 +201,7 @@ class InferenceEngine:
                     event = json.loads(line[6:])
                     if "error" in event:
                         raise ServerError(f"llama-server: {event['error'].get('message')}")
-                    if event["content"]:
+                    if drawn(event)["content"]:
                         yield event["content"]
                     if event["stop"]:
                         return

@@ -7,7 +7,7 @@ from models import tiny_model, with_value
 from llamatelemetry import InferenceEngine
 from llamatelemetry.arguments import finite, one_sequence, whole
 from llamatelemetry.compare import compare_quantizations
-from llamatelemetry.completion import OFF, OPTIONS, REFUSED, request_body
+from llamatelemetry.completion import OFF, OPTIONS, REFUSED, request_body, watched
 from llamatelemetry.errors import CaptureError, LlamaTelemetryError, NotFiniteError, OptionError, ServerError
 from llamatelemetry.gguf import GGUFFile
 from llamatelemetry.loading import settle
@@ -114,8 +114,10 @@ def test_an_embedding_of_zeros_has_no_direction(tmp_path, llama_server):
         assert not engine.embed("the cat", normalize=False).any()
 
 
-@pytest.mark.parametrize("ids, absent", [([5], {"previous_token", "normalized_entropy", "duplicate_token", "induction"}),
-                                         ([5, 6, 7], {"duplicate_token", "induction"}), ([5, 6, 5], set())])  # fmt: skip
+@pytest.mark.parametrize("ids, absent", [
+    ([5], {"previous_token", "normalized_entropy", "duplicate_token", "induction"}),
+    ([5, 6, 7], {"duplicate_token", "induction"}), ([5, 6, 5], set()),
+])  # fmt: skip
 def test_attention_to_pairs_that_a_text_does_not_have_is_not_measured(ids, absent, tmp_path):
     with InferenceEngine() as engine:
         engine.load_model(tiny_model("llama", tmp_path), auto_start=False, silent=True, threads=1)
@@ -156,3 +158,29 @@ def test_a_loss_beyond_any_perplexity_leaves_a_candidate_out(tmp_path):
     assert found["kld_mean"].iloc[1] == 0 and found["ppl_ratio"].iloc[1] == 1  # the reference itself
     with pytest.raises(LlamaTelemetryError, match="beyond any perplexity"):
         compare_quantizations(path, [huge], text=text, n_ctx=64, max_windows=1, progress=False)
+
+
+def test_an_answer_stops_at_logits_that_are_no_numbers_also_after_answers_that_were(tmp_path, llama_server):
+    """The row of one token is NaN: prompts without it are answered, one with it was a text of made-up tokens."""
+    path = with_value(tiny_model("llama", tmp_path), "token_embd.weight", np.nan, tmp_path / "row.gguf", at=250 * 64)
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(path, silent=True, threads=1)
+        whole = engine.infer([5, 6, 7], max_tokens=4, temperature=0.7)
+        assert whole.probabilities is None and whole.tokens_generated == 4
+        assert "".join(engine.infer_stream([5, 6, 7], max_tokens=4, temperature=0.7)) == whole.text
+        for top_k, temperature in ((40, 0), (0, 0), (40, 0.7), (0, 0.7)):
+            with pytest.raises(NotFiniteError, match="no numbers"):
+                engine.infer([5, 250, 7], max_tokens=3, top_k=top_k, temperature=temperature)
+        with pytest.raises(NotFiniteError, match="no numbers"):
+            list(engine.infer_stream([5, 250, 7], max_tokens=3))
+        assert engine.infer([5, 6, 7], max_tokens=4, temperature=0.7).text == whole.text
+
+
+def test_watching_an_answer_does_not_change_it(tmp_path, llama_server):
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(tiny_model("llama", tmp_path), silent=True, threads=1)
+        for options, changes in (((), {"temperature": 0}), ((), {}), ((), {"top_k": 0, "top_p": 1.0}),
+                                 ({"min_p": 0.2}, {"temperature": 2.0})):  # fmt: skip
+            request = body([5, 6, 7] * 9, options, max_tokens=24, **changes)
+            plain = engine.server.post("/completion", request)["content"]
+            assert plain == engine.server.post("/completion", watched(request))["content"]
