@@ -74,6 +74,11 @@ def quoted(piece):
     return f"'{token_text(piece)}'"
 
 
+def counted(n, one, many=None):
+    """A number of things in words: counted(1, "head") is "1 head", counted(0, "query", "queries") "0 queries"."""
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
 def shorten(text, length):
     """Text of at most `length` characters, the last one … where some are left out."""
     if len(text) <= length:

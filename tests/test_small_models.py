@@ -17,6 +17,7 @@ from llamatelemetry.analysis import heads, heads_sentences, heads_similarity, la
 from llamatelemetry.analysis import quantization, quantization_decision, quantization_words
 from llamatelemetry.analysis.ratios import rank_correlation, ratio, some
 from llamatelemetry.backend import get_backend
+from llamatelemetry.drawn import counted
 from llamatelemetry.gguf import GGUFFile
 from llamatelemetry.notebooks import run_notebook
 from llamatelemetry.plots import heads as figures
@@ -34,6 +35,7 @@ def test_a_ratio_is_given_where_its_whole_stands_out_of_its_noise():
     assert ratio(1, 4) == 0.25 and ratio(1, -4, noise=3) == -0.25
     assert np.isnan(ratio(1, 0)) and np.isnan(ratio(1, 0.5, noise=0.5))
     np.testing.assert_array_equal(ratio([1, 2, 3], [2, 0, 4]), [0.5, np.nan, 0.75])
+    assert [counted(n, "head") for n in (0, 1, 2)] == ["0 heads", "1 head", "2 heads"]
     assert some(0.5, "{:.0%}") == "50%" and some(np.nan, "{:.0%}", "none") == "none"
 
 

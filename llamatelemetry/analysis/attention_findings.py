@@ -6,7 +6,7 @@ import textwrap
 import numpy as np
 
 from ..capture.finite import measured
-from ..drawn import quoted
+from ..drawn import counted, quoted
 from .attention import SINK_THRESHOLD
 from .attention_output import first_shares
 from .ratios import rank_correlation, ratio, some
@@ -69,12 +69,12 @@ def sink_finding(table):
     """How many heads are sinks. table: head_table."""
     rate, by_layer = table["sink"].mean(), table.groupby("layer")["sink"].mean()
     most = by_layer[by_layer > 0.5].index
-    where = f"more than half of a layer's heads in {len(most)} of {len(by_layer)} layers"
+    where = f"more than half of a layer's heads in {len(most)} of {counted(len(by_layer), 'layer')}"
     where += f", the first of them layer {most[0]}" if len(most) else ""
     return (
-        f"{table['sink'].sum()} of {len(table)} heads ({rate:.0%}) give the first token more than {SINK_THRESHOLD} on "
-        f"average (Gu et al. 2024): {where}. Later tokens give it {table['sink_mass'].mean():.0%} of their attention, "
-        "mean over heads."
+        f"{table['sink'].sum()} of {counted(len(table), 'head')} ({rate:.0%}) give the first token more than "
+        f"{SINK_THRESHOLD} on average (Gu et al. 2024): {where}. Later tokens give it "
+        f"{table['sink_mass'].mean():.0%} of their attention, mean over heads."
     )
 
 
@@ -119,7 +119,8 @@ def rollout_finding(rolled, pieces):
     best = 1 + int(middle[1:].argmax())
     return (
         f"The first token's rollout {where} and ends at {r[-1, 0]:.3f}{drains}. "
-        f"After layer {len(r) // 4} the largest other token is {quoted(pieces[best])} (position {best}, {middle[best]:.2f})."
+        f"After layer {len(r) // 4} the largest other token is {quoted(pieces[best])} (position {best}, "
+        f"{middle[best]:.2f})."
     )
 
 
@@ -207,8 +208,8 @@ def moved_finding(table, moved, n_token):
     """How far the most attended keys move. table: compare_heads; moved: moved_targets of the heads shown."""
     shift = table["top_shift"].mean()
     text = (
-        f"In the heads shown {len(moved)} queries attend most to another token; over all heads "
-        f"{table['top_moved'].mean():.1%} of {n_token - 1} queries do"
+        f"In the heads shown {counted(len(moved), 'query attends', 'queries attend')} most to another token; over all "
+        f"heads {table['top_moved'].mean():.1%} of {n_token - 1} queries do"
     )
     return text + (f", and the target is then {shift:.1f} positions away on average." if shift == shift else ".")
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..drawn import counted
 from .heads import LABELS
 from .heads_similarity import head_name
 from .ratios import rank_correlation, some
@@ -29,7 +30,7 @@ def map_sentence(profiled, measures):
     over_half = int((value > 0.5).sum())
     text = (f"Averaged over heads, the largest of these shares is {top}: {means[top]:.0%} of attention, more "
             f"than half in ")
-    text += f"{over_half} of {int(value.notnull().sum())} heads."
+    text += f"{over_half} of {counted(int(value.notnull().sum()), 'head')}."
     rest = [name for name in shares if name != top]
     if rest:
         peak = max(rest, key=lambda name: float(profiled["value"].sel(measure=name).max()))
@@ -47,7 +48,7 @@ def label_sentence(counts, earned, table, margin):
     empty = [name for name, n in ranked.items() if n == 0]
     per_head = earned.sum("label").values.reshape(-1)
     none = int((table["labels"] == "none").sum())
-    text = f"Of {len(table)} heads these clear their baseline by {margin:g} or more: {_list(earn)}."
+    text = f"Of {counted(len(table), 'head')} these clear their baseline by {margin:g} or more: {_list(earn)}."
     one = [name for name in empty if counts.loc[name, "texts"] < 2]
     if rest := [name for name in empty if name not in one]:
         text += f" No head is {_list(rest)} in that sense."
@@ -165,9 +166,9 @@ def importance_sentence(table, base_loss, n_heads):
               else f"No head costs anything: the loss of {base_loss:.2f} nats per token changes most upwards without "
                    f"{name}, by")  # fmt: skip
     return (f"{change} {worst['loss_change']:.3f}{some(worst['error'], ' ± {:.3f}', '')}.{held} "
-            f"{clear} heads raise and {better} lower it by more than two standard errors{scope}; with "
-            f"{len(table)} heads "
-            f"tested, about {0.046 * len(table) / 2:.0f} of either sign would by chance alone.")  # fmt: skip
+            f"{counted(clear, 'head raises', 'heads raise')} and {counted(better, 'lowers', 'lower')} it by more than "
+            f"two standard errors{scope}; with {counted(len(table), 'head')} tested, about "
+            f"{0.046 * len(table) / 2:.0f} of either sign would by chance alone.")  # fmt: skip
 
 
 def population_sentence(found):
@@ -175,9 +176,8 @@ def population_sentence(found):
     mean, low, high = found["mean"]
     share, share_low, share_high = found["share"]
     if found["sampled"] == found["of"]:
-        return (f"All {found['of']} heads were ablated: the mean loss change is {mean:+.4f} nats per token, and "
-                f"{share:.0%} of heads "
-                "cost more than 0.01.")  # fmt: skip
+        return (f"{counted(found['of'], 'head was', 'heads were')} ablated, which is all: the mean loss change is "
+                f"{mean:+.4f} nats per token, and {share:.0%} of heads cost more than 0.01.")  # fmt: skip
     return (f"From {found['sampled']} of {found['of']} heads: the mean loss change is {mean:+.4f} nats per "
             f"token (95% interval "
             f"{low:+.4f} to {high:+.4f}), and {share:.0%} of heads cost more than 0.01 ({share_low:.0%} to "
@@ -189,7 +189,8 @@ def relation_sentence(relations):
     clear = relations[(relations["low"] > 0) | (relations["high"] < 0)].sort_values("rho", key=abs, ascending=False)
     if clear.empty:
         if relations["rho"].isna().all():
-            return f"No relation can be seen: {int(relations['heads'].max())} heads are too few, or nothing varies."
+            few = counted(int(relations["heads"].max()), "head is", "heads are")
+            return f"No relation can be seen: {few} too few, or nothing varies."
         return "No measure is related to importance: every interval that there is holds 0."
     said = [f"{name} {row['rho']:+.2f}" for name, row in clear.head(4).iterrows()]
     rest = [name for name in relations.index if name not in clear.index]
@@ -216,10 +217,10 @@ def pruning_sentence(table, kept, n_heads, limit):
     """How many heads each order can lose, and what the largest cut costs."""
     most = table["removed"].max()
     cost = table[table["removed"] == most].groupby("order")["loss_change"].mean()
-    said = [f"{int(kept[order])} in {'random order' if order == 'random' else order + ' first'}" for order in
+    said = [f"{int(kept[order])} ({'random order' if order == 'random' else order + ' first'})" for order in
             ("least important", "random", "most important") if order in kept.index]
-    return (f"At most {limit:g} nats per token are lost with {_list(said)} removed, of the {n_heads} heads that "
-            f"were ablated (largest counts measured). "
+    return (f"Of the {counted(n_heads, 'head')} ablated so many can go for at most {limit:g} nats per token: "
+            f"{_list(said)}; these are the largest counts measured. "
             f"Removing {most} costs {cost['least important']:.2f} nats by importance and {cost['random']:.2f} "
             f"at random.")  # fmt: skip
 

@@ -149,8 +149,8 @@ def lens_sentence(data, position, vocabulary):
     said = f"it is the lens's best token first at state {first}"
     said = "it is never the best token of the lens" if first is None else said
     return (
-        f"The answer {quoted(vocabulary[best])} has rank {int(one['rank'][0])} (0: best) at the embedding; {said}, and reaches "
-        "half of "
+        f"The answer {quoted(vocabulary[best])} has rank {int(one['rank'][0])} (0: best) at the embedding; {said}, and "
+        "reaches half of "
         f"its final probability ({float(one['probability'][-1]):.3f}) at state {one['layer'].values[half[0]]}. The "
         "lens's "
         f"entropy goes from {float(one['entropy'][0]):.2f} to {float(one['entropy'][-1]):.2f} nats."

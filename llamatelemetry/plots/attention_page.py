@@ -5,7 +5,7 @@ from string import Template
 
 import numpy as np
 
-from ..drawn import html
+from ..drawn import counted, html
 from . import theme
 from .page import Page, pack
 
@@ -92,7 +92,7 @@ def attention_page(attention, pieces, *, model, scales, q=None, k=None, softcap=
         "k": None if k is None else pack_vectors(k, vector_bits, layers),
     }
     sizes = {"layer": n_layer, "head": n_head, "token": n_token}
-    sizes = ", ".join(f"{n} {name}{'' if n == 1 else 's'}" for name, n in sizes.items())
+    sizes = ", ".join(counted(n, name) for name, n in sizes.items())
     title = f"Attention of {model}: {sizes}"
     return Page(
         title,

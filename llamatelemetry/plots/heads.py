@@ -148,8 +148,9 @@ def depth_lines(profiled, measures, model):
         top = go.Scatter(x=layers, y=np.nanmax(value, 1), mode=mode, line=dict(color=color, width=1, dash="dot"),
                          showlegend=False, hovertemplate=f"{name}<br>layer %{{x}}<br>largest "
                                                          f"%{{y:.3f}}<extra></extra>")  # fmt: skip
-        line = go.Scatter(x=layers, y=mid, mode=mode, marker_color=color, line=dict(color=color, width=2), showlegend=False,
-                          hovertemplate=f"{name}<br>layer %{{x}}<br>mean %{{y:.3f}}<extra></extra>")  # fmt: skip
+        line = go.Scatter(x=layers, y=mid, mode=mode, marker_color=color, line=dict(color=color, width=2),
+                          showlegend=False, hovertemplate=f"{name}<br>layer %{{x}}<br>mean %{{y:.3f}}"
+                                                          "<extra></extra>")  # fmt: skip
         for trace in (band, top, line):
             figure.add_trace(trace, row, column)
     figure.update_xaxes(**theme.whole(layers)).update_xaxes(title_text="layer", row=-(-len(measures) // 2))

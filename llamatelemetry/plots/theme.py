@@ -66,7 +66,7 @@ def table(frame, formats=None):
 
 
 def dashes(frame):
-    """A DataFrame to be shown: a dash where there is no value; columns of floats that are all counts as whole numbers."""
+    """A DataFrame to be shown: dashes where there is no value, and columns of whole floats as whole numbers."""
     shown = {name: column.astype("Int64") if column.dtype == float and (column.dropna() % 1 == 0).all() else column
              for name, column in frame.items()}  # fmt: skip
     return pd.DataFrame({name: column.astype(object).where(column.notna(), "–") if column.isna().any() else column
