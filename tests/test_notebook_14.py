@@ -70,7 +70,7 @@ def test_every_figure_has_a_sentence(run):
 def test_the_answer_moves_from_the_name_to_the_last_token(run):
     """What the model does with the default prompts; another model would say something else."""
     assert "position 9 '␣John': states 0 to" in said(run[0])
-    assert "position 13 '␣to': states 30 to 30" in said(run[0])
+    assert "position 13 '␣to': state 30." in said(run[0])
 
 
 @pytest.mark.slow
