@@ -4,7 +4,6 @@ Started as `python -m llamatelemetry.compare_worker job.json`. It answers on its
 line and leaves one .npz file per candidate. Logits never leave it: they are read where llama.cpp put them.
 """
 
-import ctypes
 import json
 import os
 import sys

@@ -169,7 +169,9 @@ def drawn(answer):
 def check_sound(server, body):
     """NotFiniteError unless the model's log-probabilities are numbers; asked once of a started server.
 
-    llama-server makes a text of whatever the logits are: of NaN, the vocabulary's first token again and again.
+    llama-server makes a text of whatever the logits are: of NaN, the vocabulary's first token again and again. What
+    `drawn` sees of every answer is no twin of this: one row of NaN in the output matrix leaves the tokens that are drawn
+    from numbers, and only the sum over the whole vocabulary shows it.
     """
     if not server.sound:
         few = body["prompt"][-8:]  # the end of the user's own prompt: what is asked about must be there to tokenize

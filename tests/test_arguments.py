@@ -176,6 +176,16 @@ def test_an_answer_stops_at_logits_that_are_no_numbers_also_after_answers_that_w
         assert engine.infer([5, 6, 7], max_tokens=4, temperature=0.7).text == whole.text
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 0}])
+def test_one_row_of_the_output_matrix_that_is_no_number_stops_every_answer(options, tmp_path, llama_server):
+    """Sampling leaves that token out, so that what is drawn from are numbers: the vocabulary's sum is not."""
+    path = with_value(tiny_model("llama", tmp_path), "output.weight", np.nan, tmp_path / "row.gguf", at=200 * 64)
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(path, silent=True, threads=1)
+        with pytest.raises(NotFiniteError, match="no numbers"):
+            engine.infer([5, 6, 7], max_tokens=2, **options)
+
+
 def test_watching_an_answer_does_not_change_it(tmp_path, llama_server):
     with InferenceEngine(llama_server) as engine:
         engine.load_model(tiny_model("llama", tmp_path), silent=True, threads=1)
