@@ -138,11 +138,17 @@ def _check_folders(out, templates, names):
     if templates in (out, *out.parents):
         raise StageError(f"--out {out}: the templates of the staged folders are there. Give another --out.")
     for folder in (out / name for name in names):
-        ours = folder.is_dir() and not folder.is_symlink()
-        if os.path.lexists(folder) and not (ours and ((folder / KERNEL).is_file() or (folder / DATASET).is_file()
-                                                      or not any(folder.iterdir()))):
+        if not _may_go(folder):
             raise StageError(f"--out {out}: {folder.name} in it was not made by `kaggle stage` and would be removed. "
                              "Give another --out.")
+
+
+def _may_go(folder):
+    """Whether nothing is lost with it: nothing is there, an empty folder, or one that was staged before."""
+    if not os.path.lexists(folder):
+        return True
+    ours = folder.is_dir() and not folder.is_symlink()
+    return ours and (any((folder / name).is_file() for name in (DATASET, KERNEL)) or not any(folder.iterdir()))
 
 
 def _check_inputs(out, models, engine):
@@ -168,7 +174,7 @@ def title_of(stem):
 
 def _fresh(folder):
     """An empty folder in the place of one that was staged before; StageError where it is anything else."""
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in (DATASET, KERNEL)):
+    if not _may_go(folder):
         raise StageError(f"{folder} was not staged and would be emptied: give another --out, or remove it.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
