@@ -63,7 +63,7 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.notebooks
 	@$(PIP) --editable '.[test]'
 	@touch $@
 
-$(VENV)/.engine: llamatelemetry/build.py | $(VENV)/.notebooks
+$(VENV)/.engine: llamatelemetry/tools/recipes.py | $(VENV)/.notebooks
 	@echo "Installing the engine (the first time on a machine it is compiled: minutes)"
 	@$(BIN)/llamatelemetry engine build --install
 	@touch $@

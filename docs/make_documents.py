@@ -1,18 +1,18 @@
-"""Fills the measured parts of the documents from the stored measurements; nothing in them is typed in.
+"""Fills the measured parts of the documents from the stored measurements; nothing in them is typed
+in.
 
     python docs/make_documents.py [--check]
 
-A part lies between `<!-- measured: NAME -->` and `<!-- end -->`. Measurements are tests/benchmarks/results/*.json and
-docs/figures/captions.json; what was not measured is shown as "not measured". --check: write nothing, exit 1 where a
-document differs from the measurements.
-"""
+A part lies between `<!-- measured: NAME -->` and `<!-- end -->`. Measurements are
+tests/benchmarks/results/*.json and docs/figures/captions.json; what was not measured is shown as
+"not measured". --check: write nothing, exit 1 where a document differs from the measurements."""
 
 import json
 import re
 import sys
 from pathlib import Path
 
-from llamatelemetry.drawn import markdown
+from llamatelemetry.views.text import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
@@ -26,7 +26,8 @@ def _results(pattern):
 
 
 def _row(benchmark, what):
-    """The first stored row whose `what` begins so, with its benchmark's hardware; None where there is none."""
+    """The first stored row whose `what` begins so, with its benchmark's hardware; None where there
+    is none."""
     for stored in _results(f"{benchmark}.json"):
         for row in stored["rows"]:
             if row["what"].startswith(what):
@@ -41,7 +42,10 @@ def _value(benchmark, what, field, form):
 
 def _against_transformers():
     """How much faster than transformers, with its version and what it does with the file."""
-    said, row = _value("capture", "times faster", "value", "{:.1f} x"), _row("capture", "transformers (")
+    said, row = (
+        _value("capture", "times faster", "value", "{:.1f} x"),
+        _row("capture", "transformers ("),
+    )
     found = row and re.match(r"transformers \(torch, transformers (\S+) (\S+)\)", row["what"])
     if not found:
         return said
@@ -49,32 +53,52 @@ def _against_transformers():
 
 
 def _compare_time():
-    rows = [row for stored in _results("compare.json") for row in stored["rows"] if "seconds" in row]
+    rows = [
+        row for stored in _results("compare.json") for row in stored["rows"] if "seconds" in row
+    ]
     ours = [row["seconds"] for row in rows if row["what"].startswith("compare_quantizations")]
     theirs = [row["seconds"] for row in rows if row["what"].startswith("llama-perplexity")]
     if not ours or not theirs:
         return NOT_MEASURED
-    return f"{min(ours) / min(theirs):.2f} x its time ({min(ours):.1f} s against {min(theirs):.1f} s)"
+    return (
+        f"{min(ours) / min(theirs):.2f} x its time ({min(ours):.1f} s against {min(theirs):.1f} s)"
+    )
 
 
 def _compare_difference():
-    pairs = [(row["ours"], row["theirs"]) for stored in _results("compare.json") for row in stored["rows"]
-             if row["what"].startswith("mean KLD")]
+    pairs = [
+        (row["ours"], row["theirs"])
+        for stored in _results("compare.json")
+        for row in stored["rows"]
+        if row["what"].startswith("mean KLD")
+    ]
     if not pairs:
         return NOT_MEASURED
     return f"at most {max(abs(ours - theirs) for ours, theirs in pairs):.1e} nats apart ({len(pairs)} files)"
 
 
 def _rounding():
-    """Rows of how far CUDA's quantized kernels are from the CPU's, and both from exact arithmetic; how far the model in
-    NumPy is from it with CUDA's way of rounding."""
+    """Rows of how far CUDA's quantized kernels are from the CPU's, and both from exact arithmetic;
+    how far the model in NumPy is from it with CUDA's way of rounding."""
     rows = []
     for kind in ("Q8_0", "Q4_1"):
-        found = {stage: _row("gpu_rounding", f"{kind}, {stage}") for stage in ("attention", "hidden")}
-        said = "; ".join(f"{stage} {row['gpu_cpu']:.1%} (from exact arithmetic: GPU {row['gpu_exact']:.1%}, "
-                         f"its way of rounding in NumPy {_value('rounding_cause', row['what'], 'before_exact', '{:.1%}')}, "
-                         f"CPU {row['cpu_exact']:.1%})" for stage, row in found.items() if row)
-        rows.append((f"Captures on a GPU against the CPU's, {kind}, root mean square", "2%", said or NOT_MEASURED))
+        found = {
+            stage: _row("gpu_rounding", f"{kind}, {stage}") for stage in ("attention", "hidden")
+        }
+        said = "; ".join(
+            f"{stage} {row['gpu_cpu']:.1%} (from exact arithmetic: GPU {row['gpu_exact']:.1%}, "
+            f"its way of rounding in NumPy {_value('rounding_cause', row['what'], 'before_exact', '{:.1%}')}, "
+            f"CPU {row['cpu_exact']:.1%})"
+            for stage, row in found.items()
+            if row
+        )
+        rows.append(
+            (
+                f"Captures on a GPU against the CPU's, {kind}, root mean square",
+                "2%",
+                said or NOT_MEASURED,
+            )
+        )
     return rows
 
 
@@ -91,12 +115,24 @@ def _attention():
         return "; ".join(found) or NOT_MEASURED
 
     exact = "{:.1e} nats, the same weights as F32 {:.1e}"
-    return [("Attention fused (llama-server's default) and not (captures), CPU, mean KL divergence", "measured",
-             nats(exact, ", fused", " as F32, fused")),
-            ("A cache of the sliding window's size (llama-server's default) and a full one (captures), 1,536 tokens, CPU, "
-             "mean KL divergence", "measured", nats(exact, ", a cache", " as F32, a cache")),
-            ("Mean KL divergence of a file from its own weights as F32, CPU, with fused attention and without", "measured",
-             nats("{:.1e} and {:.1e} nats", " against its F32, both", " against its F32, neither"))]
+    return [
+        (
+            "Attention fused (llama-server's default) and not (captures), CPU, mean KL divergence",
+            "measured",
+            nats(exact, ", fused", " as F32, fused"),
+        ),
+        (
+            "A cache of the sliding window's size (llama-server's default) and a full one (captures), 1,536 tokens, CPU, "
+            "mean KL divergence",
+            "measured",
+            nats(exact, ", a cache", " as F32, a cache"),
+        ),
+        (
+            "Mean KL divergence of a file from its own weights as F32, CPU, with fused attention and without",
+            "measured",
+            nats("{:.1e} and {:.1e} nats", " against its F32, both", " against its F32, neither"),
+        ),
+    ]
 
 
 def _given_back():
@@ -109,81 +145,160 @@ def _rapids():
     rows = []
     for stored in _results("rapids_gpu_*.json"):
         shape = " x ".join(f"{size:,}" for size in stored["shape"])
-        rows += [(f"{task}, {shape}, GPU (RAPIDS) against CPU", "measured",
-                  f"{row['ratio']:.1f} x ({row['cpu']:.1f} s against {row['gpu']:.1f} s)")
-                 for task, row in stored["tasks"].items() if "ratio" in row]
+        rows += [
+            (
+                f"{task}, {shape}, GPU (RAPIDS) against CPU",
+                "measured",
+                f"{row['ratio']:.1f} x ({row['cpu']:.1f} s against {row['gpu']:.1f} s)",
+            )
+            for task, row in stored["tasks"].items()
+            if "ratio" in row
+        ]
     if not any("umap" in task.lower() for task, *_ in rows):
         rows.append(("UMAP on a GPU (cuML) against umap-learn", "measured", NOT_MEASURED))
     return rows
 
 
 def _at_once(count):
-    """Time of inference and analytics together on `count` GPUs, over that of one after the other."""
+    """Time of inference and analytics together on `count` GPUs, over that of one after the
+    other."""
     row = _row("two_gpus", f"inference beside analytics, {count} GPU(s)")
     return f"{row['all, together, s'] / row['all, alone, s']:.2f} x" if row else NOT_MEASURED
 
 
 def _two_gpus():
     """Rows of what a second GPU gives."""
+
     def row(what):
         return _row("two_gpus", what)
 
-    two, apart = row("inference beside analytics, 2 GPU(s)"), row("both GPUs: largest difference of a captured value")
-    before, after = (row(f"compare_quantizations, 4 files, 24 windows of 512, {how}") for how in ("one GPU", "a worker"))
+    two, apart = (
+        row("inference beside analytics, 2 GPU(s)"),
+        row("both GPUs: largest difference of a captured value"),
+    )
+    before, after = (
+        row(f"compare_quantizations, 4 files, 24 windows of 512, {how}")
+        for how in ("one GPU", "a worker")
+    )
     beside = lost = spread = compared = NOT_MEASURED
     if two:
-        beside = (f"{_at_once(2)} ({two['all, together, s']:.1f} s against {two['all, alone, s']:.1f} s); "
-                  f"on one GPU {_at_once(1)}")
-        lost = "; ".join(f"{name} {two[f'{part}, together, s'] / two[f'{part}, alone, s'] - 1:+.1%}"
-                         for name, part in (("inference", "infer"), ("analytics", "analyse")))
+        beside = (
+            f"{_at_once(2)} ({two['all, together, s']:.1f} s against {two['all, alone, s']:.1f} s); "
+            f"on one GPU {_at_once(1)}"
+        )
+        lost = "; ".join(
+            f"{name} {two[f'{part}, together, s'] / two[f'{part}, alone, s'] - 1:+.1%}"
+            for name, part in (("inference", "infer"), ("analytics", "analyse"))
+        )
     if apart:
         stages = {name: value for name, value in apart.items() if isinstance(value, float)}
         spread = f"{max(stages.values()):g} ({', '.join(stages)})"
     if before and after:
-        compared = f"{after['s'] / before['s']:.2f} x ({after['s']:.1f} s against {before['s']:.1f} s)"
-    return [("Inference and analytics at once on two GPUs, against one after the other", "measured", beside),
-            ("What either takes longer beside the other there", "at most 5%", lost),
-            ("8B shape spread over two GPUs: largest difference of a captured value from one GPU's", "none", spread),
-            ("`compare_quantizations`, four files, a worker per GPU against one GPU", "measured", compared)]
+        compared = (
+            f"{after['s'] / before['s']:.2f} x ({after['s']:.1f} s against {before['s']:.1f} s)"
+        )
+    return [
+        (
+            "Inference and analytics at once on two GPUs, against one after the other",
+            "measured",
+            beside,
+        ),
+        ("What either takes longer beside the other there", "at most 5%", lost),
+        (
+            "8B shape spread over two GPUs: largest difference of a captured value from one GPU's",
+            "none",
+            spread,
+        ),
+        (
+            "`compare_quantizations`, four files, a worker per GPU against one GPU",
+            "measured",
+            compared,
+        ),
+    ]
 
 
 def targets():
     """The table of what was to be reached and what was measured."""
     rows = [
-        ("Capture of attention, q, k, v and hidden, 256 tokens, SmolLM2, CPU, against the same decode without",
-         "at most 1.25 x", _value("capture", "capture / plain", "value", "{:.2f} x")),
-        ("Import to first capture, SmolLM2, CPU, against transformers on the same GGUF", "at least 10 x faster",
-         _against_transformers()),
-        ("Peak memory of all our processes in that run, against transformers", "under 0.5 x",
-         _value("capture", "share of its memory", "value", "{:.2f} x")),
-        ("`head_statistics`, 4,096 tokens, 32 x 32 heads (8B shape), GPU, against the plain decode", "at most 1.3 x",
-         _value("gpu", "head_statistics, 8B shape", "ratio", "{:.2f} x")),
-        ("Host memory that it adds to the model there", "under 2,048 MiB",
-         _value("gpu", "head_statistics, 8B shape", "mb", "{:,.0f} MB")),
-        ("The same of SmolLM2 on the CPU, 2,048 tokens", "under 2,048 MiB",
-         _value("heads", "head_statistics", "added_mib", "{:,} MiB")),
-        ("Its time there, against the plain decode", "measured",
-         _value("heads", "head_statistics", "times_plain", "{:.2f} x")),
-        ("Capture to the host on a GPU, 8B shape, 512 tokens, against plain decode + bytes / copy bandwidth",
-         "at most 1.3 x", _value("gpu", "capture, 8B shape", "ratio", "{:.2f} x")),
-        ("64 tokens of the 1B shape through `infer`, GPU, median of 20", "under 1,000 ms",
-         _value("gpu", "64 tokens through infer", "ours_ms", "{:.0f} ms")),
-        ("First token of the 1B shape through `infer_stream`, GPU, median of 20", "measured",
-         _value("gpu", "first token through infer_stream", "ours_ms", "{:.1f} ms")),
-        ("What `infer` adds to llama-server's own time, GPU, median of 20", "under 5 ms",
-         _value("gpu", "infer beyond llama-server's own time", "ours_ms", "{:.1f} ms")),
-        ("KL divergence of `compare_quantizations` against llama-perplexity's, both from the stand-in (below)",
-         "its 16-bit rounding",
-         _compare_difference()),
-        ("Time of `compare_quantizations` against llama-perplexity's, model loading included", "no more",
-         _compare_time()),
+        (
+            "Capture of attention, q, k, v and hidden, 256 tokens, SmolLM2, CPU, against the same decode without",
+            "at most 1.25 x",
+            _value("capture", "capture / plain", "value", "{:.2f} x"),
+        ),
+        (
+            "Import to first capture, SmolLM2, CPU, against transformers on the same GGUF",
+            "at least 10 x faster",
+            _against_transformers(),
+        ),
+        (
+            "Peak memory of all our processes in that run, against transformers",
+            "under 0.5 x",
+            _value("capture", "share of its memory", "value", "{:.2f} x"),
+        ),
+        (
+            "`head_statistics`, 4,096 tokens, 32 x 32 heads (8B shape), GPU, against the plain decode",
+            "at most 1.3 x",
+            _value("gpu", "head_statistics, 8B shape", "ratio", "{:.2f} x"),
+        ),
+        (
+            "Host memory that it adds to the model there",
+            "under 2,048 MiB",
+            _value("gpu", "head_statistics, 8B shape", "mb", "{:,.0f} MB"),
+        ),
+        (
+            "The same of SmolLM2 on the CPU, 2,048 tokens",
+            "under 2,048 MiB",
+            _value("heads", "head_statistics", "added_mib", "{:,} MiB"),
+        ),
+        (
+            "Its time there, against the plain decode",
+            "measured",
+            _value("heads", "head_statistics", "times_plain", "{:.2f} x"),
+        ),
+        (
+            "Capture to the host on a GPU, 8B shape, 512 tokens, against plain decode + bytes / copy bandwidth",
+            "at most 1.3 x",
+            _value("gpu", "capture, 8B shape", "ratio", "{:.2f} x"),
+        ),
+        (
+            "64 tokens of the 1B shape through `infer`, GPU, median of 20",
+            "under 1,000 ms",
+            _value("gpu", "64 tokens through infer", "ours_ms", "{:.0f} ms"),
+        ),
+        (
+            "First token of the 1B shape through `infer_stream`, GPU, median of 20",
+            "measured",
+            _value("gpu", "first token through infer_stream", "ours_ms", "{:.1f} ms"),
+        ),
+        (
+            "What `infer` adds to llama-server's own time, GPU, median of 20",
+            "under 5 ms",
+            _value("gpu", "infer beyond llama-server's own time", "ours_ms", "{:.1f} ms"),
+        ),
+        (
+            "KL divergence of `compare_quantizations` against llama-perplexity's, both from the stand-in (below)",
+            "its 16-bit rounding",
+            _compare_difference(),
+        ),
+        (
+            "Time of `compare_quantizations` against llama-perplexity's, model loading included",
+            "no more",
+            _compare_time(),
+        ),
         *_attention(),
         *_rounding(),
-        ("GPU memory that server and capture worker give back when they are closed", "all", _given_back()),
+        (
+            "GPU memory that server and capture worker give back when they are closed",
+            "all",
+            _given_back(),
+        ),
         *_two_gpus(),
         *_rapids(),
-        ("All five notebooks, SmolLM2, CPU, no network", "under 720 s",
-         _value("notebooks", "all", "seconds", "{:,.0f} s")),
+        (
+            "All five notebooks, SmolLM2, CPU, no network",
+            "under 720 s",
+            _value("notebooks", "all", "seconds", "{:,.0f} s"),
+        ),
     ]
     lines = ["| what | to reach | measured |", "|---|---|---|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
@@ -216,21 +331,32 @@ def speed():
 
 def hardware():
     """One line per stored benchmark: on what it was measured."""
-    return "\n".join(f"- `{path.name}`: {_machine(json.loads(path.read_text()))}" for path in sorted(RESULTS.glob("*.json")))
+    return "\n".join(
+        f"- `{path.name}`: {_machine(json.loads(path.read_text()))}"
+        for path in sorted(RESULTS.glob("*.json"))
+    )
 
 
 def notebooks():
     """Time and memory of each notebook."""
-    lines = ["| notebook | time, CPU | peak memory of all its processes | as one HTML file | time, GPU |",
-             "|---|---|---|---|---|"]
+    lines = [
+        "| notebook | time, CPU | peak memory of all its processes | as one HTML file | time, GPU |",
+        "|---|---|---|---|---|",
+    ]
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         row = _row("notebooks", path.stem)
-        cells = [f"{row['seconds']:,.0f} s", f"{row['peak_mib']:,} MiB", f"{row['html_mb']} MB"] if row else \
-            [NOT_MEASURED] * 3
+        cells = (
+            [f"{row['seconds']:,.0f} s", f"{row['peak_mib']:,} MiB", f"{row['html_mb']} MB"]
+            if row
+            else [NOT_MEASURED] * 3
+        )
         cells.append(_value("gpu_notebooks", path.stem, "seconds", "{:,.0f} s"))
         lines.append(f"| {path.stem[:2]} | {' | '.join(cells)} |")
-    machines = [f"{kind}: {_machine(row)}" for kind, name in (("CPU", "notebooks"), ("GPU", "gpu_notebooks"))
-                if (row := _row(name, "all"))]
+    machines = [
+        f"{kind}: {_machine(row)}"
+        for kind, name in (("CPU", "notebooks"), ("GPU", "gpu_notebooks"))
+        if (row := _row(name, "all"))
+    ]
     if machines:
         lines += ["", "; ".join(machines) + "."]
     return "\n".join(lines)
@@ -242,8 +368,14 @@ def t4():
     if stored is None:
         return f"The rehearsal on the T4's own kernels: {NOT_MEASURED}."
     parts = [_t4_tests(stored), *_t4_notebooks(stored), _t4_wheel(stored)]
-    return " ".join([f"On the T4's own kernels ({_machine(stored)}; ggml-cuda built for compute capability 7.5 alone, run "
-                     "from its PTX):", *filter(None, parts), "This shows kernels and memory, not a T4's speed."])
+    return " ".join(
+        [
+            f"On the T4's own kernels ({_machine(stored)}; ggml-cuda built for compute capability 7.5 alone, run "
+            "from its PTX):",
+            *filter(None, parts),
+            "This shows kernels and memory, not a T4's speed.",
+        ]
+    )
 
 
 def _t4_rows(stored, part):
@@ -253,7 +385,9 @@ def _t4_rows(stored, part):
 def _t4_tests(stored):
     for row in _t4_rows(stored, "tests"):
         total = sum(row.get(kind, 0) for kind in ("passed", "failed", "error"))
-        held = f"each GPU's free memory held to {max(row['left_mib']):,} MiB and {row['cores']} cores"
+        held = (
+            f"each GPU's free memory held to {max(row['left_mib']):,} MiB and {row['cores']} cores"
+        )
         return f"with {held}, {row.get('passed', 0)} of {total} tests of `tests/test_gpu.py` pass."
     return ""
 
@@ -264,17 +398,25 @@ def _t4_notebooks(stored):
         rows.setdefault(row["what"].rpartition(", ")[2], []).append(row)
     for model, runs in rows.items():
         good = [row for row in runs if "failed" not in row]
-        yield (f"{len(good)} of {len(runs)} notebooks with {model} run to their end"
-               + (f", in {sum(row['seconds'] for row in good):,.0f} s together, with at most "
-                  f"{max(row['peak_mib'] for row in good):,} MiB of memory and {max(max(row['gpu_mib']) for row in good):,} "
-                  "MiB of a GPU." if good else "."))
+        yield (
+            f"{len(good)} of {len(runs)} notebooks with {model} run to their end"
+            + (
+                f", in {sum(row['seconds'] for row in good):,.0f} s together, with at most "
+                f"{max(row['peak_mib'] for row in good):,} MiB of memory and {max(max(row['gpu_mib']) for row in good):,} "
+                "MiB of a GPU."
+                if good
+                else "."
+            )
+        )
 
 
 def _t4_wheel(stored):
     for row in _t4_rows(stored, "wheel"):
         if "failed" not in row:
-            return (f"`engine build --cuda 75 --portable` takes {row['seconds'] / 60:.0f} minutes on {row['cores']} cores "
-                    "there, with no driver in CMake's sight.")
+            return (
+                f"`engine build --cuda 75 --portable` takes {row['seconds'] / 60:.0f} minutes on {row['cores']} cores "
+                "there, with no driver in CMake's sight."
+            )
     return ""
 
 
@@ -291,8 +433,14 @@ def pictures():
     return "\n\n".join(parts)
 
 
-PARTS = {"targets": targets, "hardware": hardware, "notebooks": notebooks, "pictures": pictures, "speed": speed,
-         "t4": t4}
+PARTS = {
+    "targets": targets,
+    "hardware": hardware,
+    "notebooks": notebooks,
+    "pictures": pictures,
+    "speed": speed,
+    "t4": t4,
+}
 
 
 def fill(text):

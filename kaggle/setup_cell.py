@@ -15,4 +15,4 @@ assert importlib.util.find_spec("llamatelemetry"), \
 from llamatelemetry import InferenceEngine, kaggle
 
 kaggle.setup()  # engine, missing packages, secrets, folders, this process's GPU
-from llamatelemetry.plots import theme
+from llamatelemetry.views import theme

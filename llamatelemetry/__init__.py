@@ -1,28 +1,27 @@
 """llamatelemetry: see inside a quantized language model while llama.cpp runs it.
 
-Public names are imported on first use, so that `import llamatelemetry` loads no GPU library and costs nothing.
-"""
+Public names are imported on first use, so that `import llamatelemetry` loads no GPU library and
+costs nothing."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "InferenceEngine": "engine",
     "InferResult": "engine",
-    "ServerManager": "server",
-    "list_models": "models",
-    "resolve_model": "models",
-    "GGUFFile": "gguf",
+    "ServerManager": "server.manager",
+    "list_models": "files.models",
+    "resolve_model": "files.models",
+    "GGUFFile": "files.gguf",
     "Capture": "capture.session",
     "ablate_head": "capture.edits",
     "ablate_layer": "capture.edits",
     "scale": "capture.edits",
     "patch": "capture.edits",
-    "quantize": "quantize",
-    "compare_quantizations": "compare",
+    "quantize": "files.quantize",
+    "compare_quantizations": "compare.comparison",
+    "load_text": "files.texts",
     "LlamaTelemetryError": "errors",
     "ModelNotFoundError": "errors",
     "ModelLoadError": "errors",
@@ -33,7 +32,7 @@ _WHERE = {
     "GpuError": "errors",
     "GraphistryError": "errors",
     "OutputError": "errors",
-    "EngineBuildError": "build",
+    "EngineBuildError": "errors",
     "NotebookError": "errors",
     "ParameterError": "errors",
 }
@@ -49,14 +48,3 @@ def __getattr__(name):
 
 def __dir__():
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Importing `llamatelemetry.quantize` sets that module as an attribute here: the function of the name stays."""
-
-    def __setattr__(self, name, value):
-        if not (name in _WHERE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

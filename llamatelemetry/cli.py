@@ -30,7 +30,8 @@ def main(arguments=None) -> int:
 
 
 def _typed(arguments):
-    """(arguments without `-p NAME VALUE` of notebooks, those pairs): argparse takes no VALUE that begins with "-"."""
+    """(arguments without `-p NAME VALUE` of notebooks, those pairs): argparse takes no VALUE that
+    begins with "-"."""
     rest, pairs = list(arguments), []
     while rest[:1] == ["notebooks"] and "-p" in rest and rest.index("-p") + 2 < len(rest):
         at = rest.index("-p")
@@ -40,8 +41,10 @@ def _typed(arguments):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="llamatelemetry", description="See inside a quantized language model while "
-                                  "llama.cpp runs it.")
+    top = argparse.ArgumentParser(
+        prog="llamatelemetry",
+        description="See inside a quantized language model while llama.cpp runs it.",
+    )
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -62,18 +65,31 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--ctx-size", type=int)
 
-    capture = add("capture", capture_text, "Save tensors of one forward pass as a safetensors file.")
+    capture = add(
+        "capture", capture_text, "Save tensors of one forward pass as a safetensors file."
+    )
     capture.add_argument("model")
     capture.add_argument("text")
-    capture.add_argument("--stages", default="attention,hidden", help="comma-separated; default: %(default)s")
+    capture.add_argument(
+        "--stages", default="attention,hidden", help="comma-separated; default: %(default)s"
+    )
     capture.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
 
     engine = commands.add_parser("engine", help="Build the engine: bindings, llama-server, tools.")
     steps = engine.add_subparsers(required=True, metavar="STEP")
-    build = add("build", build_engine, "Make the engine wheel from source, or take it from the cache.", steps)
+    build = add(
+        "build",
+        build_engine,
+        "Make the engine wheel from source, or take it from the cache.",
+        steps,
+    )
     build.add_argument("--cuda", metavar="ARCH", help="GPU architectures: 75 (T4), '75;90', native")
-    build.add_argument("--portable", action="store_true", help="for other CPUs than this one, too (AVX2)")
-    build.add_argument("--jobs", type=int, help="compilers at a time; default: the cores, 1.5 GB of memory each")
+    build.add_argument(
+        "--portable", action="store_true", help="for other CPUs than this one, too (AVX2)"
+    )
+    build.add_argument(
+        "--jobs", type=int, help="compilers at a time; default: the cores, 1.5 GB of memory each"
+    )
     build.add_argument("--out", type=Path, help="a folder that gets a copy of the wheel")
     build.add_argument("--install", action="store_true", help="install the wheel into this Python")
 
@@ -81,32 +97,49 @@ def parser() -> argparse.ArgumentParser:
     notebooks.add_argument("names", nargs="*", help="notebooks to run, such as 12; default: all")
     notebooks.add_argument("--folder", type=Path, default=Path("notebooks"))
     notebooks.add_argument("--out", type=Path, default=Path("executed"))
-    notebooks.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                           help="a notebook parameter, such as -p MODEL gemma-3-1b-Q4_K_M; its type is that of the "
-                           "notebook's own default")
+    notebooks.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a notebook parameter, such as -p MODEL gemma-3-1b-Q4_K_M; its type is that of the "
+        "notebook's own default",
+    )
 
-    from .kaggle_stage import add_commands
+    from .kaggle.stage import add_commands
 
     add_commands(commands)
     return top
 
 
 def doctor(options):
-    from .doctor import report
+    from .tools.doctor import report
 
     return report()
 
 
 def list_models(options):
-    from .models import list_models
+    from .files.models import list_models
 
     table = list_models()
     if options.here:
         table = table[table["here"]]
-    size = table["size_bytes"].map(lambda value: f"{value / 1e6:,.0f} MB", na_action="ignore").fillna("")
-    shown = {"name": table["name"], "parameters": table["parameters"].fillna(""), "here": size,
-             "repo": table["repo"].fillna("")}
-    widths = {title: max([len(title), *map(len, map(str, column))]) for title, column in shown.items()}
+    size = (
+        table["size_bytes"]
+        .map(lambda value: f"{value / 1e6:,.0f} MB", na_action="ignore")
+        .fillna("")
+    )
+    shown = {
+        "name": table["name"],
+        "parameters": table["parameters"].fillna(""),
+        "here": size,
+        "repo": table["repo"].fillna(""),
+    }
+    widths = {
+        title: max([len(title), *map(len, map(str, column))]) for title, column in shown.items()
+    }
     print("  ".join(f"{title:{width}}" for title, width in widths.items()).rstrip())
     for row in zip(*shown.values(), strict=True):
         cells = zip(map(str, row), widths.values(), strict=True)
@@ -118,16 +151,23 @@ def infer(options):
 
     with InferenceEngine() as engine:
         engine.load_model(options.model, ctx_size=options.ctx_size, silent=True)
-        result = engine.infer(options.prompt, max_tokens=options.max_tokens, temperature=options.temperature,
-                              seed=options.seed)
+        result = engine.infer(
+            options.prompt,
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
     print(result.text)
-    print(f"{result.tokens_generated} tokens, {result.tokens_per_sec:.1f} tokens/s", file=sys.stderr)
+    print(
+        f"{result.tokens_generated} tokens, {result.tokens_per_sec:.1f} tokens/s", file=sys.stderr
+    )
 
 
 def capture_text(options):
     from .engine import InferenceEngine
-    from .files import check_output, path_of, shown
-    from .models import resolve_model
+    from .errors import shown
+    from .files.models import resolve_model
+    from .files.outputs import check_output, path_of
 
     out = path_of(options.out)
     if out.suffix != ".safetensors":
@@ -138,15 +178,20 @@ def capture_text(options):
     check_output(out, [model])
     with InferenceEngine() as engine:
         engine.load_model(model, auto_start=False, silent=True)
-        capture = engine.capture(options.text, stages=tuple(filter(None, options.stages.replace(" ", "").split(","))))
+        capture = engine.capture(
+            options.text, stages=tuple(filter(None, options.stages.replace(" ", "").split(",")))
+        )
         for stage in capture.stages:
-            print(f"{stage}: " + ", ".join(f"{dim} {size}" for dim, size in capture[stage].sizes.items()))
+            print(
+                f"{stage}: "
+                + ", ".join(f"{dim} {size}" for dim, size in capture[stage].sizes.items())
+            )
         capture.save(out)
     print(f"{shown(options.out)}: {out.stat().st_size / 1e6:,.1f} MB")
 
 
 def build_engine(options):
-    from .build import build, install
+    from .tools.build import build, install
 
     wheel = build(options.cuda, options.out, options.jobs, options.portable)
     print(wheel)
@@ -157,7 +202,7 @@ def build_engine(options):
 
 
 def run_notebooks(options):
-    from .notebooks import run_all
+    from .tools.notebooks import run_all
 
     names = [name for name, _ in options.parameters]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -1,11 +1,13 @@
 """Errors for the user: each says what happened and what to do next."""
 
+import os
+
 
 class LlamaTelemetryError(RuntimeError):
-    """Base class of every error that this package raises on purpose. Its message can be printed whatever it names."""
+    """Base class of every error that this package raises on purpose. Its message can be printed
+    whatever it names."""
 
     def __init__(self, *args):
-        from .files import shown
 
         super().__init__(*(shown(arg) if isinstance(arg, str) else arg for arg in args))
 
@@ -35,15 +37,18 @@ class CaptureError(LlamaTelemetryError, ValueError):
 
 
 class NotFiniteError(CaptureError):
-    """NaN or infinity among the values that a measure needs; the message names file, stage and layer."""
+    """NaN or infinity among the values that a measure needs; the message names file, stage and
+    layer."""
 
 
 class NotebookError(LlamaTelemetryError):
-    """A notebook could not be run to its end; the message names the notebook and the cell, or the parameter."""
+    """A notebook could not be run to its end; the message names the notebook and the cell, or the
+    parameter."""
 
 
 class ParameterError(NotebookError, ValueError):
-    """A notebook's parameter that it has not got, or a value that it cannot take; the message names it."""
+    """A notebook's parameter that it has not got, or a value that it cannot take; the message names
+    it."""
 
 
 class WorkerCrashedError(LlamaTelemetryError):
@@ -59,4 +64,35 @@ class GraphistryError(LlamaTelemetryError):
 
 
 class OutputError(LlamaTelemetryError, OSError):
-    """A file that cannot be written there: the disk refuses it, or it would destroy what it is made from."""
+    """A file that cannot be written there: the disk refuses it, or it would destroy what it is made
+    from."""
+
+
+def shown(text):
+    """A name that can be printed and drawn anywhere: bytes that are not UTF-8 are \\xff. text: str,
+    bytes or a path."""
+    try:
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, which no name of a file has
+        return os.fspath(text).encode("utf-8", "backslashreplace").decode()
+
+
+class EngineBuildError(LlamaTelemetryError):
+    """The engine could not be built; the message carries the tail of the log."""
+
+
+class CompareError(LlamaTelemetryError, ValueError):
+    """Files or a text that cannot be compared as asked."""
+
+
+class EmbeddingError(LlamaTelemetryError, ValueError):
+    """Rows, words or groups that an embedding analysis cannot use."""
+
+
+class QuantizeError(LlamaTelemetryError):
+    """A file could not be quantized, expanded or measured for an importance matrix; nothing
+    half-written is left."""
+
+
+class StageError(LlamaTelemetryError):
+    """Something cannot be staged or pushed as it is; the message names the file and the rule."""

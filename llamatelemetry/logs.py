@@ -2,15 +2,22 @@
 
 import re
 
-# Without it ggml writes a backtrace, through gdb where there is one, behind the sentence that says why it aborts.
+# Without it ggml writes a backtrace, through gdb where there is one, behind the sentence that says
+# why it aborts.
 ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}
 
-# "/.../ggml.c:123: GGML_ASSERT(x) failed" is ggml_abort's form, the other C++'s own: what a process says at its end.
-_ENDS = [re.compile(form) for form in (r"^\S*\.(?:c|cc|cpp|cu|cuh|h|hpp|m|mm|comp):\d+: .*\S", r"^\s*what\(\):.*\S")]
+# "/.../ggml.c:123: GGML_ASSERT(x) failed" is ggml_abort's form, the other C++'s own: what a process
+# says at its end.
+_ENDS = [
+    re.compile(form)
+    for form in (r"^\S*\.(?:c|cc|cpp|cu|cuh|h|hpp|m|mm|comp):\d+: .*\S", r"^\s*what\(\):.*\S")
+]
 # What it says before it gives up in order; of what may be a mere complaint the last few lines only.
 _LOADER = re.compile(r"error loading model:.*\S")
-_TROUBLE = [re.compile(form, re.IGNORECASE) for form in (
-    r"\berror:.*\S", r"^\d[\d.]* E .*\S", r"\berror\b.*\S", r"failed|unable to|cannot")]  # fmt: skip
+_TROUBLE = [
+    re.compile(form, re.IGNORECASE)
+    for form in (r"\berror:.*\S", r"^\d[\d.]* E .*\S", r"\berror\b.*\S", r"failed|unable to|cannot")
+]
 _PREFIX = re.compile(r"^\d+\.\d+\.\d+\.\d+ [EWI] ")
 _FEW = 12
 
@@ -18,22 +25,27 @@ _FEW = 12
 def reason(log, killed=False):
     """The line of a log that says why llama.cpp failed, without its time; "" where no line does.
 
-    killed: a signal ended the process; earlier complaints, which it survived, are then not the reason.
-    """
+    killed: a signal ended the process; earlier complaints, which it survived, are then not the
+    reason."""
     lines = log.splitlines()
     for form in _ENDS if killed else (*_ENDS, _LOADER):
         if found := [line for line in lines if form.search(line)]:
             return found[-1].strip()
     for form in () if killed else _TROUBLE:
         if found := [line for line in lines[-_FEW:] if form.search(line)]:
-            return _PREFIX.sub("", found[0]).strip()  # the cause comes before those that it brought down
+            return _PREFIX.sub(
+                "", found[0]
+            ).strip()  # the cause comes before those that it brought down
     return ""
 
 
 def last_words(log, n_lines=15):
-    """The end of a log, at most n_lines: up to the sentence of an abort where there is one, without a backtrace."""
+    """The end of a log, at most n_lines: up to the sentence of an abort where there is one, without
+    a backtrace."""
     lines = log.strip().splitlines()
-    ends = [number for number, line in enumerate(lines, 1) if any(form.match(line) for form in _ENDS)]
+    ends = [
+        number for number, line in enumerate(lines, 1) if any(form.match(line) for form in _ENDS)
+    ]
     if ends:
         lines = lines[: ends[-1]]
     return "\n".join(lines[-n_lines:])

@@ -1,4 +1,5 @@
-"""What the tests share: the embedded model, engines, a browser, a check that nothing of ours outlives the session."""
+"""What the tests share: the embedded model, engines, a browser, a check that nothing of ours
+outlives the session."""
 
 import contextlib
 import os
@@ -9,8 +10,9 @@ import psutil
 import pytest
 
 MODEL = "smollm2-135m-Q4_1"
-# llama.cpp's threads wait by spinning. With two of its processes on two cores that made decodes 3 to 8 times slower
-# than waiting without; alone on the machine it is up to a fifth faster, which tests do not need.
+# llama.cpp's threads wait by spinning. With two of its processes on two cores that made decodes 3
+# to 8 times slower than waiting without; alone on the machine it is up to a fifth faster, which
+# tests do not need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
@@ -27,14 +29,16 @@ def smollm2():
     except ModelNotFoundError as error:
         pytest.skip(f"no SmolLM2 on this machine: {error}")
     finally:
-        os.environ.pop("HF_HUB_OFFLINE") if before is None else os.environ.update(HF_HUB_OFFLINE=before)
+        os.environ.pop("HF_HUB_OFFLINE") if before is None else os.environ.update(
+            HF_HUB_OFFLINE=before
+        )
 
 
 @pytest.fixture(scope="session")
 def llama_server():
     """Path of llama-server; skips where the engine is not built."""
     from llamatelemetry import ServerError
-    from llamatelemetry.server import find_server
+    from llamatelemetry.server.manager import find_server
 
     try:
         return find_server()
@@ -71,8 +75,10 @@ def browser():
     if path is None:
         pytest.skip(f"no browser on PATH (looked for {', '.join(names)})")
     # The first four switches let it run in a container; the others keep it from calling home.
-    switches = ("--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run "
-                "--disable-background-networking --disable-component-update --disable-sync").split()
+    switches = (
+        "--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync"
+    ).split()
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=switches)
         yield browser
@@ -93,7 +99,10 @@ def ours():
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if any(name in part for part in process.cmdline() for name in names) and process.status() != "zombie":
+            if (
+                any(name in part for part in process.cmdline() for name in names)
+                and process.status() != "zombie"
+            ):
                 found.append((process, f"{process.pid} {' '.join(process.cmdline())[:120]}"))
         except psutil.NoSuchProcess:
             pass
@@ -102,7 +111,8 @@ def ours():
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_running():
-    """Set up before every other session fixture, so torn down after all of them: no child of ours is left."""
+    """Set up before every other session fixture, so torn down after all of them: no child of ours
+    is left."""
     yield
     deadline = time.monotonic() + 5
     while (left := ours()) and time.monotonic() < deadline:

@@ -1,9 +1,9 @@
-"""A Kaggle session without Kaggle: its Python environment, its folders, its secrets, and no network.
+"""A Kaggle session without Kaggle: its Python environment, its folders, its secrets, and no
+network.
 
-The environment is made once per machine from tests/kaggle_image.txt (or kaggle_image_newest.txt) and kept beside the
-engine's cache. A session gets a thin environment on top, so that what the first cell installs goes there and the image
-stays as it is.
-"""
+The environment is made once per machine from tests/kaggle_image.txt (or kaggle_image_newest.txt)
+and kept beside the engine's cache. A session gets a thin environment on top, so that what the first
+cell installs goes there and the image stays as it is."""
 
 import base64
 import fcntl
@@ -15,15 +15,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llamatelemetry import build
+from llamatelemetry.tools import build
 
 IMAGE = Path(__file__).with_name("kaggle_image.txt")
 NEWEST = Path(__file__).with_name("kaggle_image_newest.txt")
 
-# Runs in every Python of the session before anything else: only this machine can be reached (with REHEARSAL_INTERNET pip
-# may go on to the package index), /kaggle/input is the session's, nobody answers input(), and the secrets are those of
-# the variables: the service raises as Kaggle's does, for a secret that is not attached and without the internet.
-_SITE = '''
+# Runs in every Python of the session before anything else: only this machine can be reached (with
+# REHEARSAL_INTERNET pip may go on to the package index), /kaggle/input is the session's, nobody
+# answers input(), and the secrets are those of the variables: the service raises as Kaggle's does,
+# for a secret that is not attached and without the internet.
+_SITE = """
 import builtins, glob, os, socket, sys, types
 
 _connect, _lookup = socket.socket.connect, socket.getaddrinfo
@@ -67,11 +68,12 @@ def asked(prompt=""):
     raise RuntimeError(f"input({prompt!r}) in a session that nobody watches")
 
 builtins.input = asked
-'''
+"""
 
 
 def image(file=IMAGE):
-    """The Python of an environment with an image's versions; made (minutes) where there is none yet.
+    """The Python of an environment with an image's versions; made (minutes) where there is none
+    yet.
 
     Raises OSError where it cannot be made, for example without a network.
     """
@@ -82,12 +84,26 @@ def image(file=IMAGE):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            for command in ([sys.executable, "-m", "venv", folder],
-                            [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--only-binary", ":all:",
-                             "--disable-pip-version-check", "-r", file]):
+            for command in (
+                [sys.executable, "-m", "venv", folder],
+                [
+                    folder / "bin" / "python",
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--only-binary",
+                    ":all:",
+                    "--disable-pip-version-check",
+                    "-r",
+                    file,
+                ],
+            ):
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise OSError(f"the environment of the rehearsal could not be made: {done.stderr.strip()[-400:]}")
+                    raise OSError(
+                        f"the environment of the rehearsal could not be made: {done.stderr.strip()[-400:]}"
+                    )
             (folder / "done").touch()
     return folder / "bin" / "python"
 
@@ -95,14 +111,15 @@ def image(file=IMAGE):
 class Session:
     """One session: .input (read-only), .working, .temp, .python, and run() in it.
 
-    secrets: {label: value} of those attached; None: the service does not answer. internet: pip reaches the package index
-    that this machine's pip is set up for.
-    """
+    secrets: {label: value} of those attached; None: the service does not answer. internet: pip
+    reaches the package index that this machine's pip is set up for."""
 
     def __init__(self, root, secrets=None, internet=False, file=IMAGE):
         base = image(file)
         self.root = Path(root)
-        self.input, self.working, self.temp = (self.root / "kaggle" / name for name in ("input", "working", "temp"))
+        self.input, self.working, self.temp = (
+            self.root / "kaggle" / name for name in ("input", "working", "temp")
+        )
         for folder in (self.input, self.working):
             folder.mkdir(parents=True)
         subprocess.run([base, "-m", "venv", "--without-pip", self.root / "env"], check=True)
@@ -112,16 +129,31 @@ class Session:
         self.require_js = below / "nbclassic" / "static" / "components" / "requirejs" / "require.js"
         (self.packages / "image.pth").write_text(f"import sitecustomize_rehearsal\n{below}\n")
         (self.packages / "sitecustomize_rehearsal.py").write_text(_SITE)
-        keep = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TMPDIR")
-                or internet and name.upper().startswith(("PIP_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT"))}
+        keep = {
+            name: value
+            for name, value in os.environ.items()
+            if name in ("PATH", "LANG", "TMPDIR")
+            or internet
+            and name.upper().startswith(
+                ("PIP_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT")
+            )
+        }
         keep |= {"REHEARSAL_INTERNET": "on"} if internet else {"PIP_CONFIG_FILE": os.devnull}
         keep |= {"REHEARSAL_SECRETS": "on"} if secrets is not None else {}
-        self.env = keep | {
-            "HOME": str(self.root), "KAGGLE_KERNEL_RUN_TYPE": "Batch",
-            "LLAMATELEMETRY_KAGGLE_INPUT": str(self.input), "LLAMATELEMETRY_KAGGLE_WORKING": str(self.working),
-            "LLAMATELEMETRY_KAGGLE_TEMP": str(self.temp), "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-            "JUPYTER_PLATFORM_DIRS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        } | {f"REHEARSAL_SECRET_{label}": value for label, value in (secrets or {}).items()}
+        self.env = (
+            keep
+            | {
+                "HOME": str(self.root),
+                "KAGGLE_KERNEL_RUN_TYPE": "Batch",
+                "LLAMATELEMETRY_KAGGLE_INPUT": str(self.input),
+                "LLAMATELEMETRY_KAGGLE_WORKING": str(self.working),
+                "LLAMATELEMETRY_KAGGLE_TEMP": str(self.temp),
+                "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+                "JUPYTER_PLATFORM_DIRS": "1",
+                "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+            }
+            | {f"REHEARSAL_SECRET_{label}": value for label, value in (secrets or {}).items()}
+        )
 
     def attach(self, folder, *where):
         """Attach a folder's files as Kaggle does, below input/<where>."""
@@ -131,7 +163,8 @@ class Session:
         return target
 
     def seal(self):
-        """Make the input folder read-only. (For root the mode does not count: tests compare the folder instead.)"""
+        """Make the input folder read-only. (For root the mode does not count: tests compare the
+        folder instead.)"""
         for path in (*self.input.rglob("*"), self.input):
             if path.is_dir():
                 path.chmod(0o555)
@@ -147,15 +180,35 @@ class Session:
 
     def run(self, *arguments, timeout=600):
         """Run Python in the session, in its working folder; the CompletedProcess."""
-        return subprocess.run([self.python, *map(str, arguments)], cwd=self.working, env=self.env, timeout=timeout,
-                              capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            [self.python, *map(str, arguments)],
+            cwd=self.working,
+            env=self.env,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
 
     def papermill(self, notebook, parameters, timeout=900):
         """Run a notebook top to bottom; (CompletedProcess, path of the executed notebook)."""
         out = self.working / Path(notebook).name
-        given = ["-b", base64.b64encode(json.dumps(parameters).encode()).decode()] if parameters else []
-        return self.run("-m", "papermill", notebook, out, "--kernel", "python3", "--no-progress-bar", "--cwd",
-                        self.working, *given, timeout=timeout), out
+        given = (
+            ["-b", base64.b64encode(json.dumps(parameters).encode()).decode()] if parameters else []
+        )
+        return self.run(
+            "-m",
+            "papermill",
+            notebook,
+            out,
+            "--kernel",
+            "python3",
+            "--no-progress-bar",
+            "--cwd",
+            self.working,
+            *given,
+            timeout=timeout,
+        ), out
 
 
 def _link(source, target):

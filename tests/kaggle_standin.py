@@ -1,7 +1,8 @@
-"""A Kaggle of a test's own: the real client, of whatever version is installed, asks it in place of api.kaggle.com.
+"""A Kaggle of a test's own: the real client, of whatever version is installed, asks it in place of
+api.kaggle.com.
 
-It answers as Kaggle was seen to (the sentences below are Kaggle's own), on a clock that only sleeping moves.
-"""
+It answers as Kaggle was seen to (the sentences below are Kaggle's own), on a clock that only
+sleeping moves."""
 
 import json
 import sys
@@ -12,8 +13,10 @@ import requests
 from requests.adapters import HTTPAdapter
 
 SESSIONS_FULL = "Maximum batch GPU session count of 2 reached."
-QUOTA_RESERVED = ("Session cannot start because currently running sessions are projected to exceed maximum weekly GPU "
-                  "quota of 30. Cancelling running sessions may allow starting new sessions.")
+QUOTA_RESERVED = (
+    "Session cannot start because currently running sessions are projected to exceed maximum weekly GPU "
+    "quota of 30. Cancelling running sessions may allow starting new sessions."
+)
 QUOTA_SPENT = "Maximum weekly GPU quota of 30.00 hours reached."
 NOT_FOUND = "Notebook not found"
 
@@ -42,7 +45,8 @@ class Run(types.SimpleNamespace):
 
 
 class StandIn:
-    """Datasets and kernels of the account `user`; `calls` has the name of each request with its body."""
+    """Datasets and kernels of the account `user`; `calls` has the name of each request with its
+    body."""
 
     def __init__(self, clock, user="someone"):
         self.clock, self.user = clock, user
@@ -77,7 +81,9 @@ class StandIn:
             if isinstance(fault, Exception):
                 raise fault
             if fault:
-                return _answer(fault, {"code": fault, "message": requests.status_codes._codes[fault][0]})
+                return _answer(
+                    fault, {"code": fault, "message": requests.status_codes._codes[fault][0]}
+                )
         answer = getattr(self, name)(body)
         return answer if isinstance(answer, requests.Response) else _answer(200, answer)
 
@@ -91,7 +97,10 @@ class StandIn:
         return _answer(200, {})
 
     def StartBlobUpload(self, body):
-        return {"token": f"token of {body['name']}", "createUrl": f"https://storage.example/{body['name']}"}
+        return {
+            "token": f"token of {body['name']}",
+            "createUrl": f"https://storage.example/{body['name']}",
+        }
 
     def IntrospectToken(self, body):
         return {"active": body["token"] == "good", "username": self.user}
@@ -102,7 +111,9 @@ class StandIn:
         """The dataset of a request and its newest visible version, or a 403."""
         found = self.datasets.get(f"{body['ownerSlug']}/{body['datasetSlug']}")
         if found is None or self.clock.now < found["seen"]:
-            return None, _answer(403, {"code": 403, "message": "Permission 'datasets.get' was denied"})
+            return None, _answer(
+                403, {"code": 403, "message": "Permission 'datasets.get' was denied"}
+            )
         return found, None
 
     def GetDatasetStatus(self, body):
@@ -110,8 +121,14 @@ class StandIn:
         if found is None:
             return denied
         # Until the next version is taken up, the status is that of the version before.
-        return {"status": found.get("fails") or ("READY" if self.clock.now >= found["ready"]
-                                                 or self.clock.now < found["taken"] else "BLOBS_RECEIVED")}
+        return {
+            "status": found.get("fails")
+            or (
+                "READY"
+                if self.clock.now >= found["ready"] or self.clock.now < found["taken"]
+                else "BLOBS_RECEIVED"
+            )
+        }
 
     def GetDataset(self, body):
         found, denied = self._dataset(body)
@@ -122,7 +139,10 @@ class StandIn:
     def CreateDataset(self, body):
         name = f"{body['ownerSlug']}/{body['slug']}"
         if name in self.datasets:
-            return {"status": "error", "error": f'The requested slug "{body["slug"]}" is already in use by a dataset.'}
+            return {
+                "status": "error",
+                "error": f'The requested slug "{body["slug"]}" is already in use by a dataset.',
+            }
         return self._version(name, body, 0, self.hidden_s)
 
     def CreateDatasetVersion(self, body):
@@ -131,15 +151,23 @@ class StandIn:
 
     def _version(self, name, body, before, hidden_s):
         now = self.clock.now
-        self.datasets[name] = {"version": before + 1, "seen": now + hidden_s, "taken": now + 15,
-                               "ready": now + hidden_s + self.processing_s,
-                               "files": sorted(file["token"] for file in body.get("files", ()))}
+        self.datasets[name] = {
+            "version": before + 1,
+            "seen": now + hidden_s,
+            "taken": now + 15,
+            "ready": now + hidden_s + self.processing_s,
+            "files": sorted(file["token"] for file in body.get("files", ())),
+        }
         return {"status": "ok", "url": f"https://www.kaggle.com/datasets/{name}", "ref": name}
 
     # Kernels
 
     def counted(self):
-        return [name for name, kernel in self.kernels.items() if self.clock.now < kernel["run"].end + self.lingers_s]
+        return [
+            name
+            for name, kernel in self.kernels.items()
+            if self.clock.now < kernel["run"].end + self.lingers_s
+        ]
 
     def SaveKernel(self, body):
         name = body["slug"]
@@ -155,17 +183,31 @@ class StandIn:
         before = self.kernels.get(name, {"version": 0, "run": None})
         status, failure, log = self.ends.get(name.partition("/")[2], ("COMPLETE", "", "done\n"))
         now = self.clock.now
-        self.kernels[name] = {"version": before["version"] + 1, "body": body, "before": before["run"], "run": Run(
-            start=now, end=now + self.run_s, status=status, failure=failure, log=log)}
-        lost = {field: [source for source in body.get(f"{kind}DataSources", []) if source not in there]
-                for kind, field, there in (("dataset", "invalidDatasetSources", self.datasets),
-                                           ("kernel", "invalidKernelSources", self.kernels))}
-        return {"ref": f"/code/{name}", "url": f"https://www.kaggle.com/code/{name}",
-                "versionNumber": before["version"] + 1, **{field: names for field, names in lost.items() if names}}
+        self.kernels[name] = {
+            "version": before["version"] + 1,
+            "body": body,
+            "before": before["run"],
+            "run": Run(start=now, end=now + self.run_s, status=status, failure=failure, log=log),
+        }
+        lost = {
+            field: [source for source in body.get(f"{kind}DataSources", []) if source not in there]
+            for kind, field, there in (
+                ("dataset", "invalidDatasetSources", self.datasets),
+                ("kernel", "invalidKernelSources", self.kernels),
+            )
+        }
+        return {
+            "ref": f"/code/{name}",
+            "url": f"https://www.kaggle.com/code/{name}",
+            "versionNumber": before["version"] + 1,
+            **{field: names for field, names in lost.items() if names},
+        }
 
     def _kernel(self, body):
         found = self.kernels.get(f"{body['userName']}/{body['kernelSlug']}")
-        return found, None if found else _answer(403, {"code": 403, "message": "Permission 'kernels.get' was denied"})
+        return found, None if found else _answer(
+            403, {"code": 403, "message": "Permission 'kernels.get' was denied"}
+        )
 
     def GetKernelSessionStatus(self, body):
         found, denied = self._kernel(body)
@@ -173,7 +215,9 @@ class StandIn:
             return denied
         run, now = found["run"], self.clock.now
         if now < run.start + 10:  # not taken up: nothing yet, or the run before
-            return {"status": found["before"].status} if found["before"] else {}  # the client reads {} as QUEUED
+            return (
+                {"status": found["before"].status} if found["before"] else {}
+            )  # the client reads {} as QUEUED
         if now < run.end:
             return {"status": "RUNNING"}
         return {"status": run.status, **({"failureMessage": run.failure} if run.failure else {})}
@@ -184,8 +228,14 @@ class StandIn:
             return denied
         if self.clock.now < found["run"].end + 15:  # the log comes a little after the end
             return {}
-        return {"log": json.dumps([{"stream_name": "stdout", "time": 1.0, "data": line + "\n"}
-                                   for line in found["run"].log.splitlines()])}
+        return {
+            "log": json.dumps(
+                [
+                    {"stream_name": "stdout", "time": 1.0, "data": line + "\n"}
+                    for line in found["run"].log.splitlines()
+                ]
+            )
+        }
 
     def GetAcceleratorQuotaStatistics(self, body):
         return {"gpuQuota": self.quota}
@@ -199,7 +249,9 @@ def _answer(code, body):
     response.status_code, response.url = code, "https://api.kaggle.com/v1/..."
     response.reason = requests.status_codes._codes.get(code, ["?"])[0].replace("_", " ").title()
     response.headers["Content-Type"] = "application/json"
-    response.headers["X-Kaggle-APIVersion"] = "99.0.0"  # so that the client warns that it is outdated
+    response.headers["X-Kaggle-APIVersion"] = (
+        "99.0.0"  # so that the client warns that it is outdated
+    )
     response._content = json.dumps(body).encode()
     return response
 
@@ -214,18 +266,24 @@ def install(monkeypatch, folder, user="someone", key="kaggle.json"):
     (folder / ".kaggle").mkdir(parents=True, exist_ok=True)
     if key:
         path = folder / ".kaggle" / key
-        path.write_text(json.dumps({"username": user, "key": "0" * 32}) if key.endswith("json") else "good")
+        path.write_text(
+            json.dumps({"username": user, "key": "0" * 32}) if key.endswith("json") else "good"
+        )
         path.chmod(0o644)  # the client warns of it, by the name of the file
     monkeypatch.setenv("HOME", str(folder))
     for name in ("KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_API_TOKEN", "KAGGLE_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(HTTPAdapter, "send", lambda self, request, **options: standin.send(request, **options))
+    monkeypatch.setattr(
+        HTTPAdapter, "send", lambda self, request, **options: standin.send(request, **options)
+    )
     for name in [name for name in sys.modules if name.partition(".")[0] == "kaggle"]:
         monkeypatch.delitem(sys.modules, name)  # it reads its token's place when it is imported
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # where the client notes what is half uploaded
+    monkeypatch.setattr(
+        tempfile, "tempdir", str(folder)
+    )  # where the client notes what is half uploaded
     monkeypatch.setattr("time.sleep", clock.sleep)  # of the client's own attempts
-    from llamatelemetry import kaggle_client, kaggle_push, kaggle_sessions
+    from llamatelemetry.kaggle import client, push, sessions
 
-    for module in (kaggle_client, kaggle_push, kaggle_sessions):
+    for module in (client, push, sessions):
         monkeypatch.setattr(module, "time", clock)
     return standin

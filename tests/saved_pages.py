@@ -1,6 +1,10 @@
-"""A saved version of a notebook in a browser, as Kaggle shows it: nbconvert's page, require.js, and no other network."""
+"""A saved version of a notebook in a browser, as Kaggle shows it: nbconvert's page, require.js, and
+no other network."""
 
-TEMPLATE = ("/ajax/libs/", "/@jupyter-widgets/html-manager")  # what nbconvert's own templates load, in their addresses
+TEMPLATE = (
+    "/ajax/libs/",
+    "/@jupyter-widgets/html-manager",
+)  # what nbconvert's own templates load, in their addresses
 # For every figure, in the order of the page: is there something drawn in it, and can it be seen?
 _DRAWN = """() => [...document.querySelectorAll('.plotly-graph-div')].map(figure => {
   const marks = figure.querySelectorAll('.main-svg .trace, .main-svg .heatmaplayer image, .gl-container canvas');
@@ -11,15 +15,18 @@ _DRAWN = """() => [...document.querySelectorAll('.plotly-graph-div')].map(figure
 
 def figures(notebook):
     """The number of Plotly figures among an executed notebook's outputs."""
-    return sum("plotly-graph-div" in "".join(output.get("data", {}).get("text/html", ""))
-               for cell in notebook.cells for output in cell.get("outputs", []))
+    return sum(
+        "plotly-graph-div" in "".join(output.get("data", {}).get("text/html", ""))
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+    )
 
 
 def drawn(page, html, require_js, wait_s=20):
     """Open an exported notebook: ([is each figure drawn?], addresses that were asked for).
 
-    page: of Playwright. require_js: path of require.js, given for that address; any other is answered by nothing.
-    """
+    page: of Playwright. require_js: path of require.js, given for that address; any other is
+    answered by nothing."""
     asked = []
 
     def answer(route):

@@ -1,4 +1,5 @@
-"""Every architecture that llama.cpp's generator makes is captured, and the guide's table says what a run found."""
+"""Every architecture that llama.cpp's generator makes is captured, and the guide's table says what
+a run found."""
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,17 @@ def test_every_architecture_is_captured_and_its_invariants_hold():
     try:
         program = architectures.build_generator(architectures.CACHE)
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        pytest.skip(f"the generator of random models could not be built (no network or no compiler): {error}")
+        pytest.skip(
+            f"the generator of random models could not be built (no network or no compiler): {error}"
+        )
     models = architectures.make_models(program, architectures.CACHE / "models-0")
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(architectures.check_apart, models))
-    bad = {row["model"]: row.get("error") or row["invariants"] for row in rows if not architectures.holds(row)}
+    bad = {
+        row["model"]: row.get("error") or row["invariants"]
+        for row in rows
+        if not architectures.holds(row)
+    }
     assert not bad
     assert len(rows) >= 128
     assert all(row["predicts"]["logits"] for row in rows)  # the generator makes no encoders

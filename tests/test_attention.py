@@ -7,13 +7,15 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from llamatelemetry.analysis import attention as att
-from llamatelemetry.analysis import attention_compare as compare
-from llamatelemetry.analysis import attention_findings as say
-from llamatelemetry.analysis import attention_flow as flows
-from llamatelemetry.analysis import attention_output as output
-from llamatelemetry.analysis import attention_weights as weights
-from llamatelemetry.plots import attention as figures
+from llamatelemetry.attention import (
+    compare,
+    figures,
+    flow,
+    output,
+    patterns,
+    say,
+    weights,
+)
 
 
 def maps(*layers):
@@ -45,7 +47,12 @@ class FakeGGUF:
     def __init__(self, tensors, n_head, n_kv_head, head_dim, **facts):
         self._tensors = tensors
         self.tensors = pd.DataFrame({"type": "F32"}, index=list(tensors))
-        self.n_head, self.n_kv_head, self.head_dim, self.rope_dim = n_head, n_kv_head, head_dim, head_dim
+        self.n_head, self.n_kv_head, self.head_dim, self.rope_dim = (
+            n_head,
+            n_kv_head,
+            head_dim,
+            head_dim,
+        )
         self.architecture, self.norm_eps, self.rope_freq_base = "llama", 0.0, 10000.0
         self.metadata = {"llama.attention.layer_norm_rms_epsilon": 0.0}
         self.sliding_window = self.attn_logit_softcap = self.final_logit_softcap = None
@@ -66,22 +73,22 @@ class FakeCapture(dict):
 
 
 def test_query_heads_map_to_consecutive_kv_heads():
-    assert [att.kv_head(h, 9, 3) for h in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert att.head_groups(4, 2)["heads"].tolist() == ["0, 1", "2, 3"]
+    assert [patterns.kv_head(h, 9, 3) for h in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert patterns.head_groups(4, 2)["heads"].tolist() == ["0, 1", "2, 3"]
 
 
 def test_masks():
-    causal = att.allowed_keys(range(3), 3)
+    causal = patterns.allowed_keys(range(3), 3)
     assert causal.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
-    assert att.allowed_keys(range(3), 3, window=2)[2].tolist() == [False, True, True]
-    assert att.allowed_keys([2], 3).tolist() == [[True, True, True]]
+    assert patterns.allowed_keys(range(3), 3, window=2)[2].tolist() == [False, True, True]
+    assert patterns.allowed_keys([2], 3).tolist() == [[True, True, True]]
 
 
 def test_attend_with_two_heads_on_one_kv_head():
     q = np.array([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])  # (head, token, feature)
     k = np.array([[[1.0, 0.0], [0.0, 1.0]]])
     v = np.array([[[1.0, 10.0], [3.0, 30.0]]])
-    steps = att.attend(q, k, v, scale=0.5)
+    steps = patterns.attend(q, k, v, scale=0.5)
     assert steps["scores"].values[0].tolist() == [[1, 0], [0, 2]]
     weight = np.exp(1) / (1 + np.exp(1))  # softmax(0, 2 * 0.5)
     np.testing.assert_allclose(steps["attention"].values[0], [[1, 0], [1 - weight, weight]])
@@ -92,83 +99,92 @@ def test_attend_with_two_heads_on_one_kv_head():
 
 def test_softcap_comes_before_the_scale_and_window_masks():
     q, k = np.full((1, 3, 1), 10.0), np.full((1, 3, 1), 10.0)
-    steps = att.attend(q, k, k, scale=0.5, softcap=5.0, window=2)
+    steps = patterns.attend(q, k, k, scale=0.5, softcap=5.0, window=2)
     assert steps["scaled"].values[0, 2, 0] == pytest.approx(5 * np.tanh(100 / 5) * 0.5)
     assert steps["attention"].values[0, 2].tolist() == [0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(
     "a, entropy, distance",
-    [(identity(4), 0.0, 0.0), (previous(4), 0.0, 1.0), (to_first(4), 0.0, 3.0), (uniform(4), np.log(4), 1.5)],
+    [
+        (identity(4), 0.0, 0.0),
+        (previous(4), 0.0, 1.0),
+        (to_first(4), 0.0, 3.0),
+        (uniform(4), np.log(4), 1.5),
+    ],
 )
 def test_entropy_and_distance_of_the_last_query(a, entropy, distance):
     a = maps([a])
-    assert float(att.entropy(a)[0, 0, -1]) == pytest.approx(entropy)
-    assert float(att.mean_distance(a)[0, 0, -1]) == pytest.approx(distance)
+    assert float(patterns.entropy(a)[0, 0, -1]) == pytest.approx(entropy)
+    assert float(patterns.mean_distance(a)[0, 0, -1]) == pytest.approx(distance)
 
 
 def test_normalised_entropy_is_one_for_uniform_and_nan_for_a_single_key():
-    values = att.entropy(maps([uniform(5)]), normalised=True)[0, 0]
+    values = patterns.entropy(maps([uniform(5)]), normalised=True)[0, 0]
     assert np.isnan(values[0])
     np.testing.assert_allclose(values[1:], 1, rtol=1e-6)
 
 
 def test_positions_of_a_few_queries_come_from_the_coordinate():
     part = maps([uniform(5)]).isel(query=[4])
-    assert att.query_positions(part).tolist() == [4]  # the last, where nothing else is known
+    assert patterns.query_positions(part).tolist() == [4]  # the last, where nothing else is known
     part = maps([uniform(5)]).assign_coords(query_position=("query", np.arange(5))).isel(query=[2])
-    assert att.query_positions(part).tolist() == [2]
-    assert float(att.mean_distance(part)[0, 0, 0]) == pytest.approx(1.0)
+    assert patterns.query_positions(part).tolist() == [2]
+    assert float(patterns.mean_distance(part)[0, 0, 0]) == pytest.approx(1.0)
 
 
 def test_sink_measures():
     a = maps([to_first(4), identity(4), uniform(4)])
-    np.testing.assert_allclose(att.sink_mass(a)[0], [1, 0, (1 / 2 + 1 / 3 + 1 / 4) / 3], rtol=1e-6)
-    # Gu et al. count the token's own query too: identity gives 1/4, uniform (1 + 1/2 + 1/3 + 1/4) / 4
-    np.testing.assert_allclose(att.key_importance(a)[0, :, 0], [1, 0.25, 25 / 48], rtol=1e-6)
-    assert att.is_sink_head(a)[0].values.tolist() == [True, False, True]
-    assert float(att.key_importance(a)[0, 1, 3]) == 1.0  # seen by one query only
-    table = att.head_table(a)
+    np.testing.assert_allclose(
+        patterns.sink_mass(a)[0], [1, 0, (1 / 2 + 1 / 3 + 1 / 4) / 3], rtol=1e-6
+    )
+    # Gu et al. count the token's own query too: identity gives 1/4, uniform (1 + 1/2 + 1/3 + 1/4) /
+    # 4
+    np.testing.assert_allclose(patterns.key_importance(a)[0, :, 0], [1, 0.25, 25 / 48], rtol=1e-6)
+    assert patterns.is_sink_head(a)[0].values.tolist() == [True, False, True]
+    assert float(patterns.key_importance(a)[0, 1, 3]) == 1.0  # seen by one query only
+    table = patterns.head_table(a)
     assert list(table["head"]) == [0, 1, 2] and table["sink"].tolist() == [True, False, True]
     assert table["distance"].tolist() == pytest.approx([2.0, 0.0, (0.5 + 1 + 1.5) / 3])
 
 
 def test_rollout_of_two_hops_is_the_product():
     # Half previous token, half residual, twice: 1/4 two back, 1/2 one back, 1/4 self.
-    rolled = flows.rollout(maps([previous(4)], [previous(4)]))
+    rolled = flow.rollout(maps([previous(4)], [previous(4)]))
     np.testing.assert_allclose(rolled[1, 3], [0, 0.25, 0.5, 0.25])
     np.testing.assert_allclose(rolled[0, 3], [0, 0, 0.5, 0.5])
     np.testing.assert_allclose(rolled.sum("key"), 1)
-    np.testing.assert_allclose(flows.rollout(maps([identity(3)], [identity(3)]))[1], np.eye(3))
+    np.testing.assert_allclose(flow.rollout(maps([identity(3)], [identity(3)]))[1], np.eye(3))
     np.testing.assert_allclose(  # heads are averaged before the product
-        flows.rollout(maps([identity(2), to_first(2)]))[0, 1], [0.25, 0.75]
+        flow.rollout(maps([identity(2), to_first(2)]))[0, 1], [0.25, 0.75]
     )
 
 
 def test_flow_is_limited_by_the_narrowest_edge():
-    # Two layers of previous(3), query 2: token 0 by 2-1-0 (0.5), token 1 by 2-1-1 and 2-2-1 (0.5 each), 2 by 2-2-2.
-    values = flows.flow(maps([previous(3)], [previous(3)]))
+    # Two layers of previous(3), query 2: token 0 by 2-1-0 (0.5), token 1 by 2-1-1 and 2-2-1 (0.5
+    # each), 2 by 2-2-2.
+    values = flow.flow(maps([previous(3)], [previous(3)]))
     np.testing.assert_allclose(values, np.array([0.5, 1.0, 0.5]) / 2.0)
-    np.testing.assert_allclose(flows.flow(maps([previous(3)]), query=1), [0.5, 0.5, 0])
+    np.testing.assert_allclose(flow.flow(maps([previous(3)]), query=1), [0.5, 0.5, 0])
 
 
 def test_rollout_needs_every_query():
     with pytest.raises(ValueError, match="every query"):
-        flows.rollout(maps([uniform(3)]).isel(query=[2]))
+        flow.rollout(maps([uniform(3)]).isel(query=[2]))
 
 
 def test_edges():
-    edges = flows.head_edges(maps([previous(3), uniform(3)]), threshold=0.4)
+    edges = flow.head_edges(maps([previous(3), uniform(3)]), threshold=0.4)
     assert edges[["src", "dst", "head"]].values.tolist() == [[1, 0, 0], [2, 1, 0], [1, 0, 1]]
     assert edges["weight"].tolist() == [1, 1, 0.5]
-    rolled = flows.rollout_edges(flows.rollout(maps([previous(3)], [previous(3)])), threshold=0.3)
+    rolled = flow.rollout_edges(flow.rollout(maps([previous(3)], [previous(3)])), threshold=0.3)
     assert rolled[["src", "dst"]].values.tolist() == [[1, 0], [2, 1]]
 
 
 def test_token_nodes_rank_the_token_that_all_look_at():
     from llamatelemetry.backend import get_backend
 
-    nodes = flows.token_nodes(maps([to_first(4), uniform(4)]), list("abcd"), get_backend("cpu"))
+    nodes = flow.token_nodes(maps([to_first(4), uniform(4)]), list("abcd"), get_backend("cpu"))
     first = (1 + 1 / 2 + 1 + 1 / 3 + 1 + 1 / 4) / 6
     assert nodes["received"].tolist() == pytest.approx([first, (1 / 3 + 1 / 4) / 4, 1 / 8, 0])
     assert nodes["pagerank"].idxmax() == 0 and nodes["pagerank"].sum() == pytest.approx(1)
@@ -179,10 +195,18 @@ def test_js_distance_and_moved_targets():
     np.testing.assert_allclose(compare.js_distance(a, b)[0], [[0, 1, 1], [0, 0, 0]], atol=1e-7)
     table = compare.compare_heads(a, b)
     assert table["head"].tolist() == [0, 1]
-    assert table.loc[0, ["js_distance", "max_difference", "top_moved", "top_shift"]].tolist() == [1, 1, 1, 1]
+    assert table.loc[0, ["js_distance", "max_difference", "top_moved", "top_shift"]].tolist() == [
+        1,
+        1,
+        1,
+        1,
+    ]
     assert table.loc[1, "top_moved"] == 0 and np.isnan(table.loc[1, "top_shift"])
     moves = compare.moved_targets(a[0, 0], b[0, 0], ["a", "b", "c"])
-    assert moves[["query", "from_piece", "to_piece"]].values.tolist() == [[1, "b", "a"], [2, "c", "b"]]
+    assert moves[["query", "from_piece", "to_piece"]].values.tolist() == [
+        [1, "b", "a"],
+        [2, "c", "b"],
+    ]
 
 
 def test_js_distance_of_a_half_step():
@@ -200,12 +224,16 @@ def test_captures_of_different_texts_are_refused():
 
 def test_norms():
     gguf = FakeGGUF({"n.weight": np.array([1.0, 2.0])}, 1, 1, 2)
-    np.testing.assert_allclose(weights.norm([[3.0, 4.0]], gguf, "n"), [[3 / 12.5**0.5, 8 / 12.5**0.5]])
+    np.testing.assert_allclose(
+        weights.norm([[3.0, 4.0]], gguf, "n"), [[3 / 12.5**0.5, 8 / 12.5**0.5]]
+    )
     gguf = FakeGGUF({"n.weight": np.ones(2), "n.bias": np.array([0.0, 5.0])}, 1, 1, 2, metadata={})
     np.testing.assert_allclose(weights.norm([[3.0, 7.0]], gguf, "n"), [[-1, 6]])
 
 
-@pytest.mark.parametrize("pairing, turned", [("neighbours", [0, 1, 1, 0]), ("halves", [-1, 0, 1, 0])])
+@pytest.mark.parametrize(
+    "pairing, turned", [("neighbours", [0, 1, 1, 0]), ("halves", [-1, 0, 1, 0])]
+)
 def test_rope_turns_pairs(pairing, turned):
     # Base 1: every pair turns by one radian a token; a quarter turn, with factors, at token 1.
     x = np.array([[[1.0, 0, 1, 0], [1.0, 0, 1, 0]]])
@@ -228,7 +256,11 @@ def test_projections_split_fused_matrices_alike():
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(4 * 2 + 2 * 2 + 2 * 2, 6))  # 4 query heads, 2 kv heads, 2 features
     separate = FakeGGUF(
-        {"blk.0.attn_q.weight": matrix[:8], "blk.0.attn_k.weight": matrix[8:12], "blk.0.attn_v.weight": matrix[12:]},
+        {
+            "blk.0.attn_q.weight": matrix[:8],
+            "blk.0.attn_k.weight": matrix[8:12],
+            "blk.0.attn_v.weight": matrix[12:],
+        },
         *(4, 2, 2),
     )
     fused = FakeGGUF({"blk.0.attn_qkv.weight": matrix}, 4, 2, 2)
@@ -260,7 +292,11 @@ def test_residual_shares_sum_to_one():
         h[layer + 1] = h[layer] + a[layer] + f[layer]
     dims = ("layer", "token", "embd")
     shares = output.residual_shares(*(xr.DataArray(x, dims=dims) for x in (h, a, f)))
-    total = shares["attention_direct"].sum("layer") + shares["ffn_direct"].sum("layer") + shares["embedding_direct"]
+    total = (
+        shares["attention_direct"].sum("layer")
+        + shares["ffn_direct"].sum("layer")
+        + shares["embedding_direct"]
+    )
     np.testing.assert_allclose(total, 1)
     assert float(shares["attention_share"][1, 2]) == pytest.approx(
         np.linalg.norm(a[1, 2]) / (np.linalg.norm(a[1, 2]) + np.linalg.norm(f[1, 2]))
@@ -273,17 +309,25 @@ def test_logit_parts_add_up_to_the_logit(softcap):
     a, f = rng.normal(size=(2, 2, 1, 4))
     h = np.stack([np.ones((1, 4)), 1 + a[0] + f[0], 1 + a[0] + f[0] + a[1] + f[1]])
     unembed, norm = rng.normal(size=(7, 4)), rng.normal(size=4)
-    gguf = FakeGGUF({"output.weight": unembed, "output_norm.weight": norm}, 1, 1, 4, final_logit_softcap=softcap)
+    gguf = FakeGGUF(
+        {"output.weight": unembed, "output_norm.weight": norm}, 1, 1, 4, final_logit_softcap=softcap
+    )
     logits = weights.rms_norm(h[-1], norm, 0) @ unembed.T
     logits = logits if not softcap else softcap * np.tanh(logits / softcap)
     stages = {"hidden": h, "attn_out": a, "ffn_out": f}
-    captured = FakeCapture({k: xr.DataArray(x, dims=("layer", "token", "embd")) for k, x in stages.items()})
+    captured = FakeCapture(
+        {k: xr.DataArray(x, dims=("layer", "token", "embd")) for k, x in stages.items()}
+    )
     captured["logits"] = xr.DataArray(logits, dims=("token", "vocab"))
     table = output.logit_parts(captured, gguf, [2, 5])
     np.testing.assert_allclose(table["total"], table["captured"])
     largest = table["captured"].abs().max()
-    assert table["tolerance"].between(1e-4 * largest, 1.1e-4 * largest).all()  # floats: hardly more than the slack
-    np.testing.assert_allclose(table["by_layer"][0].sum(0), table.loc[0, ["attention", "ffn"]].astype(float))
+    assert (
+        table["tolerance"].between(1e-4 * largest, 1.1e-4 * largest).all()
+    )  # floats: hardly more than the slack
+    np.testing.assert_allclose(
+        table["by_layer"][0].sum(0), table.loc[0, ["attention", "ffn"]].astype(float)
+    )
 
 
 def test_sampling_chain():
@@ -308,19 +352,30 @@ def said(sentence):
 
 def test_findings_say_what_the_numbers_say():
     sentence = said(say.head_finding(maps([previous(4)])[0, 0], list("abcd")))
-    assert sentence.startswith("100% of the 3 queries that have a choice attend most to the token before")
+    assert sentence.startswith(
+        "100% of the 3 queries that have a choice attend most to the token before"
+    )
     assert "1.000, from 'c' (position 2) to 'b' (position 1)" in sentence
     a = maps([uniform(4), identity(4)], [to_first(4), to_first(4)])
-    table = att.head_table(a)
+    table = patterns.head_table(a)
     sentence = said(say.sink_finding(table))
-    assert sentence.startswith("3 of 4 heads (75%)") and "in 1 of 2 layers, the first of them layer 1" in sentence
+    assert (
+        sentence.startswith("3 of 4 heads (75%)")
+        and "in 1 of 2 layers, the first of them layer 1" in sentence
+    )
     assert "layer 1, head 0: 2.0 tokens" in said(say.depth_finding(table))
     raw, moved = maps([to_first(3)]), maps([identity(3)])
-    assert "100% of the attention and 0% of the moved length" in said(say.weighted_layers_finding(raw, moved))
-    sentence = said(say.compare_finding(compare.compare_heads(a, a[::-1].assign_coords(layer=[0, 1]))))
+    assert "100% of the attention and 0% of the moved length" in said(
+        say.weighted_layers_finding(raw, moved)
+    )
+    sentence = said(
+        say.compare_finding(compare.compare_heads(a, a[::-1].assign_coords(layer=[0, 1])))
+    )
     assert "largest difference of a single weight is 1.0000" in sentence
-    rolled = flows.rollout(maps(*[[to_first(4)]] * 4))[:, -1]
-    assert "passes one half after layer 1 and ends at 0.938" in said(say.rollout_finding(rolled, list("abcd")))
+    rolled = flow.rollout(maps(*[[to_first(4)]] * 4))[:, -1]
+    assert "passes one half after layer 1 and ends at 0.938" in said(
+        say.rollout_finding(rolled, list("abcd"))
+    )
 
 
 def test_sentences_fit_a_page():
@@ -329,11 +384,11 @@ def test_sentences_fit_a_page():
 
 
 def test_generated_tokens_attention_is_split_by_target():
-    split = att.generated_split(maps([uniform(5)]), n_prompt=3)
+    split = patterns.generated_split(maps([uniform(5)]), n_prompt=3)
     assert split.index.tolist() == [3, 4]
     np.testing.assert_allclose(split.loc[3], [1 / 4, 2 / 4, 0, 1 / 4], rtol=1e-6)
     np.testing.assert_allclose(split.loc[4], [1 / 5, 2 / 5, 1 / 5, 1 / 5], rtol=1e-6)
-    only = att.generated_split(maps([uniform(5)]).isel(query=[4]), n_prompt=3)
+    only = patterns.generated_split(maps([uniform(5)]).isel(query=[4]), n_prompt=3)
     assert only.index.tolist() == [4]
 
 
@@ -344,8 +399,12 @@ def test_figures_leave_the_future_blank_and_escape_tokens():
     assert np.isnan(z[0, 1]) and not np.isnan(z[1]).all() and z[2, 0] == pytest.approx(1 / 3)
     rows = figures.token_map(uniform(4)[2:], list("abcd"), queries=[2, 3], title="t", unit="weight")
     assert np.isnan(np.asarray(rows.data[0].z)).tolist() == [[False] * 3 + [True], [False] * 4]
-    longer = figures.token_map(uniform(40)[28:], ["word " * 4] * 40, queries=range(28, 40), title="t", unit="weight")
-    assert longer.layout.height - 8 * 18 - 120 >= 12 * 16  # beside title and labels, 12 rows that can be told apart
+    longer = figures.token_map(
+        uniform(40)[28:], ["word " * 4] * 40, queries=range(28, 40), title="t", unit="weight"
+    )
+    assert (
+        longer.layout.height - 8 * 18 - 120 >= 12 * 16
+    )  # beside title and labels, 12 rows that can be told apart
     parts = pd.DataFrame({"embedding": [1.0], "by_layer": [np.array([[1.0, 2.0], [3.0, 4.0]])]})
     line = figures.logit_build_up(parts, ["x"], title="t").data[0]
     assert list(line.y) == [1, 2, 4, 7, 11] and line.text[-1] == "layer 1 ffn"
@@ -357,22 +416,28 @@ def test_every_step_of_a_real_layer_is_recomputed_and_a_wrong_one_is_found(engin
     from bench_rounding_cause import weights as matrix_of
     from gguf import GGUFReader
 
-    from llamatelemetry.analysis.attention_steps import STAGES, check_steps
+    from llamatelemetry.attention.steps import STAGES, check_steps
 
     cap = engine.capture("The cat sat on the mat and the cat", stages=STAGES)
     for layer in (0, 13, 17):
         steps = check_steps(cap, engine.model, layer)
         assert len(steps) == 12 and steps["agrees"].all(), steps
-        quantized = steps[steps["kind"] == "quantized"]  # the tolerance is twice what rounding explains: neither more ...
+        quantized = steps[
+            steps["kind"] == "quantized"
+        ]  # the tolerance is twice what rounding explains: neither more ...
         used = quantized["relative_difference"] / (quantized["tolerance"] - 1e-3)
         assert len(used) == 4 and used.between(0.4, 0.65).all(), steps  # ... nor less is there
-    tensor = next(t for t in GGUFReader(engine.model.path).tensors if t.name == "blk.13.attn_v.weight")
+    tensor = next(
+        t for t in GGUFReader(engine.model.path).tensors if t.name == "blk.13.attn_v.weight"
+    )
     on_cuda = product(np.asarray(cap.attn_norm.sel(layer=13)), matrix_of(tensor), BEFORE)
     cap.v.values[13] = on_cuda.reshape(len(on_cuda), engine.model.n_kv_head, -1).swapaxes(0, 1)
     for gpu in (False, True):  # a GPU rounds more coarsely there, and is allowed to
         cap.model.gpu = gpu
         assert check_steps(cap, engine.model, 13).set_index("step")["agrees"]["project to v"] == gpu
-    cap.v.values[17] *= 1.01  # one percent: within what quantized kernels differ by, but not for the weighted values
+    cap.v.values[17] *= (
+        1.01  # one percent: within what quantized kernels differ by, but not for the weighted values
+    )
     steps = check_steps(cap, engine.model, 17).set_index("step")
     assert steps.index[~steps["agrees"]].tolist() == ["weighted values"]
     cap.q.values[17, 3] *= -1

@@ -7,42 +7,71 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from llamatelemetry.analysis.attention import attend
-from llamatelemetry.analysis.attention_output import sampled_probabilities
-from llamatelemetry.plots import attention_arcs
-from llamatelemetry.plots import attention_page as pages
+from llamatelemetry.attention import arcs
+from llamatelemetry.attention import page as pages
+from llamatelemetry.attention.output import sampled_probabilities
+from llamatelemetry.attention.patterns import attend
 
 PIECES = ["<script>alert(1)</script>", " the", "\n", b"\xff", " cat", " sat"]
 N_LAYER, N_HEAD, N_KV, N_EMBD, WIDTH = 3, 4, 2, 8, 6
 
 
-def made(n_layer=N_LAYER, n_head=N_HEAD, n_kv=N_KV, n_token=len(PIECES), width=WIDTH, window=None, softcap=None):
-    """q, k, v drawn with a seed and everything that attention makes of them, as DataArrays by stage."""
+def made(
+    n_layer=N_LAYER,
+    n_head=N_HEAD,
+    n_kv=N_KV,
+    n_token=len(PIECES),
+    width=WIDTH,
+    window=None,
+    softcap=None,
+):
+    """q, k, v drawn with a seed and everything that attention makes of them, as DataArrays by
+    stage."""
     rng = np.random.default_rng(0)
     q = rng.normal(size=(n_layer, n_head, n_token, width)).astype(np.float32)
     k, v = rng.normal(size=(2, n_layer, n_kv, n_token, width)).astype(np.float32)
-    steps = [attend(q[i], k[i], v[i], scale=0.5, window=window, softcap=softcap) for i in range(n_layer)]
+    steps = [
+        attend(q[i], k[i], v[i], scale=0.5, window=window, softcap=softcap) for i in range(n_layer)
+    ]
     heads = ("layer", "head", "token", "feature")
     maps = ("layer", "head", "query", "key")
-    stack = {name: np.stack([s[name] for s in steps]).astype(np.float32) for name in steps[0].data_vars}
+    stack = {
+        name: np.stack([s[name] for s in steps]).astype(np.float32) for name in steps[0].data_vars
+    }
     stream = rng.normal(size=(n_layer + 1, n_token, N_EMBD)).astype(np.float32)
     return {
-        "q": xr.DataArray(q, dims=heads), "q_pre": xr.DataArray(q, dims=heads),
-        "k": xr.DataArray(k, dims=("layer", "kv_head", *heads[2:])), "v": xr.DataArray(v, dims=heads),
-        "k_pre": xr.DataArray(k, dims=heads), "attn_heads": xr.DataArray(stack["head_output"], dims=heads),
-        "scores": xr.DataArray(stack["scores"], dims=maps), "attention": xr.DataArray(stack["attention"], dims=maps),
-        "hidden": stream, "attn_norm": stream[1:], "attn_out": stream[1:],
-    }  # fmt: skip
+        "q": xr.DataArray(q, dims=heads),
+        "q_pre": xr.DataArray(q, dims=heads),
+        "k": xr.DataArray(k, dims=("layer", "kv_head", *heads[2:])),
+        "v": xr.DataArray(v, dims=heads),
+        "k_pre": xr.DataArray(k, dims=heads),
+        "attn_heads": xr.DataArray(stack["head_output"], dims=heads),
+        "scores": xr.DataArray(stack["scores"], dims=maps),
+        "attention": xr.DataArray(stack["attention"], dims=maps),
+        "hidden": stream,
+        "attn_norm": stream[1:],
+        "attn_out": stream[1:],
+    }
 
 
 def views(data, **options):
-    return pages.attention_page(data["attention"], PIECES[: data["attention"].shape[-1]], model="M", scales=0.5,
-                                q=data["q"], k=data["k"], **options)  # fmt: skip
+    return pages.attention_page(
+        data["attention"],
+        PIECES[: data["attention"].shape[-1]],
+        model="M",
+        scales=0.5,
+        q=data["q"],
+        k=data["k"],
+        **options,
+    )
 
 
 def steps_page(data, **options):
     tokens = pd.DataFrame({"id": range(10, 10 + len(PIECES)), "piece": PIECES})
-    writes = {"written": np.ones((N_LAYER, N_HEAD, N_EMBD), np.float32), "difference": np.zeros(N_LAYER)}
+    writes = {
+        "written": np.ones((N_LAYER, N_HEAD, N_EMBD), np.float32),
+        "difference": np.zeros(N_LAYER),
+    }
     return pages.steps_page(data, writes, tokens, model="M", position=-1, scales=0.5, **options)
 
 
@@ -52,7 +81,9 @@ def opened(browser, tmp_path):
     contexts, problems = [], []
 
     def open_(page, dark=False):
-        context = browser.new_context(color_scheme="dark" if dark else "light", viewport={"width": 900, "height": 900})
+        context = browser.new_context(
+            color_scheme="dark" if dark else "light", viewport={"width": 900, "height": 900}
+        )
         contexts.append(context)
         tab = context.new_page()
         tab.on("pageerror", lambda error: problems.append(str(error)))
@@ -69,7 +100,8 @@ def opened(browser, tmp_path):
 
 
 def wait(tab, condition, seconds=20):
-    """Until a condition holds: polled from here, because the page's policy forbids evaluating text inside it."""
+    """Until a condition holds: polled from here, because the page's policy forbids evaluating text
+    inside it."""
     end = time.monotonic() + seconds
     while not tab.evaluate(f"!!({condition})"):
         assert time.monotonic() < end, f"{condition} did not hold within {seconds} s"
@@ -78,7 +110,9 @@ def wait(tab, condition, seconds=20):
 
 def test_size_of_a_30_by_9_page_at_64_tokens():
     rng = np.random.default_rng(0)
-    a = xr.DataArray(rng.random((30, 9, 64, 64), dtype=np.float32), dims=("layer", "head", "query", "key"))
+    a = xr.DataArray(
+        rng.random((30, 9, 64, 64), dtype=np.float32), dims=("layer", "head", "query", "key")
+    )
     q, k = rng.normal(size=(30, 9, 64, 64)), rng.normal(size=(30, 3, 64, 64))
     page = pages.attention_page(a, ["x"] * 64, model="M", scales=0.1, q=q, k=k)
     assert len(page.html.encode()) < 5_000_000
@@ -92,17 +126,29 @@ def test_packed_vectors_are_as_precise_as_the_page_says(bits, error):
     x = np.random.default_rng(0).normal(size=(3, 2, 4, 16)).astype(np.float32)
     packed = pages.pack_vectors(x, bits, [0, 2])
     values = packed["values"]
-    back = np.frombuffer(base64.b64decode(values["b64"]), values["dtype"]).reshape(values["shape"]).astype(float)
+    back = (
+        np.frombuffer(base64.b64decode(values["b64"]), values["dtype"])
+        .reshape(values["shape"])
+        .astype(float)
+    )
     if bits < 32:
         back -= 32768 if bits == 16 else 0
-        back *= np.frombuffer(base64.b64decode(packed["scales"]["b64"]), np.float32).reshape(2, 2, 4, 1)
+        back *= np.frombuffer(base64.b64decode(packed["scales"]["b64"]), np.float32).reshape(
+            2, 2, 4, 1
+        )
     bound = np.abs(x[[0, 2]]).max(-1, keepdims=True) * (error + 1e-7)
     assert (np.abs(back - x[[0, 2]]) <= bound).all() and packed["layers"] == [0, 2]
 
 
 @pytest.mark.parametrize(
     "max_bytes, expected",
-    [(1e9, (32, 32, 8)), (1.1e6, (32, 16, 8)), (9e5, (16, 16, 8)), (6e5, (16, 8, 8)), (5e5, (16, 16, 3))],
+    [
+        (1e9, (32, 32, 8)),
+        (1.1e6, (32, 16, 8)),
+        (9e5, (16, 16, 8)),
+        (6e5, (16, 8, 8)),
+        (5e5, (16, 16, 3)),
+    ],
 )
 def test_precision_falls_before_layers_do(max_bytes, expected):
     bits, vector_bits, layers = pages._precision(100_000, 200_000, 8, 5, max_bytes)
@@ -149,8 +195,13 @@ def test_choosing_a_head_redraws_it_with_the_captured_numbers(opened, dark):
 def test_all_thumbnails_are_in_view_where_the_frame_is_narrow(opened, width):
     """The last layers of 30 lay outside a frame in a notebook."""
     tab = opened(views(made(n_layer=30)))
-    tab.set_viewport_size({"width": width, "height": 900})  # as a frame's, which is set after the page has run
-    wait(tab, "document.getElementById('gridbox').scrollWidth <= document.getElementById('gridbox').clientWidth")
+    tab.set_viewport_size(
+        {"width": width, "height": 900}
+    )  # as a frame's, which is set after the page has run
+    wait(
+        tab,
+        "document.getElementById('gridbox').scrollWidth <= document.getElementById('gridbox').clientWidth",
+    )
     wait(tab, f"state.thumbnails === {30 * N_HEAD}")
 
 
@@ -190,7 +241,9 @@ def test_a_32_by_32_page_draws_all_heads_and_answers_meanwhile(opened):
     rng = np.random.default_rng(0)
     a = np.tril(rng.random((32, 32, 64, 64), dtype=np.float32))
     q, k = rng.normal(size=(32, 32, 64, 8)), rng.normal(size=(32, 8, 64, 8))
-    page = pages.attention_page(a / a.sum(-1, keepdims=True), ["x"] * 64, model="M", scales=1, q=q, k=k)
+    page = pages.attention_page(
+        a / a.sum(-1, keepdims=True), ["x"] * 64, model="M", scales=1, q=q, k=k
+    )
     tab = opened(page)
     done = tab.evaluate("state.thumbnails")
     tab.select_option("#head", "31")
@@ -207,7 +260,10 @@ def test_the_step_view_recomputes_what_was_captured(opened, window, softcap):
     for layer, head in ((1, 1), (2, 3)):
         tab.select_option("#layer", str(layer))
         tab.click(f"[data-head='{head}']")
-        assert tab.evaluate("state.captured.weights") == data["attention"].values[layer, head, 5].tolist()
+        assert (
+            tab.evaluate("state.captured.weights")
+            == data["attention"].values[layer, head, 5].tolist()
+        )
         mine = tab.evaluate("state.recomputed.weights")
         np.testing.assert_allclose(mine, data["attention"][layer, head, 5], atol=1e-6)
         assert tab.evaluate("state.difference.output") < 1e-5
@@ -245,7 +301,10 @@ def test_next_token_page_samples_as_the_chain_does(opened):
         assert tab.evaluate("state.kept") == np.count_nonzero(expected)
         got = tab.evaluate("state.probabilities")
         np.testing.assert_allclose(got, expected[order][: len(got)], atol=1e-9)
-    assert tab.locator("#bars .row").nth(1).locator("span").first.text_content() == vocabulary[order[0]]
+    assert (
+        tab.locator("#bars .row").nth(1).locator("span").first.text_content()
+        == vocabulary[order[0]]
+    )
 
 
 @pytest.mark.slow
@@ -253,20 +312,34 @@ def test_token_text_is_shown_and_not_run(opened):
     tab = opened(views(made()))
     labels = [tab.text_content(f"#lines [data-side=key][data-i='{i}']") for i in range(6)]
     assert labels == ["0 <script>al…", "1 ␣the", "2 ⏎", "3 <0xFF>", "4 ␣cat", "5 ␣sat"]
-    assert opened(steps_page(made())).locator("#steps").text_content().startswith("Token and its embedding")
+    assert (
+        opened(steps_page(made()))
+        .locator("#steps")
+        .text_content()
+        .startswith("Token and its embedding")
+    )
 
 
 @pytest.mark.slow
 def test_arcs_are_filtered_by_layer_head_and_weight(opened):
     edges = pd.DataFrame(
         {
-            "src": [1, 2, 2, 3, 3], "dst": [0, 1, 1, 2, 0], "layer": [0, 0, 1, 1, 4], "head": [0, 1, 1, 0, -1],
-            "weight": [0.4, 0.5, 0.6, 0.9, 0.7], "kind": ["head"] * 4 + ["rollout"],
+            "src": [1, 2, 2, 3, 3],
+            "dst": [0, 1, 1, 2, 0],
+            "layer": [0, 0, 1, 1, 4],
+            "head": [0, 1, 1, 0, -1],
+            "weight": [0.4, 0.5, 0.6, 0.9, 0.7],
+            "kind": ["head"] * 4 + ["rollout"],
         }
-    )  # fmt: skip
-    nodes = pd.DataFrame({"piece": PIECES[:4], "received": [0.9, 0.1, 0.2, 0.0], "pagerank": [0.4, 0.2, 0.2, 0.2]})
-    tab = opened(attention_arcs.arcs_page(nodes, edges, model="M", n_layer=2, n_head=2))
-    assert (tab.evaluate("state.edges"), tab.evaluate("state.arcs")) == (4, 3)  # two heads on one pair
+    )
+    nodes = pd.DataFrame(
+        {"piece": PIECES[:4], "received": [0.9, 0.1, 0.2, 0.0], "pagerank": [0.4, 0.2, 0.2, 0.2]}
+    )
+    tab = opened(arcs.arcs_page(nodes, edges, model="M", n_layer=2, n_head=2))
+    assert (tab.evaluate("state.edges"), tab.evaluate("state.arcs")) == (
+        4,
+        3,
+    )  # two heads on one pair
     assert tab.locator("path.rollout").count() == 1
     tab.select_option("#layer", "1")
     assert tab.evaluate("state.edges") == 2

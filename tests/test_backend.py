@@ -1,4 +1,4 @@
-"""backend.py and analysis/layout.py: planted clusters and neighbours, numpy's answers, and what is refused."""
+"""backend/ : planted clusters and neighbours, numpy's answers, and what is refused."""
 
 import importlib.util
 import sys
@@ -10,12 +10,11 @@ from sklearn.datasets import make_blobs
 from sklearn.manifold import trustworthiness
 from sklearn.metrics import adjusted_rand_score
 
-from llamatelemetry import backend as backend_module
-from llamatelemetry import gpus
-from llamatelemetry.analysis.layout import layout, pack_discs
-from llamatelemetry.backend import get_backend
-from llamatelemetry.backend_gpu import GpuBackend, _import_cugraph
+from llamatelemetry.backend import base, get_backend
+from llamatelemetry.backend.gpu import GpuBackend, _import_cugraph
+from llamatelemetry.backend.layout import layout, pack_discs
 from llamatelemetry.errors import GpuError
+from llamatelemetry.gpus import devices
 
 RAPIDS_HERE = all(importlib.util.find_spec(name) for name in ("cupy", "cudf", "cuml"))
 cpu = get_backend("cpu")
@@ -29,7 +28,10 @@ def fresh():
     get_backend.cache_clear()
 
 
-needs_rapids = [pytest.mark.gpu, pytest.mark.skipif(not RAPIDS_HERE, reason="no RAPIDS on this machine")]
+needs_rapids = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not RAPIDS_HERE, reason="no RAPIDS on this machine"),
+]
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=needs_rapids)])
@@ -76,7 +78,10 @@ def test_planted_pairs_find_each_other(backend):
     rng = np.random.default_rng(2)
     first = rng.normal(size=(60, 48))
     x = np.empty((120, 48), dtype=np.float32)
-    x[0::2], x[1::2] = first, first * 3 + rng.normal(size=first.shape) * 1e-3  # same direction, other length
+    x[0::2], x[1::2] = (
+        first,
+        first * 3 + rng.normal(size=first.shape) * 1e-3,
+    )  # same direction, other length
     _, indices = backend.neighbors(x, 1)
     np.testing.assert_array_equal(indices[:, 0], np.arange(120) ^ 1)
 
@@ -101,7 +106,7 @@ def test_rows_of_zeros_are_far_from_every_row_that_is_not(backend):
 def test_neighbors_do_not_depend_on_the_block(backend, monkeypatch):
     x, _ = planted()
     whole = backend.neighbors(x, 4)
-    monkeypatch.setattr(backend_module, "_BLOCK", 7 * 13 * 33)  # 7 rows at a time
+    monkeypatch.setattr(base, "_BLOCK", 7 * 13 * 33)  # 7 rows at a time
     for a, b in zip(whole, backend.neighbors(x, 4)):
         np.testing.assert_array_equal(a, b)
 
@@ -129,10 +134,13 @@ def test_kmeans_finds_planted_clusters(backend):
 
 
 def test_hdbscan_finds_planted_clusters_and_noise(backend):
-    x, labels = make_blobs(n_samples=[80, 80, 80], centers=[[0, 0], [10, 0], [0, 10]], cluster_std=0.5, random_state=0)
+    x, labels = make_blobs(
+        n_samples=[80, 80, 80], centers=[[0, 0], [10, 0], [0, 10]], cluster_std=0.5, random_state=0
+    )
     x = np.vstack([x, [[60, 60], [-60, 50], [50, -70]]])
     found = backend.hdbscan(x, min_cluster_size=10)
-    # cuML 26.10 gave one of the three lone points to the nearest cluster (H200, 2026-11-23); scikit-learn none.
+    # cuML 26.10 gave one of the three lone points to the nearest cluster (H200, 2026-11-23);
+    # scikit-learn none.
     assert (found[-3:] == -1).sum() >= (2 if backend.name == "gpu" else 3)
     kept = found[:-3] >= 0
     assert kept.mean() > 0.9 and adjusted_rand_score(labels[kept], found[:-3][kept]) == 1.0
@@ -140,13 +148,19 @@ def test_hdbscan_finds_planted_clusters_and_noise(backend):
 
 def test_min_samples_counts_the_point_itself(backend):
     corners = np.array([[0, 0], [1, 0], [0, 1], [10, 10], [11, 10], [10, 11]])
-    # Each point has two near ones: three with itself. A fourth is 13 away, and then no triple stands out.
+    # Each point has two near ones: three with itself. A fourth is 13 away, and then no triple
+    # stands out.
     for min_samples in (None, 2, 3):
-        assert backend.hdbscan(corners, 3, min_samples).tolist() in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0])
+        assert backend.hdbscan(corners, 3, min_samples).tolist() in (
+            [0, 0, 0, 1, 1, 1],
+            [1, 1, 1, 0, 0, 0],
+        )
     assert (backend.hdbscan(corners, 3, 4) == -1).all()
 
 
-@pytest.mark.parametrize("min_samples, given", [(None, 9), (2, 1), (10, 9), (1024, 1023), (1, None), (1025, None)])
+@pytest.mark.parametrize(
+    "min_samples, given", [(None, 9), (2, 1), (10, 9), (1024, 1023), (1, None), (1025, None)]
+)
 def test_min_samples_is_translated_for_cuml(monkeypatch, min_samples, given):
     asked = []
 
@@ -169,7 +183,12 @@ def test_min_samples_is_translated_for_cuml(monkeypatch, min_samples, given):
 def noisy_clusters():
     rng = np.random.default_rng(0)
     centres = np.array([[0, 0], [6, 0], [0, 7], [9, 9]])
-    x = np.vstack([centre + rng.normal(size=(60, 2)) * spread for centre, spread in zip(centres, (0.5, 0.8, 1.1, 1.4))])
+    x = np.vstack(
+        [
+            centre + rng.normal(size=(60, 2)) * spread
+            for centre, spread in zip(centres, (0.5, 0.8, 1.1, 1.4))
+        ]
+    )
     return np.vstack([x, rng.uniform(-10, 20, size=(40, 2))]).astype(np.float32)
 
 
@@ -179,19 +198,23 @@ def noisy_clusters():
 def test_cpu_and_gpu_cluster_alike_for_one_min_samples(min_samples):
     x = noisy_clusters()
     ours, theirs = cpu.hdbscan(x, 15, min_samples), get_backend("gpu").hdbscan(x, 15, min_samples)
-    # Not every point: cuML's tree is not always the least one (0.949 to 1 with cuML 26.10; the next test has an exact one).
+    # Not every point: cuML's tree is not always the least one (0.949 to 1 with cuML 26.10; the next
+    # test has an exact one).
     assert set(ours) == set(theirs) and adjusted_rand_score(ours, theirs) > 0.9
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not RAPIDS_HERE, reason="no RAPIDS")
 def test_cuml_counts_neighbours_without_the_point_itself():
-    """Of three translations only one gives scikit-learn's distances in the tree, which no order of joining changes."""
+    """Of three translations only one gives scikit-learn's distances in the tree, which no order of
+    joining changes."""
     from cuml.cluster import HDBSCAN as Cuml
     from sklearn.cluster import HDBSCAN
 
     x = noisy_clusters()
-    ours = np.sort(HDBSCAN(min_cluster_size=15, min_samples=5).fit(x)._single_linkage_tree_["value"])
+    ours = np.sort(
+        HDBSCAN(min_cluster_size=15, min_samples=5).fit(x)._single_linkage_tree_["value"]
+    )
     apart = []
     for neighbours in (3, 4, 5):
         model = Cuml(min_cluster_size=15, min_samples=neighbours, output_type="numpy").fit(x)
@@ -210,7 +233,10 @@ def test_rows_without_a_place_in_umap_are_named_with_the_reason(backend):
         except ValueError as error:
             assert "row 40 is opposite to every other row" in str(error)
             return
-    with pytest.raises(ValueError, match=r"no place for 1 of 41 rows: row 40 is opposite to every other row \(cosine"):
+    with pytest.raises(
+        ValueError,
+        match=r"no place for 1 of 41 rows: row 40 is opposite to every other row \(cosine",
+    ):
         backend.umap(x)
 
 
@@ -247,7 +273,8 @@ def test_umap_keeps_planted_neighbourhoods(backend, n_components):
     found = backend.umap(x, n_components, n_neighbors=10, metric="euclidean", seed=0)
     assert found.shape == (240, n_components) and found.dtype == np.float32
     assert adjusted_rand_score(labels, backend.hdbscan(found, min_cluster_size=20)) == 1.0
-    # Points do not keep their order inside a cluster of pure noise; the neighbourhood of its size they do keep.
+    # Points do not keep their order inside a cluster of pure noise; the neighbourhood of its size
+    # they do keep.
     assert trustworthiness(x, found, n_neighbors=50) > 0.95
 
 
@@ -271,7 +298,10 @@ BAD[3, 1] = np.nan
         (lambda b: b.neighbors(X, 0), "at least 1"),
         (lambda b: b.neighbors(X, 2, metric="dot"), "'cosine' or 'euclidean'"),
         (lambda b: b.neighbors(X, 2, queries=np.ones((2, 3))), "3 wide, but x is 4 wide"),
-        (lambda b: b.neighbors(X, 2, queries=BAD), r"queries has 1 row\(s\) with NaN or infinity, the first at 3"),
+        (
+            lambda b: b.neighbors(X, 2, queries=BAD),
+            r"queries has 1 row\(s\) with NaN or infinity, the first at 3",
+        ),
         (lambda b: b.umap(BAD, n_neighbors=3), r"1 row\(s\) with NaN or infinity, the first at 3"),
         (lambda b: b.neighbors(BAD, 2), "NaN"),
         (lambda b: b.pca(BAD, 2), "NaN"),
@@ -319,12 +349,16 @@ def test_gpu_without_rapids_names_the_missing_packages(fresh, monkeypatch, here,
     with pytest.raises(GpuError, match=f"{missing} not installed.*backend='cpu'"):
         get_backend("gpu")
     chosen = get_backend("auto")
-    assert chosen.name == "cpu" and f"{missing} not installed" in chosen.line and "\n" not in chosen.line
+    assert (
+        chosen.name == "cpu"
+        and f"{missing} not installed" in chosen.line
+        and "\n" not in chosen.line
+    )
 
 
 def test_rapids_without_a_gpu_is_said_and_rapids_not_imported(fresh, monkeypatch):
     specs(monkeypatch, ("cupy", "cudf", "cuml"))
-    monkeypatch.setattr(gpus, "assign_analytics", lambda: None)
+    monkeypatch.setattr(devices, "assign_analytics", lambda: None)
     with pytest.raises(GpuError, match="no NVIDIA GPU"):
         get_backend("gpu")
     assert "no NVIDIA GPU" in get_backend("auto").line
@@ -334,23 +368,26 @@ def test_rapids_without_a_gpu_is_said_and_rapids_not_imported(fresh, monkeypatch
 
 def test_an_import_that_came_too_early_is_explained(fresh, monkeypatch):
     def early():
-        raise GpuError("CUDA was started in this process before the GPUs were assigned (imported: torch)")
+        raise GpuError(
+            "CUDA was started in this process before the GPUs were assigned (imported: torch)"
+        )
 
     specs(monkeypatch, ("cupy", "cudf", "cuml"))
-    monkeypatch.setattr(gpus, "assign_analytics", early)
+    monkeypatch.setattr(devices, "assign_analytics", early)
     with pytest.raises(GpuError, match="imported: torch"):
         get_backend("gpu")
     assert get_backend("auto").name == "cpu" and "imported: torch" in get_backend("auto").line
 
 
 def test_rapids_is_imported_after_the_process_has_its_gpu(fresh, monkeypatch, tmp_path):
-    """Stand-ins for the three packages write down when they are imported; the last one then fails as a wrong driver
-    would."""
+    """Stand-ins for the three packages write down when they are imported; the last one then fails
+    as a wrong driver would."""
     for name in ("cudf", "cuml", "cupy"):
         monkeypatch.delitem(sys.modules, name, raising=False)
         (tmp_path / f"{name}.py").write_text(
             f"import pathlib; open(pathlib.Path(__file__).with_name('order'), 'a').write('{name} ')\n"
-            "__version__ = '0'\n" + ("raise RuntimeError('driver too old')\n" if name == "cupy" else "")
+            "__version__ = '0'\n"
+            + ("raise RuntimeError('driver too old')\n" if name == "cupy" else "")
         )
 
     def assign():
@@ -358,7 +395,7 @@ def test_rapids_is_imported_after_the_process_has_its_gpu(fresh, monkeypatch, tm
         return "GPU 1"
 
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(gpus, "assign_analytics", assign)
+    monkeypatch.setattr(devices, "assign_analytics", assign)
     with pytest.raises(GpuError, match="does not work here: RuntimeError: driver too old"):
         get_backend("gpu")
     assert (tmp_path / "order").read_text().split() == ["assigned", "cudf", "cuml", "cupy"]
@@ -366,8 +403,14 @@ def test_rapids_is_imported_after_the_process_has_its_gpu(fresh, monkeypatch, tm
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("text, by", [(None, "not installed"), ("raise OSError('no libucs')", "OSError: no libucs"),
-                                      ("", "cuGraph")])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, by",
+    [
+        (None, "not installed"),
+        ("raise OSError('no libucs')", "OSError: no libucs"),
+        ("", "cuGraph"),
+    ],
+)
 def test_rapids_goes_on_without_cugraph(monkeypatch, tmp_path, text, by):
     monkeypatch.delitem(sys.modules, "cugraph", raising=False)
     specs(monkeypatch, () if text is None else ("cugraph",))
@@ -388,8 +431,11 @@ def test_cpu_and_gpu_agree():
     np.testing.assert_allclose(cpu.pca(x, 3)[1], gpu.pca(x, 3)[1], rtol=1e-4)
     assert adjusted_rand_score(cpu.kmeans(x, 8), gpu.kmeans(x, 8)) == 1.0
     ours, theirs = cpu.umap(x, metric="euclidean"), gpu.umap(x, metric="euclidean")
-    # Each map shows the neighbourhoods of the data as truly as the other; 5%: the spread between seeds.
-    assert trustworthiness(x, theirs, n_neighbors=15) >= 0.95 * trustworthiness(x, ours, n_neighbors=15)
+    # Each map shows the neighbourhoods of the data as truly as the other; 5%: the spread between
+    # seeds.
+    assert trustworthiness(x, theirs, n_neighbors=15) >= 0.95 * trustworthiness(
+        x, ours, n_neighbors=15
+    )
 
 
 # Layout and centrality
@@ -406,7 +452,9 @@ TWO_CLIQUES = np.array(clique(range(8)) + clique(range(8, 16)) + [(0, 8)])
 def test_layout_separates_two_cliques(backend, dims):
     found = backend.layout(TWO_CLIQUES, 16, dims=dims, seed=0)
     gap = np.linalg.norm(found[:8].mean(axis=0) - found[8:].mean(axis=0))
-    spread = max(np.linalg.norm(part - part.mean(axis=0), axis=1).mean() for part in (found[:8], found[8:]))
+    spread = max(
+        np.linalg.norm(part - part.mean(axis=0), axis=1).mean() for part in (found[:8], found[8:])
+    )
     assert found.shape == (16, dims) and found.dtype == np.float32
     assert gap > 2 * spread
     assert np.linalg.norm(found, axis=1).max() == pytest.approx(1, abs=1e-5)
@@ -414,10 +462,19 @@ def test_layout_separates_two_cliques(backend, dims):
 
 def test_a_large_layout_separates_two_communities(backend):
     random = np.random.default_rng(0)
-    inside = np.concatenate([random.integers(0, 700, (7000, 2)), random.integers(700, 1400, (7000, 2))])
-    rings = np.column_stack([np.arange(1400), np.r_[1:700, 0, 701:1400, 700]])  # no node of a community is left out
-    edges = np.unique(np.sort(np.concatenate([inside[inside[:, 0] != inside[:, 1]], rings, [(0, 700)]]), axis=1), axis=0)
-    found = backend.layout(edges, 1403, random.uniform(0.5, 2, len(edges)))  # and three nodes without an edge
+    inside = np.concatenate(
+        [random.integers(0, 700, (7000, 2)), random.integers(700, 1400, (7000, 2))]
+    )
+    rings = np.column_stack(
+        [np.arange(1400), np.r_[1:700, 0, 701:1400, 700]]
+    )  # no node of a community is left out
+    edges = np.unique(
+        np.sort(np.concatenate([inside[inside[:, 0] != inside[:, 1]], rings, [(0, 700)]]), axis=1),
+        axis=0,
+    )
+    found = backend.layout(
+        edges, 1403, random.uniform(0.5, 2, len(edges))
+    )  # and three nodes without an edge
     parts = found[:700], found[700:1400]
     gap = np.linalg.norm(parts[0].mean(axis=0) - parts[1].mean(axis=0))
     assert found.shape == (1403, 2) and len(np.unique(found, axis=0)) == 1403

@@ -1,4 +1,5 @@
-"""Captures, edits and measures on a tiny model of every kind that matters, and what happens when something is wrong."""
+"""Captures, edits and measures on a tiny model of every kind that matters, and what happens when
+something is wrong."""
 
 import glob
 import os
@@ -23,17 +24,37 @@ from llamatelemetry import (
     patch,
     scale,
 )
-from llamatelemetry.analysis.heads_texts import token_pairs
-from llamatelemetry.capture.measures import HeadStatistics, Score, log_softmax
+from llamatelemetry.capture.measures import HeadStatistics, Score
 from llamatelemetry.capture.session import CaptureSession
+from llamatelemetry.heads.texts import token_pairs
+from llamatelemetry.maths import log_softmax
 
-ALL = ("attn_norm", "ffn_norm", "q", "k", "v", "q_pre", "k_pre", "scores", "attention", "mask", "attn_heads", "attn_out",
-       "ffn_out", "ffn_act", "hidden", "final_norm", "logits")  # fmt: skip
+ALL = (
+    "attn_norm",
+    "ffn_norm",
+    "q",
+    "k",
+    "v",
+    "q_pre",
+    "k_pre",
+    "scores",
+    "attention",
+    "mask",
+    "attn_heads",
+    "attn_out",
+    "ffn_out",
+    "ffn_act",
+    "hidden",
+    "final_norm",
+    "logits",
+)
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    with CaptureSession(tiny_model("gemma2", tmp_path_factory.mktemp("models")), threads=1) as session:
+    with CaptureSession(
+        tiny_model("gemma2", tmp_path_factory.mktemp("models")), threads=1
+    ) as session:
         yield session
 
 
@@ -46,11 +67,18 @@ def test_dims_and_coordinates(full, session):
     n, facts = len(IDS), full.model
     assert full.attention.dims == ("layer", "head", "query", "key")
     assert full.attention.shape == (facts.n_layer, facts.n_head, n, n)
-    assert full.k.dims == ("layer", "kv_head", "token", "feature") and full.k.sizes["kv_head"] == facts.n_kv_head
-    assert full.hidden.sizes["layer"] == facts.n_layer + 1 and list(full.hidden.layer.values) == list(range(facts.n_layer + 1))
+    assert (
+        full.k.dims == ("layer", "kv_head", "token", "feature")
+        and full.k.sizes["kv_head"] == facts.n_kv_head
+    )
+    assert full.hidden.sizes["layer"] == facts.n_layer + 1 and list(
+        full.hidden.layer.values
+    ) == list(range(facts.n_layer + 1))
     assert full.logits.dims == ("token", "vocab") and full.logits.sizes["vocab"] == facts.n_vocab
     assert full.hidden.dtype == np.float32
-    assert list(full.tokens["id"]) == IDS and list(full.attention.key.values) == list(full.tokens["piece"])
+    assert list(full.tokens["id"]) == IDS and list(full.attention.key.values) == list(
+        full.tokens["piece"]
+    )
 
 
 def test_every_stage_follows_from_the_one_before(full):
@@ -61,18 +89,27 @@ def test_every_stage_follows_from_the_one_before(full):
         scores = np.einsum("hqf,hkf->hqk", q, k)
         mask = full.mask.sel(layer=layer).values
         allowed = np.isfinite(mask)
-        np.testing.assert_allclose(full.scores.sel(layer=layer).values[:, allowed], scores[:, allowed], atol=1e-5)
+        np.testing.assert_allclose(
+            full.scores.sel(layer=layer).values[:, allowed], scores[:, allowed], atol=1e-5
+        )
         capped = facts.softcap * np.tanh(scores / facts.softcap) * facts.scale + mask
         p = np.exp(capped - capped.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
         np.testing.assert_allclose(full.attention.sel(layer=layer).values, p, atol=1e-6)
         np.testing.assert_allclose(full.attn_heads.sel(layer=layer).values, p @ v, atol=1e-6)
-        after = full.hidden.sel(layer=layer) + full.attn_out.sel(layer=layer) + full.ffn_out.sel(layer=layer)
+        after = (
+            full.hidden.sel(layer=layer)
+            + full.attn_out.sel(layer=layer)
+            + full.ffn_out.sel(layer=layer)
+        )
         np.testing.assert_allclose(full.hidden.sel(layer=layer + 1).values, after.values, atol=1e-6)
 
 
 def test_sliding_window_is_in_the_mask_of_its_layers_only(full):
-    forbidden = [int(np.isneginf(full.mask.sel(layer=layer).values).sum()) for layer in range(full.model.n_layer)]
+    forbidden = [
+        int(np.isneginf(full.mask.sel(layer=layer).values).sum())
+        for layer in range(full.model.n_layer)
+    ]
     causal = len(IDS) * (len(IDS) - 1) // 2
     for layer, count in enumerate(forbidden):
         assert (count > causal) == bool(full.layers.loc[layer, "sliding"])
@@ -83,25 +120,36 @@ def test_same_text_same_capture_and_logits_untouched(session, full):
     again = session.capture(IDS, stages=ALL)
     for stage in ALL:
         np.testing.assert_array_equal(again[stage].values, full[stage].values)
-    np.testing.assert_array_equal(session.capture(IDS, stages="logits").logits.values, full.logits.values)
+    np.testing.assert_array_equal(
+        session.capture(IDS, stages="logits").logits.values, full.logits.values
+    )
     other = session.capture(IDS[::-1], stages="logits")
     assert not np.array_equal(other.logits.values, full.logits.values)
 
 
 def test_restricted_layers_and_queries(session, full):
     part = session.capture(IDS, stages=("attention", "hidden"), layers=[1, 3], queries=[2, 20])
-    assert list(part.attention.layer.values) == [1, 3] and list(part.attention.query_position.values) == [2, 20]
-    np.testing.assert_array_equal(part.attention.values, full.attention.sel(layer=[1, 3]).values[:, :, [2, 20]])
+    assert list(part.attention.layer.values) == [1, 3] and list(
+        part.attention.query_position.values
+    ) == [2, 20]
+    np.testing.assert_array_equal(
+        part.attention.values, full.attention.sel(layer=[1, 3]).values[:, :, [2, 20]]
+    )
     np.testing.assert_array_equal(part.hidden.values, full.hidden.sel(layer=[1, 3]).values)
 
 
 def test_prompt_over_several_ubatches(tmp_path):
     path = tiny_model("gemma2", tmp_path)
-    with CaptureSession(path, threads=1) as one, CaptureSession(path, threads=1, n_ubatch=9) as several:
+    with (
+        CaptureSession(path, threads=1) as one,
+        CaptureSession(path, threads=1, n_ubatch=9) as several,
+    ):
         a, b = one.capture(IDS, stages=ALL), several.capture(IDS, stages=ALL)
         for stage in ALL:
             if stage not in ("mask", "scores"):
-                np.testing.assert_allclose(a[stage].values, b[stage].values, atol=2e-5, err_msg=stage)
+                np.testing.assert_allclose(
+                    a[stage].values, b[stage].values, atol=2e-5, err_msg=stage
+                )
         np.testing.assert_allclose(
             one.head_statistics(IDS).to_array(), several.head_statistics(IDS).to_array(), atol=1e-5
         )
@@ -115,7 +163,10 @@ def test_generated_tokens_are_captured_as_they_come(session):
     whole = session.capture(ids, stages=("attention", "hidden", "logits"))
     for stage in ("attention", "hidden", "logits"):
         np.testing.assert_allclose(cap[stage].values, whole[stage].values, atol=1e-4)
-    drawn = [list(session.capture(IDS[:5], "logits", generate=8, temperature=2.0, seed=s).tokens["id"]) for s in (1, 1, 2)]
+    drawn = [
+        list(session.capture(IDS[:5], "logits", generate=8, temperature=2.0, seed=s).tokens["id"])
+        for s in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -123,15 +174,25 @@ def test_zeroed_head_leaves_the_rest_of_the_layer(session, full):
     cap = session.capture(IDS, stages=("attn_heads", "attention"), edits=[ablate_head(1, 2)])
     heads = cap.attn_heads.sel(layer=1).values
     assert not heads[2].any()
-    np.testing.assert_array_equal(np.delete(heads, 2, 0), np.delete(full.attn_heads.sel(layer=1).values, 2, 0))
-    np.testing.assert_array_equal(cap.attention.sel(layer=1).values, full.attention.sel(layer=1).values)
+    np.testing.assert_array_equal(
+        np.delete(heads, 2, 0), np.delete(full.attn_heads.sel(layer=1).values, 2, 0)
+    )
+    np.testing.assert_array_equal(
+        cap.attention.sel(layer=1).values, full.attention.sel(layer=1).values
+    )
     assert not np.array_equal(cap.attention.sel(layer=2).values, full.attention.sel(layer=2).values)
 
 
 def test_mean_ablation_puts_the_mean_of_the_unedited_run(session, full):
-    cap = session.capture(IDS, stages="attn_heads", edits=[ablate_head(2, 1, "mean"), ablate_head(0, 0)])
+    cap = session.capture(
+        IDS, stages="attn_heads", edits=[ablate_head(2, 1, "mean"), ablate_head(0, 0)]
+    )
     mean = full.attn_heads.sel(layer=2).values[1].mean(0)
-    np.testing.assert_allclose(cap.attn_heads.sel(layer=2).values[1], np.broadcast_to(mean, (len(IDS), len(mean))), atol=1e-6)
+    np.testing.assert_allclose(
+        cap.attn_heads.sel(layer=2).values[1],
+        np.broadcast_to(mean, (len(IDS), len(mean))),
+        atol=1e-6,
+    )
 
 
 def test_ablated_layer_passes_the_stream_through(session):
@@ -157,7 +218,9 @@ def test_patching_the_whole_stream_gives_the_source_run(session, full):
     cap = session.capture(other, stages="logits", edits=[patch("hidden", 0, full)])
     np.testing.assert_array_equal(cap.logits.values, full.logits.values)
     some = session.capture(other, stages="hidden", edits=[patch("hidden", 2, full, positions=[4])])
-    np.testing.assert_array_equal(some.hidden.sel(layer=2).values[4], full.hidden.sel(layer=2).values[4])
+    np.testing.assert_array_equal(
+        some.hidden.sel(layer=2).values[4], full.hidden.sel(layer=2).values[4]
+    )
 
 
 def test_statistics_equal_those_of_the_full_capture(session, full):
@@ -171,8 +234,14 @@ def test_statistics_equal_those_of_the_full_capture(session, full):
         "distance": (p * (position[:, None] - position)).sum(-1).mean(-1),
         "top": p.max(-1).mean(-1),
         "diagonal": p[:, :, position, position].sum(-1) / n,
-        **{name: p[:, :, *pairs[pattern].T].sum(-1) / n for name, pattern in
-           (("previous_token", "previous token"), ("duplicate_token", "duplicate"), ("induction", "induction"))},
+        **{
+            name: p[:, :, *pairs[pattern].T].sum(-1) / n
+            for name, pattern in (
+                ("previous_token", "previous token"),
+                ("duplicate_token", "duplicate"),
+                ("induction", "induction"),
+            )
+        },
     }
     for name, values in expected.items():
         np.testing.assert_allclose(stats[name].values, values, atol=1e-5, err_msg=name)
@@ -180,7 +249,9 @@ def test_statistics_equal_those_of_the_full_capture(session, full):
 
 def test_patterns_by_hand():
     pairs = [(query, key) for query in range(5) for key in range(query + 1)]
-    attention = np.zeros((len(pairs), 5, 5), np.float32)  # every head attends once, each to another pair
+    attention = np.zeros(
+        (len(pairs), 5, 5), np.float32
+    )  # every head attends once, each to another pair
     attention[range(len(pairs)), *np.transpose(pairs)] = 1
     found = []
     for threads, block in ((1, 2**18), (3, 1)):
@@ -189,7 +260,12 @@ def test_patterns_by_hand():
         for start in (0, 2):  # as two batches give it
             statistics.action(0)(attention[:, start : start + (2 if start == 0 else 3)], start)
         table, _ = statistics.table()
-        found.append({name: {pair for pair, score in zip(pairs, table[name][0]) if score == 1} for name in table})
+        found.append(
+            {
+                name: {pair for pair, score in zip(pairs, table[name][0]) if score == 1}
+                for name in table
+            }
+        )
         assert set(np.unique(table["induction"])) == {0, 1}
     one, several = found
     assert one == several
@@ -201,13 +277,17 @@ def test_patterns_by_hand():
 
 def test_score_by_hand():
     tokens = [1, 0, 2]
-    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [1 / 3, 1 / 3, 1 / 3]], np.float32))
+    logits = np.log(
+        np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [1 / 3, 1 / 3, 1 / 3]], np.float32)
+    )
     result = Score(tokens)
     result(logits, 0)
     table = result.table()
     np.testing.assert_allclose(table["logprob"], np.log([0.5, 0.7]), rtol=1e-6)
     assert table["rank"] == [0, 0] and table["top_id"] == [0, 2]
-    np.testing.assert_allclose(table["entropy"][0], -(0.5 * np.log(0.5) + 0.5 * np.log(0.25)), rtol=1e-6)
+    np.testing.assert_allclose(
+        table["entropy"][0], -(0.5 * np.log(0.5) + 0.5 * np.log(0.25)), rtol=1e-6
+    )
     np.testing.assert_allclose(np.exp(log_softmax(logits)).sum(-1), 1, rtol=1e-6)
 
 
@@ -217,7 +297,9 @@ def test_score_and_sweep_agree_with_captured_logits(session, full):
     np.testing.assert_allclose(table["logprob"], logp[np.arange(len(IDS) - 1), IDS[1:]], atol=1e-5)
     edits = [ablate_head(1, 0)]
     edited = log_softmax(session.capture(IDS, "logits", edits=edits).logits.values)
-    rows = session.sweep(IDS, {"none": [], "head": edits, ("layer", 1): ablate_layer(1)}, progress=False)
+    rows = session.sweep(
+        IDS, {"none": [], "head": edits, ("layer", 1): ablate_layer(1)}, progress=False
+    )
     kl = (np.exp(logp) * (logp - edited)).sum(-1)[:-1].mean()
     assert rows.loc["none", "loss_change"] == 0 and rows.loc["none", "top1_agreement"] == 1
     np.testing.assert_allclose(rows.loc["head", "kl"], kl, rtol=1e-4)
@@ -296,7 +378,8 @@ def test_patch_from_some_queries_only(session):
 
 
 def test_a_run_that_has_to_be_planned_again_counts_nothing_twice(tmp_path):
-    """In the worker's own code: the plan is made wrong on purpose, as another graph than the planned one would."""
+    """In the worker's own code: the plan is made wrong on purpose, as another graph than the
+    planned one would."""
     from llamatelemetry.capture.runs import Runs
     from llamatelemetry.capture.runtime import Runtime
     from llamatelemetry.capture.worker import Sampler
@@ -330,7 +413,9 @@ def test_queries_of_generated_tokens(session):
 
 
 def test_numpy_numbers_are_numbers(session, full):
-    cap = session.capture(np.array(IDS), "logits", generate=np.int64(0), seed=np.int64(1), temperature=np.float32(0))
+    cap = session.capture(
+        np.array(IDS), "logits", generate=np.int64(0), seed=np.int64(1), temperature=np.float32(0)
+    )
     np.testing.assert_array_equal(cap.logits.values, full.logits.values)
 
 
@@ -399,7 +484,9 @@ def test_arenas_are_used_again_without_a_trace(tmp_path):
         first = session.capture(IDS, stages="attention").attention.values.copy()
         for _ in range(3):  # every one writes other values into the arena of the one before
             session.capture(IDS[::-1], stages=("hidden", "logits", "attention"))
-        np.testing.assert_array_equal(session.capture(IDS, stages="attention").attention.values, first)
+        np.testing.assert_array_equal(
+            session.capture(IDS, stages="attention").attention.values, first
+        )
 
 
 def test_worker_ends_with_its_parent(tmp_path):
@@ -413,9 +500,15 @@ def test_worker_ends_with_its_parent(tmp_path):
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
-    folder = next(path.parent for path in map(Path, glob.glob(f"{tempfile.gettempdir()}/llamatelemetry-*/worker.log")
-                                              + glob.glob("/dev/shm/llamatelemetry-*/worker.log"))
-                  if str(path.parent) in " ".join(psutil.Process(pid).cmdline()))  # fmt: skip
+    folder = next(
+        path.parent
+        for path in map(
+            Path,
+            glob.glob(f"{tempfile.gettempdir()}/llamatelemetry-*/worker.log")
+            + glob.glob("/dev/shm/llamatelemetry-*/worker.log"),
+        )
+        if str(path.parent) in " ".join(psutil.Process(pid).cmdline())
+    )
     parent.kill()
     parent.wait()
     parent.stdout.close()

@@ -1,4 +1,5 @@
-"""compare_quantizations against llama-perplexity of the same build, and what it does with bad input."""
+"""compare_quantizations against llama-perplexity of the same build, and what it does with bad
+input."""
 
 import os
 import re
@@ -14,16 +15,22 @@ import pytest
 from models import tiny_model
 from processes import gone
 
-from llamatelemetry import LlamaTelemetryError, ModelLoadError, ModelNotFoundError, WorkerCrashedError
-from llamatelemetry import compare as module
-from llamatelemetry.compare import CompareError, compare_quantizations
-from llamatelemetry.compare_worker import windows
-from llamatelemetry.quantize import QuantizeError, quantize, tool
-from llamatelemetry.texts import TEXT, load_text
+from llamatelemetry import (
+    LlamaTelemetryError,
+    ModelLoadError,
+    ModelNotFoundError,
+    WorkerCrashedError,
+)
+from llamatelemetry.compare import comparison
+from llamatelemetry.compare.comparison import CompareError, compare_quantizations
+from llamatelemetry.compare.worker import windows
+from llamatelemetry.files.quantize import QuantizeError, quantize, tool
+from llamatelemetry.files.texts import TEXT, load_text
 
 N_CTX, WINDOWS = 128, 4
 NUMBER = r"\s*(-?[\d.]+)(?: ±\s*([\d.]+))?"
-# llama-perplexity keeps the reference's log probabilities in 16 bits over a range of 16 nats, or less.
+# llama-perplexity keeps the reference's log probabilities in 16 bits over a range of 16 nats, or
+# less.
 STEP = 16 / 65535
 
 
@@ -44,7 +51,8 @@ def family(request, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return reference, [
-            quantize(reference, folder / f"{kind}.gguf", kind, progress=False) for kind in ("Q8_0", "Q4_0", "Q3_K_M")
+            quantize(reference, folder / f"{kind}.gguf", kind, progress=False)
+            for kind in ("Q8_0", "Q4_0", "Q3_K_M")
         ]
 
 
@@ -65,7 +73,9 @@ def perplexity(model, text, base, *options):
         base,
         *options,
     ]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    ).stdout
 
 
 def numbers(printed, label, scale=1.0):
@@ -78,19 +88,31 @@ def test_the_numbers_are_llama_perplexitys(family, tmp_path):
     reference, candidates = family
     text, base = tmp_path / "text.txt", tmp_path / "base.kld"
     text.write_text(load_text()[2000:9000].strip())
-    ours = compare_quantizations(reference, candidates, text, n_ctx=N_CTX, max_windows=WINDOWS, progress=False)
+    ours = compare_quantizations(
+        reference, candidates, text, n_ctx=N_CTX, max_windows=WINDOWS, progress=False
+    )
     first = perplexity(reference, text, base)
-    assert numbers(first, "Final estimate: PPL =")[0] == pytest.approx(ours["ppl_base"].iloc[0], rel=1e-3)
+    assert numbers(first, "Final estimate: PPL =")[0] == pytest.approx(
+        ours["ppl_base"].iloc[0], rel=1e-3
+    )
     for path in candidates:
         theirs = perplexity(path, text, base, "--kl-divergence")
         row = ours.loc[path.stem]
-        assert numbers(theirs, "Mean PPL(Q)                   :") == pytest.approx([row.ppl, row.ppl_err], rel=1e-3)
+        assert numbers(theirs, "Mean PPL(Q)                   :") == pytest.approx(
+            [row.ppl, row.ppl_err], rel=1e-3
+        )
         assert numbers(theirs, "Mean PPL(Q)/PPL(base)         :") == pytest.approx(
             [row.ppl_ratio, row.ppl_ratio_err], rel=2e-3, abs=STEP
         )
-        assert numbers(theirs, "Mean    KLD:") == pytest.approx([row.kld_mean, row.kld_mean_err], abs=STEP)
-        assert numbers(theirs, "Mean    Δp:", 0.01) == pytest.approx([row.mean_dp, row.mean_dp_err], abs=STEP)
-        assert numbers(theirs, "RMS Δp    :", 0.01) == pytest.approx([row.rms_dp, row.rms_dp_err], abs=STEP)
+        assert numbers(theirs, "Mean    KLD:") == pytest.approx(
+            [row.kld_mean, row.kld_mean_err], abs=STEP
+        )
+        assert numbers(theirs, "Mean    Δp:", 0.01) == pytest.approx(
+            [row.mean_dp, row.mean_dp_err], abs=STEP
+        )
+        assert numbers(theirs, "RMS Δp    :", 0.01) == pytest.approx(
+            [row.rms_dp, row.rms_dp_err], abs=STEP
+        )
         assert numbers(theirs, "Same top p:", 0.01) == pytest.approx(
             [row.same_top, row.same_top_err], abs=1.01 / row.n_tokens
         )  # rounding can make a tie
@@ -107,8 +129,12 @@ def test_the_numbers_are_llama_perplexitys(family, tmp_path):
             " 0.1%  ": "p001",
             "Minimum": "min",
         }.items():
-            assert numbers(theirs, f"{label} KLD:")[0] == pytest.approx(row[f"kld_{name}"], abs=STEP), label
-            assert numbers(theirs, f"{label} Δp:", 0.01)[0] == pytest.approx(row[f"dp_{name}"], abs=STEP), label
+            assert numbers(theirs, f"{label} KLD:")[0] == pytest.approx(
+                row[f"kld_{name}"], abs=STEP
+            ), label
+            assert numbers(theirs, f"{label} Δp:", 0.01)[0] == pytest.approx(
+                row[f"dp_{name}"], abs=STEP
+            ), label
     assert row.n_tokens == WINDOWS * (N_CTX // 2 - 1)
 
 
@@ -119,7 +145,9 @@ def test_a_file_against_itself_is_nothing_and_windows_may_be_short(smollm2):
     row = found.iloc[0]
     assert row.kld_max == row.kld_min == row.dp_max == row.dp_min == 0
     assert row.same_top == row.top5 == row.top10 == row.ppl_ratio == 1
-    assert row.n_tokens == row.n_windows * 47 and row.n_windows > 5  # the last batch has fewer windows than the others
+    assert (
+        row.n_tokens == row.n_windows * 47 and row.n_windows > 5
+    )  # the last batch has fewer windows than the others
     tokens = found.tokens
     assert tokens["position"].min() == 49 and tokens["position"].max() == 95
     said = "".join(tokens[tokens["window"] == 1]["piece"])
@@ -129,7 +157,9 @@ def test_a_file_against_itself_is_nothing_and_windows_may_be_short(smollm2):
 @pytest.mark.slow
 def test_long_windows_are_decoded_in_steps(smollm2):
     text = load_text()[:9000]
-    long = compare_quantizations(smollm2, [smollm2], text, n_ctx=1040, progress=False).iloc[0]  # 512 + 512 + 16 tokens
+    long = compare_quantizations(smollm2, [smollm2], text, n_ctx=1040, progress=False).iloc[
+        0
+    ]  # 512 + 512 + 16 tokens
     assert long.n_tokens == long.n_windows * 519 and long.kld_max == 0 and 2 < long.ppl < 200
 
 
@@ -140,11 +170,18 @@ def test_a_corrupt_candidate_leaves_the_others(family, tmp_path):
     cut.write_bytes(candidates[0].read_bytes()[:60_000_000])
     with pytest.warns(UserWarning, match="cut"):
         found = compare_quantizations(
-            reference, [candidates[0], cut], load_text()[:4000], n_ctx=N_CTX, max_windows=1, progress=False
+            reference,
+            [candidates[0], cut],
+            load_text()[:4000],
+            n_ctx=N_CTX,
+            max_windows=1,
+            progress=False,
         )
     assert list(found.index) == [candidates[0].stem, "cut"]
     assert "cannot load" in found.loc["cut", "error"] and np.isnan(found.loc["cut", "ppl"])
-    assert pd.isna(found.loc[candidates[0].stem, "error"]) and found.loc[candidates[0].stem, "ppl"] > 1
+    assert (
+        pd.isna(found.loc[candidates[0].stem, "error"]) and found.loc[candidates[0].stem, "ppl"] > 1
+    )
     with pytest.raises(ModelLoadError, match="cut"):
         compare_quantizations(reference, cut, load_text()[:4000], n_ctx=N_CTX, progress=False)
     with pytest.raises(ModelLoadError, match="reference"):
@@ -194,21 +231,23 @@ def test_a_crash_costs_only_the_candidate_that_makes_it(monkeypatch):
     def child(job, progress):
         if "bad" in job["candidates"]:
             return {}, "llama.cpp ended with signal 6"
-        return {path: {"columns": path, "error": None, "kind": None} for path in job["candidates"]}, "exit status 0"
+        return {
+            path: {"columns": path, "error": None, "kind": None} for path in job["candidates"]
+        }, "exit status 0"
 
-    monkeypatch.setattr(module, "_child", child)
-    found = module.measure({"candidates": ["good", "bad", "fine"]})
+    monkeypatch.setattr(comparison, "_child", child)
+    found = comparison.measure({"candidates": ["good", "bad", "fine"]})
     assert found["good"]["columns"] == "good" and found["fine"]["error"] is None
     assert found["bad"]["kind"] == "crash" and "signal 6" in found["bad"]["error"]
     assert found["good"]["attempts"] == 2
     with pytest.raises(WorkerCrashedError, match="bad: llama.cpp ended"):
-        module._result({"bad": found["bad"]}, {}, ["bad"], 0)
+        comparison._result({"bad": found["bad"]}, {}, ["bad"], 0)
 
 
 @pytest.fixture(scope="module")
 def cluster():
     distributed = pytest.importorskip("distributed")
-    from llamatelemetry.cluster import local_cluster
+    from llamatelemetry.backend.cluster import local_cluster
 
     with local_cluster(2) as cluster, distributed.Client(cluster) as client:
         yield client
@@ -219,7 +258,9 @@ def test_a_cluster_gives_the_same_and_survives_a_dead_worker(family, cluster):
     reference, candidates = family
     if reference.stat().st_size > 150e6:
         pytest.skip("once is enough")
-    here = compare_quantizations(reference, candidates[:2], load_text()[:1500], n_ctx=64, progress=False)
+    here = compare_quantizations(
+        reference, candidates[:2], load_text()[:1500], n_ctx=64, progress=False
+    )
     there = compare_quantizations(
         reference, candidates[:2], load_text()[:1500], n_ctx=64, client=cluster, progress=False
     )
@@ -231,7 +272,7 @@ def test_a_cluster_gives_the_same_and_survives_a_dead_worker(family, cluster):
         while time.monotonic() < deadline:
             for child in psutil.Process().children(recursive=True):
                 try:
-                    if "llamatelemetry.compare_worker" in child.cmdline():
+                    if "llamatelemetry.compare.worker" in child.cmdline():
                         killed.append(child.pid)
                         return child.parent().kill()
                 except psutil.NoSuchProcess:
@@ -274,17 +315,26 @@ def test_links_and_parts_keep_their_names(tmp_path, monkeypatch):
     one, other = tmp_path / "a" / "tiny-Q8_0.gguf", tmp_path / "b" / "tiny-Q8_0.gguf"
     monkeypatch.chdir(tmp_path)
     settings = {"text": text, "n_ctx": 64, "max_windows": 1, "progress": False}
-    found = compare_quantizations(first, [one, "b/tiny-Q8_0.gguf", "./a/tiny-llama-0.gguf"], **settings)
+    found = compare_quantizations(
+        first, [one, "b/tiny-Q8_0.gguf", "./a/tiny-llama-0.gguf"], **settings
+    )
     assert list(found.index) == ["a/tiny-Q8_0", "b/tiny-Q8_0", "tiny-llama-0"]
-    assert list(found["file"])[:2] == [str(one), str(other)] and set(found.tokens["candidate"]) == set(found.index)
+    assert list(found["file"])[:2] == [str(one), str(other)] and set(
+        found.tokens["candidate"]
+    ) == set(found.index)
     assert found.kld_mean.iloc[0] == found.kld_mean.iloc[1] > 0 == found.kld_max.iloc[2]
     assert found.attempts == dict.fromkeys(found.index, 1)
-    whole = compare_quantizations(source, [first], **settings)  # and a split candidate, with the size of all parts
+    whole = compare_quantizations(
+        source, [first], **settings
+    )  # and a split candidate, with the size of all parts
     assert list(whole.index) == ["ref-00001-of-00003"] and whole.kld_max.iloc[0] == 0
     assert whole.size_bytes.iloc[0] > source.stat().st_size > quantized.stat().st_size
 
 
 def test_a_long_text_of_one_line_is_scored(tmp_path):
     pytest.importorskip("llama_cpp")
-    model, text = tiny_model("llama", tmp_path), "The dog saw the cat and the cat saw the dog. " * 12
+    model, text = (
+        tiny_model("llama", tmp_path),
+        "The dog saw the cat and the cat saw the dog. " * 12,
+    )
     assert len(compare_quantizations(model, model, text, n_ctx=64, progress=False).tokens) == 62

@@ -1,4 +1,5 @@
-"""Text as it is drawn: token text, the escape of each medium, and every kind of figure, page and table in a browser."""
+"""Text as it is drawn: token text, the escape of each medium, and every kind of figure, page and
+table in a browser."""
 
 import numpy as np
 import pandas as pd
@@ -7,14 +8,20 @@ import pytest
 import xarray as xr
 from hostile import NAME, PIECES
 
-from llamatelemetry import drawn
-from llamatelemetry.drawn import token_labels, token_text
+from llamatelemetry.attention import arcs as attention_arcs
+from llamatelemetry.attention import figures as attention
+from llamatelemetry.attention.page import attention_page, next_token_page
+from llamatelemetry.embeddings import figures
 from llamatelemetry.graphs import Graph
-from llamatelemetry.plots import attention, attention_arcs, embeddings, heads, layers, quantization, theme
-from llamatelemetry.plots import heads_page as heads_pages
-from llamatelemetry.plots import layers_page as layers_pages
-from llamatelemetry.plots import quantization_inside as inside
-from llamatelemetry.plots.attention_page import attention_page, next_token_page
+from llamatelemetry.heads import figures as heads
+from llamatelemetry.heads import page as heads_pages
+from llamatelemetry.layers import figures as layers
+from llamatelemetry.layers import page as layers_pages
+from llamatelemetry.quantization import figures as quantization
+from llamatelemetry.quantization import inside_figures
+from llamatelemetry.views import text as drawn
+from llamatelemetry.views import theme
+from llamatelemetry.views.text import token_labels, token_text
 
 N = len(PIECES)
 LABELS, TEXTS = token_labels(PIECES), [token_text(piece) for piece in PIECES]
@@ -23,12 +30,28 @@ LABELS, TEXTS = token_labels(PIECES), [token_text(piece) for piece in PIECES]
 @pytest.mark.parametrize(
     "piece, text",
     [
-        (" the", "␣the"), ("a b", "a␣b"), ("\n", "⏎"), ("\t", "⇥"), ("\r", "␍"), ("\u00a0", "⍽"), ("", "∅"),
-        ("\u200b", "\\x200b"), ("\u202e", "\\x202e"), ("\ufe0f", "\\xfe0f"), ("\u2800", "\\x2800"), ("\x00", "\\x00"),
-        (b"\xf0\x9f", "<0xF0><0x9F>"), ("é".encode(), "é"), ("🍕", "🍕"), ("don't", "don't"), ("<b>", "<b>"),
-        ("שלום", "\u2068שלום\u2069"), (" سلام", "\u2068␣سلام\u2069"), ("١", "\u2068١\u2069"),
+        (" the", "␣the"),
+        ("a b", "a␣b"),
+        ("\n", "⏎"),
+        ("\t", "⇥"),
+        ("\r", "␍"),
+        ("\u00a0", "⍽"),
+        ("", "∅"),
+        ("\u200b", "\\x200b"),
+        ("\u202e", "\\x202e"),
+        ("\ufe0f", "\\xfe0f"),
+        ("\u2800", "\\x2800"),
+        ("\x00", "\\x00"),
+        (b"\xf0\x9f", "<0xF0><0x9F>"),
+        ("é".encode(), "é"),
+        ("🍕", "🍕"),
+        ("don't", "don't"),
+        ("<b>", "<b>"),
+        ("שלום", "\u2068שלום\u2069"),
+        (" سلام", "\u2068␣سلام\u2069"),
+        ("١", "\u2068١\u2069"),
     ],
-)  # fmt: skip
+)
 def test_token_text(piece, text):
     assert token_text(piece) == text
     assert token_text(text.replace(" ", "␣")) == text  # what is token text already stays so
@@ -36,17 +59,25 @@ def test_token_text(piece, text):
 
 def test_pieces_can_be_told_apart():
     assert len(set(TEXTS)) == len({repr(piece) for piece in PIECES})
-    assert all(text.strip() and text.isprintable() for text in (t.strip("\u2068\u2069") for t in TEXTS))
+    assert all(
+        text.strip() and text.isprintable() for text in (t.strip("\u2068\u2069") for t in TEXTS)
+    )
 
 
 @pytest.mark.parametrize(
     "text, seen",
     [
-        ("two words", "two words"), (" the", "␣the"), ("a\nb", "a⏎b"), ("", "∅"), ("2 ␣said", "2 ␣said"),
-        ("3 \u2068של\u2069", "3 \u2068של\u2069"), ("של", "\u2068של\u2069"), ("\u2068של\u2069", "\u2068של\u2069"),
+        ("two words", "two words"),
+        (" the", "␣the"),
+        ("a\nb", "a⏎b"),
+        ("", "∅"),
+        ("2 ␣said", "2 ␣said"),
+        ("3 \u2068של\u2069", "3 \u2068של\u2069"),
+        ("של", "\u2068של\u2069"),
+        ("\u2068של\u2069", "\u2068של\u2069"),
         ("a\u200bb", "a\\x200bb"),
     ],
-)  # fmt: skip
+)
 def test_a_label_stays_as_it_is_where_all_of_it_is_seen(text, seen):
     assert drawn.seen(text) == seen == drawn.seen(seen)
 
@@ -74,7 +105,8 @@ def test_pieces_are_joined_before_they_are_decoded(pieces, runs):
 
 
 @pytest.mark.parametrize(
-    "text, length, short", [("abc", 3, "abc"), ("abcd", 3, "ab…"), ("\u2068שלום\u2069", 4, "\u2068של…\u2069")]
+    "text, length, short",
+    [("abc", 3, "abc"), ("abcd", 3, "ab…"), ("\u2068שלום\u2069", 4, "\u2068של…\u2069")],
 )
 def test_shortened_text_is_closed(text, length, short):
     assert drawn.shorten(text, length) == short
@@ -83,7 +115,7 @@ def test_shortened_text_is_closed(text, length, short):
 @pytest.mark.parametrize(
     "text, plotly, html, markdown",
     [
-        ("a \"b\" don't", "a \"b\" don't", "a &quot;b&quot; don&#x27;t", "a \"b\" don't"),
+        ('a "b" don\'t', 'a "b" don\'t', "a &quot;b&quot; don&#x27;t", 'a "b" don\'t'),
         ("<b>&amp;", "&lt;b&gt;&amp;amp;", "&lt;b&gt;&amp;amp;", "\\<b\\>\\&amp;"),
         ("$x$ 5%", "&#36;x&#36; 5%", "$x$ 5%", "\\$x\\$ 5%"),
         ("%{y}", "&#37;{y}", "%{y}", "%{y}"),
@@ -107,21 +139,41 @@ def lens_data():
     top = np.stack([np.arange(N)] * 2)[..., None]  # (layer, token, best)
     share = np.full(top.shape, 0.5)
     dims = ("layer", "token")
-    return xr.Dataset({"top": ((*dims, "best"), top), "top_probability": ((*dims, "best"), share),
-                       "entropy": (dims, share[..., 0])}, coords={"layer": [0, 1]})  # fmt: skip
+    return xr.Dataset(
+        {
+            "top": ((*dims, "best"), top),
+            "top_probability": ((*dims, "best"), share),
+            "entropy": (dims, share[..., 0]),
+        },
+        coords={"layer": [0, 1]},
+    )
 
 
 def position_table():
     values = np.linspace(0.1, 0.9, N)
-    return pd.DataFrame({"position": range(N), "piece": PIECES, "received": values, "pagerank": values,
-                         "betweenness": values, "kl": values, "entropy": values, "probability": values,
-                         "settled": 0})  # fmt: skip
+    return pd.DataFrame(
+        {
+            "position": range(N),
+            "piece": PIECES,
+            "received": values,
+            "pagerank": values,
+            "betweenness": values,
+            "kl": values,
+            "entropy": values,
+            "probability": values,
+            "settled": 0,
+        }
+    )
 
 
 def generation():
     states = lens_data()
-    states = xr.concat([states.isel(token=[0]), states], dim="token")  # the state before predicts the token
-    return layers.generation_map(position_table().assign(position=range(1, N + 1)), states, title=NAME)
+    states = xr.concat(
+        [states.isel(token=[0]), states], dim="token"
+    )  # the state before predicts the token
+    return layers.generation_map(
+        position_table().assign(position=range(1, N + 1)), states, title=NAME
+    )
 
 
 def changes():
@@ -130,35 +182,84 @@ def changes():
 
 def tokens_in_plane():
     plane = (np.random.default_rng(0).normal(size=(N, 2)), np.array([0.6, 0.2]))
-    return embeddings.sense_figure({0: plane}, ["a", NAME] * (N // 2), TEXTS, title=NAME)
+    return figures.sense_figure({0: plane}, ["a", NAME] * (N // 2), TEXTS, title=NAME)
 
 
 def analogies():
     words = dict(zip("abcd", [TEXTS] * 4))
-    return embeddings.analogy_figure(pd.DataFrame(words | {"answer": PIECES, "rank": 1, "rank_without": 2}), title=NAME)
+    return figures.analogy_figure(
+        pd.DataFrame(words | {"answer": PIECES, "rank": 1, "rank_without": 2}), title=NAME
+    )
 
 
 # Each with what its ticks show and what its hovers hold: one text per token.
 FIGURES = {
-    "token map": (lambda: attention.token_map(square(), PIECES, title=NAME, unit="weight"), "xtick", LABELS),
-    "maps": (lambda: attention.maps_side_by_side({NAME: square()}, PIECES, title=NAME, unit=NAME), "xtick", LABELS),
-    "rollout": (lambda: attention.rollout_map(np.ones((3, N)), PIECES, title=NAME), "xtick", LABELS),
-    "bars": (lambda: attention.token_bars({NAME: np.ones(N)}, PIECES, title=NAME, unit=NAME), "xtick", LABELS),
-    "stack": (lambda: attention.stacked_bars(pd.DataFrame({NAME: np.ones(N)}), title=NAME, x_title="token",
-                                             unit="share", labels=LABELS), "xtick", LABELS),
-    "build-up": (lambda: attention.logit_build_up(
-        pd.DataFrame({"embedding": 0.1, "by_layer": [np.ones((2, 2))] * N}), PIECES, title=NAME), None, TEXTS),
+    "token map": (
+        lambda: attention.token_map(square(), PIECES, title=NAME, unit="weight"),
+        "xtick",
+        LABELS,
+    ),
+    "maps": (
+        lambda: attention.maps_side_by_side({NAME: square()}, PIECES, title=NAME, unit=NAME),
+        "xtick",
+        LABELS,
+    ),
+    "rollout": (
+        lambda: attention.rollout_map(np.ones((3, N)), PIECES, title=NAME),
+        "xtick",
+        LABELS,
+    ),
+    "bars": (
+        lambda: attention.token_bars({NAME: np.ones(N)}, PIECES, title=NAME, unit=NAME),
+        "xtick",
+        LABELS,
+    ),
+    "stack": (
+        lambda: attention.stacked_bars(
+            pd.DataFrame({NAME: np.ones(N)}),
+            title=NAME,
+            x_title="token",
+            unit="share",
+            labels=LABELS,
+        ),
+        "xtick",
+        LABELS,
+    ),
+    "build-up": (
+        lambda: attention.logit_build_up(
+            pd.DataFrame({"embedding": 0.1, "by_layer": [np.ones((2, 2))] * N}), PIECES, title=NAME
+        ),
+        None,
+        TEXTS,
+    ),
     "central": (lambda: attention.centrality_scatter(position_table(), title=NAME), None, LABELS),
-    "lens": (lambda: layers.lens_table(lens_data(), PIECES, PIECES, title=NAME, last=N), "xtick", TEXTS),
+    "lens": (
+        lambda: layers.lens_table(lens_data(), PIECES, PIECES, title=NAME, last=N),
+        "xtick",
+        TEXTS,
+    ),
     "settled": (lambda: layers.settled_bars(np.ones(N), PIECES, title=NAME), "xtick", LABELS),
-    "positions": (lambda: layers.position_map(np.ones((2, N)), range(N), [0, 1], PIECES, title=NAME, unit="share"),
-                  "xtick", LABELS),
-    "drift": (lambda: layers.drift_profile(changes(), position_table(), PIECES, title=NAME), "x2tick", LABELS),
+    "positions": (
+        lambda: layers.position_map(
+            np.ones((2, N)), range(N), [0, 1], PIECES, title=NAME, unit="share"
+        ),
+        "xtick",
+        LABELS,
+    ),
+    "drift": (
+        lambda: layers.drift_profile(changes(), position_table(), PIECES, title=NAME),
+        "x2tick",
+        LABELS,
+    ),
     "generation": (generation, "x2tick", [f"{i + 1} {text}" for i, text in enumerate(TEXTS)]),
-    "side by side": (lambda: heads.side_by_side({(0, 0): square()}, [(0, 0)], PIECES, NAME), None, LABELS),
+    "side by side": (
+        lambda: heads.side_by_side({(0, 0): square()}, [(0, 0)], PIECES, NAME),
+        None,
+        LABELS,
+    ),
     "senses": (tokens_in_plane, None, TEXTS),
     "analogies": (analogies, None, TEXTS),
-}  # fmt: skip
+}
 # MathJax as a notebook has it: Plotly asks it for every text between dollars.
 MATHJAX = """window.asked = 0;
 window.MathJax = {version: '3.2.2', config: {}, startup: {get output() { window.asked++; }}};"""
@@ -177,7 +278,8 @@ HOVERS = """() => { const gd = document.querySelector('.js-plotly-plot'), out = 
 
 
 def plain(text):
-    """As text content compares: isolates are not seen, and Plotly draws a blank at the ends as itself."""
+    """As text content compares: isolates are not seen, and Plotly draws a blank at the ends as
+    itself."""
     return text.replace("\u2068", "").replace("\u2069", "")
 
 
@@ -201,12 +303,19 @@ def test_a_figure_shows_every_piece_as_it_is(page, tmp_path, name):
     make, ticks, hovers = FIGURES[name]
     figure = make()
     page.add_init_script(MATHJAX)
-    problems = opened(page, tmp_path, pio.to_html(figure, include_plotlyjs=True, include_mathjax=False))
+    problems = opened(
+        page, tmp_path, pio.to_html(figure, include_plotlyjs=True, include_mathjax=False)
+    )
     page.wait_for_selector(".gtitle")
-    assert page.text_content(".gtitle") == plain(NAME) or plain(NAME) in plain(page.text_content(".gtitle"))
+    assert page.text_content(".gtitle") == plain(NAME) or plain(NAME) in plain(
+        page.text_content(".gtitle")
+    )
     if ticks:
         shown = [plain(text) for text in page.locator(f".{ticks} text").all_text_contents()]
-        wanted = [plain(theme.shorten(label, theme.TICK)) for label in (hovers if name != "lens" else LABELS)]
+        wanted = [
+            plain(theme.shorten(label, theme.TICK))
+            for label in (hovers if name != "lens" else LABELS)
+        ]
         step = -(-len(wanted) // len(shown)) if len(shown) < len(wanted) else 1
         assert shown == wanted[::step], f"every {step}"
     said = [plain(text) for text in page.evaluate(HOVERS)]
@@ -214,44 +323,76 @@ def test_a_figure_shows_every_piece_as_it_is(page, tmp_path, name):
     assert missing == []
     nothing_ran(page)
     assert page.evaluate("window.asked") == 0 and problems == []
-    assert page.evaluate("document.querySelectorAll('.js-plotly-plot a[*|href]:not(.modebar-btn)').length") == 0
+    assert (
+        page.evaluate(
+            "document.querySelectorAll('.js-plotly-plot a[*|href]:not(.modebar-btn)').length"
+        )
+        == 0
+    )
 
 
 def quality():
-    columns = ("kld_mean", "kld_mean_low", "kld_mean_high", "bits_per_weight", "size_bytes",
-               *(f"kld_{key}" for key in ("min", "p05", "p10", "median", "p90", "p95", "p99", "p999", "max")))
+    columns = (
+        "kld_mean",
+        "kld_mean_low",
+        "kld_mean_high",
+        "bits_per_weight",
+        "size_bytes",
+        *(
+            f"kld_{key}"
+            for key in ("min", "p05", "p10", "median", "p90", "p95", "p99", "p999", "max")
+        ),
+    )
     return pd.DataFrame({column: [0.1, 0.2] for column in columns}, index=[NAME, "Q4_0"])
 
 
 def drift_tables():
-    table = pd.DataFrame({key: [0.1, 0.2] for key in ("error", "cosine", "error_first", "cosine_first")})
+    table = pd.DataFrame(
+        {key: [0.1, 0.2] for key in ("error", "cosine", "error_first", "cosine_first")}
+    )
     return {NAME: table, "Q4_0": table}
 
 
 NAMED = {
     "ladder": lambda: quantization.ladder(quality(), NAME),
     "percentiles": lambda: quantization.percentiles(quality(), NAME),
-    "pareto": lambda: quantization.pareto(quality(), {"size_bytes": pd.Series(True, index=quality().index)},
-                                          {"size_bytes": ("size (MB)", 1e-6)}, NAME),
-    "drift": lambda: inside.drift(drift_tables(), NAME),
-    "menu": lambda: inside.attention_precision(
-        {name: xr.DataArray(np.full((2, 3), 0.1), dims=("layer", "head"), coords={"layer": [0, 1]})
-         for name in (NAME, "Q4_0")}, NAME),
-    "survival": lambda: heads.survival(pd.DataFrame({"labels": [3], "kept": 1, "lost": 1, "gained": 1}, index=["sink"]),
-                                       NAME, NAME),
-    "heatmap": lambda: theme.heatmap(np.eye(2), [NAME, "b"], ["c", NAME], title=NAME, x_title=NAME, y_title=NAME,
-                                     unit=NAME),
-}  # fmt: skip
+    "pareto": lambda: quantization.pareto(
+        quality(),
+        {"size_bytes": pd.Series(True, index=quality().index)},
+        {"size_bytes": ("size (MB)", 1e-6)},
+        NAME,
+    ),
+    "drift": lambda: inside_figures.drift(drift_tables(), NAME),
+    "menu": lambda: inside_figures.attention_precision(
+        {
+            name: xr.DataArray(
+                np.full((2, 3), 0.1), dims=("layer", "head"), coords={"layer": [0, 1]}
+            )
+            for name in (NAME, "Q4_0")
+        },
+        NAME,
+    ),
+    "survival": lambda: heads.survival(
+        pd.DataFrame({"labels": [3], "kept": 1, "lost": 1, "gained": 1}, index=["sink"]), NAME, NAME
+    ),
+    "heatmap": lambda: theme.heatmap(
+        np.eye(2), [NAME, "b"], ["c", NAME], title=NAME, x_title=NAME, y_title=NAME, unit=NAME
+    ),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_a_name_is_text_not_markup(page, tmp_path, name):
     page.add_init_script(MATHJAX)
-    problems = opened(page, tmp_path, pio.to_html(NAMED[name](), include_plotlyjs=True, include_mathjax=False))
+    problems = opened(
+        page, tmp_path, pio.to_html(NAMED[name](), include_plotlyjs=True, include_mathjax=False)
+    )
     page.wait_for_selector(".gtitle")
-    places = (".gtitle, .legendtext, .textpoint text, .xtick text, .ytick text, .updatemenu-item-text, .xtitle, "
-              ".ytitle, .cbtitle text")  # fmt: skip
+    places = (
+        ".gtitle, .legendtext, .textpoint text, .xtick text, .ytick text, .updatemenu-item-text, .xtitle, "
+        ".ytitle, .cbtitle text"
+    )
     texts = [plain(text) for text in page.locator(places).all_text_contents()]
     assert any(plain(NAME) in text for text in texts)
     assert not any("&" in text.replace("' &", "") for text in texts), texts
@@ -263,7 +404,9 @@ def test_a_name_is_text_not_markup(page, tmp_path, name):
 
 def arcs():
     nodes = position_table()
-    edges = pd.DataFrame({"src": range(1, N), "dst": range(N - 1), "layer": 0, "head": 0, "weight": 0.5})
+    edges = pd.DataFrame(
+        {"src": range(1, N), "dst": range(N - 1), "layer": 0, "head": 0, "weight": 0.5}
+    )
     edges["kind"] = "head"
     return attention_arcs.arcs_page(nodes, edges, model=NAME, n_layer=2, n_head=2)
 
@@ -271,9 +414,13 @@ def arcs():
 def all_heads():
     measures = ("sink", "local")
     values = np.full((2, 2, 2), 0.5)
-    profiled = xr.Dataset({key: (("measure", "layer", "head"), values)
-                           for key in ("value", "low", "high", "baseline_high")},
-                          coords={"measure": list(measures), "layer": [0, 1], "head": [0, 1]})  # fmt: skip
+    profiled = xr.Dataset(
+        {
+            key: (("measure", "layer", "head"), values)
+            for key in ("value", "low", "high", "baseline_high")
+        },
+        coords={"measure": list(measures), "layer": [0, 1], "head": [0, 1]},
+    )
     maps = np.broadcast_to(square(), (2, 2, N, N))
     return heads_pages.heads_page(profiled, {}, maps, PIECES, np.zeros((4, 4)), model=NAME)
 
@@ -289,29 +436,62 @@ def vectors():
 
 
 def maps(n=N):
-    return xr.DataArray(np.broadcast_to(square(n), (2, 2, n, n)), dims=("layer", "head", "query", "key"))
+    return xr.DataArray(
+        np.broadcast_to(square(n), (2, 2, n, n)), dims=("layer", "head", "query", "key")
+    )
 
 
 # Each with a script that gives one text per piece.
 PAGES = {
-    "views": (lambda: attention_page(maps(), PIECES, model=NAME, scales=0.5, **vectors()),
-              "[...document.querySelectorAll('#query option')].map(o => o.textContent)", LABELS),
-    "views without q": (lambda: attention_page(maps(), PIECES, model=NAME, scales=0.5),
-                        "[...document.querySelectorAll('#query option')].map(o => o.textContent)", LABELS),
-    "next": (lambda: next_token_page(np.arange(N, 0, -1.0), PIECES, model=NAME, context=NAME),
-             "[...document.querySelectorAll('#bars .row .mono')].map(o => o.textContent)", TEXTS[:25]),
-    "arcs": (arcs, "[...document.querySelectorAll('#arcs circle title')].map(o => o.textContent"
-             ".split(', received')[0])", LABELS),
+    "views": (
+        lambda: attention_page(maps(), PIECES, model=NAME, scales=0.5, **vectors()),
+        "[...document.querySelectorAll('#query option')].map(o => o.textContent)",
+        LABELS,
+    ),
+    "views without q": (
+        lambda: attention_page(maps(), PIECES, model=NAME, scales=0.5),
+        "[...document.querySelectorAll('#query option')].map(o => o.textContent)",
+        LABELS,
+    ),
+    "next": (
+        lambda: next_token_page(np.arange(N, 0, -1.0), PIECES, model=NAME, context=NAME),
+        "[...document.querySelectorAll('#bars .row .mono')].map(o => o.textContent)",
+        TEXTS[:25],
+    ),
+    "arcs": (
+        arcs,
+        "[...document.querySelectorAll('#arcs circle title')].map(o => o.textContent"
+        ".split(', received')[0])",
+        LABELS,
+    ),
     "heads": (all_heads, "DATA.tokens.map((_, i) => label(i))", LABELS),
-    "states": (lambda: layers_pages.layers_page(np.ones((3, N, 4)), PIECES, {"length": np.ones((3, N))}, model=NAME,
-                                                says=[PIECES] * 3, probability=np.ones((3, N))),
-               "DATA.tokens.map((_, i) => { page.token = i; drawVector(); return document.getElementById('chosen')"
-               ".textContent.slice('state 1, token '.length); })", LABELS),
-    "graph": (graph, "DATA.labels.map((_, i) => { hover(...graph.screen(i)); graph.hovered = i; "
-              "return describe(i).split('\\n')[0]; })", LABELS),
-    "answers": (lambda: quantization.answers([{"prompt": NAME, "answers": {"reference": (PIECES, None)}}], NAME),
-                "[document.querySelector('td.a').textContent]", [drawn.text_of(PIECES)]),
-}  # fmt: skip
+    "states": (
+        lambda: layers_pages.layers_page(
+            np.ones((3, N, 4)),
+            PIECES,
+            {"length": np.ones((3, N))},
+            model=NAME,
+            says=[PIECES] * 3,
+            probability=np.ones((3, N)),
+        ),
+        "DATA.tokens.map((_, i) => { page.token = i; drawVector(); return document.getElementById('chosen')"
+        ".textContent.slice('state 1, token '.length); })",
+        LABELS,
+    ),
+    "graph": (
+        graph,
+        "DATA.labels.map((_, i) => { hover(...graph.screen(i)); graph.hovered = i; "
+        "return describe(i).split('\\n')[0]; })",
+        LABELS,
+    ),
+    "answers": (
+        lambda: quantization.answers(
+            [{"prompt": NAME, "answers": {"reference": (PIECES, None)}}], NAME
+        ),
+        "[document.querySelector('td.a').textContent]",
+        [drawn.text_of(PIECES)],
+    ),
+}
 
 
 @pytest.mark.slow
@@ -330,7 +510,9 @@ def test_a_page_shows_every_piece_as_it_is(page, tmp_path, name):
 def test_tables_show_every_piece_as_it_is(page, tmp_path):
     measured = pd.DataFrame([(text, f"{text} 12.5%") for text in TEXTS], columns=["measured", NAME])
     frame = drawn.token_columns(pd.DataFrame({"piece": PIECES, "to_piece": PIECES, "n": 1.0}))
-    own = measured.set_axis(["a", "b"], axis="columns").style.hide(axis="index")  # a user's, not made by theme.table
+    own = measured.set_axis(["a", "b"], axis="columns").style.hide(
+        axis="index"
+    )  # a user's, not made by theme.table
     tables = (theme.table(measured), theme.table(measured, {"measured": "{}"}), own, frame)
     cells = "[...document.querySelectorAll('tbody tr')].map(r => [...r.children].map(c => c.textContent.trim()))"
     for table in tables:
@@ -338,7 +520,8 @@ def test_tables_show_every_piece_as_it_is(page, tmp_path):
         assert opened(page, tmp_path, f"<!doctype html><meta charset=utf-8>{html}") == []
         rows = page.evaluate(cells)
         assert [plain(text) for row in rows for text in row[-3 if table is frame else 0 : -1]] == [
-            plain(text) for text in TEXTS for _ in range(2 if table is frame else 1)]  # fmt: skip
+            plain(text) for text in TEXTS for _ in range(2 if table is frame else 1)
+        ]
         nothing_ran(page)
         assert "tex2jax_ignore" in html  # MathJax leaves it alone
     opened(page, tmp_path, theme.table(measured).to_html())
@@ -347,7 +530,9 @@ def test_tables_show_every_piece_as_it_is(page, tmp_path):
 
 def test_a_notebook_s_mathjax_leaves_figures_alone():
     shown = theme.OfflineRenderer().to_mimebundle(NAMED["heatmap"]().to_dict())["text/html"]
-    assert shown.startswith("<div class='mathjax_ignore tex2jax_ignore'>") and shown.endswith("</div>")
+    assert shown.startswith("<div class='mathjax_ignore tex2jax_ignore'>") and shown.endswith(
+        "</div>"
+    )
 
 
 @pytest.mark.slow
@@ -356,23 +541,30 @@ def test_a_page_without_q_and_k_opens_at_any_length(page, tmp_path, n):
     made = attention_page(maps(n), [" w"] * n, model="m", scales=0.5, max_bytes=1000)
     problems = opened(page, tmp_path, made.html)
     assert "steps of 1/65535." in page.text_content("p.note")
-    assert page.text_content("#bars") == "q and k were not captured for this page." and problems == []
+    assert (
+        page.text_content("#bars") == "q and k were not captured for this page." and problems == []
+    )
 
 
 def order_on_screen(page, selector, marks):
-    """Left edges of the given texts, in the order of `marks`, inside one element's first text node."""
-    return page.evaluate("""([selector, marks]) => {
+    """Left edges of the given texts, in the order of `marks`, inside one element's first text
+    node."""
+    return page.evaluate(
+        """([selector, marks]) => {
         const node = document.querySelector(selector).firstChild, text = node.textContent; let from = 0;
         return marks.map(mark => { const at = text.indexOf(mark, from), range = document.createRange(); from = at + 1;
           range.setStart(node, at); range.setEnd(node, at + 1); return range.getBoundingClientRect().left; }); }""",
-        [selector, marks])  # fmt: skip
+        [selector, marks],
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pieces", [["The", " cat"], ["ال", "سلام"], ["של", "ום"], ["١", "٢"]])
 def test_numbers_beside_right_to_left_text_keep_their_place(page, tmp_path, pieces):
     q = np.ones((1, 1, 2, 4), "f4")
-    made = attention_page(maps(2).isel(layer=[0], head=[0]), pieces, model="m", scales=0.5, q=q, k=q)
+    made = attention_page(
+        maps(2).isel(layer=[0], head=[0]), pieces, model="m", scales=0.5, q=q, k=q
+    )
     opened(page, tmp_path, made.html)
     left = order_on_screen(page, "#dot", ["1", "·", "0", "=", "scaled", "weight"])
     assert left == sorted(left)

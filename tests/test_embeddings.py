@@ -4,13 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llamatelemetry.analysis import embeddings as emb
-from llamatelemetry.analysis import embeddings_context as context
-from llamatelemetry.analysis import embeddings_groups as groups
-from llamatelemetry.analysis import embeddings_sentences as read
-from llamatelemetry.analysis import embeddings_words as lists
+from llamatelemetry import maths
 from llamatelemetry.backend import get_backend
-from llamatelemetry.plots import embeddings as plots
+from llamatelemetry.embeddings import context, figures, groups, say, vectors
+from llamatelemetry.embeddings import words as lists
 
 RNG = np.random.default_rng(7)
 GAUSS = RNG.standard_normal((3000, 24)).astype(np.float32)
@@ -23,69 +20,86 @@ def cpu():
 
 @pytest.fixture(scope="module")
 def planted():
-    """Four clusters of 30 around orthogonal directions, 16 wide. -> (points (120, 16), names (120,))"""
+    """Four clusters of 30 around orthogonal directions, 16 wide. -> (points (120, 16), names
+    (120,))"""
     labels = np.repeat(np.arange(4), 30)
     points = 5 * np.eye(16)[labels] + 0.3 * RNG.standard_normal((120, 16))
     return points.astype(np.float32), np.array(["a", "b", "c", "d"])[labels]
 
 
-# ---- the matrix ---------------------------------------------------------------------------------------------------
+# ---- the matrix
+# ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("matrix, expected", [
-    (np.eye(8), 0.0),  # orthogonal
-    (np.outer(np.arange(1, 9), np.ones(5)), 1.0),  # collapsed to one direction
-    (np.array([[1, 0], [-3, 0]]), -1.0),
-    (np.array([[1, 0], [1, 0], [0, 0], [0, 2]]), 1 / 3),  # the row of zeros has no direction
-])
+@pytest.mark.parametrize(
+    "matrix, expected",
+    [
+        (np.eye(8), 0.0),  # orthogonal
+        (np.outer(np.arange(1, 9), np.ones(5)), 1.0),  # collapsed to one direction
+        (np.array([[1, 0], [-3, 0]]), -1.0),
+        (np.array([[1, 0], [1, 0], [0, 0], [0, 2]]), 1 / 3),  # the row of zeros has no direction
+    ],
+)
 def test_anisotropy_of_known_matrices(matrix, expected):
-    assert emb.anisotropy(matrix.astype(np.float32)) == pytest.approx(expected, abs=1e-6)
+    assert vectors.anisotropy(matrix.astype(np.float32)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_anisotropy_is_the_mean_over_all_pairs_across_blocks(monkeypatch):
-    monkeypatch.setattr(emb, "BLOCK", 7)
+    monkeypatch.setattr(maths, "BLOCK", 7)
     rows = GAUSS[:50] + 1
-    cosine = emb.unit(rows) @ emb.unit(rows).T
-    assert emb.anisotropy(rows) == pytest.approx(cosine[~np.eye(50, dtype=bool)].mean(), abs=1e-6)
+    cosine = vectors.unit(rows) @ vectors.unit(rows).T
+    assert vectors.anisotropy(rows) == pytest.approx(
+        cosine[~np.eye(50, dtype=bool)].mean(), abs=1e-6
+    )
 
 
 def test_random_pairs_are_of_different_rows_and_agree_with_all_pairs():
     rows = GAUSS + 0.5
-    sample = emb.random_cosines(rows, pairs=40000, seed=1)
-    assert sample.mean() == pytest.approx(emb.anisotropy(rows), abs=float(6 * sample.std() / 200))
-    assert emb.random_cosines(rows, pairs=40000, center=True).mean() == pytest.approx(0, abs=0.01)
-    assert np.abs(emb.random_cosines(np.eye(3, dtype=np.float32), pairs=500)).max() == 0  # a row with itself would be 1
-    assert (emb.random_cosines(rows, seed=3) == emb.random_cosines(rows, seed=3)).all()
+    sample = vectors.random_cosines(rows, pairs=40000, seed=1)
+    assert sample.mean() == pytest.approx(
+        vectors.anisotropy(rows), abs=float(6 * sample.std() / 200)
+    )
+    assert vectors.random_cosines(rows, pairs=40000, center=True).mean() == pytest.approx(
+        0, abs=0.01
+    )
+    assert (
+        np.abs(vectors.random_cosines(np.eye(3, dtype=np.float32), pairs=500)).max() == 0
+    )  # a row with itself would be 1
+    assert (vectors.random_cosines(rows, seed=3) == vectors.random_cosines(rows, seed=3)).all()
 
 
-@pytest.mark.parametrize("values, rank", [([2, 2, 2, 2], 4), ([5, 0, 0], 1), ([1, 1, 0], 2),
-                                          ([0.5, 0.25, 0.25], 2 * 2**0.5)])  # entropy 1.5 bits
+@pytest.mark.parametrize(
+    "values, rank",
+    [([2, 2, 2, 2], 4), ([5, 0, 0], 1), ([1, 1, 0], 2), ([0.5, 0.25, 0.25], 2 * 2**0.5)],
+)  # entropy 1.5 bits
 def test_effective_rank_as_defined_by_roy_and_vetterli(values, rank):
-    assert emb.effective_rank(values) == pytest.approx(rank)
+    assert vectors.effective_rank(values) == pytest.approx(rank)
 
 
 def test_effective_rank_of_nothing():
-    with pytest.raises(emb.EmbeddingError, match="zero"):
-        emb.effective_rank([0, 0])
+    with pytest.raises(vectors.EmbeddingError, match="zero"):
+        vectors.effective_rank([0, 0])
 
 
 @pytest.mark.parametrize("center", [False, True])
 def test_spectrum_is_that_of_numpy(monkeypatch, center):
-    monkeypatch.setattr(emb, "BLOCK", 1000)
+    monkeypatch.setattr(maths, "BLOCK", 1000)
     rows = GAUSS + 2
-    expected = np.linalg.svd((rows - rows.mean(axis=0) * center).astype(np.float64), compute_uv=False)
-    np.testing.assert_allclose(emb.spectrum(rows, center), expected, rtol=1e-5)
+    expected = np.linalg.svd(
+        (rows - rows.mean(axis=0) * center).astype(np.float64), compute_uv=False
+    )
+    np.testing.assert_allclose(vectors.spectrum(rows, center), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3000, 24), (2000, 500), (200, 500)])
 def test_random_spectrum_is_that_of_gaussian_matrices(shape):
     measured = np.linalg.svd(np.random.default_rng(0).standard_normal(shape), compute_uv=False)
-    np.testing.assert_allclose(emb.random_spectrum(*shape), measured, rtol=0.06)
+    np.testing.assert_allclose(vectors.random_spectrum(*shape), measured, rtol=0.06)
 
 
 def test_token_statistics_of_planted_rows():
     rows = np.array([[3, 4], [0, 0], [3, 4], [-4, 3]], np.float32)
-    table = emb.token_statistics(rows)
+    table = vectors.token_statistics(rows)
     np.testing.assert_allclose(table.norm, [5, 0, 5, 5])
     np.testing.assert_allclose(table.mean_cosine, [1 / 3, 0, 1 / 3, 0], atol=1e-6)
     assert table.copies.tolist() == [2, 1, 2, 1]
@@ -95,14 +109,14 @@ def test_token_statistics_of_planted_rows():
 def test_damaged_rows_are_named(value):
     rows = GAUSS[:100].copy()
     rows[[3, 41], 5] = value
-    with pytest.raises(emb.EmbeddingError, match="token 3, 41"):
-        emb.token_statistics(rows)
+    with pytest.raises(vectors.EmbeddingError, match="token 3, 41"):
+        vectors.token_statistics(rows)
 
 
 @pytest.mark.parametrize("bad", [np.ones(4), np.ones((1, 4)), np.ones((2, 2, 2))])
 def test_what_is_no_embedding_matrix_is_refused(bad):
-    with pytest.raises(emb.EmbeddingError, match="two rows or more"):
-        emb.check_rows(bad)
+    with pytest.raises(vectors.EmbeddingError, match="two rows or more"):
+        vectors.check_rows(bad)
 
 
 def test_unused_tokens_planted_in_every_way():
@@ -113,49 +127,89 @@ def test_unused_tokens_planted_in_every_way():
     rows[60] = rows[50]
     pieces, types = [f" w{i}" for i in range(400)], np.ones(400, int)
     pieces[10], types[20] = b"\xff", 5
-    table = emb.unused_tokens(rows, types, pieces)
+    table = vectors.unused_tokens(rows, types, pieces)
     assert dict(zip(table.id, table.why)) == {
-        10: "byte that UTF-8 never has", 20: "marked unused in the file", 50: "same row as another token",
-        60: "same row as another token", 30: "as close to those", 40: "as close to those"}
+        10: "byte that UTF-8 never has",
+        20: "marked unused in the file",
+        50: "same row as another token",
+        60: "same row as another token",
+        30: "as close to those",
+        40: "as close to those",
+    }
     assert table.why.tolist().index("as close to those") == 4, "known ones come first"
-    said = read.unused_sentence(table, np.linalg.norm(rows, axis=1))
+    said = say.unused_sentence(table, np.linalg.norm(rows, axis=1))
     assert "4 tokens are known" in said and "2 more" in said and "would tell them" in said
 
 
 def test_no_unused_token_without_anything_to_compare_with():
-    table = emb.unused_tokens(GAUSS, np.ones(len(GAUSS), int), [f" w{i}" for i in range(len(GAUSS))])
-    assert len(table) == 0 and "Nothing here tells" in read.unused_sentence(table, np.ones(3))
+    table = vectors.unused_tokens(
+        GAUSS, np.ones(len(GAUSS), int), [f" w{i}" for i in range(len(GAUSS))]
+    )
+    assert len(table) == 0 and "Nothing here tells" in say.unused_sentence(table, np.ones(3))
 
 
-# ---- words --------------------------------------------------------------------------------------------------------
+# ---- words
+# --------------------------------------------------------------------------------------------------------
 
-PIECES = [" cat", "cat", " dog", "red", " red", " blue", "<s>", b"\xe2", "\n", "12", " über", "мир", "+="]
+PIECES = [
+    " cat",
+    "cat",
+    " dog",
+    "red",
+    " red",
+    " blue",
+    "<s>",
+    b"\xe2",
+    "\n",
+    "12",
+    " über",
+    "мир",
+    "+=",
+]
 
 
-@pytest.mark.parametrize("piece, type, kind", [
-    (" cat", 1, "word start"), ("cat", 1, "word part"), (" über", 1, "word start"), ("мир", 1, "other script"),
-    (" 12", 1, "number"), ("+=", 1, "symbol"), ("\n\n", 1, "space"), (b"\xe2", 1, "byte"), ("A", 6, "byte"),
-    ("<s>", 3, "special"), ("<unused1>", 5, "special")])
+@pytest.mark.parametrize(
+    "piece, type, kind",
+    [
+        (" cat", 1, "word start"),
+        ("cat", 1, "word part"),
+        (" über", 1, "word start"),
+        ("мир", 1, "other script"),
+        (" 12", 1, "number"),
+        ("+=", 1, "symbol"),
+        ("\n\n", 1, "space"),
+        (b"\xe2", 1, "byte"),
+        ("A", 6, "byte"),
+        ("<s>", 3, "special"),
+        ("<unused1>", 5, "special"),
+    ],
+)
 def test_kinds_of_tokens(piece, type, kind):
-    assert emb.token_kinds([piece], [type]).tolist() == [kind] and kind in emb.KINDS
+    assert vectors.token_kinds([piece], [type]).tolist() == [kind] and kind in vectors.KINDS
 
 
 def test_words_are_found_as_in_a_text_first_and_others_reported():
-    table = emb.word_table(PIECES, {"animals": ["cat", "dog", "horse"], "colours": ["red"]})
-    assert list(zip(table.word, table.category, table.id)) == [("cat", "animals", 0), ("dog", "animals", 2),
-                                                               ("red", "colours", 4)]
+    table = vectors.word_table(PIECES, {"animals": ["cat", "dog", "horse"], "colours": ["red"]})
+    assert list(zip(table.word, table.category, table.id)) == [
+        ("cat", "animals", 0),
+        ("dog", "animals", 2),
+        ("red", "colours", 4),
+    ]
     assert table.attrs["skipped"] == ["horse"]
-    assert "horse" in read.words_sentence(table)
+    assert "horse" in say.words_sentence(table)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(only=["animals", "planets"]), "No category 'planets'. Known: animals, colours"),
-    (dict(strict=True), "Not one token in this vocabulary: horse"),
-    (dict(only=["colours"]), "Not one token in this vocabulary: teal"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(only=["animals", "planets"]), "No category 'planets'. Known: animals, colours"),
+        (dict(strict=True), "Not one token in this vocabulary: horse"),
+        (dict(only=["colours"]), "Not one token in this vocabulary: teal"),
+    ],
+)
 def test_words_that_cannot_be_had(arguments, message):
-    with pytest.raises(emb.EmbeddingError, match=message):
-        emb.word_table(PIECES, {"animals": ["cat", "horse"], "colours": ["teal"]}, **arguments)
+    with pytest.raises(vectors.EmbeddingError, match=message):
+        vectors.word_table(PIECES, {"animals": ["cat", "horse"], "colours": ["teal"]}, **arguments)
 
 
 def test_word_lists_are_consistent():
@@ -173,39 +227,52 @@ def test_analogies_with_planted_offsets():
     male, royal, female = rng.standard_normal((3, 64))
     rows[:4] += np.stack([male, male + royal, female, female + royal])
     rows[5] = female + royal - male  # would be first, but is " Man", a variant of a
-    table = emb.analogies(rows.astype(np.float32), pieces, [("man", "king", "woman", "queen"), ("man", "x", "a", "b")])
+    table = vectors.analogies(
+        rows.astype(np.float32), pieces, [("man", "king", "woman", "queen"), ("man", "x", "a", "b")]
+    )
     assert table.loc[0, ["answer", "rank"]].tolist() == [" queen", 1]
     assert table.attrs["skipped"] == [("man", "x", "a", "b")]
-    assert "1 left out" in read.analogy_sentence(table)
+    assert "1 left out" in say.analogy_sentence(table)
 
 
 def test_analogy_ranks_count_all_better_tokens():
     rows = np.eye(6, dtype=np.float32)
     rows[4] = rows[1] - rows[0] + rows[2]  # exactly b - a + c: rank 1
-    rows[3] = [0, 1, 1, 1, 0, 0]  # d: rank 2; without the offset cosine 0.577 to c, also behind row 4's 0.577
-    table = emb.analogies(rows, [" a", " b", " c", " d", " e", " f"], [("a", "b", "c", "d")])
-    assert table.loc[0, ["answer", "rank"]].tolist() == [" e", 2] and table.rank_without[0] in (1, 2)
-    with pytest.raises(emb.EmbeddingError, match="four words"):
-        emb.analogies(rows, [" a", " b", " c", " d", " e", " f"], [("a", "b", "c", "zebra")])
+    rows[3] = [
+        0,
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]  # d: rank 2; without the offset cosine 0.577 to c, also behind row 4's 0.577
+    table = vectors.analogies(rows, [" a", " b", " c", " d", " e", " f"], [("a", "b", "c", "d")])
+    assert table.loc[0, ["answer", "rank"]].tolist() == [" e", 2] and table.rank_without[0] in (
+        1,
+        2,
+    )
+    with pytest.raises(vectors.EmbeddingError, match="four words"):
+        vectors.analogies(rows, [" a", " b", " c", " d", " e", " f"], [("a", "b", "c", "zebra")])
 
 
-# ---- groups -------------------------------------------------------------------------------------------------------
+# ---- groups
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_planted_clusters_are_found_and_shuffled_labels_are_not(cpu, planted):
     points, names = planted
     near = cpu.neighbors(points, 10)[1]
-    found = cpu.kmeans(emb.unit(points), 4)
+    found = cpu.kmeans(vectors.unit(points), 4)
     table = groups.cluster_agreement(points, {"k-means": found}, names, near, rounds=30)
     assert table.value["categories", "purity"] == 1 and table.value["k-means", "adjusted Rand"] == 1
     assert table.value["categories", "silhouette"] > 0.8
     assert table.shuffled["categories", "purity"] == pytest.approx(29 / 119, abs=0.03)  # chance
     assert abs(table.shuffled["k-means", "adjusted Rand"]) < 0.02
-    assert "100% of a word's nearest neighbours" in read.clusters_sentence(table)
+    assert "100% of a word's nearest neighbours" in say.clusters_sentence(table)
     counts = groups.contingency(found, names)
     assert sorted(counts.to_numpy().ravel().tolist()) == [0] * 12 + [30] * 4
     assert np.trace(counts.to_numpy()) == 120, "columns follow the categories"
-    assert "for 4 of 4 categories" in read.contingency_sentence(counts, "k-means")
+    assert "for 4 of 4 categories" in say.contingency_sentence(counts, "k-means")
 
 
 def test_noise_is_left_out_and_one_cluster_says_nothing(cpu, planted):
@@ -214,24 +281,30 @@ def test_noise_is_left_out_and_one_cluster_says_nothing(cpu, planted):
     labels = np.where(np.arange(120) % 30 < 3, -1, np.repeat(np.arange(4), 30))
     clusterings = {"some": labels, "one": np.zeros(120, int), "none": np.full(120, -1)}
     table = groups.cluster_agreement(points, clusterings, names, near, rounds=5)
-    assert table.value["some", "adjusted Rand"] == 1 and table.noise["some", "adjusted Rand"] == pytest.approx(0.1)
+    assert table.value["some", "adjusted Rand"] == 1 and table.noise[
+        "some", "adjusted Rand"
+    ] == pytest.approx(0.1)
     assert table.loc[[("one", "silhouette"), ("none", "adjusted Rand")], "value"].isna().all()
-    assert "nothing to compare" in read.clusters_sentence(table)
-    assert "noise" in read.contingency_sentence(groups.contingency(clusterings["none"], names), "none")
+    assert "nothing to compare" in say.clusters_sentence(table)
+    assert "noise" in say.contingency_sentence(
+        groups.contingency(clusterings["none"], names), "none"
+    )
 
 
 def test_purity_and_overlap_by_hand():
     near = np.array([[1, 2], [0, 2], [0, 1]])
     assert groups.neighborhood_purity(near, ["x", "x", "y"]) == pytest.approx(2 / 6)
     np.testing.assert_allclose(groups.neighbor_overlap(near, [[2, 1], [2, 5], [4, 5]]), [1, 0.5, 0])
-    with pytest.raises(emb.EmbeddingError, match="same rows"):
+    with pytest.raises(vectors.EmbeddingError, match="same rows"):
         groups.neighbor_overlap(near, near[:2])
 
 
 def test_own_row_is_dropped_also_where_a_copy_comes_first():
     distances = np.array([[0, 0, 0.1], [0, 0.2, 0.3]])
     near = np.array([[7, 3, 1], [8, 2, 1]])
-    left, ids = groups.drop_self(distances, near, [3, 9])  # 9 is not among its neighbours: the last one goes
+    left, ids = groups.drop_self(
+        distances, near, [3, 9]
+    )  # 9 is not among its neighbours: the last one goes
     assert ids.tolist() == [[7, 1], [8, 2]] and left.tolist() == [[0, 0.1], [0, 0.2]]
 
 
@@ -246,48 +319,68 @@ def test_network_of_planted_neighbours(cpu, planted):
     mutual = {(a, b) for a, b in both if b in near[a] and a in near[b]}
     assert edges.mutual.sum() == len(mutual)
     parts = groups.components(edges, ids)
-    assert np.bincount(parts).tolist() == [30] * 4 and pd.Series(parts).groupby(names).nunique().eq(1).all()
+    assert (
+        np.bincount(parts).tolist() == [30] * 4
+        and pd.Series(parts).groupby(names).nunique().eq(1).all()
+    )
     one = edges.iloc[0]
-    cosine = float(emb.unit(points[[(one.src - 5) // 3]])[0] @ emb.unit(points[[(one.dst - 5) // 3]])[0])
+    cosine = float(
+        vectors.unit(points[[(one.src - 5) // 3]])[0]
+        @ vectors.unit(points[[(one.dst - 5) // 3]])[0]
+    )
     assert one.cosine == pytest.approx(cosine, abs=1e-5)
-    assert "30 tokens" in read.network_sentence(edges, 120, parts, 0.5)
+    assert "30 tokens" in say.network_sentence(edges, 120, parts, 0.5)
 
 
 def test_threshold_above_every_cosine_gives_an_empty_network(cpu, planted):
     ids = np.arange(120)
     edges = groups.neighbor_edges(*cpu.neighbors(planted[0], 3), ids, threshold=1.1)
     assert len(edges) == 0 and len(np.unique(groups.components(edges, ids))) == 120
-    assert "lower the threshold" in read.network_sentence(edges, 120, None, 1.1)
+    assert "lower the threshold" in say.network_sentence(edges, 120, None, 1.1)
 
 
 def test_hubs_sentence_counts_places():
     near = np.array([[0, 1], [0, 2], [0, 1]])
-    said = read.hubs_sentence(near, ["x", "y", "z"])
-    assert said.startswith("50% of all places in the neighbour lists go to 1 of 3 tokens, most (3) to 'x'")
+    said = say.hubs_sentence(near, ["x", "y", "z"])
+    assert said.startswith(
+        "50% of all places in the neighbour lists go to 1 of 3 tokens, most (3) to 'x'"
+    )
     assert "0 tokens are nobody's" in said
 
 
 def test_surroundings_take_the_category_of_the_nearest_word():
-    words = pd.DataFrame({"word": ["cat", "red"], "category": ["animals", "colours"], "id": [10, 20]})
+    words = pd.DataFrame(
+        {"word": ["cat", "red"], "category": ["animals", "colours"], "id": [10, 20]}
+    )
     around = groups.surroundings(words, [[0.1, 0.4], [0.2, 0.3]], [[20, 7], [7, 3]])
     assert around.to_dict() == {3: "colours", 7: "colours", 10: "animals", 20: "colours"}
-    edges = pd.DataFrame({"src": [3, 7], "dst": [7, 10], "cosine": [0.9, 0.8], "mutual": [True, False]})
-    said = read.network_sentence(edges, 4, groups.components(edges, around.index), 0.5, around)
-    assert "50% of edges stay inside one category; by chance 62%" in said and "1 have no edge" in said
+    edges = pd.DataFrame(
+        {"src": [3, 7], "dst": [7, 10], "cosine": [0.9, 0.8], "mutual": [True, False]}
+    )
+    said = say.network_sentence(edges, 4, groups.components(edges, around.index), 0.5, around)
+    assert (
+        "50% of edges stay inside one category; by chance 62%" in said and "1 have no edge" in said
+    )
 
 
 def test_precision_of_the_same_and_of_rounded_rows(cpu):
     rows = GAUSS[:300]
     near = cpu.neighbors(rows, 10)[1]
     same = groups.precision(rows, rows, near, near)
-    assert same.relative_error.max() == 0 and (same.overlap == 1).all() and same.cosine.min() > 1 - 1e-6
-    assert "are the same" in read.precision_sentence(same, 10, "Q8_0", "Q8_0")
+    assert (
+        same.relative_error.max() == 0
+        and (same.overlap == 1).all()
+        and same.cosine.min() > 1 - 1e-6
+    )
+    assert "are the same" in say.precision_sentence(same, 10, "Q8_0", "Q8_0")
     coarse = np.round(rows * 2) / 2
     table = groups.precision(rows, coarse, near, cpu.neighbors(coarse, 10)[1])
-    expected = (rows * coarse).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(coarse, axis=1)
+    expected = (
+        (rows * coarse).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(coarse, axis=1)
+    )
     np.testing.assert_allclose(table.cosine, expected, atol=1e-5)
     assert 0.3 < table.overlap.mean() < 1
-    with pytest.raises(emb.EmbeddingError, match="different models"):
+    with pytest.raises(vectors.EmbeddingError, match="different models"):
         groups.precision(rows, rows[:, :8], near, near)
 
 
@@ -298,18 +391,22 @@ def test_more_neighbours_than_tokens_is_refused(cpu):
         cpu.neighbors(GAUSS[:10], 10)
 
 
-# ---- contexts -----------------------------------------------------------------------------------------------------
+# ---- contexts
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def senses():
-    """Six layers of two words with two senses each, four occurrences per sense: at layer 0 one vector per word, then
-    senses move apart layer by layer. -> (layers (6, 16, 40), senses, words)"""
+    """Six layers of two words with two senses each, four occurrences per sense: at layer 0 one
+    vector per word, then senses move apart layer by layer. -> (layers (6, 16, 40), senses,
+    words)"""
     words, sense = np.repeat(["bank", "light"], 8), np.tile(np.repeat(["one", "two"], 4), 2)
     base = 4 * np.eye(40)[np.repeat([0, 1], 8)]
     direction = 2 * np.eye(40)[np.where(sense == "one", 2, 3) + np.where(words == "bank", 0, 2)]
     noise = RNG.standard_normal((16, 40))
-    layers = np.stack([base + 0.4 * layer * direction + (0.15 * noise if layer else 0) for layer in range(6)])
+    layers = np.stack(
+        [base + 0.4 * layer * direction + (0.15 * noise if layer else 0) for layer in range(6)]
+    )
     return layers, sense, words
 
 
@@ -320,7 +417,7 @@ def test_sense_separation_grows_from_zero_and_beats_shuffled_senses(senses):
     assert table.agreement[0] == pytest.approx(3 / 7)  # all are tied: chance
     assert (np.diff(table.separation) > 0).all() and table.agreement[5] == 1
     assert (table.separation[2:] > table.shuffled_p95[2:]).all() and abs(table.shuffled).max() < 0.1
-    said = read.senses_sentence(table)
+    said = say.senses_sentence(table)
     assert "largest" in said and "at layer 5, the last" in said
     assert "in 6" not in said and "first at layer 0" not in said
     assert context.separation(layers[4], sense, words) == pytest.approx(table.separation[4])
@@ -331,30 +428,36 @@ def test_shuffled_senses_do_not_separate(senses):
     flat = np.tile(np.tile(["one", "two"], 4), 2)  # half of each sense in each
     table = context.separation_by_layer(layers, flat, words, rounds=100)
     assert not (table.separation > table.shuffled_p95 + 1e-9).any()
-    assert "At no layer" in read.senses_sentence(table)
+    assert "At no layer" in say.senses_sentence(table)
 
 
 def test_a_direction_that_all_share_does_not_count(senses):
     layers, sense, words = senses
     assert context.separation(layers[3] + 1000, sense, words) == pytest.approx(
-        context.separation(layers[3], sense, words), abs=1e-3)
+        context.separation(layers[3], sense, words), abs=1e-3
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda h, s, w: (h[:, :3], s, w), "one row per label"),
-    (lambda h, s, w: (np.where(h == h.max(), np.nan, h), s, w), "NaN or infinity"),
-    (lambda h, s, w: (h, np.repeat("one", 16), w), "two labels"),
-    (lambda h, s, w: (h, s, np.arange(16)), "three rows or more"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda h, s, w: (h[:, :3], s, w), "one row per label"),
+        (lambda h, s, w: (np.where(h == h.max(), np.nan, h), s, w), "NaN or infinity"),
+        (lambda h, s, w: (h, np.repeat("one", 16), w), "two labels"),
+        (lambda h, s, w: (h, s, np.arange(16)), "three rows or more"),
+    ],
+)
 def test_occurrences_that_cannot_be_compared(senses, change, message):
-    with pytest.raises(emb.EmbeddingError, match=message):
+    with pytest.raises(vectors.EmbeddingError, match=message):
         context.separation_by_layer(*change(*senses), rounds=2)
 
 
 def test_the_last_occurrence_of_a_word_is_found_and_a_split_word_named():
-    tokens = pd.DataFrame({"position": range(5), "piece": ["The", " bank", " by", " bank", b"\xe2"]})
+    tokens = pd.DataFrame(
+        {"position": range(5), "piece": ["The", " bank", " by", " bank", b"\xe2"]}
+    )
     assert context.word_position(tokens, "bank") == 3
-    with pytest.raises(emb.EmbeddingError, match="'river' is no single token"):
+    with pytest.raises(vectors.EmbeddingError, match="'river' is no single token"):
         context.word_position(tokens, "river")
 
 
@@ -368,14 +471,21 @@ def test_principal_plane_holds_planar_points_and_survives_equal_ones():
     assert not context.principal_plane(np.ones((5, 3)))[0].any()
 
 
-# ---- figures ------------------------------------------------------------------------------------------------------
+# ---- figures
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_projection_figure_carries_every_token_once_per_view_and_escapes_it(planted):
     points, names = planted
     pieces = [" <b>&", *[" w"] * 119]
-    figure = plots.projection_figure({"UMAP": points[:, :3], "PCA": points[:, 3:6]}, names, pieces, range(120),
-                                     np.ones(120), title="t")
+    figure = figures.projection_figure(
+        {"UMAP": points[:, :3], "PCA": points[:, 3:6]},
+        names,
+        pieces,
+        range(120),
+        np.ones(120),
+        title="t",
+    )
     assert [len(trace.x) for trace in figure.data] == [30] * 8
     assert figure.data[0].text[0] == "␣&lt;b&gt;&amp;"
     assert [trace.showlegend for trace in figure.data] == [True] * 4 + [False] * 4
@@ -384,7 +494,9 @@ def test_projection_figure_carries_every_token_once_per_view_and_escapes_it(plan
 
 def test_more_groups_than_colours_stay_apart():
     names = np.array([f"group {i}" for i in range(20)])
-    figure = plots.projection_figure({"UMAP": np.eye(20, 3)}, names, names, range(20), np.ones(20), title="t")
+    figure = figures.projection_figure(
+        {"UMAP": np.eye(20, 3)}, names, names, range(20), np.ones(20), title="t"
+    )
     looks = {(trace.marker.color, trace.marker.symbol) for trace in figure.data}
     assert len(looks) == 20
 
@@ -392,20 +504,28 @@ def test_more_groups_than_colours_stay_apart():
 def test_figures_hold_the_numbers_they_were_given(senses, planted, cpu):
     layers, sense, words = senses
     table = context.separation_by_layer(layers, sense, words, rounds=5)
-    figure = plots.separation_figure({"senses": table}, title="t", points={"server": (5, 0.3, 0.9)})
+    figure = figures.separation_figure(
+        {"senses": table}, title="t", points={"server": (5, 0.3, 0.9)}
+    )
     np.testing.assert_allclose(figure.data[0].y, table.separation)
     assert figure.data[-1].y == (0.9,)
     norms = np.linalg.norm(GAUSS, axis=1)
-    box = plots.norm_figure(norms, np.repeat(["a", "b"], 1500), title="t").data[0]
-    assert box.median[0] in (pytest.approx(np.median(norms[:1500])), pytest.approx(np.median(norms[1500:])))
-    bars = plots.cosine_figure({"raw": emb.random_cosines(GAUSS)}, title="t").data[0]
+    box = figures.norm_figure(norms, np.repeat(["a", "b"], 1500), title="t").data[0]
+    assert box.median[0] in (
+        pytest.approx(np.median(norms[:1500])),
+        pytest.approx(np.median(norms[1500:])),
+    )
+    bars = figures.cosine_figure({"raw": vectors.random_cosines(GAUSS)}, title="t").data[0]
     assert sum(bars.y) == pytest.approx(1)
     planes = {layer: context.principal_plane(layers[layer, :8]) for layer in (0, 3, 5)}
-    assert len(plots.sense_figure(planes, sense[:8], [f"<i>{i}" for i in range(8)], title="t").data) == 6
-    assert "farthest apart at layer 5" in read.plane_sentence(planes, sense[:8].tolist())
+    assert (
+        len(figures.sense_figure(planes, sense[:8], [f"<i>{i}" for i in range(8)], title="t").data)
+        == 6
+    )
+    assert "farthest apart at layer 5" in say.plane_sentence(planes, sense[:8].tolist())
     near = cpu.neighbors(planted[0], 10)[1]
     same = groups.precision(planted[0], planted[0], near, near)
-    figure = plots.precision_figure(same, title="t", other="Q8_0")
+    figure = figures.precision_figure(same, title="t", other="Q8_0")
     assert sum(figure.data[0].y) == 120 and list(figure.data[1].x) == [1.0]
 
 
@@ -416,16 +536,19 @@ def test_smollm2_matrix(smollm2):
     model = GGUFFile(smollm2)
     matrix = model.tensor("token_embd.weight")
     assert matrix.shape == (model.n_vocab, model.n_embd)
-    words = emb.word_table(model.pieces, lists.CATEGORIES)
+    words = vectors.word_table(model.pieces, lists.CATEGORIES)
     assert len(words) > 180 and words.category.nunique() == len(lists.CATEGORIES)
-    unused = emb.unused_tokens(matrix, model.token_types, model.pieces)
+    unused = vectors.unused_tokens(matrix, model.token_types, model.pieces)
     assert {"<jupyter_start>", "<gh_stars>"} <= set(unused.piece), "rows that training left equal"
-    assert (emb.analogies(matrix, model.pieces, lists.ANALOGIES)["rank"] == 1).mean() > 0.5
+    assert (vectors.analogies(matrix, model.pieces, lists.ANALOGIES)["rank"] == 1).mean() > 0.5
     near = get_backend("cpu").neighbors(matrix[words.id], 10)[1]
     assert groups.neighborhood_purity(near, words.category) > 0.6
 
 
 def test_bars_of_kept_neighbours_are_as_wide_as_one_neighbour():
-    """The width came from the smallest share: where none kept fewer than two of ten, bars ran into one another."""
+    """The width came from the smallest share: where none kept fewer than two of ten, bars ran into
+    one another."""
     kept = pd.DataFrame({"cosine": [0.9, 0.95, 0.99, 1.0], "overlap": [0.2, 0.8, 0.9, 1.0]})
-    assert plots.precision_figure(kept, title="t", other="Q5_0").data[1].width == pytest.approx(0.08)
+    assert figures.precision_figure(kept, title="t", other="Q5_0").data[1].width == pytest.approx(
+        0.08
+    )

@@ -1,4 +1,5 @@
-"""What is written is whole and over none of its inputs; what files are called; what is a text and what a path."""
+"""What is written is whole and over none of its inputs; what files are called; what is a text and
+what a path."""
 
 import os
 from pathlib import Path
@@ -7,16 +8,23 @@ import numpy as np
 import pytest
 from models import tiny_model
 
-from llamatelemetry import CaptureError, LlamaTelemetryError, kaggle_stage
+from llamatelemetry import CaptureError, LlamaTelemetryError
 from llamatelemetry.capture.data import Capture
 from llamatelemetry.cli import main
-from llamatelemetry.errors import OutputError
-from llamatelemetry.files import labels, refuse_overwriting, shown, written
-from llamatelemetry.kaggle_push import StageError
-from llamatelemetry.notebooks import run_notebook
-from llamatelemetry.plots.page import Page
-from llamatelemetry.quantize import QuantizeError, expand, imatrix, make_reference, quantize
-from llamatelemetry.texts import CompareError, load_text
+from llamatelemetry.errors import CompareError, OutputError, shown
+from llamatelemetry.files.outputs import labels, refuse_overwriting, written
+from llamatelemetry.files.quantize import (
+    QuantizeError,
+    expand,
+    imatrix,
+    make_reference,
+    quantize,
+)
+from llamatelemetry.files.texts import load_text
+from llamatelemetry.kaggle import stage
+from llamatelemetry.kaggle.push import StageError
+from llamatelemetry.tools.notebooks import run_notebook
+from llamatelemetry.views.page import Page
 
 
 def names_of(path, folder):
@@ -25,8 +33,15 @@ def names_of(path, folder):
     symbolic.symlink_to(path)
     hard.hardlink_to(path)
     linked.symlink_to(path.parent)
-    return [path, str(path), symbolic, hard, linked / path.name, path.parent / ".." / path.parent.name / path.name,
-            Path(os.path.relpath(path))]  # fmt: skip
+    return [
+        path,
+        str(path),
+        symbolic,
+        hard,
+        linked / path.name,
+        path.parent / ".." / path.parent.name / path.name,
+        Path(os.path.relpath(path)),
+    ]
 
 
 def test_no_output_takes_the_place_of_its_input(tmp_path):
@@ -35,9 +50,13 @@ def test_no_output_takes_the_place_of_its_input(tmp_path):
     text, before = tmp_path / "text.txt", model.read_bytes()
     text.write_text("a text")
     for other in names_of(model, tmp_path):
-        for write in (lambda dst: quantize(model, dst, "Q8_0", progress=False), lambda dst: expand(model, dst),
-                      lambda dst: quantize(dst, model, "Q8_0", progress=False),
-                      lambda dst: make_reference(model, dst), lambda dst: imatrix(model, "text", dst)):  # fmt: skip
+        for write in (
+            lambda dst: quantize(model, dst, "Q8_0", progress=False),
+            lambda dst: expand(model, dst),
+            lambda dst: quantize(dst, model, "Q8_0", progress=False),
+            lambda dst: make_reference(model, dst),
+            lambda dst: imatrix(model, "text", dst),
+        ):
             with pytest.raises(QuantizeError, match="file that it would be made from"):
                 write(other)
     for given in (text, str(text)):
@@ -69,7 +88,10 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
     with pytest.raises(OutputError, match="is a folder"), written(tmp_path / "new"):
         pass
     for wrong in (path / "below" / "a.bin", "x" * 300, "zero\0", 5):
-        with pytest.raises(OutputError, match="Could not write|is no name of a file"), written(wrong):
+        with (
+            pytest.raises(OutputError, match="Could not write|is no name of a file"),
+            written(wrong),
+        ):
             pass
     longest = tmp_path / ("x" * 255)
     with written(longest) as one, written(longest) as other:  # as two threads do
@@ -92,31 +114,45 @@ def test_a_tilde_is_the_home_in_outputs_and_inputs(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     model = tiny_model("llama", tmp_path)
     before = model.read_bytes()
-    for src, dst in ((f"~/{model.name}", model), (model, f"~/{model.name}"), (model.name, f"~/{model.name}")):
+    for src, dst in (
+        (f"~/{model.name}", model),
+        (model, f"~/{model.name}"),
+        (model.name, f"~/{model.name}"),
+    ):
         with pytest.raises(QuantizeError, match="would destroy"):
             expand(src, dst, progress=False)
     assert expand(f"~/{model.name}", "~/out.gguf", progress=False) == tmp_path / "out.gguf"
     assert model.read_bytes() == before
-    assert capture().save("~/c.safetensors") == tmp_path / "c.safetensors" and Capture.load("~/c.safetensors").stages
+    assert (
+        capture().save("~/c.safetensors") == tmp_path / "c.safetensors"
+        and Capture.load("~/c.safetensors").stages
+    )
     assert not (tmp_path / "~").exists()
 
 
 def capture():
     facts = {"name": "x", "architecture": "llama"}
-    return Capture({"logits": (np.zeros((1, 3), np.float32), None, None)}, ([1], ["a"], [False]), facts, [])
+    return Capture(
+        {"logits": (np.zeros((1, 3), np.float32), None, None)}, ([1], ["a"], [False]), facts, []
+    )
 
 
-@pytest.mark.parametrize("error, save", [
-    (CaptureError, lambda path: capture().save(path)),
-    (OutputError, lambda path: Page("t", "body", "", {}).save(path)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, save",
+    [
+        (CaptureError, lambda path: capture().save(path)),
+        (OutputError, lambda path: Page("t", "body", "", {}).save(path)),
+    ],
+)
 def test_nothing_but_a_model_replaces_a_model(tmp_path, error, save):
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF and more")
     with pytest.raises(error, match="is a model"):
         save(model)
     assert model.read_bytes() == b"GGUF and more" and list(tmp_path.iterdir()) == [model]
-    assert save(tmp_path / "fine").is_file() and save(tmp_path / "fine").is_file()  # its own kind it replaces
+    assert (
+        save(tmp_path / "fine").is_file() and save(tmp_path / "fine").is_file()
+    )  # its own kind it replaces
     (tmp_path / "blocked").write_text("")
     with pytest.raises(error, match="Could not write"):
         save(tmp_path / "blocked" / "file")
@@ -156,17 +192,32 @@ def test_files_of_one_name_are_told_apart(tmp_path):
     blob.write_bytes(b"")
     (tmp_path / "model.gguf").symlink_to(blob)
     assert labels([tmp_path / "model.gguf"]) == ["model"]
-    assert shown(os.fsdecode(b"m\xff.gguf")) == r"m\xff.gguf" and labels([os.fsdecode(b"/m\xff.gguf")]) == [r"m\xff"]
+    assert shown(os.fsdecode(b"m\xff.gguf")) == r"m\xff.gguf" and labels(
+        [os.fsdecode(b"/m\xff.gguf")]
+    ) == [r"m\xff"]
     assert shown(Path("\ud83d")) == r"\ud83d"
 
 
 LINE = "The dog saw the cat and the cat saw the dog. "
 
 
-@pytest.mark.parametrize("text", [
-    "", "one word", LINE * 6, LINE * 12, LINE * 400, "a/b of it. " * 300, LINE + "\n", "notes.txt\n",
-    "Call me Ishmael.", "zero \0 byte", "x" * 300 + ".txt", "\ufeffa\r\nb",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "one word",
+        LINE * 6,
+        LINE * 12,
+        LINE * 400,
+        "a/b of it. " * 300,
+        LINE + "\n",
+        "notes.txt\n",
+        "Call me Ishmael.",
+        "zero \0 byte",
+        "x" * 300 + ".txt",
+        "\ufeffa\r\nb",
+    ],
+)
 def test_a_text_is_a_text_whatever_its_length(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_text(text) == text
@@ -178,14 +229,31 @@ def test_a_path_is_a_path(tmp_path, monkeypatch):
     file.write_text("inside")
     (tmp_path / "LICENSE").write_text("inside")
     written_out = str(tmp_path / "LICENSE")
-    for path in (file, str(file), "a text.txt", "./a text.txt", Path("LICENSE"), "./LICENSE", written_out):
+    for path in (
+        file,
+        str(file),
+        "a text.txt",
+        "./a text.txt",
+        Path("LICENSE"),
+        "./LICENSE",
+        written_out,
+    ):
         assert load_text(path) == "inside"
-    for path in (tmp_path / "none", "none.txt", str(tmp_path / "none"), "a/none", "./none here", str(tmp_path)):
+    for path in (
+        tmp_path / "none",
+        "none.txt",
+        str(tmp_path / "none"),
+        "a/none",
+        "./none here",
+        str(tmp_path),
+    ):
         with pytest.raises(CompareError, match="No text at"):
             load_text(path)
     with pytest.raises(CompareError, match=r"Path\('LICENSE'\)"):  # it could be both
         load_text("LICENSE")
-    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")  # the mark is no text, line ends are
+    (tmp_path / "windows.txt").write_bytes(
+        b"\xef\xbb\xbfa\r\nb\r\n"
+    )  # the mark is no text, line ends are
     assert load_text("windows.txt") == "a\r\nb\r\n"
     with pytest.raises(CompareError, match="half a character at position 1"):
         load_text("a\ud83d")
@@ -202,17 +270,17 @@ def test_staging_removes_nothing_that_it_did_not_write(tmp_path):
     mine.parent.mkdir()
     mine.write_bytes(b"GGUF")
     with pytest.raises(StageError, match="was not staged and would be emptied"):
-        kaggle_stage._fresh(tmp_path / "models")
+        stage._fresh(tmp_path / "models")
     with pytest.raises(StageError, match="lies where staged folders are made afresh"):
-        kaggle_stage._check_inputs(tmp_path, [mine], [])
+        stage._check_inputs(tmp_path, [mine], [])
     other = tmp_path / "other" / "mine.gguf"
     other.parent.mkdir()
     other.write_bytes(b"GGUF")
     with pytest.raises(StageError, match="several files are called mine.gguf"):
-        kaggle_stage._check_inputs(tmp_path / "staged", [mine, other], [])
-    kaggle_stage._check_inputs(tmp_path / "staged", [mine, mine], [])
-    (mine.parent / kaggle_stage.DATASET).write_text("{}")
-    assert list(kaggle_stage._fresh(tmp_path / "models").iterdir()) == []
+        stage._check_inputs(tmp_path / "staged", [mine, other], [])
+    stage._check_inputs(tmp_path / "staged", [mine, mine], [])
+    (mine.parent / stage.DATASET).write_text("{}")
+    assert list(stage._fresh(tmp_path / "models").iterdir()) == []
 
 
 def test_a_notebook_is_not_executed_onto_itself(tmp_path):

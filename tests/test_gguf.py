@@ -5,19 +5,35 @@ import numpy as np
 import pytest
 
 from llamatelemetry.errors import ModelLoadError, ModelNotFoundError
-from llamatelemetry.gguf import GGUFFile, decode_pieces
+from llamatelemetry.files.gguf import GGUFFile, decode_pieces
 
 TOKENS = ["<|end|>", "Ġthe", "Ċ", "Ã©", "Ã", "hello"]
 EMBEDDING = np.arange(6 * 64, dtype=np.float32).reshape(6, 64) / 8 - 20
 
 
-def write(path, *, tokens=TOKENS, types=(3, 1, 1, 1, 1, 1), model="gpt2", keys=None, tensors=None, architecture="llama",
-          split=None):
+def write(
+    path,
+    *,
+    tokens=TOKENS,
+    types=(3, 1, 1, 1, 1, 1),
+    model="gpt2",
+    keys=None,
+    tensors=None,
+    architecture="llama",
+    split=None,
+):
     """A small GGUF: 2 layers, 4 heads, 64 wide unless `keys` says otherwise."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
-    defaults = {"block_count": 2, "embedding_length": 64, "context_length": 128, "attention.head_count": 4,
-                "attention.head_count_kv": 2, "feed_forward_length": 96, "attention.layer_norm_rms_epsilon": 1e-5}
+    defaults = {
+        "block_count": 2,
+        "embedding_length": 64,
+        "context_length": 128,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "feed_forward_length": 96,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+    }
     for key, value in {**defaults, **(keys or {})}.items():
         name = f"{architecture}.{key}"
         if isinstance(value, list):
@@ -35,7 +51,9 @@ def write(path, *, tokens=TOKENS, types=(3, 1, 1, 1, 1, 1), model="gpt2", keys=N
         writer.add_uint16("split.no", number)
         writer.add_uint16("split.count", count)
         writer.add_int32("split.tensors.count", total)
-    for name, array, kind in tensors if tensors is not None else [("token_embd.weight", EMBEDDING, None)]:
+    for name, array, kind in (
+        tensors if tensors is not None else [("token_embd.weight", EMBEDDING, None)]
+    ):
         quantized = gguf.quants.quantize(array, kind) if kind is not None else array
         writer.add_tensor(name, quantized, raw_dtype=kind)
     writer.write_header_to_file()
@@ -58,15 +76,32 @@ def test_facts(tmp_path):
 
 
 def test_facts_of_the_gemma_kind(tmp_path):
-    keys = {"attention.key_length": 32, "attention.value_length": 24, "attention.sliding_window": 512,
-            "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "expert_count": 8, "expert_used_count": 2}
+    keys = {
+        "attention.key_length": 32,
+        "attention.value_length": 24,
+        "attention.sliding_window": 512,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+        "expert_count": 8,
+        "expert_used_count": 2,
+    }
     g = GGUFFile(write(tmp_path / "a.gguf", architecture="gemma2", keys=keys))
     assert (g.head_dim, g.head_dim_v, g.sliding_window) == (32, 24, 512)
-    assert (g.final_logit_softcap, g.attn_logit_softcap, g.n_expert, g.n_expert_used) == (30.0, 50.0, 8, 2)
+    assert (g.final_logit_softcap, g.attn_logit_softcap, g.n_expert, g.n_expert_used) == (
+        30.0,
+        50.0,
+        8,
+        2,
+    )
 
 
 def test_layers_that_differ(tmp_path):
-    g = GGUFFile(write(tmp_path / "a.gguf", keys={"attention.head_count_kv": [1, 4], "feed_forward_length": [96, 32]}))
+    g = GGUFFile(
+        write(
+            tmp_path / "a.gguf",
+            keys={"attention.head_count_kv": [1, 4], "feed_forward_length": [96, 32]},
+        )
+    )
     assert (g.n_kv_head, g.n_kv_head_per_layer) == (4, [1, 4])
     assert (g.n_ff, g.n_ff_per_layer) == (96, [96, 32])
 
@@ -77,28 +112,31 @@ def test_pieces_of_byte_level_bpe(tmp_path):
     assert g.token_types.tolist() == [3, 1, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("model, token, kind, piece", [
-    ("llama", "▁the", 1, " the"),
-    ("llama", "<0x0A>", 6, "\n"),
-    ("llama", "<0xE2>", 6, b"\xe2"),
-    ("llama", "<0x0A>", 1, "<0x0A>"),
-    ("llama", "<bos>", 3, "<bos>"),
-    ("llama", "a▁b", 4, "a▁b"),
-    ("gpt2", "Ġ", 4, "Ġ"),
-    ("gpt2", "日本", 1, "日本"),
-    ("gpt2", "æĹ¥", 1, "日"),
-    ("gpt2", "Ń", 1, b"\xad"),
-    ("gpt2", "", 1, ""),
-    ("gemma4", "▁the", 1, " the"),
-    ("plamo2", "▁the", 1, "▁the"),
-])
+@pytest.mark.parametrize(
+    "model, token, kind, piece",
+    [
+        ("llama", "▁the", 1, " the"),
+        ("llama", "<0x0A>", 6, "\n"),
+        ("llama", "<0xE2>", 6, b"\xe2"),
+        ("llama", "<0x0A>", 1, "<0x0A>"),
+        ("llama", "<bos>", 3, "<bos>"),
+        ("llama", "a▁b", 4, "a▁b"),
+        ("gpt2", "Ġ", 4, "Ġ"),
+        ("gpt2", "日本", 1, "日本"),
+        ("gpt2", "æĹ¥", 1, "日"),
+        ("gpt2", "Ń", 1, b"\xad"),
+        ("gpt2", "", 1, ""),
+        ("gemma4", "▁the", 1, " the"),
+        ("plamo2", "▁the", 1, "▁the"),
+    ],
+)
 def test_piece(model, token, kind, piece):
     assert decode_pieces(model, [token], [kind]) == [piece]
 
 
 def test_every_byte_has_its_character():
     """GPT-2's table is a bijection: 256 one-character tokens give the 256 bytes back."""
-    from llamatelemetry.gguf import _BYTE_OF
+    from llamatelemetry.files.gguf import _BYTE_OF
 
     pieces = decode_pieces("gpt2", list(_BYTE_OF), [1] * 256)
     raw = [piece if isinstance(piece, bytes) else piece.encode() for piece in pieces]
@@ -109,21 +147,39 @@ def test_tensor_table(tmp_path):
     rng = np.random.default_rng(0)
     tensors = [
         ("token_embd.weight", EMBEDDING, gguf.GGMLQuantizationType.Q8_0),
-        ("blk.1.attn_q.weight", rng.normal(size=(64, 64)).astype(np.float32), gguf.GGMLQuantizationType.Q4_1),
+        (
+            "blk.1.attn_q.weight",
+            rng.normal(size=(64, 64)).astype(np.float32),
+            gguf.GGMLQuantizationType.Q4_1,
+        ),
         ("blk.1.attn_norm.weight", np.ones(64, np.float32), None),
-        ("blk.0.ffn_gate_exps.weight", rng.normal(size=(3, 8, 64)).astype(np.float32), gguf.GGMLQuantizationType.Q8_0),
+        (
+            "blk.0.ffn_gate_exps.weight",
+            rng.normal(size=(3, 8, 64)).astype(np.float32),
+            gguf.GGMLQuantizationType.Q8_0,
+        ),
         ("output.weight", EMBEDDING, gguf.GGMLQuantizationType.F16),
         ("rope_freqs.weight", np.ones(8, np.float32), None),
     ]
     g = GGUFFile(write(tmp_path / "a.gguf", tensors=tensors))
     t = g.tensors
     row = t.loc["blk.1.attn_q.weight"]
-    assert (row.type, row["shape"], row.n_elements, row.size_bytes) == ("Q4_1", (64, 64), 4096, 2560)
+    assert (row.type, row["shape"], row.n_elements, row.size_bytes) == (
+        "Q4_1",
+        (64, 64),
+        4096,
+        2560,
+    )
     assert (row.bits_per_weight, row.layer) == (5.0, 1)
     assert t.loc["blk.0.ffn_gate_exps.weight", "shape"] == (3, 8, 64)
     assert t["group"].to_dict() == {
-        "token_embd.weight": "embedding", "blk.1.attn_q.weight": "attn_q", "blk.1.attn_norm.weight": "norm",
-        "blk.0.ffn_gate_exps.weight": "experts", "output.weight": "output", "rope_freqs.weight": "other"}
+        "token_embd.weight": "embedding",
+        "blk.1.attn_q.weight": "attn_q",
+        "blk.1.attn_norm.weight": "norm",
+        "blk.0.ffn_gate_exps.weight": "experts",
+        "output.weight": "output",
+        "rope_freqs.weight": "other",
+    }
     assert t[t.layer == 1].index.tolist() == ["blk.1.attn_q.weight", "blk.1.attn_norm.weight"]
     assert t.layer.isna().sum() == 3
     assert g.bits_per_weight == pytest.approx(8 * t.size_bytes.sum() / t.n_elements.sum())
@@ -131,15 +187,25 @@ def test_tensor_table(tmp_path):
     assert g.size_bytes == (tmp_path / "a.gguf").stat().st_size
 
 
-@pytest.mark.parametrize("name, group", [
-    ("blk.0.attn_q.bias", "attn_q"), ("blk.0.attn_qkv.weight", "attn_qkv"), ("blk.0.attn_q_norm.weight", "norm"),
-    ("blk.0.post_attention_norm.weight", "norm"), ("output_norm.weight", "norm"),
-    ("blk.12.ffn_down.weight", "ffn_down"), ("blk.0.attn_output.weight", "attn_output"),
-    ("blk.0.ffn_gate_inp.weight", "other"), ("blk.0.ffn_up.3.weight", "experts"),
-    ("blk.0.ssm_in.weight", "other"), ("output.bias", "output"), ("position_embd.weight", "embedding"),
-])
+@pytest.mark.parametrize(
+    "name, group",
+    [
+        ("blk.0.attn_q.bias", "attn_q"),
+        ("blk.0.attn_qkv.weight", "attn_qkv"),
+        ("blk.0.attn_q_norm.weight", "norm"),
+        ("blk.0.post_attention_norm.weight", "norm"),
+        ("output_norm.weight", "norm"),
+        ("blk.12.ffn_down.weight", "ffn_down"),
+        ("blk.0.attn_output.weight", "attn_output"),
+        ("blk.0.ffn_gate_inp.weight", "other"),
+        ("blk.0.ffn_up.3.weight", "experts"),
+        ("blk.0.ssm_in.weight", "other"),
+        ("output.bias", "output"),
+        ("position_embd.weight", "embedding"),
+    ],
+)
 def test_group(name, group):
-    from llamatelemetry.gguf import _group
+    from llamatelemetry.files.gguf import _group
 
     assert _group(name) == group
 
@@ -158,7 +224,9 @@ def test_rows_are_the_whole_tensors_rows(tmp_path, kind):
     for ids in ([5], [95, 0, 7, 7], slice(3, 90, 2), slice(0, 0), -1, []):
         rows = g.rows("w.weight", ids)
         assert rows.dtype == np.float32 and rows.flags.writeable
-        assert np.array_equal(rows, expected[[ids] if isinstance(ids, int) else ids].reshape(-1, 64))
+        assert np.array_equal(
+            rows, expected[[ids] if isinstance(ids, int) else ids].reshape(-1, 64)
+        )
     blocks = list(g.iter_rows("w.weight", block=40))
     assert [start for start, _ in blocks] == [0, 40, 80]
     assert np.array_equal(np.concatenate([block for _, block in blocks]), expected)
@@ -182,7 +250,12 @@ def test_rows_that_are_not_there(tmp_path):
 def test_split(tmp_path):
     write(tmp_path / "m-00001-of-00002.gguf", split=(0, 2, 2))
     extra = np.full((4, 64), 3.0, np.float32)
-    write(tmp_path / "m-00002-of-00002.gguf", split=(1, 2, 2), tokens=None, tensors=[("output.weight", extra, None)])
+    write(
+        tmp_path / "m-00002-of-00002.gguf",
+        split=(1, 2, 2),
+        tokens=None,
+        tensors=[("output.weight", extra, None)],
+    )
     g = GGUFFile(tmp_path / "m-00001-of-00002.gguf")
     assert np.array_equal(g.rows("output.weight", [1]), extra[:1])
     assert np.array_equal(g.tensor("token_embd.weight"), EMBEDDING)
@@ -207,17 +280,20 @@ def test_split_renamed(tmp_path):
         GGUFFile(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "is empty"),
-    (b"I am a poem,\nnot a model.\n", "is a text file"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
-    (b"\n<!doctype html><html>", "is a web page"),
-    (b"\x80\x04\x95" * 50, "is not a GGUF file"),
-    (b"GGUF\x03\x00", "is truncated"),
-    (b"GGUF" + b"\x00\x00\x00\x03" + bytes(32), "big-endian"),
-    (b"GGUF" + b"\x01\x00\x00\x00" + bytes(32), "version 1"),
-    (b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 32, "damaged"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b"I am a poem,\nnot a model.\n", "is a text file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"\n<!doctype html><html>", "is a web page"),
+        (b"\x80\x04\x95" * 50, "is not a GGUF file"),
+        (b"GGUF\x03\x00", "is truncated"),
+        (b"GGUF" + b"\x00\x00\x00\x03" + bytes(32), "big-endian"),
+        (b"GGUF" + b"\x01\x00\x00\x00" + bytes(32), "version 1"),
+        (b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 32, "damaged"),
+    ],
+)
 def test_files_that_are_no_models(tmp_path, content, message):
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
@@ -234,7 +310,8 @@ def test_missing_file_and_directory(tmp_path):
 
 
 def test_truncated_anywhere(tmp_path):
-    """Cut at any length, a file is refused with a typed error: in the header, in a key, in the tensor data."""
+    """Cut at any length, a file is refused with a typed error: in the header, in a key, in the
+    tensor data."""
     whole = write(tmp_path / "whole.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"
     for length in range(1, len(whole) - 32, 17):
@@ -279,8 +356,8 @@ def test_no_tokenizer(tmp_path):
 
 @pytest.fixture(scope="module", params=["smollm2-135m-Q4_1", "gemma-3-270m-Q4_K_M"])
 def real(request, tmp_path_factory):
-    from llamatelemetry.models import _package_parts, resolve_model
-    from llamatelemetry.registry import REGISTRY
+    from llamatelemetry.files.models import _package_parts, resolve_model
+    from llamatelemetry.files.registry import REGISTRY
 
     if not _package_parts(REGISTRY[request.param])[0]:
         pytest.skip(f"the package of {request.param} is not installed")
@@ -293,8 +370,17 @@ def test_real_models(real):
         "llama": (30, 9, 3, 576, 1536, 49152, 64, None, "Q4_1", 5.7437),
         "gemma3": (18, 4, 1, 640, 2048, 262144, 256, 512, "Q4_K_M", 7.3581),
     }[real.architecture]
-    assert (real.n_layer, real.n_head, real.n_kv_head, real.n_embd, real.n_ff, real.n_vocab, real.head_dim,
-            real.sliding_window, real.file_type) == expected[:-1]
+    assert (
+        real.n_layer,
+        real.n_head,
+        real.n_kv_head,
+        real.n_embd,
+        real.n_ff,
+        real.n_vocab,
+        real.head_dim,
+        real.sliding_window,
+        real.file_type,
+    ) == expected[:-1]
     assert real.bits_per_weight == pytest.approx(expected[-1], abs=1e-4)
     assert real.output_name == "token_embd.weight"
     assert len(real.pieces) == real.n_vocab and {" the", "\n"} <= set(real.pieces)
@@ -305,27 +391,38 @@ def test_real_models(real):
 
 @pytest.mark.slow
 def test_real_rows_of_every_type(real):
-    """One tensor of each type (Q4_K and Q6_K among Gemma's): chosen rows equal the gguf package's, row by row."""
+    """One tensor of each type (Q4_K and Q6_K among Gemma's): chosen rows equal the gguf package's,
+    row by row."""
     for kind, name in real.tensors.reset_index().groupby("type").name.first().items():
         raw, _, shape = real.raw(name)
         ids = [len(raw) - 1, 0]
-        expected = [gguf.quants.dequantize(raw[i : i + 1].copy(), gguf.GGMLQuantizationType[kind])[0] for i in ids]
+        expected = [
+            gguf.quants.dequantize(raw[i : i + 1].copy(), gguf.GGMLQuantizationType[kind])[0]
+            for i in ids
+        ]
         assert np.array_equal(real.rows(name, ids), expected)
         assert np.array_equal(real.rows(name, slice(0, 64))[:1], expected[1:])
 
 
 @pytest.mark.slow
 def test_real_models_as_the_gguf_package_reads_them(real):
-    """Metadata, tensor table and bytes equal those of gguf.GGUFReader (which takes half a minute for Gemma 3)."""
+    """Metadata, tensor table and bytes equal those of gguf.GGUFReader (which takes half a minute
+    for Gemma 3)."""
     if real.architecture != "llama":
         pytest.skip("half a minute for 262,144 tokens; the same code reads both")
     reader = gguf.GGUFReader(real.path)
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    fields = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
     assert fields == real.metadata
     assert [t.name for t in reader.tensors] == real.tensors.index.tolist()
     for tensor in reader.tensors[:12]:
         assert tensor.tensor_type.name == real.tensors.type[tensor.name]
-        assert np.array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), real.tensor(tensor.name))
+        assert np.array_equal(
+            gguf.quants.dequantize(tensor.data, tensor.tensor_type), real.tensor(tensor.name)
+        )
 
 
 @pytest.mark.slow

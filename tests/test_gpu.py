@@ -1,4 +1,5 @@
-"""What only an NVIDIA GPU can show: CUDA captures against the CPU's, placement, and memory given back.
+"""What only an NVIDIA GPU can show: CUDA captures against the CPU's, placement, and memory given
+back.
 
 CI has no GPU; the last real run is in tests/benchmarks/results/gpu_tests.txt.
 """
@@ -14,13 +15,30 @@ from models import IDS, tiny_model
 
 from llamatelemetry import InferenceEngine, ablate_head, patch, scale
 from llamatelemetry.capture.session import CaptureSession
-from llamatelemetry.expand import expand
-from llamatelemetry.gpus import list_gpus, placement
+from llamatelemetry.files.expand import expand
+from llamatelemetry.gpus.devices import list_gpus, placement
 
 pytestmark = pytest.mark.gpu
-STAGES = ("attn_norm", "ffn_norm", "q", "k", "v", "q_pre", "k_pre", "scores", "attention", "attn_heads", "attn_out",
-          "ffn_out", "ffn_act", "hidden", "final_norm", "logits")  # fmt: skip
-# ggml lets cuBLAS round float32 factors to TF32 (10 bits, 1e-3). Without that the two devices must agree closely.
+STAGES = (
+    "attn_norm",
+    "ffn_norm",
+    "q",
+    "k",
+    "v",
+    "q_pre",
+    "k_pre",
+    "scores",
+    "attention",
+    "attn_heads",
+    "attn_out",
+    "ffn_out",
+    "ffn_act",
+    "hidden",
+    "final_norm",
+    "logits",
+)
+# ggml lets cuBLAS round float32 factors to TF32 (10 bits, 1e-3). Without that the two devices must
+# agree closely.
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 
 
@@ -50,7 +68,11 @@ def relative(a, b):
 
 def test_every_stage_equals_the_cpus(pair):
     gpu, cpu = (session.capture(IDS, (*STAGES, "mask")) for session in pair)
-    worst = {stage: float(relative(gpu[stage].values, cpu[stage].values)) for stage in STAGES if stage != "scores"}
+    worst = {
+        stage: float(relative(gpu[stage].values, cpu[stage].values))
+        for stage in STAGES
+        if stage != "scores"
+    }
     allowed = np.isfinite(cpu.mask.values)[:, None]  # scores of masked pairs are never used
     a, b = (np.where(allowed, cap.scores.values, 0) for cap in (gpu, cpu))
     worst["scores"] = float(relative(a, b))
@@ -68,14 +90,20 @@ def test_logits_are_the_same_bits_with_and_without_capture(pair):
     gpu, _ = pair
     alone = gpu.capture(IDS, "logits").logits.values
     np.testing.assert_array_equal(gpu.capture(IDS, STAGES).logits.values, alone)
-    np.testing.assert_array_equal(-gpu.score(IDS)["logprob"].mean(), gpu.sweep(IDS, {"none": []}, False).attrs["base_loss"])
+    np.testing.assert_array_equal(
+        -gpu.score(IDS)["logprob"].mean(), gpu.sweep(IDS, {"none": []}, False).attrs["base_loss"]
+    )
 
 
 @pytest.mark.parametrize("edit", ["head", "mean", "scale", "patch"])
 def test_edits_do_what_they_do_on_the_cpu(pair, edit):
     source = pair[1].capture(IDS[::-1], "hidden")
-    edits = {"head": ablate_head(1, 2), "mean": ablate_head(1, 2, "mean"), "scale": scale("ffn_out", 0, 0.25, positions=[3]),
-             "patch": patch("hidden", 1, source, positions=[5, 6])}[edit]  # fmt: skip
+    edits = {
+        "head": ablate_head(1, 2),
+        "mean": ablate_head(1, 2, "mean"),
+        "scale": scale("ffn_out", 0, 0.25, positions=[3]),
+        "patch": patch("hidden", 1, source, positions=[5, 6]),
+    }[edit]
     gpu, cpu = (session.capture(IDS, ("logits", "attn_heads"), edits=edits) for session in pair)
     assert relative(gpu.logits.values, cpu.logits.values) < 1e-3
     assert relative(gpu.logits.values, pair[0].capture(IDS, "logits").logits.values) > 1e-3
@@ -91,13 +119,20 @@ def test_statistics_on_the_device_equal_the_cpus(pair):
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_several_ubatches_and_generation(architecture, tmp_path):
     path = tiny_model(architecture, tmp_path)
-    with CaptureSession(path, env=EXACT) as one, CaptureSession(path, n_ubatch=9, env=EXACT) as several:
+    with (
+        CaptureSession(path, env=EXACT) as one,
+        CaptureSession(path, n_ubatch=9, env=EXACT) as several,
+    ):
         a, b = (session.capture(IDS, STAGES, generate=4) for session in (one, several))
-        for stage in set(STAGES) - {"scores"}:  # for at most 16 tokens ggml takes kernels of its own that use TF32
+        for stage in set(STAGES) - {
+            "scores"
+        }:  # for at most 16 tokens ggml takes kernels of its own that use TF32
             assert relative(a[stage].values, b[stage].values) < 5e-3, stage
         part = several.capture(IDS, "attention", queries=[2, 20], layers=[1])
         whole = several.capture(IDS, "attention")
-        np.testing.assert_array_equal(part.attention.values[0], whole.attention.sel(layer=1).values[:, [2, 20]])
+        np.testing.assert_array_equal(
+            part.attention.values[0], whole.attention.sel(layer=1).values[:, [2, 20]]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -106,19 +141,30 @@ def both():
     found = list_gpus()
     if len(found) < 2:
         pytest.skip("needs two GPUs")
-    return [{**EXACT, "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in found[:count])} for count in (1, 2)]
+    return [
+        {**EXACT, "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in found[:count])}
+        for count in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3"])
 def test_a_model_spread_over_two_gpus_is_captured_as_on_one(both, architecture, tmp_path):
     path = tiny_model(architecture, tmp_path, n_layer=6, n_ctx=1024)
-    long = IDS * 4  # with 9 tokens at a time: several batches, and contexts that are made anew as the text grows
-    with CaptureSession(path, env=both[0], n_ubatch=9) as one, \
-            CaptureSession(path, env=both[1], n_ubatch=9, tensor_split=[0.5, 0.5]) as spread:  # fmt: skip
+    long = (
+        IDS * 4
+    )  # with 9 tokens at a time: several batches, and contexts that are made anew as the text grows
+    with (
+        CaptureSession(path, env=both[0], n_ubatch=9) as one,
+        CaptureSession(path, env=both[1], n_ubatch=9, tensor_split=[0.5, 0.5]) as spread,
+    ):
         assert {row.gpu for row in placement({"worker": spread.pid}).itertuples()} == {0, 1}
         source = one.capture(IDS[::-1], "hidden")
         for tokens in (IDS, long * 6, long):
-            edits = [ablate_head(1, 2), scale("ffn_out", 4, 0.25), patch("hidden", 3, source, positions=[5, 6])]
+            edits = [
+                ablate_head(1, 2),
+                scale("ffn_out", 4, 0.25),
+                patch("hidden", 3, source, positions=[5, 6]),
+            ]
             for change in ((), edits):
                 a, b = (session.capture(tokens, STAGES, edits=change) for session in (one, spread))
                 for stage in STAGES:
@@ -126,7 +172,9 @@ def test_a_model_spread_over_two_gpus_is_captured_as_on_one(both, architecture, 
             a, b = (session.head_statistics(tokens) for session in (one, spread))
             for name in a:
                 np.testing.assert_allclose(a[name].values, b[name].values, atol=1e-6, err_msg=name)
-        a, b = (session.capture(IDS, ("attention", "logits"), generate=5) for session in (one, spread))
+        a, b = (
+            session.capture(IDS, ("attention", "logits"), generate=5) for session in (one, spread)
+        )
         np.testing.assert_array_equal(a.logits.values, b.logits.values)
 
 
@@ -134,10 +182,16 @@ def test_without_cupy_the_tensors_are_copied_and_equal(tmp_path):
     path = tiny_model("gemma2", tmp_path)
     with CaptureSession(path, env=without_cupy(tmp_path)) as without:
         assert not without.facts["cupy"]
-        copied, sums = without.capture(IDS, STAGES, edits=ablate_head(0, 1)), without.head_statistics(IDS)
+        copied, sums = (
+            without.capture(IDS, STAGES, edits=ablate_head(0, 1)),
+            without.head_statistics(IDS),
+        )
     with CaptureSession(path) as session:
         assert session.facts["cupy"]
-        looked, reduced = session.capture(IDS, STAGES, edits=ablate_head(0, 1)), session.head_statistics(IDS)
+        looked, reduced = (
+            session.capture(IDS, STAGES, edits=ablate_head(0, 1)),
+            session.head_statistics(IDS),
+        )
     for stage in STAGES:
         np.testing.assert_array_equal(copied[stage].values, looked[stage].values, err_msg=stage)
     for name in sums:
@@ -149,9 +203,12 @@ def dequantized(smollm2, tmp_path_factory):
     return expand(smollm2, tmp_path_factory.mktemp("dequantized") / "F32.gguf", progress=False)
 
 
-# Q4_1 has a minimum per block: there CUDA rounds more coarsely than the CPU (bench_rounding_cause.py says why).
+# Q4_1 has a minimum per block: there CUDA rounds more coarsely than the CPU
+# (bench_rounding_cause.py says why).
 @pytest.mark.parametrize("kind, times_the_cpus, apart", [("Q8_0", 1.25, 2e-2), ("Q4_1", 4, 6e-2)])
-def test_quantized_kernels_are_near_exact_arithmetic_and_each_other(dequantized, tmp_path, kind, times_the_cpus, apart):
+def test_quantized_kernels_are_near_exact_arithmetic_and_each_other(
+    dequantized, tmp_path, kind, times_the_cpus, apart
+):
     found = {row["stage"]: row for row in errors(dequantized, kind, tmp_path)}
     for stage, row in found.items():
         assert row["gpu_exact"] < times_the_cpus * row["cpu_exact"], found
@@ -161,8 +218,9 @@ def test_quantized_kernels_are_near_exact_arithmetic_and_each_other(dequantized,
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0", "Q4_1"])
 def test_what_notebooks_allow_for_rounding_is_what_the_gpu_rounds(dequantized, tmp_path, kind):
-    from llamatelemetry.analysis import attention_steps, lens
-    from llamatelemetry.quantize import quantize
+    from llamatelemetry.attention import steps as attention_steps
+    from llamatelemetry.files.quantize import quantize
+    from llamatelemetry.layers import lens
 
     path = dequantized
     if kind != "F32":
@@ -193,7 +251,9 @@ def test_server_and_worker_sit_on_the_gpu_and_give_it_back(smollm2):
         ours = table["pid"][table["process"] != "notebook"]
         assert len(ours) == 2
     deadline = time.monotonic() + 10
-    while (after := pynvml.nvmlDeviceGetMemoryInfo(handle).used) > before + 2**20 and time.monotonic() < deadline:
+    while (
+        after := pynvml.nvmlDeviceGetMemoryInfo(handle).used
+    ) > before + 2**20 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert after <= before + 2**20
     assert not [pid for pid in ours if psutil.pid_exists(pid)]

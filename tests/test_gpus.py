@@ -1,4 +1,5 @@
-"""Who gets which GPU, with recorded drivers of two T4s, one and none; what fits, against llama.cpp's own figures."""
+"""Who gets which GPU, with recorded drivers of two T4s, one and none; what fits, against
+llama.cpp's own figures."""
 
 import os
 import re
@@ -8,8 +9,16 @@ from dataclasses import dataclass
 import pandas as pd
 import pytest
 
-from llamatelemetry import GpuError, gpus
-from llamatelemetry.fit import compute_bytes, fit, kv_bytes, sliding_layers, spread, weight_bytes
+from llamatelemetry import GpuError
+from llamatelemetry.gpus import devices
+from llamatelemetry.gpus.fit import (
+    compute_bytes,
+    fit,
+    kv_bytes,
+    sliding_layers,
+    spread,
+    weight_bytes,
+)
 
 T4 = 15360 * 2**20
 
@@ -40,19 +49,22 @@ class Driver:
     def nvmlDeviceGetComputeRunningProcesses(self, index):
         if self.error:
             raise self.NVMLError(self.error)
-        return [types.SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes.get(index, ())]
+        return [
+            types.SimpleNamespace(pid=pid, usedGpuMemory=used)
+            for pid, used in self.processes.get(index, ())
+        ]
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """machine(2) makes this a machine with two T4s."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(gpus, "_before", None)
-    monkeypatch.setattr(gpus, "_cuda_uuids", lambda: None)
+    monkeypatch.setattr(devices, "_before", None)
+    monkeypatch.setattr(devices, "_cuda_uuids", lambda: None)
 
     def make(count, processes=(), error=None):
         driver = Driver(count, processes, error) if count is not None else None
-        monkeypatch.setattr(gpus, "_nvml", lambda: driver)
+        monkeypatch.setattr(devices, "_nvml", lambda: driver)
         return [driver.nvmlDeviceGetUUID(index) for index in range(count or 0)]
 
     return make
@@ -61,39 +73,50 @@ def machine(monkeypatch):
 @pytest.mark.parametrize("split", [None, "1.0,0.0", "1", [1, 0]])
 def test_two_gpus(machine, split):
     first, second = machine(2)
-    plan = gpus.plan(split)
+    plan = devices.plan(split)
     assert plan.inference_env() == {"CUDA_VISIBLE_DEVICES": first} and plan.split is None
     assert plan.analytics.uuid == second
-    assert plan.line == ("GPUs: inference on GPU 0 (Tesla T4, 15,360 MiB); "
-                         "analytics on GPU 1 (Tesla T4, 15,360 MiB).")
+    assert plan.line == (
+        "GPUs: inference on GPU 0 (Tesla T4, 15,360 MiB); "
+        "analytics on GPU 1 (Tesla T4, 15,360 MiB)."
+    )
 
 
 def test_both_for_inference(machine):
     first, second = machine(2)
-    plan = gpus.plan("0.5,0.5")
-    assert plan.inference_env() == {"CUDA_VISIBLE_DEVICES": f"{first},{second}"} and plan.split == "0.5,0.5"
+    plan = devices.plan("0.5,0.5")
+    assert (
+        plan.inference_env() == {"CUDA_VISIBLE_DEVICES": f"{first},{second}"}
+        and plan.split == "0.5,0.5"
+    )
     assert plan.analytics.uuid == second and "shared with inference" in plan.line
 
 
 def test_the_second_for_inference(machine):
     first, second = machine(2)
-    plan = gpus.plan("0,1")
+    plan = devices.plan("0,1")
     assert plan.inference_env() == {"CUDA_VISIBLE_DEVICES": second} and plan.analytics.uuid == first
 
 
-@pytest.mark.parametrize("split, shares", [
-    (None, (1.0,)), ("0.5,0.5", (0.5, 0.5)), ("3,1", (0.75, 0.25)), ("0,1", (1.0,)),
-])
+@pytest.mark.parametrize(
+    "split, shares",
+    [
+        (None, (1.0,)),
+        ("0.5,0.5", (0.5, 0.5)),
+        ("3,1", (0.75, 0.25)),
+        ("0,1", (1.0,)),
+    ],
+)
 def test_shares_of_the_layers(machine, split, shares):
     machine(2)
-    assert gpus.plan(split).shares == shares
+    assert devices.plan(split).shares == shares
     machine(0)
-    assert gpus.plan(split).shares == ()
+    assert devices.plan(split).shares == ()
 
 
 def test_one_gpu_is_shared(machine):
     (only,) = machine(1)
-    plan = gpus.plan("1.0,0.0")
+    plan = devices.plan("1.0,0.0")
     assert plan.inference_env() == {"CUDA_VISIBLE_DEVICES": only}
     assert plan.analytics.uuid == only and "share it" in plan.line
 
@@ -102,132 +125,166 @@ def test_one_gpu_is_shared(machine):
 @pytest.mark.parametrize("split", [None, "1.0,0.0", "0.5,0.5"])
 def test_no_gpu(machine, count, split):
     machine(count)
-    plan = gpus.plan(split)
+    plan = devices.plan(split)
     assert plan.inference_env() == {} and plan.analytics is None and plan.split is None
-    assert "run on the CPU" in plan.line and gpus.assign_analytics() is None
+    assert "run on the CPU" in plan.line and devices.assign_analytics() is None
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_proof_is_what_the_driver_says(machine):
     machine(2, {0: [(os.getpid(), 500 * 2**20)]})
     used = f"GPU 0 {15360 - 14913} MiB in use; GPU 1 {15360 - 14913} MiB in use"
-    assert gpus.proof({"llama-server": os.getpid()}) == f"The driver reports: {used}; llama-server on GPU 0."
-    assert gpus.proof({"notebook": os.getppid()}) == f"The driver reports: {used}."
+    assert (
+        devices.proof({"llama-server": os.getpid()})
+        == f"The driver reports: {used}; llama-server on GPU 0."
+    )
+    assert devices.proof({"notebook": os.getppid()}) == f"The driver reports: {used}."
     machine(2, error="Not Supported")
-    assert gpus.proof({"llama-server": 1}).endswith(f"{used}; where llama-server sits it does not say.")
+    assert devices.proof({"llama-server": 1}).endswith(
+        f"{used}; where llama-server sits it does not say."
+    )
     machine(0)
-    assert gpus.proof({"llama-server": 1}) == ""
+    assert devices.proof({"llama-server": 1}) == ""
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "0,0", "-1,2", "nan", 5, "inf"])
 def test_a_split_that_is_none(machine, split):
     machine(2)
     with pytest.raises(GpuError, match="tensor_split"):
-        gpus.plan(split)
+        devices.plan(split)
 
 
 def test_more_gpus_than_there_are(machine):
     machine(1)
     with pytest.raises(GpuError, match="only 1 is visible"):
-        gpus.plan("0.5,0.5")
+        devices.plan("0.5,0.5")
 
 
-@pytest.mark.parametrize("shown, indices", [
-    ("0", [0]), ("1", [1]), ("1,0", [1, 0]), ("GPU-1a3b", [1]), ("0,7,1", [0]), ("", []), ("-1", []), ("0,0", [0]),
-])
+@pytest.mark.parametrize(
+    "shown, indices",
+    [
+        ("0", [0]),
+        ("1", [1]),
+        ("1,0", [1, 0]),
+        ("GPU-1a3b", [1]),
+        ("0,7,1", [0]),
+        ("", []),
+        ("-1", []),
+        ("0,0", [0]),
+    ],
+)
 def test_cuda_visible_devices_is_respected(machine, monkeypatch, shown, indices):
     machine(2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
-    assert [gpu.index for gpu in gpus.visible_gpus()] == indices
-    assert [gpu.index for gpu in gpus.plan().inference] == indices[:1]
+    assert [gpu.index for gpu in devices.visible_gpus()] == indices
+    assert [gpu.index for gpu in devices.plan().inference] == indices[:1]
     if not indices:
-        assert "hides every GPU" in gpus.plan().line
+        assert "hides every GPU" in devices.plan().line
 
 
-# ---- analytics ----------------------------------------------------------------------------------------------------
+# ---- analytics
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_assign_analytics(machine, monkeypatch):
     first, second = machine(2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert gpus.assign_analytics().uuid == second
+    assert devices.assign_analytics().uuid == second
     assert os.environ["CUDA_VISIBLE_DEVICES"] == second
-    # What this process is shown now does not narrow what inference gets, however often it is called.
-    assert gpus.plan().inference_env() == {"CUDA_VISIBLE_DEVICES": first}
-    assert gpus.assign_analytics().uuid == second
+    # What this process is shown now does not narrow what inference gets, however often it is
+    # called.
+    assert devices.plan().inference_env() == {"CUDA_VISIBLE_DEVICES": first}
+    assert devices.assign_analytics().uuid == second
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # but the user's own later word does
-    assert gpus.plan().inference_env() == {"CUDA_VISIBLE_DEVICES": second}
+    assert devices.plan().inference_env() == {"CUDA_VISIBLE_DEVICES": second}
 
 
 def test_cudf_first_is_refused(machine, monkeypatch):
     """The predecessor's order: cuDF imported first, so CUDA shows both GPUs and takes the first."""
     first, second = machine(2)
-    monkeypatch.setattr(gpus, "_cuda_uuids", lambda: [first, second])
-    monkeypatch.setitem(gpus.sys.modules, "cudf", types.ModuleType("cudf"))
-    with pytest.raises(GpuError, match=r"imported: cudf.*GPU 0 .*belongs on GPU 1.*Restart the kernel.*first cell"):
-        gpus.assign_analytics()
+    monkeypatch.setattr(devices, "_cuda_uuids", lambda: [first, second])
+    monkeypatch.setitem(devices.sys.modules, "cudf", types.ModuleType("cudf"))
+    with pytest.raises(
+        GpuError, match=r"imported: cudf.*GPU 0 .*belongs on GPU 1.*Restart the kernel.*first cell"
+    ):
+        devices.assign_analytics()
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_cuda_already_on_the_right_gpu(machine, monkeypatch):
     _, second = machine(2)
-    monkeypatch.setattr(gpus, "_cuda_uuids", lambda: [second])
-    assert gpus.assign_analytics().uuid == second
+    monkeypatch.setattr(devices, "_cuda_uuids", lambda: [second])
+    assert devices.assign_analytics().uuid == second
 
 
 def test_a_context_that_the_driver_reports(machine):
     machine(2, {0: [(os.getpid(), 300 * 2**20)]})
     with pytest.raises(GpuError, match="GPU 0"):
-        gpus.assign_analytics()
+        devices.assign_analytics()
 
 
 def test_each_worker_of_a_cluster_is_shown_a_gpu_of_its_own(machine):
     distributed = pytest.importorskip("distributed")
-    from llamatelemetry.cluster import local_cluster
+    from llamatelemetry.backend.cluster import local_cluster
 
     def shown(workers=None):
         with local_cluster(workers) as cluster, distributed.Client(cluster) as client:
             return sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values())
 
     first, second = machine(2)
-    gpus.assign_analytics()  # in this process only the second is left
+    devices.assign_analytics()  # in this process only the second is left
     assert shown() == [first, second] and shown(3) == [first, first, second]
 
 
 def test_cuda_is_asked_without_being_started():
-    assert gpus._cuda_uuids() is None  # nothing in the tests has started CUDA
+    assert devices._cuda_uuids() is None  # nothing in the tests has started CUDA
 
 
-# ---- placement ----------------------------------------------------------------------------------------------------
+# ---- placement
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_placement(machine):
     me, parent = os.getpid(), os.getppid()
     machine(2, {0: [(parent, 1200 * 2**20)], 1: [(me, None)]})
-    table = gpus.placement({"notebook": me, "llama-server": parent, "capture worker": 1})
-    assert table["gpu"].tolist()[:2] == [1, 0] and table["gpu"].isna().tolist() == [False, False, True]
+    table = devices.placement({"notebook": me, "llama-server": parent, "capture worker": 1})
+    assert table["gpu"].tolist()[:2] == [1, 0] and table["gpu"].isna().tolist() == [
+        False,
+        False,
+        True,
+    ]
     assert table["memory_mib"].tolist()[1] == 1200 and pd.isna(table["memory_mib"][0])
-    assert "does not report memory" in table["note"][0] and table["note"][2] == "no context on a GPU"
+    assert (
+        "does not report memory" in table["note"][0] and table["note"][2] == "no context on a GPU"
+    )
     assert table["gpu_name"][0] == "Tesla T4"
 
 
 def test_placement_across_two_gpus(machine):
     machine(2, {0: [(1, 100 * 2**20)], 1: [(1, 200 * 2**20)]})
-    assert gpus.placement({"llama-server": 1})["memory_mib"].tolist() == [100, 200]
+    assert devices.placement({"llama-server": 1})["memory_mib"].tolist() == [100, 200]
 
 
-@pytest.mark.parametrize("count, processes, error, note", [
-    (None, {}, None, "no GPU: on the CPU"),
-    (2, {}, "Insufficient Permissions", "does not list processes: Insufficient Permissions"),
-    (2, {0: [(2**22 + 17, 5)]}, None, "not proven.*cannot see"),
-])
+@pytest.mark.parametrize(
+    "count, processes, error, note",
+    [
+        (None, {}, None, "no GPU: on the CPU"),
+        (2, {}, "Insufficient Permissions", "does not list processes: Insufficient Permissions"),
+        (2, {0: [(2**22 + 17, 5)]}, None, "not proven.*cannot see"),
+    ],
+)
 def test_placement_that_the_driver_does_not_tell(machine, count, processes, error, note):
     machine(count, processes, error)
-    table = gpus.placement({"notebook": os.getpid()})
-    assert re.search(note, table["note"][0]) and table["gpu"].isna().all() and table["memory_mib"].isna().all()
+    table = devices.placement({"notebook": os.getpid()})
+    assert (
+        re.search(note, table["note"][0])
+        and table["gpu"].isna().all()
+        and table["memory_mib"].isna().all()
+    )
 
 
-# ---- what fits ----------------------------------------------------------------------------------------------------
+# ---- what fits
+# ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -252,14 +309,20 @@ class File:
 
     @property
     def tensors(self):
-        names = ["token_embd.weight", "blk.0.ffn_up.weight", "output.weight"][: 3 if self.output_name[0] == "o" else 2]
-        return pd.DataFrame({"size_bytes": [10_000_000, self.weights, 10_000_000][: len(names)]}, index=names)
+        names = ["token_embd.weight", "blk.0.ffn_up.weight", "output.weight"][
+            : 3 if self.output_name[0] == "o" else 2
+        ]
+        return pd.DataFrame(
+            {"size_bytes": [10_000_000, self.weights, 10_000_000][: len(names)]}, index=names
+        )
 
 
 def test_weights():
     assert weight_bytes(File()) == 74_000_000  # on a GPU the embedding stays behind
     assert weight_bytes(File(), gpu=False) == 84_000_000
-    assert weight_bytes(File(output_name="token_embd.weight")) == 74_000_000  # unless it also makes the logits
+    assert (
+        weight_bytes(File(output_name="token_embd.weight")) == 74_000_000
+    )  # unless it also makes the logits
 
 
 def test_kv_cache():
@@ -274,37 +337,54 @@ def test_kv_cache():
     assert kv_bytes(gemma, 4096, swa_full=True) == 4096 * per_token
 
 
-@pytest.mark.parametrize("architecture, pattern, slides", [
-    ("gemma2", None, [True, False] * 5),
-    ("gemma3", 3, [True, True, False] * 3 + [True]),
-    ("gpt-oss", [False] * 4 + [True] * 6, [False] * 4 + [True] * 6),
-    ("phi3", None, [False] * 10),
-    ("unheard-of", None, [False] * 10),
-])
+@pytest.mark.parametrize(
+    "architecture, pattern, slides",
+    [
+        ("gemma2", None, [True, False] * 5),
+        ("gemma3", 3, [True, True, False] * 3 + [True]),
+        ("gpt-oss", [False] * 4 + [True] * 6, [False] * 4 + [True] * 6),
+        ("phi3", None, [False] * 10),
+        ("unheard-of", None, [False] * 10),
+    ],
+)
 def test_sliding_layers(architecture, pattern, slides):
     key = f"{architecture}.attention.sliding_window_pattern"
-    file = File(architecture=architecture, sliding_window=128, metadata={key: pattern} if pattern else {})
+    file = File(
+        architecture=architecture, sliding_window=128, metadata={key: pattern} if pattern else {}
+    )
     assert sliding_layers(file) == slides
 
 
 def test_compute_buffers():
     file = File(n_vocab=50_000)
-    assert compute_bytes(file, 512) == 6 * 512 * 512 + 4 * 512 * (4 * 64 + 3 * 128)  # one output: a layer is the peak
+    assert compute_bytes(file, 512) == 6 * 512 * 512 + 4 * 512 * (
+        4 * 64 + 3 * 128
+    )  # one output: a layer is the peak
     # Every token's logits: the end is the peak, the layers' memory is used again.
-    assert compute_bytes(file, 512, n_outputs=512, flash=False) == 4 * 512 * 512 + 4 * 512 * 50_000 + 8 * 512 * 64
+    assert (
+        compute_bytes(file, 512, n_outputs=512, flash=False)
+        == 4 * 512 * 512 + 4 * 512 * 50_000 + 8 * 512 * 64
+    )
     # Scores of all heads where attention is not fused.
-    assert compute_bytes(file, 8192, flash=False) == 4 * 512 * 8192 + 4 * 512 * (4 * 64 + 3 * 128) + 8 * 512 * 8192 * 4
+    assert (
+        compute_bytes(file, 8192, flash=False)
+        == 4 * 512 * 8192 + 4 * 512 * (4 * 64 + 3 * 128) + 8 * 512 * 8192 * 4
+    )
 
 
 @pytest.mark.slow
 def test_fit_is_what_the_worker_takes(smollm2):
-    """Figures of llama.cpp's log for SmolLM2, all logits asked for, attention not fused: 98.3 MiB at 512 and 1,024
-    tokens, 99.4 at 2,048."""
+    """Figures of llama.cpp's log for SmolLM2, all logits asked for, attention not fused: 98.3 MiB
+    at 512 and 1,024 tokens, 99.4 at 2,048."""
     from llamatelemetry import GGUFFile
 
     model = GGUFFile(smollm2)
     for ctx_size, measured in ((512, 98.25), (1024, 98.25), (2048, 99.38)):
-        assert measured <= compute_bytes(model, ctx_size, n_outputs=512, flash=False) / 2**20 <= measured + 5
+        assert (
+            measured
+            <= compute_bytes(model, ctx_size, n_outputs=512, flash=False) / 2**20
+            <= measured + 5
+        )
 
 
 def test_it_fits():
@@ -327,12 +407,19 @@ def test_what_would_fit():
     assert "choose a smaller one" in str(fit(File(), 65536, memory_bytes=10, gpu=True))
 
 
-@pytest.mark.parametrize("n_layer, shares, parts", [
-    (32, (0.5, 0.5), [(17 / 32, False), (15 / 32, True)]),  # by NVML on two H100s: 1,990 and 2,166 MiB of an 8B's weights
-    (10, (1.0,), [(1.0, True)]),
-    (10, (3, 1), [(0.9, False), (0.1, True)]),
-    (2, (0.9, 0.1), [(1.0, True), (0.0, False)]),
-])
+@pytest.mark.parametrize(
+    "n_layer, shares, parts",
+    [
+        (
+            32,
+            (0.5, 0.5),
+            [(17 / 32, False), (15 / 32, True)],
+        ),  # by NVML on two H100s: 1,990 and 2,166 MiB of an 8B's weights
+        (10, (1.0,), [(1.0, True)]),
+        (10, (3, 1), [(0.9, False), (0.1, True)]),
+        (2, (0.9, 0.1), [(1.0, True), (0.0, False)]),
+    ],
+)
 def test_layers_are_dealt_out_as_llama_cpp_does(n_layer, shares, parts):
     assert spread(n_layer, shares) == parts
 
@@ -340,10 +427,14 @@ def test_layers_are_dealt_out_as_llama_cpp_does(n_layer, shares, parts):
 def test_what_fits_spread_over_gpus(machine):
     machine(2)
     file = File(weights=4 * 2**30)
-    whole, first, last = (fit(file, 65536, memory_bytes=1, gpu=True, share=share, output=output)
-                          for share, output in ((1, True), (0.6, False), (0.4, True)))  # fmt: skip
+    whole, first, last = (
+        fit(file, 65536, memory_bytes=1, gpu=True, share=share, output=output)
+        for share, output in ((1, True), (0.6, False), (0.4, True))
+    )
     for part in ("weights", "kv_cache"):
-        assert (first.table[part] + last.table[part]).tolist() == pytest.approx(whole.table[part].tolist())
+        assert (first.table[part] + last.table[part]).tolist() == pytest.approx(
+            whole.table[part].tolist()
+        )
     assert first.table["weights"][0] == pytest.approx(0.6 * 4 * 2**10)  # all but the output's
     assert first.table["context"].equals(whole.table["context"])  # every GPU needs its own
     there = dict(memory_bytes=first.need_bytes, gpu=True)
@@ -355,28 +446,41 @@ def test_what_fits_spread_over_gpus(machine):
     assert "together" not in str(fit(file, 65536, **there))
 
 
-@pytest.mark.parametrize("split, share, output, there, fits", [
-    ("0.5,0.5", 0.4, True, 3, False), ("4,1", 0.9, False, 9, True), ("1,0", 1, True, 9, True),
-])
-def test_a_model_must_fit_where_the_least_is_left(machine, monkeypatch, split, share, output, there, fits):
+@pytest.mark.parametrize(
+    "split, share, output, there, fits",
+    [
+        ("0.5,0.5", 0.4, True, 3, False),
+        ("4,1", 0.9, False, 9, True),
+        ("1,0", 1, True, 9, True),
+    ],
+)
+def test_a_model_must_fit_where_the_least_is_left(
+    machine, monkeypatch, split, share, output, there, fits
+):
     from llamatelemetry import InferenceEngine
 
     uuids = machine(2)
-    ours = [gpus.Gpu(i, uuid, "T4", T4, free * 2**30) for i, (uuid, free) in enumerate(zip(uuids, (9, 3)))]
-    monkeypatch.setattr(gpus, "list_gpus", lambda: ours)
+    ours = [
+        devices.Gpu(i, uuid, "T4", T4, free * 2**30)
+        for i, (uuid, free) in enumerate(zip(uuids, (9, 3)))
+    ]
+    monkeypatch.setattr(devices, "list_gpus", lambda: ours)
     engine = InferenceEngine()
     engine.model, engine._server_args = File(weights=8 * 2**30), {"ctx_size": 1024, "n_parallel": 1}
-    engine.plan = gpus.plan(split)
+    engine.plan = devices.plan(split)
     found = engine.fit(server=False)
     assert found.memory_bytes == there * 2**30 and found.fits == fits
-    assert found.table["weights"][0] == pytest.approx(weight_bytes(engine.model, share=share, output=output) / 2**20)
+    assert found.table["weights"][0] == pytest.approx(
+        weight_bytes(engine.model, share=share, output=output) / 2**20
+    )
     engine.model = None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ctx_size", [512, 4096])
 def test_fit_is_what_llama_server_takes(smollm2, llama_server, ctx_size):
-    """Weights and KV cache exactly, compute buffers from above and within 25 MiB, by its own log."""
+    """Weights and KV cache exactly, compute buffers from above and within 25 MiB, by its own
+    log."""
     from llamatelemetry import GGUFFile, ServerManager
 
     model = GGUFFile(smollm2)
@@ -387,7 +491,9 @@ def test_fit_is_what_llama_server_takes(smollm2, llama_server, ctx_size):
     def mib(pattern):
         return float(re.search(pattern + r"\s*=\s*([\d.]+) MiB", log)[1])
 
-    assert weight_bytes(model, gpu=False) / 2**20 == pytest.approx(mib("CPU_Mapped model buffer size"), abs=0.02)
+    assert weight_bytes(model, gpu=False) / 2**20 == pytest.approx(
+        mib("CPU_Mapped model buffer size"), abs=0.02
+    )
     assert kv_bytes(model, ctx_size) / 2**20 == pytest.approx(mib("CPU KV buffer size"), abs=0.02)
     measured = mib("CPU compute buffer size")
     assert measured <= compute_bytes(model, ctx_size) / 2**20 <= measured + 25

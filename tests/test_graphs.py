@@ -1,5 +1,5 @@
-"""graphs.py: tables that do not fit together, the offline page in a real browser, and the upload with the real
-PyGraphistry client against a local server that decodes what arrives."""
+"""graphs.py: tables that do not fit together, the offline page in a real browser, and the upload
+with the real PyGraphistry client against a local server that decodes what arrives."""
 
 import io
 import json
@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llamatelemetry import graphistry_upload
 from llamatelemetry.errors import GraphistryError
-from llamatelemetry.graphs import Graph
-from llamatelemetry.plots import theme
-from llamatelemetry.plots.graph_page import MISSING, categories, graph_page
-from llamatelemetry.plots.page import Page
+from llamatelemetry.graphs import Graph, upload
+from llamatelemetry.views import theme
+from llamatelemetry.views.graph_page import MISSING, categories, graph_page
+from llamatelemetry.views.page import Page
 
 EVIL = "<script>window.bad = 1</script>"
 KEY, SECRET = "KEYID12345", "very-secret-0123456789"
@@ -26,8 +25,9 @@ KEY, SECRET = "KEYID12345", "very-secret-0123456789"
 
 @pytest.fixture(autouse=True)
 def no_credentials(monkeypatch):
-    """Nothing on this machine may make a test upload: no secrets but those that a test sets itself."""
-    for name in (*graphistry_upload.KEY_ID, *graphistry_upload.SECRET, "GRAPHISTRY_HOSTNAME", "GRAPHISTRY_PROTOCOL"):
+    """Nothing on this machine may make a test upload: no secrets but those that a test sets
+    itself."""
+    for name in (*upload.KEY_ID, *upload.SECRET, "GRAPHISTRY_HOSTNAME", "GRAPHISTRY_PROTOCOL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "kaggle_secrets", None)
 
@@ -44,14 +44,21 @@ def tables():
         }
     )
     edges = pd.DataFrame(
-        {"src": list("abca"), "dst": list("bcda"), "w": [0.9, 0.5, 0.2, 0.7], "via": ["q", "k", None, "q"]}
+        {
+            "src": list("abca"),
+            "dst": list("bcda"),
+            "w": [0.9, 0.5, 0.2, 0.7],
+            "via": ["q", "k", None, "q"],
+        }
     )
     return nodes, edges
 
 
 def small(**changes):
     nodes, edges = tables()
-    options = dict(title="a graph", label="piece", kind="kind", size="norm", weight="w", position=("px", "py"))
+    options = dict(
+        title="a graph", label="piece", kind="kind", size="norm", weight="w", position=("px", "py")
+    )
     return Graph(nodes, edges, **{**options, **changes})
 
 
@@ -66,23 +73,63 @@ def changed(table, change):
 @pytest.mark.parametrize(
     "table, change, options, message",
     [
-        ("nodes", lambda t: t.drop(columns="id"), {}, r"nodes has no column 'id'; it has \['piece'"),
+        (
+            "nodes",
+            lambda t: t.drop(columns="id"),
+            {},
+            r"nodes has no column 'id'; it has \['piece'",
+        ),
         ("edges", lambda t: t.drop(columns="dst"), {}, "edges has no column 'dst'"),
         ("nodes", lambda t: t, {"color": "colour"}, "nodes has no column 'colour'"),
         ("nodes", lambda t: t, {"position": ("px", "z")}, "nodes has no column 'z'"),
         ("edges", lambda t: t, {"weight": "strength"}, "edges has no column 'strength'"),
         ("nodes", lambda t: t.iloc[:0], {}, "node table is empty"),
-        ("nodes", lambda t: t.assign(id=["a", "b", "b", "d", "b"]), {}, r"2 repeated id\(s\), the first 'b'"),
-        ("nodes", lambda t: t.assign(id=["a", None, "c", "d", "e"]), {}, r"1 row\(s\) of nodes\['id'\] are empty"),
-        ("edges", lambda t: t.assign(src=["a", None, "c", "a"]), {}, r"1 row\(s\) of edges\['src'\] are empty"),
-        ("edges", lambda t: t.assign(dst=["b", "x", "d", "y"]), {}, r"2 of 4 edges name an id.*\['b', 'x'\]"),
-        ("edges", lambda t: t.assign(src=range(4), dst=range(4)), {}, "4 of 4 edges name an id that is not in"),
+        (
+            "nodes",
+            lambda t: t.assign(id=["a", "b", "b", "d", "b"]),
+            {},
+            r"2 repeated id\(s\), the first 'b'",
+        ),
+        (
+            "nodes",
+            lambda t: t.assign(id=["a", None, "c", "d", "e"]),
+            {},
+            r"1 row\(s\) of nodes\['id'\] are empty",
+        ),
+        (
+            "edges",
+            lambda t: t.assign(src=["a", None, "c", "a"]),
+            {},
+            r"1 row\(s\) of edges\['src'\] are empty",
+        ),
+        (
+            "edges",
+            lambda t: t.assign(dst=["b", "x", "d", "y"]),
+            {},
+            r"2 of 4 edges name an id.*\['b', 'x'\]",
+        ),
+        (
+            "edges",
+            lambda t: t.assign(src=range(4), dst=range(4)),
+            {},
+            "4 of 4 edges name an id that is not in",
+        ),
         ("edges", lambda t: t.assign(w=[1, np.nan, 1, 1]), {"weight": "w"}, "NaN or infinity"),
         ("edges", lambda t: t, {"weight": "via"}, "must be numbers"),
         ("nodes", lambda t: t, {"size": "kind"}, "must be numbers"),
-        ("nodes", lambda t: t.assign(norm=True), {"size": "norm"}, r"nodes\['norm'\] must be numbers, not bool"),
+        (
+            "nodes",
+            lambda t: t.assign(norm=True),
+            {"size": "norm"},
+            r"nodes\['norm'\] must be numbers, not bool",
+        ),
         ("nodes", lambda t: t, {"position": ("px", "kind")}, r"nodes\['kind'\] must be numbers"),
-        ("nodes", lambda t: t.assign(px=[0, 0, 0, np.inf, 0]), {"position": ("px", "py")}, "needs a position"),
+        (
+            "nodes",
+            lambda t: t.assign(px=[0, 0, 0, np.inf, 0]),
+            {"position": ("px", "py")},
+            "needs a position",
+        ),
         ("nodes", lambda t: t, {"position": ("px", "py", "norm")}, "two columns"),
         ("nodes", lambda t: t.to_dict("list"), {}, "must be a DataFrame, not dict"),
         ("nodes", lambda t: t.rename(columns={"px": "py"}), {}, "the column 'py' twice"),
@@ -95,7 +142,11 @@ def test_tables_that_do_not_fit_are_refused(table, change, options, message):
 
 def chain(nodes, **options):
     """A graph of three nodes in a row."""
-    return Graph(pd.DataFrame({"id": [1, 2, 3]} | nodes), pd.DataFrame({"src": [1, 2], "dst": [2, 3]}), **options)
+    return Graph(
+        pd.DataFrame({"id": [1, 2, 3]} | nodes),
+        pd.DataFrame({"src": [1, 2], "dst": [2, 3]}),
+        **options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +154,10 @@ def chain(nodes, **options):
     [
         (pd.array([True, None, False], "boolean"), ["False", "True"]),
         (np.array([True, None, False], object), ["False", "True"]),
-        (pd.to_datetime(["2024-01-02", None, "2024-03-01"]), ["2024-01-02 00:00:00", "2024-03-01 00:00:00"]),
+        (
+            pd.to_datetime(["2024-01-02", None, "2024-03-01"]),
+            ["2024-01-02 00:00:00", "2024-03-01 00:00:00"],
+        ),
         (pd.Categorical(["a", None, "b"]), ["a", "b"]),
         (pd.Categorical([2, None, 10]), ["10", "2"]),
         (["a", None, np.nan], ["a"]),
@@ -118,11 +172,14 @@ def test_columns_of_any_type_give_colours_and_kinds(tmp_path, values, names, rol
     shown = page_data(graph.page())[role]
     assert shown["names"] == names
     saved = pd.read_parquet(graph.save(tmp_path)["nodes"])
-    assert saved["c"].isna().tolist() == [bool(missing) for missing in pd.isna(pd.Series(list(values), dtype=object))]
+    assert saved["c"].isna().tolist() == [
+        bool(missing) for missing in pd.isna(pd.Series(list(values), dtype=object))
+    ]
 
 
 @pytest.mark.parametrize(
-    "values", [pd.array([1, None, 3], "Int64"), [1, np.nan, 3], [1, np.inf, 3], np.array([1, 2, 3], "u8")]
+    "values",
+    [pd.array([1, None, 3], "Int64"), [1, np.nan, 3], [1, np.inf, 3], np.array([1, 2, 3], "u8")],
 )
 def test_numbers_of_any_type_give_sizes(tmp_path, values):
     graph = chain({"s": values}, size="s", color="s")
@@ -132,10 +189,16 @@ def test_numbers_of_any_type_give_sizes(tmp_path, values):
 
 
 def test_a_missing_label_is_the_id():
-    assert page_data(chain({"p": [b"\xf0", np.nan, None]}, label="p").page())["labels"] == ["<0xF0>", "2", "3"]
+    assert page_data(chain({"p": [b"\xf0", np.nan, None]}, label="p").page())["labels"] == [
+        "<0xF0>",
+        "2",
+        "3",
+    ]
 
 
-@pytest.mark.parametrize("taken", [["x"], ["y"], ["x", "layout_x"], ["x", "layout_y", "layout_2_y"], ["src", "dst"]])
+@pytest.mark.parametrize(
+    "taken", [["x"], ["y"], ["x", "layout_x"], ["x", "layout_y", "layout_2_y"], ["src", "dst"]]
+)
 def test_own_columns_are_never_written_over(tmp_path, taken):
     graph = chain({name: [7, 8, 9] for name in taken})
     nodes, _, (x, y) = graph.tables
@@ -144,21 +207,30 @@ def test_own_columns_are_never_written_over(tmp_path, taken):
 
 
 def test_column_names_may_be_numbers():
-    graph = Graph(pd.DataFrame({0: [1, 2], 1: ["a", "b"]}), pd.DataFrame({5: [1], 6: [2]}), 0, 5, 6, label=1)
+    graph = Graph(
+        pd.DataFrame({0: [1, 2], 1: ["a", "b"]}), pd.DataFrame({5: [1], 6: [2]}), 0, 5, 6, label=1
+    )
     assert page_data(graph.page())["labels"] == ["a", "b"] and graph.pairs.tolist() == [[0, 1]]
 
 
 def test_ids_that_floats_cannot_tell_apart_are_refused():
     nodes = pd.DataFrame({"id": [2**60, 2**60 + 1]})
-    with pytest.raises(ValueError, match=r"nodes\['id'\] is int64 and edges\['src'\] is float64.*2\*\*53"):
+    with pytest.raises(
+        ValueError, match=r"nodes\['id'\] is int64 and edges\['src'\] is float64.*2\*\*53"
+    ):
         Graph(nodes, pd.DataFrame({"src": [float(2**60)], "dst": [2**60 + 1]}))
     whole = Graph(nodes, pd.DataFrame({"src": [2**60], "dst": [2**60 + 1]}))
-    assert whole.pairs.tolist() == [[0, 1]] and page_data(whole.page())["labels"][1] == str(2**60 + 1)
+    assert whole.pairs.tolist() == [[0, 1]] and page_data(whole.page())["labels"][1] == str(
+        2**60 + 1
+    )
 
 
 def test_a_column_without_a_type_in_parquet_is_named(tmp_path):
     graph = chain({"z": [1j, 2j, 3j]})
-    with pytest.raises(ValueError, match=r"nodes\['z'\] \(complex128\) has no type in a Parquet file.*astype\(str\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"nodes\['z'\] \(complex128\) has no type in a Parquet file.*astype\(str\)",
+    ):
         graph.save(tmp_path)
 
 
@@ -201,7 +273,9 @@ def test_saved_tables_come_back(tmp_path):
     written = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert written == ["g-1.0.edges.parquet", "g-1.0.html", "g-1.0.nodes.parquet"]
     back = pd.read_parquet(saved["nodes"])
-    pd.testing.assert_frame_equal(back.drop(columns=["raw", "x", "y"]), nodes.drop(columns="raw"), check_dtype=False)
+    pd.testing.assert_frame_equal(
+        back.drop(columns=["raw", "x", "y"]), nodes.drop(columns="raw"), check_dtype=False
+    )
     assert back["raw"].tolist()[:3] == ["<0xFF>", "␣x", "text"] and back["raw"].isna().tolist()[3]
     np.testing.assert_array_equal(back[["x", "y"]].to_numpy(dtype=np.float32), graph.positions)
     pd.testing.assert_frame_equal(pd.read_parquet(saved["edges"]), edges, check_dtype=False)
@@ -225,7 +299,9 @@ def page_data(page):
 def test_the_page_asks_no_network_and_escapes_its_data():
     html = small(title=EVIL).page().html
     assert "window.bad" in html and EVIL not in html and "</script><b>" not in html
-    assert "default-src 'none'" in html and not re.search(r"(src|href)\s*=\s*['\"]?(https?:)?//", html)
+    assert "default-src 'none'" in html and not re.search(
+        r"(src|href)\s*=\s*['\"]?(https?:)?//", html
+    )
     data = page_data(small(title=EVIL).page())
     assert data["title"] == EVIL and data["labels"] == ["␣the", EVIL, "⏎", "plain", "</script><b>"]
 
@@ -237,7 +313,12 @@ def opened(page, graph_or_page, tmp_path):
     shown = graph_or_page if isinstance(graph_or_page, Page) else graph_or_page.page()
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.on("request", lambda request: page.errors.append(request.url) if not request.url.startswith("file:") else None)
+    page.on(
+        "request",
+        lambda request: (
+            page.errors.append(request.url) if not request.url.startswith("file:") else None
+        ),
+    )
     page.goto(shown.save(tmp_path / "graph.html").as_uri())
     page.wait_for_function("window.graph && graph.drawnEdges === graph.shownEdges")
     page.wait_for_timeout(100)
@@ -292,10 +373,16 @@ def test_a_kind_can_be_taken_away(page, tmp_path):
     assert page.evaluate("[graph.shownNodes, graph.shownEdges]") == [5, 4]
     page.uncheck("input[data-kind=mark]")
     assert page.evaluate("[...graph.shown]") == [1, 1, 0, 1, 0]
-    assert page.evaluate("[graph.shownNodes, graph.shownEdges]") == [3, 2]  # a-b and the loop at a are left
+    assert page.evaluate("[graph.shownNodes, graph.shownEdges]") == [
+        3,
+        2,
+    ]  # a-b and the loop at a are left
     page.wait_for_timeout(200)
     found = colors_on(page)
-    assert found.get(theme.CATEGORIES[1].upper(), 0) == 0 and found.get(theme.CATEGORIES[0].upper(), 0) > 50
+    assert (
+        found.get(theme.CATEGORIES[1].upper(), 0) == 0
+        and found.get(theme.CATEGORIES[0].upper(), 0) > 50
+    )
     assert "3 of 5 nodes" in page.inner_text("#status")
 
 
@@ -303,7 +390,9 @@ def test_a_kind_can_be_taken_away(page, tmp_path):
 def test_the_weight_filter_keeps_the_heavier_edges(page, tmp_path):
     opened(page, small(), tmp_path)
     for value, kept in ((0, 4), (400, 3), (1000, 1)):
-        page.evaluate(f"() => {{ const s = $('weight'); s.value = {value}; s.dispatchEvent(new Event('input')); }}")
+        page.evaluate(
+            f"() => {{ const s = $('weight'); s.value = {value}; s.dispatchEvent(new Event('input')); }}"
+        )
         assert page.evaluate("graph.shownEdges") == kept
     assert page.inner_text("#weightvalue") == "0.9" and page.evaluate("graph.shownNodes") == 5
 
@@ -313,10 +402,19 @@ def test_hover_shows_text_and_runs_none_of_it(page, tmp_path):
     opened(page, small(), tmp_path)
     move_to(page, 1)
     assert page.evaluate("graph.hovered") == 1
-    assert page.inner_text("#tip").splitlines() == [EVIL, "kind: word", "norm: 2", "px: 1", "py: 0", "edges: 2"]
+    assert page.inner_text("#tip").splitlines() == [
+        EVIL,
+        "kind: word",
+        "norm: 2",
+        "px: 1",
+        "py: 0",
+        "edges: 2",
+    ]
     move_to(page, 3)
     assert "norm" not in page.inner_text("#tip")  # an empty cell is not shown as a number
-    assert page.evaluate("[window.bad === undefined, document.querySelectorAll('script').length]") == [True, 2]
+    assert page.evaluate(
+        "[window.bad === undefined, document.querySelectorAll('script').length]"
+    ) == [True, 2]
     assert page.errors == []
 
 
@@ -368,12 +466,19 @@ def test_five_thousand_nodes_and_twenty_thousand_edges_draw_whole(page, tmp_path
     positions, pairs = rng.normal(size=(n, 2)), rng.integers(0, n, (m, 2))
     kinds = pd.Series([f"kind {i % 12}" for i in range(n)], name="kind")
     shown = graph_page(
-        positions, pairs, title="large", labels=[f"node {i}" for i in range(n)], color=kinds, kind=kinds,
+        positions,
+        pairs,
+        title="large",
+        labels=[f"node {i}" for i in range(n)],
+        color=kinds,
+        kind=kinds,
         weight=pd.Series(rng.random(m), name="w"),
     )
     opened(page, shown, tmp_path)
     assert page.evaluate("[graph.shownNodes, graph.drawnEdges]") == [n, m]
-    assert "5 others" not in page.inner_text("#legend") and page.locator("#legend input").count() == 12
+    assert (
+        "5 others" not in page.inner_text("#legend") and page.locator("#legend input").count() == 12
+    )
     box = page.locator("#canvas").bounding_box()
     page.mouse.move(box["x"] + 300, box["y"] + 200)
     page.mouse.down()
@@ -387,7 +492,8 @@ def test_five_thousand_nodes_and_twenty_thousand_edges_draw_whole(page, tmp_path
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few endpoints of a Graphistry server that an upload needs; writes down what arrives in `server.log`."""
+    """The few endpoints of a Graphistry server that an upload needs; writes down what arrives in
+    `server.log`."""
 
     def answer(self, value, status=200):
         body = json.dumps(value).encode()
@@ -406,7 +512,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"error": self.path}, 404)
         good = self.headers["Authorization"] == f"PersonalKey {KEY}:{SECRET}"
         self.server.log.append(("login", good))
-        self.answer({"token": "a.b.c"} if good else {"detail": f"invalid key {SECRET}"}, 200 if good else 401)
+        self.answer(
+            {"token": "a.b.c"} if good else {"detail": f"invalid key {SECRET}"},
+            200 if good else 401,
+        )
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -456,23 +565,49 @@ def test_upload_sends_the_tables_as_they_are_saved(hub, tmp_path, capsys):
     sent = dict(hub.log)
     assert sent["login"] is True
     for part in ("nodes", "edges"):
-        pd.testing.assert_frame_equal(sent[part], pd.read_parquet(tmp_path / f"g.{part}.parquet"), check_dtype=False)
-    np.testing.assert_array_equal(sent["nodes"][["x", "y"]].to_numpy(dtype=np.float32), graph.positions)
-    assert (sent["share"]["mode"], sent["share"]["obj_pk"], sent["share"]["notify"]) == ("private", "d-1", False)
+        pd.testing.assert_frame_equal(
+            sent[part], pd.read_parquet(tmp_path / f"g.{part}.parquet"), check_dtype=False
+        )
+    np.testing.assert_array_equal(
+        sent["nodes"][["x", "y"]].to_numpy(dtype=np.float32), graph.positions
+    )
+    assert (sent["share"]["mode"], sent["share"]["obj_pk"], sent["share"]["notify"]) == (
+        "private",
+        "d-1",
+        False,
+    )
     assert [kind for kind, _ in hub.log][-1] == "share"
 
     dataset = sent["dataset"]
     assert dataset["name"] == "a graph"
     nodes, edges = dataset["node_encodings"], dataset["edge_encodings"]
-    assert nodes["bindings"] == {"node": "id", "node_title": "piece", "node_size": "norm", "node_x": "x", "node_y": "y"}
-    assert edges["bindings"] == {"source": "src", "destination": "dst", "edge_weight": "w", "edge_title": "via"}
+    assert nodes["bindings"] == {
+        "node": "id",
+        "node_title": "piece",
+        "node_size": "norm",
+        "node_x": "x",
+        "node_y": "y",
+    }
+    assert edges["bindings"] == {
+        "source": "src",
+        "destination": "dst",
+        "edge_weight": "w",
+        "edge_title": "via",
+    }
     color = nodes["complex"]["default"]["pointColorEncoding"]
     assert color["attribute"] == "kind" and color["mapping"]["categorical"]["other"] == MISSING
     assert color["mapping"]["categorical"]["fixed"] == dict(zip(["word", "mark"], theme.CATEGORIES))
     assert edges["complex"]["default"]["edgeColorEncoding"]["attribute"] == "via"
 
-    assert shown.url.startswith(f"http://{hub.name}/graph/graph.html?dataset=d-1") and "play=0" in shown.url
-    assert "<iframe" in shown._repr_html_() and shown.privacy == "private" and SECRET not in repr(vars(shown))
+    assert (
+        shown.url.startswith(f"http://{hub.name}/graph/graph.html?dataset=d-1")
+        and "play=0" in shown.url
+    )
+    assert (
+        "<iframe" in shown._repr_html_()
+        and shown.privacy == "private"
+        and SECRET not in repr(vars(shown))
+    )
     said = capsys.readouterr().out
     assert f"uploading 5 nodes and 4 edges to {hub.name}, private" in said and SECRET not in said
 
@@ -481,7 +616,10 @@ def test_upload_can_be_public_and_numeric_colours_go_along(hub, tmp_path):
     small(color="norm").show(server=hub.name, protocol="http", folder=tmp_path, privacy="public")
     sent = dict(hub.log)
     color = sent["dataset"]["node_encodings"]["complex"]["default"]["pointColorEncoding"]
-    assert sent["share"]["mode"] == "public" and (color["attribute"], color["variation"]) == ("norm", "continuous")
+    assert sent["share"]["mode"] == "public" and (color["attribute"], color["variation"]) == (
+        "norm",
+        "continuous",
+    )
 
 
 def test_credentials_may_be_kaggle_secrets(hub, tmp_path, monkeypatch):
@@ -492,29 +630,38 @@ def test_credentials_may_be_kaggle_secrets(hub, tmp_path, monkeypatch):
     class UserSecretsClient:
         def get_secret(self, name):
             if name not in secrets:
-                raise ValueError("No user secrets exist for kernel")  # Kaggle raises types of its own
+                raise ValueError(
+                    "No user secrets exist for kernel"
+                )  # Kaggle raises types of its own
             return secrets[name]
 
-    monkeypatch.setitem(sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=UserSecretsClient))
+    monkeypatch.setitem(
+        sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=UserSecretsClient)
+    )
     small().show(server=hub.name, protocol="http", folder=tmp_path)
     assert ("login", True) in hub.log
     secrets.clear()
-    assert graphistry_upload.graphistry_credentials() is None
+    assert upload.graphistry_credentials() is None
 
 
 def test_upload_false_sends_nothing(hub, tmp_path):
-    assert isinstance(small().show(upload=False, server=hub.name, protocol="http", folder=tmp_path), Page)
+    assert isinstance(
+        small().show(upload=False, server=hub.name, protocol="http", folder=tmp_path), Page
+    )
     assert hub.log == [] and list(tmp_path.iterdir()) == []
 
 
 def refused(graph, folder, **options):
-    """The GraphistryError of an upload; the tables must have been saved, and the secret must not be in the message."""
+    """The GraphistryError of an upload; the tables must have been saved, and the secret must not be
+    in the message."""
     with pytest.raises(GraphistryError) as caught:
         graph.show(folder=folder, **options)
     message = str(caught.value)
     assert SECRET not in message and str(folder) in message
     assert {path.suffix for path in folder.iterdir()} == {".parquet", ".html"}
-    pd.testing.assert_frame_equal(pd.read_parquet(folder / "graph.edges.parquet"), tables()[1], check_dtype=False)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(folder / "graph.edges.parquet"), tables()[1], check_dtype=False
+    )
     return message
 
 
@@ -551,10 +698,16 @@ def test_half_of_the_credentials(monkeypatch, tmp_path):
 
 
 def test_unknown_privacy(hub, tmp_path):
-    assert "privacy must be" in refused(small(), tmp_path, server=hub.name, protocol="http", privacy="secret")
+    assert "privacy must be" in refused(
+        small(), tmp_path, server=hub.name, protocol="http", privacy="secret"
+    )
     assert hub.log == []
 
 
 def test_without_credentials_the_page_is_shown(tmp_path):
     shown = small().show(folder=tmp_path)
-    assert isinstance(shown, Page) and "srcdoc" in shown._repr_html_() and list(tmp_path.iterdir()) == []
+    assert (
+        isinstance(shown, Page)
+        and "srcdoc" in shown._repr_html_()
+        and list(tmp_path.iterdir()) == []
+    )

@@ -1,4 +1,5 @@
-"""Heads on attention of known kinds, against TransformerLens's detector, and on tiny models with planted heads."""
+"""Heads on attention of known kinds, against TransformerLens's detector, and on tiny models with
+planted heads."""
 
 from pathlib import Path
 
@@ -10,11 +11,10 @@ import xarray as xr
 from models import tiny_model
 
 from llamatelemetry import CaptureError, ablate_head
-from llamatelemetry.analysis import heads, heads_compare, heads_importance
-from llamatelemetry.analysis import heads_semantic, heads_similarity, heads_texts
-from llamatelemetry.analysis import heads_sentences as say
 from llamatelemetry.capture.measures import HeadStatistics
 from llamatelemetry.capture.session import CaptureSession
+from llamatelemetry.heads import compare, importance, profile, say, semantic, similarity
+from llamatelemetry.heads import texts as heads_texts
 
 REFERENCE = np.load(Path(__file__).parent / "references" / "heads.npz")
 
@@ -42,11 +42,14 @@ PIECES = ["", *map(chr, range(32, 127)), "\n"]
 @pytest.fixture(scope="module")
 def texts():
     kinds = [3] + [1] * (len(PIECES) - 1)
-    return heads_texts.default_texts(fake_tokens(PIECES), (PIECES, kinds), shuffles=5, max_tokens=90)
+    return heads_texts.default_texts(
+        fake_tokens(PIECES), (PIECES, kinds), shuffles=5, max_tokens=90
+    )
 
 
 def statistics(texts, attention_of):
-    """Datasets as head_statistics gives them, of made attention: attention_of(text) -> (head, query, key)."""
+    """Datasets as head_statistics gives them, of made attention: attention_of(text) -> (head,
+    query, key)."""
     out = []
     for text in texts:
         reducer = HeadStatistics(text.ids, text.patterns)
@@ -62,7 +65,9 @@ def pure_heads(text):
     """Heads of one pure kind each, in this order: KINDS."""
     n, position = len(text.ids), np.arange(len(text.ids))
     ids = np.asarray(text.ids)
-    last = [max(np.flatnonzero(ids[:q] == ids[q]), default=0) for q in position]  # the last occurrence before
+    last = [
+        max(np.flatnonzero(ids[:q] == ids[q]), default=0) for q in position
+    ]  # the last occurrence before
     after = [max((k + 1 for k in np.flatnonzero(ids[:q] == ids[q])), default=0) for q in position]
     uniform = np.tril(np.ones((n, n))) / (position[:, None] + 1)
     far = one_hot(np.where(position >= 17, position - 16, 0), n)
@@ -70,53 +75,89 @@ def pure_heads(text):
     for query, key in text.patterns.get("@syntactic", ()):
         syntactic[query] = 0
         syntactic[query, key] = 1
-    keys = [position * 0, position, np.maximum(position - 1, 0), np.maximum(position - 6, 0), last, after]
+    keys = [
+        position * 0,
+        position,
+        np.maximum(position - 1, 0),
+        np.maximum(position - 6, 0),
+        last,
+        after,
+    ]
     return np.stack([*(one_hot(k, n) for k in keys), uniform, far, syntactic])
 
 
-KINDS = {"sink": 0, "self": 1, "previous token": 2, "offset 6": 3, "duplicate": 4, "induction": 5, "uniform": 6,
-         "global": 7, "syntactic": 8}  # fmt: skip
+KINDS = {
+    "sink": 0,
+    "self": 1,
+    "previous token": 2,
+    "offset 6": 3,
+    "duplicate": 4,
+    "induction": 5,
+    "uniform": 6,
+    "global": 7,
+    "syntactic": 8,
+}
 
 
 @pytest.fixture(scope="module")
 def measured(texts):
-    scores = heads.collect(texts, statistics(texts, pure_heads))
-    profiled = heads.profile(scores, n_boot=100)
-    return scores, profiled, heads.labels(profiled, margin=0.1)
+    scores = profile.collect(texts, statistics(texts, pure_heads))
+    profiled = profile.profile(scores, n_boot=100)
+    return scores, profiled, profile.labels(profiled, margin=0.1)
 
 
 @pytest.mark.parametrize(
     "measure, kind, expected",
     [
-        ("sink", "sink", 1), ("local", "self", 1), ("local", "previous token", 1), ("local", "offset 6", 0.0),
-        ("global", "global", 1), ("previous token", "previous token", 1), ("previous token", "self", 0),
-        ("positional", "offset 6", 1), ("positional", "self", 1), ("duplicate", "duplicate", 1),
-        ("duplicate", "induction", 0), ("induction", "induction", 1), ("induction", "duplicate", 0),
-        ("syntactic", "syntactic", 1), ("entropy", "sink", 0), ("distance", "self", 0), ("top", "previous token", 1),
+        ("sink", "sink", 1),
+        ("local", "self", 1),
+        ("local", "previous token", 1),
+        ("local", "offset 6", 0.0),
+        ("global", "global", 1),
+        ("previous token", "previous token", 1),
+        ("previous token", "self", 0),
+        ("positional", "offset 6", 1),
+        ("positional", "self", 1),
+        ("duplicate", "duplicate", 1),
+        ("duplicate", "induction", 0),
+        ("induction", "induction", 1),
+        ("induction", "duplicate", 0),
+        ("syntactic", "syntactic", 1),
+        ("entropy", "sink", 0),
+        ("distance", "self", 0),
+        ("top", "previous token", 1),
     ],
-)  # fmt: skip
+)
 def test_pure_heads_have_their_score(measured, measure, kind, expected):
     value = measured[1]["value"].sel(measure=measure).isel(head=KINDS[kind])
     np.testing.assert_allclose(value, expected, atol=0.08 if expected == 0 else 1e-5)
 
 
 def test_pure_heads_have_their_label_and_uniform_has_none(measured):
-    table = heads.head_table(measured[1], measured[2]).query("layer == 0").set_index("head")["labels"]
+    table = (
+        profile.head_table(measured[1], measured[2]).query("layer == 0").set_index("head")["labels"]
+    )
     assert "sink" in table[KINDS["sink"]] and "local" not in table[KINDS["sink"]]
     assert {"local", "positional"} == set(table[KINDS["self"]].split(", "))
-    assert {"local", "positional", "previous token"} == set(table[KINDS["previous token"]].split(", "))
+    assert {"local", "positional", "previous token"} == set(
+        table[KINDS["previous token"]].split(", ")
+    )
     assert table[KINDS["offset 6"]] == "positional"
     assert "duplicate" in table[KINDS["duplicate"]] and "induction" not in table[KINDS["duplicate"]]
     assert "induction" in table[KINDS["induction"]] and "global" in table[KINDS["global"]]
     assert "syntactic" in table[KINDS["syntactic"]]
     assert table[KINDS["uniform"]] == "none"
     assert measured[0]["best_offset"].values[0, KINDS["offset 6"]] == 6
-    counts = heads.label_counts(measured[2], measured[1])
-    assert counts.loc["syntactic", "best"] == f"L0H{KINDS['syntactic']}" and counts.loc["syntactic", "heads"] == 2
+    counts = profile.label_counts(measured[2], measured[1])
+    assert (
+        counts.loc["syntactic", "best"] == f"L0H{KINDS['syntactic']}"
+        and counts.loc["syntactic", "heads"] == 2
+    )
 
 
 def test_baselines_are_what_chance_gives(measured, texts):
-    """The shuffled versions of a uniform head and of a sharp one have the same mean: the share of keys."""
+    """The shuffled versions of a uniform head and of a sharp one have the same mean: the share of
+    keys."""
     base = measured[1]["baseline"].sel(measure="local").isel(layer=0)
     queries = np.concatenate([np.arange(1, len(t.ids)) for t in texts if t.natural])
     expected = np.mean(np.minimum(heads_texts.LOCAL, queries + 1) / (queries + 1))
@@ -130,10 +171,14 @@ def test_baselines_are_what_chance_gives(measured, texts):
 
 
 def pattern_scores(attention, patterns, rows):
-    """The scores of a Text from a full capture (layer, head, query, key): {pattern: (layer, head)}."""
+    """The scores of a Text from a full capture (layer, head, query, key): {pattern: (layer,
+    head)}."""
     values = np.asarray(attention, np.float64)
-    return {name: values[:, :, pairs[:, 0], pairs[:, 1]].sum(-1) / rows["".join(name[1:].partition("~")[:2])]
-            for name, pairs in patterns.items()}  # fmt: skip
+    return {
+        name: values[:, :, pairs[:, 0], pairs[:, 1]].sum(-1)
+        / rows["".join(name[1:].partition("~")[:2])]
+        for name, pairs in patterns.items()
+    }
 
 
 def test_scores_streamed_equal_those_of_the_full_matrix(texts):
@@ -146,7 +191,9 @@ def test_scores_streamed_equal_those_of_the_full_matrix(texts):
         streams = HeadStatistics(text.ids, text.patterns)
         for layer in (0, 1):
             for start in range(0, n, 31):  # in pieces, as a long prompt comes
-                streams.action(layer)(attention[layer][:, start : start + 31].astype(np.float32), start)
+                streams.action(layer)(
+                    attention[layer][:, start : start + 31].astype(np.float32), start
+                )
         table, layers = streams.table()
         stats = xr.Dataset({k: (("layer", "head"), v) for k, v in table.items()}, {"layer": layers})
         for name, expected in full.items():
@@ -156,7 +203,8 @@ def test_scores_streamed_equal_those_of_the_full_matrix(texts):
 
 @pytest.mark.parametrize("name", ["previous_token", "duplicate_token", "induction"])
 def test_detectors_are_transformerlens(name):
-    """Stored scores of transformer_lens 2.15.0's own functions (tests/references/make_heads_reference.py)."""
+    """Stored scores of transformer_lens 2.15.0's own functions
+    (tests/references/make_heads_reference.py)."""
     streams = HeadStatistics(REFERENCE["tokens"].tolist(), {})
     for layer in (0, 1):
         streams.action(layer)(REFERENCE["attention"][layer], 0)
@@ -164,10 +212,15 @@ def test_detectors_are_transformerlens(name):
 
 
 def test_random_pairs_are_transformerlens_patterns():
-    """The notebook's scores use the same pairs, divided by the rows that have one instead of all."""
+    """The notebook's scores use the same pairs, divided by the rows that have one instead of
+    all."""
     tokens = REFERENCE["tokens"]
     pairs = heads_texts.token_pairs(tokens, np.arange(1, len(tokens)))
-    names = {"previous token": "previous_token", "duplicate": "duplicate_token", "induction": "induction"}
+    names = {
+        "previous token": "previous_token",
+        "duplicate": "duplicate_token",
+        "induction": "induction",
+    }
     for ours, theirs in names.items():
         mask = np.zeros((len(tokens), len(tokens)), int)
         mask[tuple(pairs[ours].T)] = 1
@@ -187,7 +240,8 @@ def test_template_pairs_are_the_words_they_say():
         pairs = text.patterns["@syntactic"]
         spelled = "".join(text.pieces)
         for query, key in pairs:
-            # The start token has no characters: position p is character p - 1, the last one of its word.
+            # The start token has no characters: position p is character p - 1, the last one of its
+            # word.
             word, earlier = (spelled[:p].split(" ")[-1] for p in (query, key))
             assert key < query
             if text.pieces[query] == ")":
@@ -225,31 +279,36 @@ def test_semantic_score_finds_cosine_and_not_distance():
     embeddings = rng.standard_normal((n, 8))
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     distance = np.arange(n)[:, None] - np.arange(n)[None, :]
-    maps = np.stack([np.exp(3 * unit @ unit.T), np.exp(-distance / 5.0), rng.random((n, n))])[None]  # (1, head, q, k)
-    rows = heads_semantic.sample_rows(n, 20)
-    value, null = heads_semantic.semantic_scores(maps[:, :, rows], rows, ids, embeddings, shuffles=10)
+    maps = np.stack([np.exp(3 * unit @ unit.T), np.exp(-distance / 5.0), rng.random((n, n))])[
+        None
+    ]  # (1, head, q, k)
+    rows = semantic.sample_rows(n, 20)
+    value, null = semantic.semantic_scores(maps[:, :, rows], rows, ids, embeddings, shuffles=10)
     assert value[0, 0] > 0.97 and abs(value[0, 1]) < 0.1 and abs(value[0, 2]) < 0.15
     assert np.abs(null).max() < 0.3 and null.shape == (10, 1, 3)
-    few, _ = heads_semantic.semantic_scores(maps[:, :, :4], [1, 2, 3, 4], ids, embeddings)
+    few, _ = semantic.semantic_scores(maps[:, :, :4], [1, 2, 3, 4], ids, embeddings)
     assert np.isnan(few).all()
 
 
 def test_js_divergence_by_hand():
-    """Two rows without a common key are ln 2 apart, equal rows 0; (1, 0) and (1/2, 1/2) by the formula."""
-    rows = np.array([[1, 0], [0, 1], [0.5, 0.5], [1, 0]], float)[None, :, None, :]  # (layer, head, row, key)
-    sums = heads_similarity.js_sums(rows, [1])
+    """Two rows without a common key are ln 2 apart, equal rows 0; (1, 0) and (1/2, 1/2) by the
+    formula."""
+    rows = np.array([[1, 0], [0, 1], [0.5, 0.5], [1, 0]], float)[
+        None, :, None, :
+    ]  # (layer, head, row, key)
+    sums = similarity.js_sums(rows, [1])
     mixed = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) - 0.5 * np.log(2)
     np.testing.assert_allclose(sums[0], [0, np.log(2), mixed, 0], atol=1e-12)
-    distance = heads_similarity.distances([sums, sums], [1, 1])
+    distance = similarity.distances([sums, sums], [1, 1])
     np.testing.assert_allclose(distance[0], [0, 1, np.sqrt(mixed / np.log(2)), 0])
 
 
 def test_js_in_small_blocks_is_the_same(monkeypatch):
     rng = np.random.default_rng(1)
     rows = rng.dirichlet(np.ones(12), (2, 3, 4)).astype(np.float32)
-    whole = heads_similarity.js_sums(rows, [5, 8, 10, 11])
-    monkeypatch.setattr(heads_similarity, "BLOCK", 1)
-    np.testing.assert_allclose(heads_similarity.js_sums(rows, [5, 8, 10, 11]), whole, rtol=1e-6)
+    whole = similarity.js_sums(rows, [5, 8, 10, 11])
+    monkeypatch.setattr(similarity, "BLOCK", 1)
+    np.testing.assert_allclose(similarity.js_sums(rows, [5, 8, 10, 11]), whole, rtol=1e-6)
 
 
 @pytest.fixture
@@ -261,18 +320,22 @@ def planted_distance():
 
 def test_clusters_cover_and_pairs_of_planted_groups(planted_distance):
     sizes = [5, 3, 2]
-    found, silhouette = heads_similarity.cluster(planted_distance, largest=6)
+    found, silhouette = similarity.cluster(planted_distance, largest=6)
     assert found.tolist() == np.repeat([0, 1, 2], sizes).tolist() and silhouette > 0.9
-    assert len(heads_similarity.cover(planted_distance, 0.1)) == 3
-    curve = heads_similarity.cover_curve(planted_distance, [0.0, 0.1, 2.1, 5.1])
+    assert len(similarity.cover(planted_distance, 0.1)) == 3
+    curve = similarity.cover_curve(planted_distance, [0.0, 0.1, 2.1, 5.1])
     assert curve["heads"].tolist() == [10, 3, 2, 1]
     names = [(i // 5, i % 5) for i in range(10)]
-    first = heads_similarity.closest_pairs(planted_distance, names, 1).iloc[0]
-    assert first["a"] == "L0H0" and first["b"] == "L0H1" and first["distance"] == pytest.approx(0.005)
-    assert heads_similarity.nearest_heads(planted_distance, names, (1, 0), 1) == [("L1H1", pytest.approx(0.04))]
-    rand, jaccard = heads_similarity.stability([planted_distance**2] * 3, [1, 1, 1], found, n_boot=3)
+    first = similarity.closest_pairs(planted_distance, names, 1).iloc[0]
+    assert (
+        first["a"] == "L0H0" and first["b"] == "L0H1" and first["distance"] == pytest.approx(0.005)
+    )
+    assert similarity.nearest_heads(planted_distance, names, (1, 0), 1) == [
+        ("L1H1", pytest.approx(0.04))
+    ]
+    rand, jaccard = similarity.stability([planted_distance**2] * 3, [1, 1, 1], found, n_boot=3)
     assert (rand == 1).all() and (jaccard == 1).all()
-    coordinates, share = heads_similarity.classical_mds(planted_distance, 1)
+    coordinates, share = similarity.classical_mds(planted_distance, 1)
     np.testing.assert_allclose(np.abs(coordinates - coordinates.T), planted_distance, atol=1e-9)
     assert share[0] == pytest.approx(1)
 
@@ -280,39 +343,53 @@ def test_clusters_cover_and_pairs_of_planted_groups(planted_distance):
 def test_group_agreement_sees_planted_groups():
     names = [(layer, head) for layer in range(6) for head in range(6)]
     layer, head = np.array(names).T
-    distance = np.where((head[:, None] // 3 == head[None] // 3) & (layer[:, None] == layer[None]), 0.1, 0.5)
+    distance = np.where(
+        (head[:, None] // 3 == head[None] // 3) & (layer[:, None] == layer[None]), 0.1, 0.5
+    )
     np.fill_diagonal(distance, 0)
-    found = heads_similarity.group_agreement(distance, names, 6, 2)
-    assert found["inside"] == pytest.approx(0.1) and found["outside"] == pytest.approx(0.5) and found["p"] < 0.05
-    assert heads_similarity.group_agreement(distance, names, 6, 6) is None
-    assert heads_similarity.group_agreement(distance, names, 6, 1) is None
+    found = similarity.group_agreement(distance, names, 6, 2)
+    assert (
+        found["inside"] == pytest.approx(0.1)
+        and found["outside"] == pytest.approx(0.5)
+        and found["p"] < 0.05
+    )
+    assert similarity.group_agreement(distance, names, 6, 6) is None
+    assert similarity.group_agreement(distance, names, 6, 1) is None
     rng = np.random.default_rng(0)
     noise = rng.random((36, 36))
-    assert heads_similarity.group_agreement(noise + noise.T, names, 6, 2)["p"] > 0.05
+    assert similarity.group_agreement(noise + noise.T, names, 6, 2)["p"] > 0.05
 
 
 def test_importance_pruning_and_sampling():
     names = [(layer, head) for layer in range(3) for head in range(2)]
     kl = np.array([0.5, 0.1, 0.3, 0.0, 0.2, 0.4])
-    sweep = pd.DataFrame({"loss_change": kl, "loss_change_err": 0.1, "kl": kl},
-                         index=pd.Index(names, tupleize_cols=False))  # fmt: skip
-    table = heads_importance.importance_table([sweep, sweep], [10, 30])
+    sweep = pd.DataFrame(
+        {"loss_change": kl, "loss_change_err": 0.1, "kl": kl},
+        index=pd.Index(names, tupleize_cols=False),
+    )
+    table = importance.importance_table([sweep, sweep], [10, 30])
     np.testing.assert_allclose(table["loss_change"], kl)
     np.testing.assert_allclose(table["error"], 0.1 * np.sqrt(0.25**2 + 0.75**2))
-    sets = heads_importance.pruning_sets(table, [1, 3], repeats=1)
-    assert sets["least important", 0, 3] == [(1, 1), (0, 1), (2, 0)] and sets["most important", 0, 1] == [(0, 0)]
+    sets = importance.pruning_sets(table, [1, 3], repeats=1)
+    assert sets["least important", 0, 3] == [(1, 1), (0, 1), (2, 0)] and sets[
+        "most important", 0, 1
+    ] == [(0, 0)]
     assert len(set(sets["random", 0, 3])) == 3
-    picked = heads_importance.sample_heads(names, 3)
+    picked = importance.sample_heads(names, 3)
     assert [layer for layer, _ in picked] == [0, 1, 2]
-    assert heads_importance.sample_heads(names, 9) == names
-    related = heads_importance.relations(table.assign(twice=2 * kl, against=-kl), ["twice", "against"])
+    assert importance.sample_heads(names, 9) == names
+    related = importance.relations(table.assign(twice=2 * kl, against=-kl), ["twice", "against"])
     assert related["rho"].tolist() == pytest.approx([1, -1])
-    whole = heads_importance.population(kl, 6)
-    assert whole["mean"] == pytest.approx((0.25, 0.25, 0.25)) and whole["share"][0] == pytest.approx(5 / 6)
-    part = heads_importance.population(kl, 600)
+    whole = importance.population(kl, 6)
+    assert whole["mean"] == pytest.approx((0.25, 0.25, 0.25)) and whole["share"][
+        0
+    ] == pytest.approx(5 / 6)
+    part = importance.population(kl, 600)
     assert part["mean"][1] < 0.25 < part["mean"][2]
-    rows = pd.DataFrame({"order": ["random"] * 3, "removed": [1, 2, 3], "loss_change": [0.01, 0.3, 0.05]})
-    assert heads_importance.tolerated(rows, 0.1)["random"] == 1
+    rows = pd.DataFrame(
+        {"order": ["random"] * 3, "removed": [1, 2, 3], "loss_change": [0.01, 0.3, 0.05]}
+    )
+    assert importance.tolerated(rows, 0.1)["random"] == 1
 
 
 def test_depth_and_comparison_and_their_sentences(measured, texts):
@@ -320,21 +397,28 @@ def test_depth_and_comparison_and_their_sentences(measured, texts):
     moved = profiled.copy(deep=True)
     moved["value"].loc[{"measure": "induction", "layer": 1, "head": KINDS["induction"]}] = 0.25
     moved["low"].loc[{"measure": "induction", "layer": 1, "head": KINDS["induction"]}] = 0.0
-    found = heads_compare.compare_profiles(profiled, moved, earned, heads.labels(moved, 0.1))
+    found = compare.compare_profiles(profiled, moved, earned, profile.labels(moved, 0.1))
     assert found.loc["induction", "lost"] == 1 and found.loc["induction", "head"] == "L1H5"
     assert found.loc["induction", "largest_change"] == pytest.approx(0.75)
     rest = found.drop("induction")
-    assert (rest["spearman"].dropna() > 0.999).all() and (rest["mean_change"] == 0).all() and rest["lost"].sum() == 0
+    assert (
+        (rest["spearman"].dropna() > 0.999).all()
+        and (rest["mean_change"] == 0).all()
+        and rest["lost"].sum() == 0
+    )
     said = say.precision_sentence(found, "one", "two")
     had = int(earned.sum())
     assert f"Of {had} labels in one, {had - 1} " in said and "induction of L1H5, by 0.750" in said
-    depth = heads.by_depth(moved)
-    assert depth.loc["induction", "peak layer"] == 0 and depth.loc["induction", "spearman with layer"] <= 0
+    depth = profile.by_depth(moved)
+    assert (
+        depth.loc["induction", "peak layer"] == 0
+        and depth.loc["induction", "spearman with layer"] <= 0
+    )
     assert depth.loc["sink", "spearman with layer"] == pytest.approx(0)
-    table = heads.head_table(profiled, earned)
-    text = say.label_sentence(heads.label_counts(earned, profiled), earned, table, 0.1)
+    table = profile.head_table(profiled, earned)
+    text = say.label_sentence(profile.label_counts(earned, profiled), earned, table, 0.1)
     assert text.startswith("Of 18 heads") and "syntactic 2" in text and text.endswith("2 none.")
-    best = heads.typical_texts(scores, 0, KINDS["induction"], ["induction"]).loc["induction"]
+    best = profile.typical_texts(scores, 0, KINDS["induction"], ["induction"]).loc["induction"]
     assert best["text"].startswith("random") and best["score"] == pytest.approx(1)
     assert say.texts_sentence(texts).count(" of ") == 5
 
@@ -358,10 +442,14 @@ def test_a_copied_head_is_the_closest_pair(tmp_path):
         ids = list(range(3, 60, 2))
         rows = list(range(4, len(ids), 3))
         cap = session.capture(ids, ("attention", "attn_heads"), queries=rows)
-    np.testing.assert_array_equal(cap.attn_heads.sel(layer=1).values[0], cap.attn_heads.sel(layer=1).values[1])
-    distance = heads_similarity.distances([heads_similarity.js_sums(cap.attention.values, rows)], [len(rows)])
-    best = heads_similarity.closest_pairs(distance, [(i // 4, i % 4) for i in range(12)], 2)
-    assert (best.loc[0, "a"], best.loc[0, "b"]) == ("L1H0", "L1H1") and best.loc[0, "distance"] < 1e-3
+    np.testing.assert_array_equal(
+        cap.attn_heads.sel(layer=1).values[0], cap.attn_heads.sel(layer=1).values[1]
+    )
+    distance = similarity.distances([similarity.js_sums(cap.attention.values, rows)], [len(rows)])
+    best = similarity.closest_pairs(distance, [(i // 4, i % 4) for i in range(12)], 2)
+    assert (best.loc[0, "a"], best.loc[0, "b"]) == ("L1H0", "L1H1") and best.loc[
+        0, "distance"
+    ] < 1e-3
     assert best.loc[1, "distance"] > 0.1
 
 
@@ -372,19 +460,27 @@ def test_ablating_a_head_without_output_changes_nothing(tmp_path, mode):
 
     with CaptureSession(planted(tmp_path, silence)) as session:
         names = [(layer, head) for layer in range(3) for head in range(4)]
-        rows = session.sweep(list(range(3, 40)), {n: [ablate_head(*n, mode)] for n in names}, progress=False)
-    table = heads_importance.importance_table([rows], [36]).set_index(["layer", "head"])
-    assert table.loc[(2, 2), "loss_change"] == 0 and table.loc[(2, 2), "kl"] == pytest.approx(0, abs=1e-9)
+        rows = session.sweep(
+            list(range(3, 40)), {n: [ablate_head(*n, mode)] for n in names}, progress=False
+        )
+    table = importance.importance_table([rows], [36]).set_index(["layer", "head"])
+    assert table.loc[(2, 2), "loss_change"] == 0 and table.loc[(2, 2), "kl"] == pytest.approx(
+        0, abs=1e-9
+    )
     assert (table.drop((2, 2))["kl"] > 1e-5).all()
 
 
 @pytest.mark.slow
 def test_profile_of_smollm2_streamed_is_that_of_the_full_capture(engine):
     """One text of each kind through the worker, and the same scores from the captured matrices."""
-    texts = heads_texts.default_texts(engine.tokenize, (engine.model.pieces, engine.model.token_types), shuffles=2)
+    texts = heads_texts.default_texts(
+        engine.tokenize, (engine.model.pieces, engine.model.token_types), shuffles=2
+    )
     for text in (texts[0], texts[12], texts[-1]):
         stats = engine.head_statistics(text.ids, patterns=text.patterns)
         attention = engine.capture(text.ids, stages=("attention",)).attention
         for name, expected in pattern_scores(attention, text.patterns, text.rows).items():
             rows = text.rows["".join(name[1:].partition("~")[:2])]
-            np.testing.assert_allclose(stats[name] * stats["mass"] * len(text.ids) / rows, expected, atol=1e-5)
+            np.testing.assert_allclose(
+                stats[name] * stats["mass"] * len(text.ids) / rows, expected, atol=1e-5
+            )

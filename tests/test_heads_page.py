@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from llamatelemetry.plots import heads as figures
-from llamatelemetry.plots.heads_page import heads_page
+from llamatelemetry.heads import figures
+from llamatelemetry.heads.page import heads_page
 
 PIECES = ["<script>alert(1)</script>", " the", "\n", b"\xff", " cat", " sat", " on"]
 N_LAYER, N_HEAD = 4, 3
@@ -18,22 +18,41 @@ def made(n_layer=N_LAYER, n_head=N_HEAD, n=len(PIECES)):
     rng = np.random.default_rng(0)
     shape = (len(MEASURES), n_layer, n_head)
     value = rng.normal(size=shape)
-    data = {"value": value, "low": value - 0.1, "high": value + 0.2, "baseline": value * 0,
-            "baseline_high": value * 0 + 0.3}  # fmt: skip
-    profiled = xr.Dataset({k: (("measure", "layer", "head"), v) for k, v in data.items()},
-                          {"measure": MEASURES, "layer": range(n_layer), "head": range(n_head)})  # fmt: skip
+    data = {
+        "value": value,
+        "low": value - 0.1,
+        "high": value + 0.2,
+        "baseline": value * 0,
+        "baseline_high": value * 0 + 0.3,
+    }
+    profiled = xr.Dataset(
+        {k: (("measure", "layer", "head"), v) for k, v in data.items()},
+        {"measure": MEASURES, "layer": range(n_layer), "head": range(n_head)},
+    )
     attention = np.tril(rng.random((n_layer, n_head, n, n)))
     attention /= attention.sum(-1, keepdims=True)
     points = rng.normal(size=(n_layer * n_head, 2))
     distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    labels = {(i // n_head, i % n_head): "none" if i % n_head else "sink, local" for i in range(n_layer * n_head)}
+    labels = {
+        (i // n_head, i % n_head): "none" if i % n_head else "sink, local"
+        for i in range(n_layer * n_head)
+    }
     return profiled, labels, attention.astype(np.float32), distance
 
 
 def dashboard(**options):
     profiled, labels, attention, distance = made()
-    return heads_page(profiled, labels, attention, PIECES, distance, model="M <b>", clusters=np.arange(12) % 3,
-                      extra={"loss change": np.linspace(-1, 1, 12).reshape(4, 3)}, **options)  # fmt: skip
+    return heads_page(
+        profiled,
+        labels,
+        attention,
+        PIECES,
+        distance,
+        model="M <b>",
+        clusters=np.arange(12) % 3,
+        extra={"loss change": np.linspace(-1, 1, 12).reshape(4, 3)},
+        **options,
+    )
 
 
 @pytest.fixture
@@ -62,8 +81,12 @@ def test_click_shows_matrix_profile_and_neighbours(page):
     shown.mouse.click(box["x"] + 34 + 2.5 * size, box["y"] + 0.5 * size)  # layer 2, head 0
     assert shown.inner_text("#name") == "L2H0: sink, local, cluster 0"
     cells = shown.locator("#profile tbody tr").first.locator("td")
-    assert float(cells.nth(1).inner_text()) == pytest.approx(float(profiled["value"][0, 2, 0]), rel=6e-3)
-    near = [int(button.get_attribute("data-head")) for button in shown.locator("#near button").all()]
+    assert float(cells.nth(1).inner_text()) == pytest.approx(
+        float(profiled["value"][0, 2, 0]), rel=6e-3
+    )
+    near = [
+        int(button.get_attribute("data-head")) for button in shown.locator("#near button").all()
+    ]
     assert near == [i for i in np.argsort(distance[6]) if i != 6][:6]
     matrix = shown.locator("#matrix").bounding_box()
     step = matrix["width"] / len(PIECES)
@@ -71,7 +94,9 @@ def test_click_shows_matrix_profile_and_neighbours(page):
     text = shown.inner_text("#cell")
     assert "query 4 ␣cat" in text and "key 1 ␣the" in text
     assert float(text.split()[-1]) == pytest.approx(float(attention[2, 0, 4, 1]), rel=1e-4)
-    shown.mouse.move(matrix["x"] + 4.5 * step, matrix["y"] + 1.5 * step)  # above the diagonal there is nothing
+    shown.mouse.move(
+        matrix["x"] + 4.5 * step, matrix["y"] + 1.5 * step
+    )  # above the diagonal there is nothing
     assert shown.inner_text("#cell").strip() == ""
     shown.locator("#near button").first.click()
     assert shown.inner_text("#name").startswith(f"L{near[0] // 3}H{near[0] % 3}:")
@@ -80,7 +105,10 @@ def test_click_shows_matrix_profile_and_neighbours(page):
 @pytest.mark.slow
 def test_measures_labels_keys_and_names(page):
     shown = page(dashboard(head=0))
-    assert [o.inner_text() for o in shown.locator("#measure option").all()] == [*MEASURES, "loss change"]
+    assert [o.inner_text() for o in shown.locator("#measure option").all()] == [
+        *MEASURES,
+        "loss change",
+    ]
     before = shown.evaluate("document.getElementById('map').toDataURL()")
     shown.select_option("#measure", label="loss change")
     assert shown.evaluate("document.getElementById('map').toDataURL()") != before
@@ -95,7 +123,9 @@ def test_measures_labels_keys_and_names(page):
     assert shown.inner_text("#name").startswith("L2H1")
     shown.fill("#go", "L9H9")
     shown.keyboard.press("Enter")
-    assert "no head L9H9" in shown.inner_text("#over") and shown.inner_text("#name").startswith("L2H1")
+    assert "no head L9H9" in shown.inner_text("#over") and shown.inner_text("#name").startswith(
+        "L2H1"
+    )
 
 
 @pytest.mark.slow
@@ -114,7 +144,9 @@ def test_1024_heads_stay_small_and_quick(browser, tmp_path):
 
 def test_weights_say_how_exact_they_are():
     written = dashboard().html
-    assert "exact to float32" in written and "&lt;b&gt;" in written and "<script>alert" not in written
+    assert (
+        "exact to float32" in written and "&lt;b&gt;" in written and "<script>alert" not in written
+    )
 
 
 @pytest.mark.parametrize("n_layer, n_head", [(4, 3), (32, 32)])
@@ -123,7 +155,10 @@ def test_figures_are_drawn_from_the_numbers(n_layer, n_head):
     earned = (profiled["value"] > 1).rename(measure="label")
     maps = figures.measure_maps(profiled, MEASURES, "M")
     np.testing.assert_allclose(maps.data[1].z, profiled["value"][1].values.T, atol=1e-4)
-    assert maps.data[1].coloraxis == "coloraxis2" and maps.layout.coloraxis2.cmin == -maps.layout.coloraxis2.cmax
+    assert (
+        maps.data[1].coloraxis == "coloraxis2"
+        and maps.layout.coloraxis2.cmin == -maps.layout.coloraxis2.cmax
+    )
     dots = figures.scores_against_baselines(profiled, earned.isel(label=[0]), "M")
     drawn = [y for trace in dots.data if trace.mode == "markers" for y in trace.y if y is not None]
     np.testing.assert_allclose(sorted(drawn), np.sort(profiled["value"][0].values.reshape(-1)))

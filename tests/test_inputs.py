@@ -1,4 +1,5 @@
-"""What is given to a model and arrives as it was meant: texts, start tokens, templates, patches, names of files."""
+"""What is given to a model and arrives as it was meant: texts, start tokens, templates, patches,
+names of files."""
 
 import json
 import os
@@ -14,33 +15,46 @@ import pandas as pd
 import pytest
 from models import tiny_model
 
-from llamatelemetry import Capture, CaptureError, InferenceEngine, LlamaTelemetryError, ModelLoadError, logs, patch
+from llamatelemetry import (
+    Capture,
+    CaptureError,
+    InferenceEngine,
+    LlamaTelemetryError,
+    ModelLoadError,
+    logs,
+    patch,
+)
+from llamatelemetry.arguments import prompt
 from llamatelemetry.capture.edits import EDITABLE
 from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.capture.tokenizer import NO_TOKENIZER, token_ids, token_piece
-from llamatelemetry.compare import compare_quantizations
-from llamatelemetry.completion import request_body
-from llamatelemetry.errors import ServerError, TemplateError
-from llamatelemetry.gguf import GGUFFile
+from llamatelemetry.compare.comparison import compare_quantizations
+from llamatelemetry.errors import TemplateError
+from llamatelemetry.files.gguf import GGUFFile
+from llamatelemetry.files.models import list_models, resolve_model
+from llamatelemetry.files.quantize import imatrix, quantize
+from llamatelemetry.files.texts import load_text
 from llamatelemetry.graphs import Graph
-from llamatelemetry.models import list_models, resolve_model
-from llamatelemetry.quantize import imatrix, quantize
-from llamatelemetry.texts import load_text, prompt
+from llamatelemetry.server.completion import request_body
 
 pytest.importorskip("llama_cpp")
 
 
 @pytest.fixture
 def header(monkeypatch):
-    """header(key=value) changes the metadata of the tiny models that are made afterwards; None leaves a key out."""
+    """header(key=value) changes the metadata of the tiny models that are made afterwards; None
+    leaves a key out."""
     changes, metadata, tokenizer = {}, models.metadata, models.tokenizer
 
     def changed(made):
         return {key: value for key, value in (made | changes).items() if value is not None}
 
     monkeypatch.setattr(models, "metadata", lambda *args: changed(metadata(*args)))
-    monkeypatch.setattr(models, "tokenizer", lambda *args: {
-        key: value for key, value in tokenizer(*args).items() if key not in changes})  # fmt: skip
+    monkeypatch.setattr(
+        models,
+        "tokenizer",
+        lambda *args: {key: value for key, value in tokenizer(*args).items() if key not in changes},
+    )
 
     def change(**keys):
         changes.update({key.replace("__", "."): value for key, value in keys.items()})
@@ -48,7 +62,8 @@ def header(monkeypatch):
     return change
 
 
-# ---- tokens -------------------------------------------------------------------------------------------------------
+# ---- tokens
+# -------------------------------------------------------------------------------------------------------
 
 
 class Vocabulary:
@@ -78,7 +93,10 @@ class Vocabulary:
 def test_a_tokenizer_that_needs_more_room_gets_it():
     many = Vocabulary(100)
     assert token_ids(many, None, "abc") == list(range(100)) and many.asked == [19, 100]
-    assert token_piece(Vocabulary(1000), None, 5) == b"x" * 1000 and token_piece(Vocabulary(0), None, 5) == b""
+    assert (
+        token_piece(Vocabulary(1000), None, 5) == b"x" * 1000
+        and token_piece(Vocabulary(0), None, 5) == b""
+    )
     with pytest.raises(CaptureError, match="could not tokenize a text of 3 bytes"):
         token_ids(Vocabulary(-(2**31)), None, "abc")
     with pytest.raises(CaptureError, match="holds no tokenizer: pass token ids"):
@@ -94,15 +112,26 @@ def test_a_file_without_a_tokenizer_takes_ids(tmp_path, monkeypatch):
 
 
 def test_two_start_tokens_are_said(tmp_path, header):
-    header(tokenizer__chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    header(
+        tokenizer__chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     with InferenceEngine() as engine:
         engine.load_model(tiny_model("llama", tmp_path), silent=True, threads=1)
         twice, once = "<|begin|>The cat", "The cat"
-        for call in (engine.tokenize, engine.capture, engine.score, engine.head_statistics,
-                     lambda text: engine.sweep(text, {"a": []}, progress=False),
-                     lambda text: engine.capture(text, generate=1), lambda text: engine.infer(text, max_tokens=1),
-                     lambda text: list(engine.infer_stream(text, max_tokens=1)), engine.embed):  # fmt: skip
-            with pytest.warns(UserWarning, match="begins with '<|begin|>'.*two start tokens") as said:
+        for call in (
+            engine.tokenize,
+            engine.capture,
+            engine.score,
+            engine.head_statistics,
+            lambda text: engine.sweep(text, {"a": []}, progress=False),
+            lambda text: engine.capture(text, generate=1),
+            lambda text: engine.infer(text, max_tokens=1),
+            lambda text: list(engine.infer_stream(text, max_tokens=1)),
+            engine.embed,
+        ):
+            with pytest.warns(
+                UserWarning, match="begins with '<|begin|>'.*two start tokens"
+            ) as said:
                 call(twice)
             assert len(said) == 1
             with warnings.catch_warnings():
@@ -115,13 +144,35 @@ def test_two_start_tokens_are_said(tmp_path, header):
             assert engine.tokenize(twice, add_special=False)["id"].tolist()[0] == 0
 
 
-@pytest.mark.parametrize("given, why", [
-    *[(given, "a text, or one sequence of token ids") for given in (
-        b"bytes", None, 3.5, 5, np.int64(5), [1.0, 2.0], [True, 5], np.array([True]), [[1, 2]], [[1], [2, 3]], {1, 2},
-        ["a", "b"], [float("nan")], [2**70], (one for one in (1, 2)))],
-    (Path("prompt.txt"), "is a path, and a prompt is a text"), ("", "empty"), ([], "empty"),
-    ("a\ud83d", "half a character"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, why",
+    [
+        *[
+            (given, "a text, or one sequence of token ids")
+            for given in (
+                b"bytes",
+                None,
+                3.5,
+                5,
+                np.int64(5),
+                [1.0, 2.0],
+                [True, 5],
+                np.array([True]),
+                [[1, 2]],
+                [[1], [2, 3]],
+                {1, 2},
+                ["a", "b"],
+                [float("nan")],
+                [2**70],
+                (one for one in (1, 2)),
+            )
+        ],
+        (Path("prompt.txt"), "is a path, and a prompt is a text"),
+        ("", "empty"),
+        ([], "empty"),
+        ("a\ud83d", "half a character"),
+    ],
+)
 def test_a_prompt_is_a_text_or_ids(given, why):
     """The same for captures and for llama-server, before either is asked."""
     for ask in (prompt, lambda given: request_body(given, 1, 0, 1, 1, 0, None, 0, {})):
@@ -129,11 +180,19 @@ def test_a_prompt_is_a_text_or_ids(given, why):
             ask(given)
 
 
-@pytest.mark.parametrize("given, ids", [
-    ([3, 5], [3, 5]), ((3, 5), [3, 5]), (range(3), [0, 1, 2]), (np.array([3, 5], np.uint8), [3, 5]),
-    (pd.Series([3, 5], index=[7, 9]), [3, 5]), (" \n", " \n"), ("zero \0 byte", "zero \0 byte"),
-    ("\ufeffa\r\n", "\ufeffa\r\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, ids",
+    [
+        ([3, 5], [3, 5]),
+        ((3, 5), [3, 5]),
+        (range(3), [0, 1, 2]),
+        (np.array([3, 5], np.uint8), [3, 5]),
+        (pd.Series([3, 5], index=[7, 9]), [3, 5]),
+        (" \n", " \n"),
+        ("zero \0 byte", "zero \0 byte"),
+        ("\ufeffa\r\n", "\ufeffa\r\n"),
+    ],
+)
 def test_what_a_prompt_may_be(given, ids):
     assert prompt(given) == ids == request_body(given, 1, 0, 1, 1, 0, None, 0, {})["prompt"]
 
@@ -150,7 +209,9 @@ def test_only_a_text_is_tokenized_and_embedded(wrong, tmp_path):
 def test_ids_beyond_the_vocabulary_are_said(tmp_path):
     with CaptureSession(tiny_model("llama", tmp_path), threads=1) as session:
         for wrong in (-1, models.N_VOCAB, 2**31):
-            with pytest.raises(CaptureError, match=f"token id {wrong} is not in this model's vocabulary of 320"):
+            with pytest.raises(
+                CaptureError, match=f"token id {wrong} is not in this model's vocabulary of 320"
+            ):
                 session.capture([5, wrong])
 
 
@@ -164,34 +225,70 @@ def test_a_file_stays_itself_when_the_folder_changes(tmp_path, monkeypatch):
         assert len(session.capture([1, 2]).tokens) == 2
 
 
-@pytest.mark.parametrize("name", ["y" * 300 + ".gguf", "y/" * 3000, "zero\0.gguf", "half\ud83d.gguf", "~nobody/x.gguf",
-                                  "C:/m.gguf", 5])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "y" * 300 + ".gguf",
+        "y/" * 3000,
+        "zero\0.gguf",
+        "half\ud83d.gguf",
+        "~nobody/x.gguf",
+        "C:/m.gguf",
+        5,
+    ],
+)
 def test_what_names_no_file_is_said(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_model("llama", tmp_path)
-    for ask in (resolve_model, GGUFFile, lambda name: quantize(name, "out.gguf", "Q8_0"),
-                lambda name: load_text(Path(str(name)))):  # fmt: skip
-        with pytest.raises(LlamaTelemetryError, match="no name of a file|There is no file|No text at"):
+    for ask in (
+        resolve_model,
+        GGUFFile,
+        lambda name: quantize(name, "out.gguf", "Q8_0"),
+        lambda name: load_text(Path(str(name))),
+    ):
+        with pytest.raises(
+            LlamaTelemetryError, match="no name of a file|There is no file|No text at"
+        ):
             ask(name)
     if "/" not in str(name):
         with pytest.raises(LlamaTelemetryError, match="no name of a file"):
             quantize(model, name, "Q8_0", progress=False)
 
 
-@pytest.mark.parametrize("architecture, keys, tensor, what", [
-    ("llama", {"general.type": "adapter"}, "blk.0.attn_q.weight.lora_a", "an adapter, not a model.*lora="),
-    ("clip", {"general.type": "mmproj"}, "v.patch_embd.weight", r"a part beside a model \(mmproj\)"),
-    ("controlvector", {}, "direction.1", "a control vector, not a model.*control_vector="),
-    ("llama", {"tokenizer.ggml.model": "gpt2"}, None, "a vocabulary without weights"),
-])
-def test_what_is_no_model_is_said_and_leaves_the_one_that_is_loaded(architecture, keys, tensor, what, tmp_path):
+@pytest.mark.parametrize(
+    "architecture, keys, tensor, what",
+    [
+        (
+            "llama",
+            {"general.type": "adapter"},
+            "blk.0.attn_q.weight.lora_a",
+            "an adapter, not a model.*lora=",
+        ),
+        (
+            "clip",
+            {"general.type": "mmproj"},
+            "v.patch_embd.weight",
+            r"a part beside a model \(mmproj\)",
+        ),
+        ("controlvector", {}, "direction.1", "a control vector, not a model.*control_vector="),
+        ("llama", {"tokenizer.ggml.model": "gpt2"}, None, "a vocabulary without weights"),
+    ],
+)
+def test_what_is_no_model_is_said_and_leaves_the_one_that_is_loaded(
+    architecture, keys, tensor, what, tmp_path
+):
     model, other = tiny_model("llama", tmp_path), tmp_path / "other.gguf"
     writer = gguf.GGUFWriter(str(other), architecture)
     for key, value in keys.items():
         writer.add_string(key, value)
     if tensor:
         writer.add_tensor(tensor, np.ones((4, 64), np.float32))
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    (
+        writer.write_header_to_file(),
+        writer.write_kv_data_to_file(),
+        writer.write_tensors_to_file(),
+        writer.close(),
+    )
     with InferenceEngine() as engine:
         engine.load_model(model, auto_start=False, silent=True)
         with pytest.raises(ModelLoadError, match=f"other.gguf is {what}"):
@@ -207,34 +304,52 @@ def test_a_tilde_of_nobody_is_a_name(tmp_path, monkeypatch):
     assert resolve_model("~/~x.gguf") == tmp_path / "~x.gguf"
 
 
-# ---- templates ----------------------------------------------------------------------------------------------------
+# ---- templates
+# ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", [
-    "{{ if .System }}{{ .System }}{{ end }}{{ .Prompt }}", "{% for m in messages %}{{ m.content }",
-    "{{ raise_exception('no') }}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ if .System }}{{ .System }}{{ end }}{{ .Prompt }}",
+        "{% for m in messages %}{{ m.content }",
+        "{{ raise_exception('no') }}",
+    ],
+)
 def test_a_template_that_is_none_leaves_infer(template, tmp_path, header, llama_server):
     header(tokenizer__chat_template=template)
     path = tiny_model("llama", tmp_path)
     with InferenceEngine(llama_server) as engine:
-        with pytest.warns(UserWarning, match='cannot parse the chat template of .*chat_template="chatml"'):
+        with pytest.warns(
+            UserWarning, match='cannot parse the chat template of .*chat_template="chatml"'
+        ):
             engine.load_model(path, silent=True, threads=1)
         text = engine.infer("The cat", max_tokens=3).text
         with pytest.raises(TemplateError, match='chat_template="chatml"'):
             engine.chat("The cat")
         engine.load_model(path, silent=True, threads=1, chat_template="chatml")
-        assert engine.infer("The cat", max_tokens=3).text == text and "im_start" in engine.apply_template("The cat")
+        assert engine.infer(
+            "The cat", max_tokens=3
+        ).text == text and "im_start" in engine.apply_template("The cat")
         with pytest.raises(TemplateError, match='template that was given.*chat_template="chatml"'):
             engine.load_model(path, silent=True, threads=1, chat_template="{% for m in messages %}")
 
 
-# ---- patches ------------------------------------------------------------------------------------------------------
+# ---- patches
+# ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family, length", [
-    ("llama", 1), ("llama", 28), ("llama", 513), pytest.param("llama", 1100, marks=pytest.mark.slow), ("gemma3", 560),
-    pytest.param("gpt-oss", 560, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, length",
+    [
+        ("llama", 1),
+        ("llama", 28),
+        ("llama", 513),
+        pytest.param("llama", 1100, marks=pytest.mark.slow),
+        ("gemma3", 560),
+        pytest.param("gpt-oss", 560, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_patched_with_itself_is_itself(family, length, tmp_path):
     """Batches of 512 tokens; gemma3 and gpt-oss have windows of 8 tokens."""
     ids = [0, *np.random.default_rng(0).integers(3, 300, length - 1).tolist()]
@@ -242,7 +357,9 @@ def test_a_run_patched_with_itself_is_itself(family, length, tmp_path):
         run = session.capture(ids, stages=("logits", *EDITABLE), layers=[0, 1])
         for stage in EDITABLE:
             for layer in (0, 1):
-                again = session.capture(ids, stages=("logits", stage), edits=[patch(stage, layer, run)])
+                again = session.capture(
+                    ids, stages=("logits", stage), edits=[patch(stage, layer, run)]
+                )
                 np.testing.assert_array_equal(again.logits, run.logits)
                 np.testing.assert_array_equal(again[stage].sel(layer=[0, 1]), run[stage])
 
@@ -253,7 +370,9 @@ def test_a_patch_moves_what_it_should_in_the_second_batch(tmp_path):
         run = session.capture(ids, stages=("logits", "attention"))
         uniform = run.attention.sel(layer=1).values.copy()
         uniform[:, 530, :531] = 1 / 531
-        edited = session.capture(ids, stages=("logits", "attention"), edits=[patch("attention", 1, uniform)])
+        edited = session.capture(
+            ids, stages=("logits", "attention"), edits=[patch("attention", 1, uniform)]
+        )
         np.testing.assert_array_equal(edited.attention.sel(layer=1), uniform)
         moved = (edited.logits.values != run.logits.values).any(-1)
         assert moved[530] and not moved[:530].any()
@@ -262,7 +381,8 @@ def test_a_patch_moves_what_it_should_in_the_second_batch(tmp_path):
             session.capture(ids, edits=[patch("attention", 1, uniform)])
 
 
-# ---- what llama.cpp says ------------------------------------------------------------------------------------------
+# ---- what llama.cpp says
+# ------------------------------------------------------------------------------------------
 
 GDB = """[New LWP 12]
 warning: could not find '.gnu_debugaltlink' file
@@ -273,20 +393,34 @@ warning: could not find '.gnu_debugaltlink' file
 ABORT = "/build/ggml/src/ggml.c:3217: GGML_ASSERT(a->ne[2] == b->ne[0]) failed"
 
 
-@pytest.mark.parametrize("log, sentence", [
-    (f"load: ok\nan error: earlier\n{ABORT}\n{GDB}", ABORT),
-    ("a\nterminate called after throwing an instance of 'std::runtime_error'\n  what():  no such thing\n",
-     "what():  no such thing"),
-    ("x\nllama_model_load: error loading model: no 'a'\nllama_model_load_from_file_impl: failed to load model\n",
-     "llama_model_load: error loading model: no 'a'"),
-    ("0.00.1.2 I fine\n0.00.011.261 E srv  load: cannot do it\n0.00.2.3 I ended\n", "srv  load: cannot do it"),
-    ("main: failed to quantize: no such type\nmain: failed to quantize model from 'a'\n",
-     "main: failed to quantize: no such type"),
-    ("ggml_cuda_init: failed to initialize CUDA\n" + "print_info: fine\n" * 20, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "log, sentence",
+    [
+        (f"load: ok\nan error: earlier\n{ABORT}\n{GDB}", ABORT),
+        (
+            "a\nterminate called after throwing an instance of 'std::runtime_error'\n  what():  no such thing\n",
+            "what():  no such thing",
+        ),
+        (
+            "x\nllama_model_load: error loading model: no 'a'\nllama_model_load_from_file_impl: failed to load model\n",
+            "llama_model_load: error loading model: no 'a'",
+        ),
+        (
+            "0.00.1.2 I fine\n0.00.011.261 E srv  load: cannot do it\n0.00.2.3 I ended\n",
+            "srv  load: cannot do it",
+        ),
+        (
+            "main: failed to quantize: no such type\nmain: failed to quantize model from 'a'\n",
+            "main: failed to quantize: no such type",
+        ),
+        ("ggml_cuda_init: failed to initialize CUDA\n" + "print_info: fine\n" * 20, ""),
+    ],
+)
 def test_the_reason_is_llama_cpps_sentence(log, sentence):
     assert logs.reason(log) == sentence
-    ended = "GGML_ASSERT" in sentence or "what()" in sentence  # what a process that was killed had lived through
+    ended = (
+        "GGML_ASSERT" in sentence or "what()" in sentence
+    )  # what a process that was killed had lived through
     assert logs.reason(log, killed=True) == (sentence if ended else "")
     assert sentence in logs.last_words(log) and "wait4" not in logs.last_words(log)
 
@@ -298,7 +432,9 @@ def test_a_crash_says_the_assertion_not_the_debuggers_frames(tmp_path):
             log.write(f"{ABORT}\n{GDB}")
         session._process.kill()
         session._process.wait()
-        with pytest.raises(LlamaTelemetryError, match=r"SIGKILL: /build/ggml.* GGML_ASSERT") as crashed:
+        with pytest.raises(
+            LlamaTelemetryError, match=r"SIGKILL: /build/ggml.* GGML_ASSERT"
+        ) as crashed:
             session.capture([1, 2])
         assert "wait4" not in str(crashed.value)
 
@@ -307,14 +443,19 @@ def test_a_file_that_llama_cpp_refuses_has_its_reason(tmp_path):
     path = tiny_model("llama", tmp_path)
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight"))
-    with pytest.raises(ModelLoadError, match="It says: .*error loading model: .*blk.1.attn_q.weight"):
+    with pytest.raises(
+        ModelLoadError, match="It says: .*error loading model: .*blk.1.attn_q.weight"
+    ):
         CaptureSession(path, threads=1)
 
 
-# ---- names --------------------------------------------------------------------------------------------------------
+# ---- names
+# --------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_that_is_not_utf_8_works_to_the_end(tmp_path, header, llama_server, monkeypatch, capsys):
+def test_a_path_that_is_not_utf_8_works_to_the_end(
+    tmp_path, header, llama_server, monkeypatch, capsys
+):
     header(general__name=None)  # the model is then called after its file
     folder = tmp_path / os.fsdecode(b"d\xe9")
     folder.mkdir()
@@ -329,12 +470,24 @@ def test_a_path_that_is_not_utf_8_works_to_the_end(tmp_path, header, llama_serve
     assert r"m\xff.gguf on http" in capsys.readouterr().out
     saved = Capture.load(run.save(folder / "c.safetensors"))
     assert saved.model.name == run.model.name == r"m\xff" and json.dumps(vars(saved.model)).encode()
-    weights = imatrix(path, load_text()[:4000], folder / "i.gguf", n_ctx=64, chunks=2, progress=False)
-    quantized = quantize(path, folder / os.fsdecode(b"q\xfe.gguf"), "Q8_0", imatrix=weights, progress=False)
-    table = compare_quantizations(path, [quantized], load_text()[:3000], n_ctx=64, max_windows=1, progress=False)
-    assert list(table.index) == [r"q\xfe"] and table.to_csv().encode() and 0 < table.kld_mean.iloc[0] < 1
+    weights = imatrix(
+        path, load_text()[:4000], folder / "i.gguf", n_ctx=64, chunks=2, progress=False
+    )
+    quantized = quantize(
+        path, folder / os.fsdecode(b"q\xfe.gguf"), "Q8_0", imatrix=weights, progress=False
+    )
+    table = compare_quantizations(
+        path, [quantized], load_text()[:3000], n_ctx=64, max_windows=1, progress=False
+    )
+    assert (
+        list(table.index) == [r"q\xfe"]
+        and table.to_csv().encode()
+        and 0 < table.kld_mean.iloc[0] < 1
+    )
     nodes, edges = pd.DataFrame({"id": [1, 2]}), pd.DataFrame({"source": [1], "target": [2]})
-    parts = Graph(nodes, edges, node="id", source="source", target="target", title=run.model.name).save(folder)
+    parts = Graph(
+        nodes, edges, node="id", source="source", target="target", title=run.model.name
+    ).save(folder)
     assert all(part.stat().st_size for part in parts.values())
     monkeypatch.setenv("LLAMATELEMETRY_KAGGLE_INPUT", str(folder))
     assert r"m\xff" in set(list_models()["name"]) and resolve_model(r"m\xff") == path
@@ -349,7 +502,14 @@ def test_commands_take_and_print_such_paths(tmp_path, monkeypatch, llama_server)
     tiny_model("llama", tmp_path).rename(path)
     monkeypatch.setenv("LLAMATELEMETRY_KAGGLE_INPUT", str(tmp_path))
     for command in (["models", "--here"], ["doctor"], ["capture", path, "The cat", "--out", out]):
-        done = subprocess.run([sys.executable, "-m", "llamatelemetry.cli", *command], capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "llamatelemetry.cli", *command], capture_output=True
+        )
         assert done.returncode == 0, done.stderr
-    assert out.stat().st_size and rb"m\xff" in subprocess.run(
-        [sys.executable, "-m", "llamatelemetry.cli", "models"], capture_output=True).stdout  # fmt: skip
+    assert (
+        out.stat().st_size
+        and rb"m\xff"
+        in subprocess.run(
+            [sys.executable, "-m", "llamatelemetry.cli", "models"], capture_output=True
+        ).stdout
+    )

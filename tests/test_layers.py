@@ -1,11 +1,19 @@
-"""Layer analyses on hand-made arrays with known answers, and on a model whose weights were set by hand."""
+"""Layer analyses on hand-made arrays with known answers, and on a model whose weights were set by
+hand."""
 
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
 
-from llamatelemetry.analysis import layers, layers_compare, layers_graph, layers_norms, layers_sentences, routing
+from llamatelemetry.layers import (
+    compare,
+    graph,
+    norms,
+    routing,
+    say,
+    states,
+)
 
 
 def stage(values, dims=("layer", "token", "embd")):
@@ -16,7 +24,8 @@ def stage(values, dims=("layer", "token", "embd")):
 
 @pytest.fixture
 def stream():
-    """Three tokens in two dimensions through two layers: hidden, attn_out, ffn_out with h' = h + a + f."""
+    """Three tokens in two dimensions through two layers: hidden, attn_out, ffn_out with h' = h + a
+    + f."""
     start = np.array([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]])
     attention = np.array([[[0, 0], [0, 1], [0, 2]], [[1, 0], [0, 0], [0, -1]]], dtype=float)
     ffn = np.array([[[3, 4], [0, 0], [3, 0]], [[0, 0], [2, 0], [0, 0]]], dtype=float)
@@ -25,7 +34,7 @@ def stream():
 
 
 def test_norms_keep_the_first_token_apart(stream):
-    table = layers.norm_table(stream[0])
+    table = states.norm_table(stream[0])
     assert table["first"].tolist() == pytest.approx([5, 10, np.hypot(7, 8)])
     assert table.loc[0, "median"] == pytest.approx(1.5)  # of lengths 1 and 2
     assert table.loc[0, "low"] == pytest.approx(1.1)
@@ -33,31 +42,39 @@ def test_norms_keep_the_first_token_apart(stream):
 
 def test_one_token_is_refused():
     with pytest.raises(ValueError, match="at least two tokens"):
-        layers.norm_table(stage(np.ones((3, 1, 2))))
+        states.norm_table(stage(np.ones((3, 1, 2))))
 
 
-@pytest.mark.parametrize("value, median, found", [(2001, 2, 1), (1999, 2, 0), (99, 0.01, 0), (-2001, 2, 1)])
+@pytest.mark.parametrize(
+    "value, median, found", [(2001, 2, 1), (1999, 2, 0), (99, 0.01, 0), (-2001, 2, 1)]
+)
 def test_massive_needs_both_the_size_and_the_ratio(value, median, found):
     hidden = np.full((1, 4, 5), median, dtype=float)
     hidden[0, 2, 3] = value
-    table = layers.massive_activations(stage(hidden), list("abcd"))
+    table = states.massive_activations(stage(hidden), list("abcd"))
     assert len(table) == found
     if found:
         row = table.iloc[0]
-        assert (row["layer"], row["position"], row["piece"], row["dim"], row["value"]) == (0, 2, "c", 3, value)
+        assert (row["layer"], row["position"], row["piece"], row["dim"], row["value"]) == (
+            0,
+            2,
+            "c",
+            3,
+            value,
+        )
         assert row["ratio"] == pytest.approx(abs(value) / median)
 
 
 def test_quantiles_are_of_the_later_tokens():
     hidden = np.zeros((1, 3, 2))
     hidden[0] = [[100, -200], [1, -2], [3, -4]]
-    table = layers.magnitude_quantiles(stage(hidden), (0.5, 1.0))
+    table = states.magnitude_quantiles(stage(hidden), (0.5, 1.0))
     assert table.loc[0].tolist() == [2.5, 4.0, 200.0]
 
 
 def test_sparsity_by_counting():
     act = stage([[[0, 0, 3, 4], [0.001, 0, 0, 5]]], ("layer", "token", "neuron"))
-    row = layers.ffn_sparsity(act, energy=0.5).loc[0]
+    row = states.ffn_sparsity(act, energy=0.5).loc[0]
     assert row["zero"] == 4 / 8
     assert row["small"] == 5 / 8  # 0.001 is below 1% of 5
     assert row["needed"] == 1 / 4  # one neuron: 16 of 25, and all of the second token
@@ -66,27 +83,29 @@ def test_sparsity_by_counting():
 
 def test_sparsity_of_layers_of_different_width():
     act = stage([[[1, 1, 0, 0]], [[1, 1, 1, 1]]], ("layer", "token", "neuron"))
-    table = layers.ffn_sparsity(act, widths=[2, 4])
+    table = states.ffn_sparsity(act, widths=[2, 4])
     assert table["zero"].tolist() == [0, 0] and table["needed"].tolist() == [1, 1]
 
 
 def test_additions_sum_to_the_stream(stream):
-    assert layers.sum_error(*stream)["error"].tolist() == [0, 0]
+    assert states.sum_error(*stream)["error"].tolist() == [0, 0]
     moved = stream[1].copy()
     moved[1, 2, 0] += 0.5
-    assert layers.sum_error(stream[0], moved, stream[2])["error"].tolist() == [0, 0.5]
+    assert states.sum_error(stream[0], moved, stream[2])["error"].tolist() == [0, 0.5]
 
 
 def test_a_layer_without_attention_counts_as_zero(stream):
     hidden, attention, ffn = stream
-    hidden = hidden - np.concatenate([np.zeros((1, 3, 2)), np.cumsum(attention.values * [[[1]], [[0]]], axis=0)])
-    data = layers.contributions(hidden, attention.isel(layer=[1]), ffn)
+    hidden = hidden - np.concatenate(
+        [np.zeros((1, 3, 2)), np.cumsum(attention.values * [[[1]], [[0]]], axis=0)]
+    )
+    data = states.contributions(hidden, attention.isel(layer=[1]), ffn)
     assert np.isnan(data["norm"].sel(part="attention", layer=0)).all()
-    assert layers.sum_error(hidden, attention.isel(layer=[1]), ffn)["error"].max() == 0
+    assert states.sum_error(hidden, attention.isel(layer=[1]), ffn)["error"].max() == 0
 
 
 def test_contributions_relative_to_the_stream_they_meet(stream):
-    data = layers.contributions(*stream)
+    data = states.contributions(*stream)
     assert data["relative"].sel(part="attention", layer=0).values[1:].tolist() == [1, 1]
     # The FFN meets the stream after attention: (0, 4) for the last token, to which (3, 0) is added.
     assert float(data["relative"].sel(part="ffn", layer=0)[2]) == pytest.approx(3 / 4)
@@ -94,7 +113,7 @@ def test_contributions_relative_to_the_stream_they_meet(stream):
 
 
 def test_projection_reaches_one(stream):
-    table = layers.projection(*stream, position=2)  # (0, 2) -> (3, 4) -> (3, 3)
+    table = states.projection(*stream, position=2)  # (0, 2) -> (3, 4) -> (3, 3)
     assert table.attrs["embedding"] == pytest.approx(6 / 18)
     assert table["attention"].tolist() == pytest.approx([6 / 18, -3 / 18])
     assert table["ffn"].tolist() == pytest.approx([9 / 18, 0])
@@ -103,7 +122,7 @@ def test_projection_reaches_one(stream):
 
 def test_block_influence_is_one_minus_cosine():
     hidden = stage([[[1, 0], [1, 0], [0, 1]], [[2, 0], [0, 3], [0, 5]]])
-    row = layers.block_influence(hidden).loc[0]
+    row = states.block_influence(hidden).loc[0]
     assert row["influence"] == pytest.approx(0.5) and row["first"] == pytest.approx(0)
 
 
@@ -111,36 +130,38 @@ def test_cka_of_rotated_and_scaled_states_is_one():
     rng = np.random.default_rng(0)
     x, other = rng.standard_normal((2, 40, 6))
     rotation = np.linalg.qr(rng.standard_normal((6, 6)))[0]
-    values = layers.cka_map(stage(np.stack([x, 3 * x @ rotation + 5, other])))[0]
+    values = states.cka_map(stage(np.stack([x, 3 * x @ rotation + 5, other])))[0]
     assert values[0, 1] == pytest.approx(1) and values[0, 2] < 0.5
     with np.errstate(invalid="ignore"):
-        assert np.isnan(layers.cka_map(stage(np.stack([x, np.ones((40, 6))])))[0][0, 1])
+        assert np.isnan(states.cka_map(stage(np.stack([x, np.ones((40, 6))])))[0][0, 1])
 
 
 def test_cka_equals_the_feature_form_and_leaves_the_first_token_out():
     rng = np.random.default_rng(1)
     hidden = stage(rng.standard_normal((3, 20, 5)))
-    values, chance = layers.cka_map(hidden)
+    values, chance = states.cka_map(hidden)
     x, y = (hidden.values[i, 1:] - hidden.values[i, 1:].mean(0) for i in (0, 2))
-    expected = np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))  # Kornblith, eq. 5
+    expected = np.linalg.norm(y.T @ x) ** 2 / (
+        np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    )  # Kornblith, eq. 5
     assert values[0, 2] == pytest.approx(expected, rel=1e-5)
     assert values.diagonal() == pytest.approx(1)
     hidden[:, 0] += 1e6
-    assert layers.cka_map(hidden)[0] == pytest.approx(values)
+    assert states.cka_map(hidden)[0] == pytest.approx(values)
     assert 0 < chance < 0.9
 
 
 def test_cka_between_models_of_different_width():
     rng = np.random.default_rng(2)
     a, b = stage(rng.standard_normal((3, 9, 5))), stage(rng.standard_normal((2, 9, 7)))
-    assert layers.cka_map(a, b)[0].shape == (3, 2)
+    assert states.cka_map(a, b)[0].shape == (3, 2)
 
 
 def test_importance_reads_the_sweep_by_name():
     hidden = stage([[[1, 0], [1, 0]], [[1, 0], [1, 1]], [[1, 0], [0, 1]]])
     names = ["attention 0", "ffn 0", "both 0", "attention 1", "ffn 1", "both 1"]
     sweep = pd.DataFrame({"loss_change": [1, 2, 3, 4, 5, 6.0]}, index=pd.Index(names, name="name"))
-    table = layers.layer_importance(hidden, sweep)
+    table = states.layer_importance(hidden, sweep)
     assert table["both"].tolist() == [3, 6] and table["ffn"].tolist() == [2, 5]
     assert set(table.attrs["spearman"]) == {"attention", "ffn", "both"}
 
@@ -151,7 +172,10 @@ class Weights:
     norm_eps = 1e-5
 
     def __init__(self, **tensors):
-        self._tensors = {key.replace("__", "."): np.asarray(value, dtype=np.float32) for key, value in tensors.items()}
+        self._tensors = {
+            key.replace("__", "."): np.asarray(value, dtype=np.float32)
+            for key, value in tensors.items()
+        }
         self.tensors = pd.DataFrame(index=list(self._tensors))
 
     def tensor(self, name):
@@ -173,9 +197,14 @@ def test_norm_impact_finds_weights_and_what_they_silence(stream, parallel):
     gain = np.array([2.0, 0.02])
     gguf = Weights(**{"blk__0__attn_norm__weight": gain, "blk__0__ffn_norm__weight": [1, 1]})
     before = hidden.values[0] if parallel else hidden.values[0] + attention.values[0]
-    parts = {"hidden": hidden, "attn_out": attention, "ffn_out": ffn,
-             "attn_norm": stage([rms(hidden.values[0]) * gain]), "ffn_norm": stage([rms(before)])}
-    table = layers_norms.norm_impact(capture_of(parts), gguf)
+    parts = {
+        "hidden": hidden,
+        "attn_out": attention,
+        "ffn_out": ffn,
+        "attn_norm": stage([rms(hidden.values[0]) * gain]),
+        "ffn_norm": stage([rms(before)]),
+    }
+    table = norms.norm_impact(capture_of(parts), gguf)
     row = table.loc[("attention", 0)]
     # Tokens 1 and 2 are (1, 0) and (0, 2): gains 2 and 0.02, directions unchanged.
     assert row["cosine"] == pytest.approx(1) and row["silenced"] == pytest.approx(0.5)
@@ -185,55 +214,69 @@ def test_norm_impact_finds_weights_and_what_they_silence(stream, parallel):
 
 def test_norm_without_its_tensor_has_no_gains(stream):
     hidden, attention, ffn = stream
-    parts = {"hidden": hidden, "attn_out": attention, "ffn_out": ffn, "attn_norm": stage([hidden.values[0] * 7])}
-    table = layers_norms.norm_impact(capture_of(parts), Weights(blk__0__attn_norm__weight=[1.0, 1.0]))
-    assert np.isnan(table.loc[("attention", 0), "silenced"]) and table.loc[("attention", 0), "scale"] == 7
-    assert "No tensor" in layers_sentences.norms_sentence(table)
+    parts = {
+        "hidden": hidden,
+        "attn_out": attention,
+        "ffn_out": ffn,
+        "attn_norm": stage([hidden.values[0] * 7]),
+    }
+    table = norms.norm_impact(capture_of(parts), Weights(blk__0__attn_norm__weight=[1.0, 1.0]))
+    assert (
+        np.isnan(table.loc[("attention", 0), "silenced"])
+        and table.loc[("attention", 0), "scale"] == 7
+    )
+    assert "No tensor" in say.norms_sentence(table)
 
 
 def test_gains_of_dimensions_over_the_median():
     gguf = Weights(blk__0__attn_norm__weight=[1, 2, 3, -0.2, 2])
-    assert layers_norms.dimension_gains(gguf, [0, 1], [3]).loc[0, 3] == pytest.approx(0.1)
+    assert norms.dimension_gains(gguf, [0, 1], [3]).loc[0, 3] == pytest.approx(0.1)
 
 
 def test_align_by_position_and_by_token():
-    assert layers_compare.align([1, 2, 3], [9, 2], "position").tolist() == [[0, 0], [1, 1]]
-    assert layers_compare.align([1, 2, 3, 4], [7, 1, 2, 4], "token").tolist() == [[0, 1], [1, 2], [3, 3]]
-    assert layers_compare.align([1], [2], "token").shape == (0, 2)
+    assert compare.align([1, 2, 3], [9, 2], "position").tolist() == [[0, 0], [1, 1]]
+    assert compare.align([1, 2, 3, 4], [7, 1, 2, 4], "token").tolist() == [[0, 1], [1, 2], [3, 3]]
+    assert compare.align([1], [2], "token").shape == (0, 2)
     with pytest.raises(ValueError, match="position"):
-        layers_compare.align([1], [2], "piece")
+        compare.align([1], [2], "piece")
 
 
 def test_divergence_of_pairs():
     a = stage([[[3, 4], [1, 0]]])
     b = stage([[[9, 9], [3, 4], [0, 2]]])
-    data = layers_compare.divergence(a, b, np.array([[0, 1], [1, 2]]))
+    data = compare.divergence(a, b, np.array([[0, 1], [1, 2]]))
     assert data["distance"].values[0].tolist() == pytest.approx([0, np.sqrt(5) / np.sqrt(2)])
     assert data["cosine"].values[0].tolist() == [1, 0]
     with pytest.raises(ValueError, match="cka_map"):
-        layers_compare.divergence(a, stage(np.ones((1, 2, 3))), np.array([[0, 0]]))
+        compare.divergence(a, stage(np.ones((1, 2, 3))), np.array([[0, 0]]))
 
 
 def test_output_change_of_known_distributions():
     p, q = np.log([[0.5, 0.5]]), np.log([[0.9, 0.1]])
-    row = layers_compare.output_change(p, q, np.array([[0, 0]])).iloc[0]
+    row = compare.output_change(p, q, np.array([[0, 0]])).iloc[0]
     assert row["kl"] == pytest.approx(0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1), rel=1e-5)
-    assert layers_compare.output_change(p, p, np.array([[0, 0]]))["kl"][0] == 0
+    assert compare.output_change(p, p, np.array([[0, 0]]))["kl"][0] == 0
 
 
 def test_restored_is_zero_without_and_one_with_the_source():
-    assert layers_compare.restored([-2, 1, 4], -2, 4).tolist() == [0, 0.5, 1]
-    assert np.isnan(layers_compare.restored([1, 2], 3, 3)).all()
-    assert layers_compare.answer_difference(np.array([[0, 0], [5, 2]]), (0, 1)) == 3
-    assert layers_compare.changed_positions(np.zeros((2, 3, 2)), np.eye(3)[None, :, :2]).tolist() == [0, 1]
+    assert compare.restored([-2, 1, 4], -2, 4).tolist() == [0, 0.5, 1]
+    assert np.isnan(compare.restored([1, 2], 3, 3)).all()
+    assert compare.answer_difference(np.array([[0, 0], [5, 2]]), (0, 1)) == 3
+    assert compare.changed_positions(np.zeros((2, 3, 2)), np.eye(3)[None, :, :2]).tolist() == [0, 1]
 
 
 def test_generated_tokens_are_read_where_they_were_predicted():
-    tokens = pd.DataFrame({"position": range(3), "id": [0, 1, 0], "piece": list("aba"),
-                           "generated": [False, True, True]})
+    tokens = pd.DataFrame(
+        {
+            "position": range(3),
+            "id": [0, 1, 0],
+            "piece": list("aba"),
+            "generated": [False, True, True],
+        }
+    )
     logits = np.log([[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]])
     data = xr.Dataset({"entropy": (("layer", "token"), [[1.0, 2, 3], [3, 4, 5]])})
-    table = layers_compare.generation_table(tokens, logits, data, [5, 6, 7])
+    table = compare.generation_table(tokens, logits, data, [5, 6, 7])
     assert table["probability"].tolist() == pytest.approx([0.75, 0.5])
     assert table["settled"].tolist() == [5, 6] and table["lens_entropy"].tolist() == [2, 3]
     assert table["entropy"][1] == pytest.approx(np.log(2))
@@ -242,27 +285,39 @@ def test_generated_tokens_are_read_where_they_were_predicted():
 def test_graph_has_a_node_per_layer_and_token():
     hidden = stage(np.ones((3, 4, 2)))
     hidden[1, 2] = stage(np.ones((3, 4, 2)))[0, 0] * -1
-    data = xr.Dataset({"top": (("layer", "token", "best"), np.full((3, 4, 1), 1)),
-                       "top_probability": (("layer", "token", "best"), np.full((3, 4, 1), 0.5))})
+    data = xr.Dataset(
+        {
+            "top": (("layer", "token", "best"), np.full((3, 4, 1), 1)),
+            "top_probability": (("layer", "token", "best"), np.full((3, 4, 1), 0.5)),
+        }
+    )
     weights = np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None]
     weights[3] = [0.1, 0.2, 0.6, 0.1]
     attention = stage(np.stack([[weights], [weights]]), ("layer", "head", "query", "key"))
-    tokens = pd.DataFrame({"position": range(4), "id": range(4), "piece": list("abcd"), "generated": [False] * 4})
-    nodes, edges = layers_graph.stream_graph(hidden, data, attention, tokens, ["x", "y"], per_query=1)
+    tokens = pd.DataFrame(
+        {"position": range(4), "id": range(4), "piece": list("abcd"), "generated": [False] * 4}
+    )
+    nodes, edges = graph.stream_graph(hidden, data, attention, tokens, ["x", "y"], per_query=1)
     assert len(nodes) == 12 and set(nodes["says"]) == {"y"} and nodes["id"].is_unique
     streams = edges[edges["kind"] == "stream"].set_index(["src", "dst"])["weight"]
     assert len(streams) == 8 and streams["0:0", "1:0"] == pytest.approx(1)
-    assert streams["0:2", "1:2"] == 1e-3  # opposite directions: kept, with a weight that is still positive
+    assert (
+        streams["0:2", "1:2"] == 1e-3
+    )  # opposite directions: kept, with a weight that is still positive
     arrows = edges[edges["kind"] == "attention"]
-    assert arrows.groupby("dst")["src"].first()["1:3"] == "0:2"  # the strongest key but the first and itself
-    assert "12 nodes" in layers_sentences.graph_sentence(nodes, edges)
+    assert (
+        arrows.groupby("dst")["src"].first()["1:3"] == "0:2"
+    )  # the strongest key but the first and itself
+    assert "12 nodes" in say.graph_sentence(nodes, edges)
 
 
 @pytest.fixture
 def chosen():
     """Two layers, four tokens, two of four experts each."""
     ids = [[[0, 1], [0, 1], [0, 2], [0, 2]], [[0, 1], [2, 3], [0, 1], [2, 3]]]
-    return xr.DataArray(np.array(ids, np.int32), dims=("layer", "token", "slot"), coords={"layer": [0, 1]})
+    return xr.DataArray(
+        np.array(ids, np.int32), dims=("layer", "token", "slot"), coords={"layer": [0, 1]}
+    )
 
 
 def test_load_counts_choices(chosen):
@@ -270,10 +325,14 @@ def test_load_counts_choices(chosen):
     assert load.values.tolist() == [[0.5, 0.25, 0.25, 0], [0.25] * 4]
 
 
-@pytest.mark.parametrize("kind, values, entropy", [
-    ("softmax", [0.5, 0.5, 0, 0], np.log(2)), ("sigmoid", [0.9, 0.9, 0, 0], np.log(2)),
-    ("logits", [3, 3, 3, 3], np.log(4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, values, entropy",
+    [
+        ("softmax", [0.5, 0.5, 0, 0], np.log(2)),
+        ("sigmoid", [0.9, 0.9, 0, 0], np.log(2)),
+        ("logits", [3, 3, 3, 3], np.log(4)),
+    ],
+)
 def test_routing_entropy_of_what_the_router_gives(kind, values, entropy):
     router = stage([[values]], ("layer", "token", "expert"))
     assert float(routing.routing_entropy(router, kind)[0, 0]) == pytest.approx(entropy)
@@ -282,10 +341,18 @@ def test_routing_entropy_of_what_the_router_gives(kind, values, entropy):
 def test_kinds_of_tokens_with_experts_of_their_own(chosen):
     pieces = [" cat", "7", " dog", "8"]
     table, distance = routing.experts_by_kind(chosen.isel(layer=[1]), pieces, 4)
-    assert table.loc["number"].tolist() == [0, 0, 0.5, 0.5] and table.loc["word"].tolist() == [0.5, 0.5, 0, 0]
-    assert distance.loc["number", "distance"] == pytest.approx(0.5) and distance.loc["number", "n"] == 2
+    assert table.loc["number"].tolist() == [0, 0, 0.5, 0.5] and table.loc["word"].tolist() == [
+        0.5,
+        0.5,
+        0,
+        0,
+    ]
+    assert (
+        distance.loc["number", "distance"] == pytest.approx(0.5)
+        and distance.loc["number", "n"] == 2
+    )
     assert distance.loc["number", "expected"] < 0.5
-    assert "number" in layers_sentences.kind_sentence(distance) or "word" in layers_sentences.kind_sentence(distance)
+    assert "number" in say.kind_sentence(distance) or "word" in say.kind_sentence(distance)
 
 
 def test_routing_of_two_runs(chosen):
@@ -296,21 +363,27 @@ def test_routing_of_two_runs(chosen):
 
 
 def test_routing_sentence_names_the_busiest(chosen):
-    entropy = xr.DataArray(np.array([[1.0] * 4, [0.5] * 4]), dims=("layer", "token"), coords={"layer": [0, 1]})
-    said = layers_sentences.routing_sentence(routing.expert_load(chosen, 4), entropy)
-    assert "expert is 0 of layer 0 with 50%" in said and "1 of 8 experts" in said and "in layer 1 (entropy 0.50" in said
+    entropy = xr.DataArray(
+        np.array([[1.0] * 4, [0.5] * 4]), dims=("layer", "token"), coords={"layer": [0, 1]}
+    )
+    said = say.routing_sentence(routing.expert_load(chosen, 4), entropy)
+    assert (
+        "expert is 0 of layer 0 with 50%" in said
+        and "1 of 8 experts" in said
+        and "in layer 1 (entropy 0.50" in said
+    )
 
 
 def test_sentences_say_what_the_numbers_say(stream):
-    table = layers.norm_table(stream[0])
-    assert "first token" in layers_sentences.norm_sentence(table)
-    empty = layers.massive_activations(stream[0], list("abc"))
-    assert layers_sentences.massive_sentence(empty, layers.magnitude_quantiles(stream[0])).startswith("No value")
-    said = layers_sentences.contribution_sentence(layers.contributions(*stream))
+    table = states.norm_table(stream[0])
+    assert "first token" in say.norm_sentence(table)
+    empty = states.massive_activations(stream[0], list("abc"))
+    assert say.massive_sentence(empty, states.magnitude_quantiles(stream[0])).startswith("No value")
+    said = say.contribution_sentence(states.contributions(*stream))
     assert "attention adds most in layer 0" in said and "ffn adds most in layer 1" in said
-    said = layers_sentences.projection_sentence(layers.projection(*stream, position=2), "c")
+    said = say.projection_sentence(states.projection(*stream, position=2), "c")
     assert "attention writes 17%" in said and "ffn of layer 0 (50%)" in said
-    said = layers_sentences.patch_sentence([[0, 0.9], [0.2, 0.1]], [0, 4], [1, 2], ["a", "b", "c"], 5)
+    said = say.patch_sentence([[0, 0.9], [0.2, 0.1]], [0, 4], [1, 2], ["a", "b", "c"], 5)
     assert "0.90, at state 0 and position 2 'c'" in said and "position 2 'c': state 0." in said
-    said = layers_sentences.patch_sentence([[0.9], [0.8]], [0, 4], [1], ["a", "b", "c"], 5)
+    said = say.patch_sentence([[0.9], [0.8]], [0, 4], [1], ["a", "b", "c"], 5)
     assert "position 1 'b': states 0 to 4." in said

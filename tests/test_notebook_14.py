@@ -1,4 +1,5 @@
-"""Notebook 14 from end to end, its page in a browser, and a mixture of experts through the same cells."""
+"""Notebook 14 from end to end, its page in a browser, and a mixture of experts through the same
+cells."""
 
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 from notebook_checks import cells_are_short_and_clean, figures_with_sentences
 
 from llamatelemetry import Capture
-from llamatelemetry.notebooks import NotebookError, run_notebook
-from llamatelemetry.plots.layers_page import layers_page
+from llamatelemetry.layers.page import layers_page
+from llamatelemetry.tools.notebooks import NotebookError, run_notebook
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "14-gguf-layer-by-layer-inference-tracker.ipynb"
+NOTEBOOK = (
+    Path(__file__).parents[1] / "notebooks" / "14-gguf-layer-by-layer-inference-tracker.ipynb"
+)
 
 
 def code(notebook):
@@ -21,8 +24,12 @@ def code(notebook):
 
 
 def said(notebook):
-    return "".join(output.text for cell in code(notebook) for output in cell.outputs
-                   if output.output_type == "stream" and output.name == "stdout")
+    return "".join(
+        output.text
+        for cell in code(notebook)
+        for output in cell.outputs
+        if output.output_type == "stream" and output.name == "stdout"
+    )
 
 
 def test_cells_are_short_and_clean():
@@ -36,8 +43,15 @@ def test_cells_are_short_and_clean():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, smollm2):
     folder = tmp_path_factory.mktemp("notebook14")
-    parameters = {"MODEL": str(smollm2), "OUTPUT_DIR": str(folder / "out"), "TEXT_TOKENS": 12, "PATCH_EVERY": 10}
-    return nbformat.read(run_notebook(NOTEBOOK, folder, parameters, progress=False), 4), folder / "out"
+    parameters = {
+        "MODEL": str(smollm2),
+        "OUTPUT_DIR": str(folder / "out"),
+        "TEXT_TOKENS": 12,
+        "PATCH_EVERY": 10,
+    }
+    return nbformat.read(
+        run_notebook(NOTEBOOK, folder, parameters, progress=False), 4
+    ), folder / "out"
 
 
 @pytest.mark.slow
@@ -47,12 +61,16 @@ def test_exports_are_the_capture(run, engine):
     again = engine.capture(saved.tokens["id"].tolist(), stages=("hidden", "logits"))
     np.testing.assert_array_equal(saved.hidden, again.hidden)
     norms = pd.read_parquet(out / "norms.parquet")
-    np.testing.assert_allclose(norms["first"], np.linalg.norm(again.hidden.values[:, 0], axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        norms["first"], np.linalg.norm(again.hidden.values[:, 0], axis=-1), rtol=1e-5
+    )
     lens = pd.read_parquet(out / "lens.parquet")
     assert len(lens) == again.hidden.shape[0] * again.hidden.shape[1]
     logits = again.logits.values[-1].astype(float)
     last = lens.query("layer == 30 and position == 13").iloc[0]
-    assert last["probability"] == pytest.approx(np.exp(logits.max()) / np.exp(logits).sum(), abs=0.05)
+    assert last["probability"] == pytest.approx(
+        np.exp(logits.max()) / np.exp(logits).sum(), abs=0.05
+    )
     parts = pd.read_parquet(out / "attribution.parquet")
     best, second = np.argsort(-logits)[:2]
     assert parts["value"].sum() == pytest.approx(logits[best] - logits[second], abs=0.5)
@@ -74,21 +92,34 @@ def test_the_answer_moves_from_the_name_to_the_last_token(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture, says", [("qwen3moe", "The busiest expert"), ("lfm2", "has no experts")])
+@pytest.mark.parametrize(
+    "architecture, says", [("qwen3moe", "The busiest expert"), ("lfm2", "has no experts")]
+)
 def test_other_architectures_pass_the_same_cells(architecture, says, tmp_path):
-    """Experts; layers without attention. The weights are random: only that the cells hold is tested."""
-    parameters = {"MODEL": str(models.tiny_model(architecture, tmp_path)), "TEXT_TOKENS": 12, "PATCH_EVERY": 2,
-                  "GENERATE": 4, "PROMPT": "The cat", "SECOND_PROMPT": "The dog",
-                  "QUANTIZATION": "Q8_0", "CONTEXT": 128}
+    """Experts; layers without attention. The weights are random: only that the cells hold is
+    tested."""
+    parameters = {
+        "MODEL": str(models.tiny_model(architecture, tmp_path)),
+        "TEXT_TOKENS": 12,
+        "PATCH_EVERY": 2,
+        "GENERATE": 4,
+        "PROMPT": "The cat",
+        "SECOND_PROMPT": "The dog",
+        "QUANTIZATION": "Q8_0",
+        "CONTEXT": 128,
+    }
     notebook = nbformat.read(run_notebook(NOTEBOOK, tmp_path, parameters, progress=False), 4)
     assert says in said(notebook)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parameters, message", [
-    ({"PROMPT": "x" * 400}, r"PROMPT is \d+ token\(s\) long; 2 to 104 fit"),
-    ({"MODEL": "no-such-model"}, "no-such-model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"PROMPT": "x" * 400}, r"PROMPT is \d+ token\(s\) long; 2 to 104 fit"),
+        ({"MODEL": "no-such-model"}, "no-such-model"),
+    ],
+)
 def test_bad_parameters_stop_the_notebook_by_name(parameters, message, tmp_path):
     tiny = {"MODEL": str(models.tiny_model("llama", tmp_path)), "CONTEXT": 128}
     with pytest.raises(NotebookError, match=message):
@@ -100,8 +131,14 @@ def test_page_shows_the_chosen_state(page, tmp_path):
     hidden = np.zeros((3, 4, 8), np.float32)
     hidden[2, 1, 5] = -12.5
     hidden[..., 0] += 1
-    shown = layers_page(hidden, [" a", "<b>", "\n", b"\xff"], {"length": np.linalg.norm(hidden, axis=-1)}, model="<m>",
-                        says=[["x", "</script>", "y", "z"]] * 3, probability=np.full((3, 4), 0.25))
+    shown = layers_page(
+        hidden,
+        [" a", "<b>", "\n", b"\xff"],
+        {"length": np.linalg.norm(hidden, axis=-1)},
+        model="<m>",
+        says=[["x", "</script>", "y", "z"]] * 3,
+        probability=np.full((3, 4), 0.25),
+    )
     path = shown.save(tmp_path / "p.html")
     errors, requests = [], []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -122,9 +159,17 @@ def test_page_shows_the_chosen_state(page, tmp_path):
     assert errors == [] and requests == [path.as_uri()]
 
 
-@pytest.mark.parametrize("tokens, words", [
-    (4, "exactly"), (600, "within 1/65534"), (2000, "within 1/254"), (2600, "of every 2nd state"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        (4, "exactly"),
+        (600, "within 1/65534"),
+        (2000, "within 1/254"),
+        (2600, "of every 2nd state"),
+    ],
+)
 def test_page_says_how_precise_it_is(tokens, words):
-    shown = layers_page(np.ones((4, tokens, 500)), ["a"] * tokens, {"length": np.ones((4, tokens))}, model="m")
+    shown = layers_page(
+        np.ones((4, tokens, 500)), ["a"] * tokens, {"length": np.ones((4, tokens))}, model="m"
+    )
     assert words in shown.html and len(shown.html) < 5.2e6

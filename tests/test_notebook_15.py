@@ -1,4 +1,5 @@
-"""Notebook 15 from end to end: its tables are what the model did, figures have sentences, bad parameters stop it."""
+"""Notebook 15 from end to end: its tables are what the model did, figures have sentences, bad
+parameters stop it."""
 
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 from notebook_checks import cells_are_short_and_clean, figures_with_sentences
 
 from llamatelemetry import ablate_head
-from llamatelemetry.analysis import heads_texts
-from llamatelemetry.notebooks import NotebookError, run_notebook
+from llamatelemetry.heads import texts
+from llamatelemetry.tools.notebooks import NotebookError, run_notebook
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "15-gguf-multi-head-attention-comparator.ipynb"
 
@@ -40,9 +41,11 @@ def test_exports_are_what_the_model_did(run, engine):
     assert 20 <= len(importance) <= 270
     row = importance.iloc[0]
     place = int(row["layer"]), int(row["head"])
-    again = engine.sweep(heads_texts.load_texts(held_out=True)[0], {"one": [ablate_head(*place)]}, progress=False)
+    again = engine.sweep(
+        texts.load_texts(held_out=True)[0], {"one": [ablate_head(*place)]}, progress=False
+    )
     assert row["loss_change"] == pytest.approx(again.loc["one", "loss_change"], abs=1e-6)
-    text = heads_texts.load_texts()["prose"][0]
+    text = texts.load_texts()["prose"][0]
     ids = engine.tokenize(text)["id"].tolist()[:96]
     assert np.isfinite(engine.head_statistics(ids)["sink"]).all()
     stored = np.load(out / "distances.npz")["distance"]
@@ -57,7 +60,8 @@ def test_exports_are_what_the_model_did(run, engine):
 
 @pytest.mark.slow
 def test_the_known_induction_head_is_found(run):
-    """L18H6 of SmolLM2 puts most of its attention on what followed the token's earlier occurrence."""
+    """L18H6 of SmolLM2 puts most of its attention on what followed the token's earlier
+    occurrence."""
     table = pd.read_parquet(run[1] / "heads.parquet").set_index(["layer", "head"])
     assert "induction" in table.loc[(18, 6), "labels"] and table.loc[(18, 6), "induction"] > 0.5
     assert "previous token" in table.loc[(11, 1), "labels"]
@@ -71,10 +75,12 @@ def test_every_figure_has_a_sentence(run):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "parameters, message",
-    [({"LAYER": 30}, r"LAYER = 30: the model has 30 layers, 0 to 29"),
-     ({"HEAD": -1}, r"HEAD = -1: the model has 9 heads, 0 to 8"),
-     ({"PROMPT": "Hello"}, r"PROMPT is 1 token\(s\) long")],
-)  # fmt: skip
+    [
+        ({"LAYER": 30}, r"LAYER = 30: the model has 30 layers, 0 to 29"),
+        ({"HEAD": -1}, r"HEAD = -1: the model has 9 heads, 0 to 8"),
+        ({"PROMPT": "Hello"}, r"PROMPT is 1 token\(s\) long"),
+    ],
+)
 def test_bad_parameters_stop_the_notebook_by_name(tmp_path, smollm2, parameters, message):
     with pytest.raises(NotebookError, match=message):
         run_notebook(NOTEBOOK, tmp_path, {"MODEL": str(smollm2), **parameters}, progress=False)

@@ -1,4 +1,5 @@
-"""Notebook 16 from end to end: what it exports is what was measured, and every figure has a sentence."""
+"""Notebook 16 from end to end: what it exports is what was measured, and every figure has a
+sentence."""
 
 import re
 from pathlib import Path
@@ -9,9 +10,9 @@ import pandas as pd
 import pytest
 from notebook_checks import cells_are_short_and_clean, figures_with_sentences
 
-from llamatelemetry.gguf import GGUFFile
-from llamatelemetry.notebooks import run_notebook
-from llamatelemetry.texts import load_text
+from llamatelemetry.files.gguf import GGUFFile
+from llamatelemetry.files.texts import load_text
+from llamatelemetry.tools.notebooks import run_notebook
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "16-gguf-quantization-impact-analyzer.ipynb"
 
@@ -28,7 +29,8 @@ def test_cells_are_short_and_clean():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, smollm2):
-    """Two quantizations that are quick to make; the reference is the stand-in that the notebook makes itself."""
+    """Two quantizations that are quick to make; the reference is the stand-in that the notebook
+    makes itself."""
     folder = tmp_path_factory.mktemp("notebook16")
     parameters = {
         "MODEL": str(smollm2),
@@ -50,16 +52,28 @@ def test_exports_are_what_was_measured(run):
     assert list(quality.index) == ["Q8_0", "Q4_K_M", "SmolLM2-135M-Instruct.Q4_1"]
     assert 0 < quality.loc["Q8_0", "kld_mean"] < quality.loc["Q4_K_M", "kld_mean"] < 1
     means = tokens.groupby("candidate")["kld"].mean()
-    assert means["Q8_0"] == pytest.approx(quality.loc["Q8_0", "kld_mean"]) and (tokens["position"] > 128).all()
-    assert all(piece.replace("␣", " ") in load_text() for piece in tokens["piece"] if piece.strip("␣").isalpha())
+    assert (
+        means["Q8_0"] == pytest.approx(quality.loc["Q8_0", "kld_mean"])
+        and (tokens["position"] > 128).all()
+    )
+    assert all(
+        piece.replace("␣", " ") in load_text()
+        for piece in tokens["piece"]
+        if piece.strip("␣").isalpha()
+    )
     assert quality.loc["Q8_0", "bits_per_weight"] == GGUFFile(out / "Q8_0.gguf").bits_per_weight
-    assert len(tables["costs"]) == len(tables["falls"]) == 60 and (tables["costs"]["cost"] > 0).all()
+    assert (
+        len(tables["costs"]) == len(tables["falls"]) == 60 and (tables["costs"]["cost"] > 0).all()
+    )
     kept = tables["recommendation"]
     mixture, plain = GGUFFile(out / "mixture.gguf").tensors, GGUFFile(out / "Q4_K_M.gguf").tensors
     changed = mixture.index[mixture["type"] != plain["type"]]
     for pattern in kept["pattern"]:
         assert set(mixture[mixture.index.str.fullmatch(pattern)]["type"]) == {"Q8_0"}
-    assert all(any(re.fullmatch(pattern, name) for pattern in kept["pattern"]) for name in changed) and len(changed) > 8
+    assert (
+        all(any(re.fullmatch(pattern, name) for pattern in kept["pattern"]) for name in changed)
+        and len(changed) > 8
+    )
     added = GGUFFile(out / "mixture.gguf").size_bytes - GGUFFile(out / "Q4_K_M.gguf").size_bytes
     assert added == pytest.approx(kept["bytes_added"].sum(), rel=0.01)
     assert np.isfinite(tables["summary"].to_numpy(float)).all()
@@ -76,7 +90,9 @@ def test_it_says_that_the_reference_is_a_stand_in(run):
         for out in cell.outputs
         if out.output_type == "stream" and out.name == "stdout"
     )
-    assert "not the original" in said and "166 matrices meant for Q4_K became Q5_0" in said.replace("\n", " ")
+    assert "not the original" in said and "166 matrices meant for Q4_K became Q5_0" in said.replace(
+        "\n", " "
+    )
     assert "The same numbers with 1 worker" in said
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llamatelemetry import kaggle_stage
-from llamatelemetry.kaggle_rules import notebook_problems
+from llamatelemetry.kaggle import stage
+from llamatelemetry.kaggle.rules import notebook_problems
 
 nbformat = pytest.importorskip("nbformat")
 CHECKOUT = Path(__file__).parents[1]
@@ -15,13 +15,22 @@ NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 
 
 def test_what_is_shown_is_escaped_in_one_place():
-    """Tables by theme.table, text by drawn: no cell and no module has an escape, a Styler or a decoder of its own."""
+    """Tables by theme.table, text by views.text: no cell and no module has an escape, a Styler or a
+    decoder of its own."""
     own = re.compile(r"\.style\b|html\.escape|<br>|\.decode\(")
     for path in NOTEBOOKS:
-        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-        assert [found for cell in cells for found in own.findall("".join(cell["source"]))] == [], path.name
-    modules = [path for path in (CHECKOUT / "llamatelemetry").rglob("*.py") if "html.escape(" in path.read_text()]
-    assert [path.name for path in modules] == ["drawn.py"]
+        cells = [
+            cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"
+        ]
+        assert [found for cell in cells for found in own.findall("".join(cell["source"]))] == [], (
+            path.name
+        )
+    modules = [
+        path
+        for path in (CHECKOUT / "llamatelemetry").rglob("*.py")
+        if "html.escape(" in path.read_text()
+    ]
+    assert [path.name for path in modules] == ["text.py"]
 
 
 def test_all_five_are_here():
@@ -35,12 +44,19 @@ class TestNotebook:
 
     def test_first_cell_is_everybody_s(self, path):
         cells = json.loads(path.read_text())["cells"]
-        found = ["".join(cell["source"]) for cell in cells if "setup" in cell["metadata"].get("tags", [])]
-        assert found == [kaggle_stage.setup_cell(CHECKOUT)], \
+        found = [
+            "".join(cell["source"]) for cell in cells if "setup" in cell["metadata"].get("tags", [])
+        ]
+        assert found == [stage.setup_cell(CHECKOUT)], (
             "run `llamatelemetry kaggle setup-cell --write notebooks/*.ipynb`"
+        )
 
     def test_parameters_have_the_common_names(self, path):
-        cell = next(cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", []))
+        cell = next(
+            cell
+            for cell in nbformat.read(path, 4).cells
+            if "parameters" in cell.metadata.get("tags", [])
+        )
         names = set(re.findall(r"^([A-Z_]+)(?:, [A-Z_]+)* = ", cell.source, re.MULTILINE))
         assert {"MODEL", "OUTPUT_DIR", "BACKEND", "SEED"} <= names
         assert 'MODEL = "smollm2-135m-Q4_1"' in cell.source
@@ -51,21 +67,37 @@ class TestNotebook:
                 compile(cell.source, path.name, "exec")
 
     def test_nothing_asks_or_shells_out(self, path):
-        text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"
-                         and "setup" not in cell.metadata.get("tags", []))
-        assert not re.search(r"\binput\(|^\s*[!%]|pip install|simulat|np\.random\.(rand|normal)\b", text, re.MULTILINE)
+        text = "\n".join(
+            cell.source
+            for cell in nbformat.read(path, 4).cells
+            if cell.cell_type == "code" and "setup" not in cell.metadata.get("tags", [])
+        )
+        assert not re.search(
+            r"\binput\(|^\s*[!%]|pip install|simulat|np\.random\.(rand|normal)\b",
+            text,
+            re.MULTILINE,
+        )
         assert not re.search(r"/work|/tmp/|/home/", text)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda cells: cells[2].update(execution_count=1), "outputs or a number"),
-    (lambda cells: cells[2].update(outputs=[nbformat.v4.new_output("stream", text="x")]), "outputs or a number"),
-    (lambda cells: cells[2].update(source="a = 1\n" * 16), "16 lines, 15 are allowed"),
-    (lambda cells: cells[0].metadata.update(tags=[]), "must be tagged"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda cells: cells[2].update(execution_count=1), "outputs or a number"),
+        (
+            lambda cells: cells[2].update(outputs=[nbformat.v4.new_output("stream", text="x")]),
+            "outputs or a number",
+        ),
+        (lambda cells: cells[2].update(source="a = 1\n" * 16), "16 lines, 15 are allowed"),
+        (lambda cells: cells[0].metadata.update(tags=[]), "must be tagged"),
+    ],
+)
 def test_what_is_wrong_is_found(tmp_path, change, message):
-    cells = [nbformat.v4.new_code_cell("A = 1", metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell("B = 1", metadata={"tags": ["setup"]}), nbformat.v4.new_code_cell("C = 1")]
+    cells = [
+        nbformat.v4.new_code_cell("A = 1", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("B = 1", metadata={"tags": ["setup"]}),
+        nbformat.v4.new_code_cell("C = 1"),
+    ]
     path = tmp_path / "a.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     assert list(notebook_problems(path)) == []

@@ -1,4 +1,5 @@
-"""Every parameter of every notebook: its default passes the notebook's own check, a wrong value is named by it."""
+"""Every parameter of every notebook: its default passes the notebook's own check, a wrong value is
+named by it."""
 
 import ast
 import json
@@ -11,34 +12,46 @@ import models
 import pandas as pd
 import pytest
 
-from llamatelemetry import GGUFFile, ModelNotFoundError, ParameterError, parameters
-from llamatelemetry.analysis import heads_texts
-from llamatelemetry.parameter_types import declared, fit, parameters_cell
-from llamatelemetry.registry import TYPES
+from llamatelemetry import GGUFFile, ModelNotFoundError, ParameterError
+from llamatelemetry.files.registry import TYPES
+from llamatelemetry.heads import texts
+from llamatelemetry.tools import parameters
+from llamatelemetry.tools.parameter_types import declared, fit, parameters_cell
 
-NOTEBOOKS = {path.name[:2]: path for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))}
+NOTEBOOKS = {
+    path.name[:2]: path
+    for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+}
 TYPED = {number: declared(parameters_cell(path)) for number, path in NOTEBOOKS.items()}
 NAMES = [(number, name) for number, names in TYPED.items() for name in names]
 SMALL = {"LAYER": 1, "HEAD": 0, "MODEL": None}  # what does not fit the tiny model
 
 
 def check_cell(number):
-    """The notebook's imports that its check needs, and the check itself: the statements that call parameters.check."""
-    cells = ["".join(cell["source"]) for cell in json.loads(NOTEBOOKS[number].read_text())["cells"]
-             if cell["cell_type"] == "code" and "setup" not in cell["metadata"].get("tags", [])]
+    """The notebook's imports that its check needs, and the check itself: the statements that call
+    parameters.check."""
+    cells = [
+        "".join(cell["source"])
+        for cell in json.loads(NOTEBOOKS[number].read_text())["cells"]
+        if cell["cell_type"] == "code" and "setup" not in cell["metadata"].get("tags", [])
+    ]
     found = []
     for node in (node for source in cells[1:] for node in ast.parse(source).body):
         said = ast.unparse(node)
-        if isinstance(node, ast.ImportFrom | ast.Import) and "cuda" not in said or "parameters.check(" in said \
-                or said.startswith("words = "):
+        if (
+            isinstance(node, ast.ImportFrom | ast.Import)
+            and "cuda" not in said
+            or "parameters.check(" in said
+            or said.startswith("words = ")
+        ):
             found.append(node)
     place = max(i for i, node in enumerate(found) if "parameters.check(" in ast.unparse(node))
-    return compile(ast.Module(found[:place + 1], []), f"check of {number}", "exec")
+    return compile(ast.Module(found[: place + 1], []), f"check of {number}", "exec")
 
 
 def has_quantizer():
     from llamatelemetry import LlamaTelemetryError, quantize  # noqa: F401  the function before its module
-    from llamatelemetry.quantize import tool
+    from llamatelemetry.files.quantize import tool
 
     try:
         return tool("llama-quantize")
@@ -53,20 +66,28 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def run_check(tiny, tmp_path, monkeypatch):
-    """run_check(number, NAME=value): the notebook's check with its own defaults but for what is given."""
-    from llamatelemetry.analysis import embeddings as emb
+    """run_check(number, NAME=value): the notebook's check with its own defaults but for what is
+    given."""
+    from llamatelemetry.embeddings import vectors
 
     words = pd.DataFrame({"word": [f"w{i}" for i in range(60)]})
-    monkeypatch.setattr(emb, "word_table", lambda *_, **__: words)  # the tiny vocabulary has no words
+    monkeypatch.setattr(
+        vectors, "word_table", lambda *_, **__: words
+    )  # the tiny vocabulary has no words
     if not has_quantizer():
-        monkeypatch.setattr(sys.modules["llamatelemetry.quantize"], "needs_imatrix", lambda *_: False)
+        monkeypatch.setattr(
+            sys.modules["llamatelemetry.files.quantize"], "needs_imatrix", lambda *_: False
+        )
 
     def run(number, **given):
         values = {}
         exec(parameters_cell(NOTEBOOKS[number]), values)
-        small = {name: value for name, value in SMALL.items() if name in values} | {"MODEL": str(tiny)}
+        small = {name: value for name, value in SMALL.items() if name in values} | {
+            "MODEL": str(tiny)
+        }
         values |= small | {"OUTPUT_DIR": str(tmp_path / "out")} | given
         exec(check_cell(number), values)
+
     return run
 
 
@@ -80,7 +101,9 @@ def test_defaults_pass(number, run_check):
 @pytest.mark.parametrize("number, name", NAMES)
 def test_a_value_of_another_type_is_named(number, name, run_check):
     for wrong in (object(), {"a": 1.5}, [None], b"x"):
-        with pytest.raises(ParameterError, match=rf"^{name} = .*Change {name} in the parameters cell\.$"):
+        with pytest.raises(
+            ParameterError, match=rf"^{name} = .*Change {name} in the parameters cell\.$"
+        ):
             run_check(number, **{name: wrong})
 
 
@@ -91,7 +114,15 @@ WRONG = {
     "PROMPT": ["", " \n", None],
     "SECOND_PROMPT": ["", None],
     "TEXT": [""],
-    "TEXTS": [{}, [], {"prose": []}, {"prose": ["a", ""]}, {"prose": "a"}, {"random": ["a"]}, {1: ["a"]}],
+    "TEXTS": [
+        {},
+        [],
+        {"prose": []},
+        {"prose": ["a", ""]},
+        {"prose": "a"},
+        {"random": ["a"]},
+        {1: ["a"]},
+    ],
     "LAYER": [3, -1, 1.0, "1", True, None],
     "HEAD": [4, -1, 0.0, False],
     "CONTEXT": [0, 3, 100.5, "many", None, True],
@@ -114,7 +145,7 @@ WRONG = {
     "WORD": ["banks", "", None],
     "MARGIN": [-0.1, 2, float("nan"), "0.1"],
     "N_CLUSTERS": [0, 1, 2.0, "8"],
-    "ABLATION_SECONDS": [-1, -10**400, float("inf"), float("nan"), None],
+    "ABLATION_SECONDS": [-1, -(10**400), float("inf"), float("nan"), None],
     "OTHER_TYPE": ["Q4", "q4_k_x", "", None, 4],
     "QUANTIZATION": ["Q9_0", "NVFP4", None],
     "REQUANTIZE": ["fp16", "", None],
@@ -146,26 +177,63 @@ def test_a_model_that_is_not_there_is_named(number, run_check):
         run_check(number, MODEL="no-such-model")
 
 
-@pytest.mark.parametrize("number, given", [
-    ("12", {"LAYER": 2, "HEAD": 3, "CONTEXT": 4}), ("13", {"CATEGORIES": ["food"], "WORD": "match", "K": 1}),
-    ("13", {"WHOLE_VOCABULARY": False, "MIN_DIST": 0, "THRESHOLD": 1, "N_NEIGHBORS": 59, "OTHER_TYPE": "q4_k_m"}),
-    ("14", {"ALIGN": "token", "TEXT": "Call me Ishmael.", "SEED": 2**32 - 1}),
-    ("15", {"TEXTS": {"mine": ["a text"]}, "N_CLUSTERS": None, "MARGIN": 0, "ABLATION_SECONDS": 0.5}),
-    ("16", {"QUANTIZATIONS": ["q4_0", "Q8_0"], "FOCUS": "Q8", "WINDOWS": None, "N_CTX": 512, "IMATRIX": True}),
-])
+@pytest.mark.parametrize(
+    "number, given",
+    [
+        ("12", {"LAYER": 2, "HEAD": 3, "CONTEXT": 4}),
+        ("13", {"CATEGORIES": ["food"], "WORD": "match", "K": 1}),
+        (
+            "13",
+            {
+                "WHOLE_VOCABULARY": False,
+                "MIN_DIST": 0,
+                "THRESHOLD": 1,
+                "N_NEIGHBORS": 59,
+                "OTHER_TYPE": "q4_k_m",
+            },
+        ),
+        ("14", {"ALIGN": "token", "TEXT": "Call me Ishmael.", "SEED": 2**32 - 1}),
+        (
+            "15",
+            {
+                "TEXTS": {"mine": ["a text"]},
+                "N_CLUSTERS": None,
+                "MARGIN": 0,
+                "ABLATION_SECONDS": 0.5,
+            },
+        ),
+        (
+            "16",
+            {
+                "QUANTIZATIONS": ["q4_0", "Q8_0"],
+                "FOCUS": "Q8",
+                "WINDOWS": None,
+                "N_CTX": 512,
+                "IMATRIX": True,
+            },
+        ),
+    ],
+)
 def test_what_is_allowed_passes(number, given, run_check):
     run_check(number, **given)
 
 
 def test_a_second_model_is_compared(tiny, tmp_path, run_check):
-    """Another vocabulary is refused everywhere; another shape where states or heads are compared."""
+    """Another vocabulary is refused everywhere; another shape where states or heads are
+    compared."""
+
     def second(folder, **changes):
         (tmp_path / folder).mkdir()
         return str(models.tiny_model("llama", tmp_path / folder, seed=1, **changes))
 
     same, deeper, smaller = second("a"), second("b", n_layer=4), second("c", n_vocab=300)
-    for number, name in (("12", "REFERENCE_MODEL"), ("13", "OTHER_MODEL"), ("14", "REFERENCE_MODEL"),
-                         ("15", "REFERENCE_MODEL"), ("16", "REFERENCE_MODEL")):
+    for number, name in (
+        ("12", "REFERENCE_MODEL"),
+        ("13", "OTHER_MODEL"),
+        ("14", "REFERENCE_MODEL"),
+        ("15", "REFERENCE_MODEL"),
+        ("16", "REFERENCE_MODEL"),
+    ):
         run_check(number, **{name: same})
         with pytest.raises(ParameterError, match=f"^{name} = .*n_vocab 300 instead of 320"):
             run_check(number, **{name: smaller})
@@ -175,7 +243,9 @@ def test_a_second_model_is_compared(tiny, tmp_path, run_check):
             with pytest.raises(ParameterError, match=f"^{name} = .*n_layer 4 instead of 3"):
                 run_check(number, **{name: deeper})
     run_check("16", QUANTIZATIONS=["Q8_0", same], FOCUS="tiny-llama")
-    run_check("16", QUANTIZATIONS=[Path(same)], FOCUS="tiny-llama", MODEL=Path(same), TEXT=Path("a.txt"))
+    run_check(
+        "16", QUANTIZATIONS=[Path(same)], FOCUS="tiny-llama", MODEL=Path(same), TEXT=Path("a.txt")
+    )
     with pytest.raises(ParameterError, match="^QUANTIZATIONS = .*n_vocab 300 instead of 320"):
         run_check("16", QUANTIZATIONS=["Q8_0", smaller], FOCUS="Q8_0")
 
@@ -194,7 +264,9 @@ def test_the_same_vocabulary_is_the_same_pieces():
         pieces = []
 
     assert parameters.differences(Model, Model) is None
-    assert "token 2 is 'd' instead of 'c'" in parameters.differences(Model, Renamed, parameters.VOCABULARY)
+    assert "token 2 is 'd' instead of 'c'" in parameters.differences(
+        Model, Renamed, parameters.VOCABULARY
+    )
     assert "another vocabulary" in parameters.differences(Model, Silent)
 
 
@@ -209,29 +281,42 @@ class Engine:
 
         assert len(ids) == 2 and stages == ("attention",)
         found = type("Found", (), {})()
-        found.attention = xarray.DataArray([[0.0], [0.0]], dims=("layer", "x"), coords={"layer": [1, 2]})
+        found.attention = xarray.DataArray(
+            [[0.0], [0.0]], dims=("layer", "x"), coords={"layer": [1, 2]}
+        )
         return found
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"PROMPT": "one"}, r"PROMPT is 1 token\(s\) long; 2 to 7 fit \(CONTEXT 10 - GENERATE 3\)"),
-    ({"PROMPT": "a " * 8}, r"PROMPT is 8 token\(s\) long; 2 to 7 fit"),
-    ({"SECOND_PROMPT": "one"}, r"SECOND_PROMPT is 1 token\(s\) long"),
-    ({"GENERATE": 9}, "GENERATE = 9: a whole number from 1 to 8 fits beside a prompt in CONTEXT 10"),
-    ({"TEXT": "a b"}, r"TEXT = 'a b': it is 2 token\(s\) long, 3 are needed"),
-    ({"TEXT": "a b c", "N_CTX": 4}, r"TEXT = 'a b c': it is 3 token\(s\) long, 4 are needed"),
-    ({"LAYER": 0}, "LAYER = 0: attention is in layers 1, 2"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"PROMPT": "one"}, r"PROMPT is 1 token\(s\) long; 2 to 7 fit \(CONTEXT 10 - GENERATE 3\)"),
+        ({"PROMPT": "a " * 8}, r"PROMPT is 8 token\(s\) long; 2 to 7 fit"),
+        ({"SECOND_PROMPT": "one"}, r"SECOND_PROMPT is 1 token\(s\) long"),
+        (
+            {"GENERATE": 9},
+            "GENERATE = 9: a whole number from 1 to 8 fits beside a prompt in CONTEXT 10",
+        ),
+        ({"TEXT": "a b"}, r"TEXT = 'a b': it is 2 token\(s\) long, 3 are needed"),
+        ({"TEXT": "a b c", "N_CTX": 4}, r"TEXT = 'a b c': it is 3 token\(s\) long, 4 are needed"),
+        ({"LAYER": 0}, "LAYER = 0: attention is in layers 1, 2"),
+    ],
+)
 def test_texts_and_layers_that_do_not_do_are_named(given, message):
     values = {"PROMPT": "a b c", "CONTEXT": 10, "GENERATE": 3}
-    assert len(parameters.check_texts(values | {"TEXT": "a b c", "LAYER": 2}, Engine())["PROMPT"]) == 3
+    assert (
+        len(parameters.check_texts(values | {"TEXT": "a b c", "LAYER": 2}, Engine())["PROMPT"]) == 3
+    )
     with pytest.raises(ParameterError, match=message):
         parameters.check_texts(values | given, Engine())
 
 
 def test_the_kinds_that_are_made_are_reserved():
-    rule = parameters.texts(reserved=heads_texts.MADE)
-    assert all(rule({name: ["a"]}, None, {}) for name in heads_texts.MADE) and rule({"mine": ["a"]}, None, {}) is None
+    rule = parameters.texts(reserved=texts.MADE)
+    assert (
+        all(rule({name: ["a"]}, None, {}) for name in texts.MADE)
+        and rule({"mine": ["a"]}, None, {}) is None
+    )
 
 
 def test_types_are_those_of_the_tool():
@@ -256,10 +341,15 @@ def test_a_type_that_needs_a_matrix_is_refused_without_one(run_check, tmp_path):
         pytest.skip("no engine")
     wide = str(models.tiny_model("llama", tmp_path, n_embd=256, n_ff=256))
     for number, name in (("13", "OTHER_TYPE"), ("14", "QUANTIZATION"), ("15", "REQUANTIZE")):
-        with pytest.raises(ParameterError, match=f"^{name} = 'IQ2_XXS': IQ2_XXS of this model needs an importance matrix"):
+        with pytest.raises(
+            ParameterError,
+            match=f"^{name} = 'IQ2_XXS': IQ2_XXS of this model needs an importance matrix",
+        ):
             run_check(number, MODEL=wide, **{name: "IQ2_XXS"})
         run_check(number, **{name: "IQ2_XXS"})
-    with pytest.raises(ParameterError, match="^QUANTIZATIONS = .*: IQ1_S of this model needs an importance matrix"):
+    with pytest.raises(
+        ParameterError, match="^QUANTIZATIONS = .*: IQ1_S of this model needs an importance matrix"
+    ):
         run_check("16", MODEL=wide, QUANTIZATIONS=["Q4_K_M", "IQ1_S"])
     run_check("16", MODEL=wide, QUANTIZATIONS=["Q4_K_M", "IQ1_S"], IMATRIX=True)
 

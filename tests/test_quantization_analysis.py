@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from llamatelemetry.analysis import quantization as q
-from llamatelemetry.analysis import quantization_decision as d
+from llamatelemetry.quantization import decision, inside
 
 
 def tensors(**rows):
@@ -31,8 +30,14 @@ class File:
     """A GGUFFile with its weights in memory."""
 
     def __init__(self, weights, kind="F32", bits=32.0):
-        self.weights, self.n_vocab, self.path = weights, len(weights.get("token_embd.weight", ())), Path("hand-made.gguf")
-        self.tensors = tensors(**{n: (kind if w.ndim > 1 else "F32", w.shape, bits) for n, w in weights.items()})
+        self.weights, self.n_vocab, self.path = (
+            weights,
+            len(weights.get("token_embd.weight", ())),
+            Path("hand-made.gguf"),
+        )
+        self.tensors = tensors(
+            **{n: (kind if w.ndim > 1 else "F32", w.shape, bits) for n, w in weights.items()}
+        )
 
     def rows(self, name, ids=slice(None)):
         return self.weights[name][ids]
@@ -49,16 +54,18 @@ def test_types_of_groups():
             }
         )
     )
-    assert q.type_table({"a": file}).to_dict() == {"a": {"attn_q": "Q5_0 x2, Q8_0 x1"}}
-    assert q.quantized_types(file) == ["Q5_0", "Q8_0"]
-    assert q.quantized_types(File({"blk.0.attn_q.weight": np.ones((2, 2))})) == []
+    assert inside.type_table({"a": file}).to_dict() == {"a": {"attn_q": "Q5_0 x2, Q8_0 x1"}}
+    assert inside.quantized_types(file) == ["Q5_0", "Q8_0"]
+    assert inside.quantized_types(File({"blk.0.attn_q.weight": np.ones((2, 2))})) == []
 
 
 def test_weight_error_is_relative():
     w = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
-    base, other = ({"blk.0.ffn_up.weight": w * f, "blk.0.attn_norm.weight": w[0]} for f in (1, 1.25))
+    base, other = (
+        {"blk.0.ffn_up.weight": w * f, "blk.0.attn_norm.weight": w[0]} for f in (1, 1.25)
+    )
     for rows in (None, 50, 1000):
-        table = q.weight_errors(File(base), File(other), rows=rows)
+        table = inside.weight_errors(File(base), File(other), rows=rows)
         assert list(table.index) == ["blk.0.ffn_up.weight"]  # vectors are not quantized
         assert table["error"].iloc[0] == pytest.approx(0.25, rel=1e-5)
 
@@ -76,7 +83,7 @@ def test_an_expanded_file_is_found_out(kind, stored):
             qtype = gguf.GGMLQuantizationType[step]
             values = gguf.quants.dequantize(gguf.quants.quantize(values, qtype), qtype)
         weights[f"blk.{i}.attn_q.weight"] = values
-    share = q.grid_share(File(weights))
+    share = inside.grid_share(File(weights))
     assert share > 0.4 if kind.startswith("Q") else share < 0.05
 
 
@@ -85,9 +92,12 @@ def test_embeddings_rotated_together_keep_their_neighbours():
     x = rng.normal(size=(300, 16)).astype(np.float32)
     rotation, _ = np.linalg.qr(rng.normal(size=(16, 16)))
     files = [
-        File({"token_embd.weight": e.astype(np.float32)}) for e in (x, x * 3, x @ rotation, rng.normal(size=x.shape))
+        File({"token_embd.weight": e.astype(np.float32)})
+        for e in (x, x * 3, x @ rotation, rng.normal(size=x.shape))
     ]
-    scaled, rotated, other = (q.embedding_preservation(files[0], f, pool=200, queries=50, k=5) for f in files[1:])
+    scaled, rotated, other = (
+        inside.embedding_preservation(files[0], f, pool=200, queries=50, k=5) for f in files[1:]
+    )
     assert scaled["cosine"].min() > 0.99999 and scaled["overlap"].mean() == 1
     assert rotated["overlap"].mean() == 1 and abs(rotated["cosine"].mean()) < 0.9
     assert other["overlap"].mean() < 0.2 and scaled["overlap"].notna().sum() == 50
@@ -95,11 +105,16 @@ def test_embeddings_rotated_together_keep_their_neighbours():
 
 @pytest.mark.parametrize(
     "p, q_, expected",
-    [([1, 0], [0, 1], 1), ([0.5, 0.5], [0.5, 0.5], 0), ([1, 0], [0.5, 0.5], 0.311278), ([1, 0, 0], [1, 0, 0], 0)],
+    [
+        ([1, 0], [0, 1], 1),
+        ([0.5, 0.5], [0.5, 0.5], 0),
+        ([1, 0], [0.5, 0.5], 0.311278),
+        ([1, 0, 0], [1, 0, 0], 0),
+    ],
 )
 def test_jensen_shannon(p, q_, expected):
-    assert q.jensen_shannon(p, q_) == pytest.approx(expected, abs=1e-6)
-    assert q.jensen_shannon(q_, p) == pytest.approx(expected, abs=1e-6)
+    assert inside.jensen_shannon(p, q_) == pytest.approx(expected, abs=1e-6)
+    assert inside.jensen_shannon(q_, p) == pytest.approx(expected, abs=1e-6)
 
 
 def test_attention_divergence_of_one_head():
@@ -107,8 +122,11 @@ def test_attention_divergence_of_one_head():
     base[..., 0] = 1
     other = base.copy()
     other[1, 0, 1:] = [0, 1, 0]  # layer 1, head 0 looks elsewhere from every query but the first
-    maps = [xr.DataArray(a, dims=("layer", "head", "query", "key"), coords={"layer": [4, 5]}) for a in (base, other)]
-    found = q.attention_divergence(*maps)
+    maps = [
+        xr.DataArray(a, dims=("layer", "head", "query", "key"), coords={"layer": [4, 5]})
+        for a in (base, other)
+    ]
+    found = inside.attention_divergence(*maps)
     assert found.values.tolist() == [[0, 0], [1, 0]] and found["layer"].values.tolist() == [4, 5]
 
 
@@ -118,31 +136,42 @@ def test_drift_keeps_the_first_token_apart():
     other = base.copy()
     other[1, 1:] *= 1.1
     other[2, 0] *= -1
-    drift = q.hidden_drift(
-        *(xr.DataArray(a, dims=("layer", "token", "embd"), coords={"layer": [0, 1, 2]}) for a in (base, other))
+    drift = inside.hidden_drift(
+        *(
+            xr.DataArray(a, dims=("layer", "token", "embd"), coords={"layer": [0, 1, 2]})
+            for a in (base, other)
+        )
     )
-    assert drift["error"].tolist() == pytest.approx([0, 0.1, 0]) and drift["cosine"].tolist() == pytest.approx(
-        [1, 1, 1]
-    )
+    assert drift["error"].tolist() == pytest.approx([0, 0.1, 0]) and drift[
+        "cosine"
+    ].tolist() == pytest.approx([1, 1, 1])
     assert drift["error_first"].tolist() == pytest.approx([0, 0, 2])
     assert drift["cosine_first"].tolist() == pytest.approx([1, 1, -1])
 
 
 def test_layers_put_together():
     weights = pd.DataFrame(
-        {"layer": pd.array([0, 0, 1, None], dtype="Int64"), "n_elements": [1, 3, 2, 9], "error": [0.2, 0.1, 0.5, 9.0]}
+        {
+            "layer": pd.array([0, 0, 1, None], dtype="Int64"),
+            "n_elements": [1, 3, 2, 9],
+            "error": [0.2, 0.1, 0.5, 9.0],
+        }
     )
     drift = pd.DataFrame({"error": [0.0, 0.1, 0.4]})
     falls = pd.DataFrame({"layer": [0, 0, 1, 1], "fall": [0.1, 0.2, -0.1, 0.3]})
     costs = pd.DataFrame({"layer": [0, 0, 1, 1], "cost": [0.1, 0.2, 0.5, 0.3]})
-    table = q.layer_table(weights, drift, costs, falls)
+    table = inside.layer_table(weights, drift, costs, falls)
     assert table["weight_error"].tolist() == pytest.approx([np.sqrt((0.04 + 3 * 0.01) / 4), 0.5])
-    assert table["drift_added"].tolist() == pytest.approx([0.1, 0.3]) and table["fall"].tolist() == pytest.approx(
-        [0.3, 0.2]
-    )
+    assert table["drift_added"].tolist() == pytest.approx([0.1, 0.3]) and table[
+        "fall"
+    ].tolist() == pytest.approx([0.3, 0.2])
     assert table["cost"].tolist() == pytest.approx([0.3, 0.8])
-    correlations = q.rank_correlations(table)
-    assert correlations.loc["weight_error", "fall"] == pytest.approx(-1) == -correlations.loc["weight_error", "cost"]
+    correlations = inside.rank_correlations(table)
+    assert (
+        correlations.loc["weight_error", "fall"]
+        == pytest.approx(-1)
+        == -correlations.loc["weight_error", "cost"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +188,7 @@ def test_layers_put_together():
     ],
 )
 def test_kinds_of_pieces(piece, kind):
-    assert q.piece_kind(piece) == kind
+    assert inside.piece_kind(piece) == kind
 
 
 def test_vulnerable_tokens_add_up():
@@ -171,8 +200,11 @@ def test_vulnerable_tokens_add_up():
             "logprob_base": np.log([0.9, 0.1, 0.01, 0.6]),
         }
     )
-    table = q.vulnerable_tokens(tokens)
-    assert table.loc[("x", "piece", "word"), "kld"] == 2 and table.loc[("x", "piece", "number"), "share_of_kld"] == 0.4
+    table = inside.vulnerable_tokens(tokens)
+    assert (
+        table.loc[("x", "piece", "word"), "kld"] == 2
+        and table.loc[("x", "piece", "number"), "share_of_kld"] == 0.4
+    )
     sure = table.loc[("x", "reference's probability")]
     assert sure["kld"].to_dict() == {"p >= 0.5": 2.5, "0.05 to 0.5": 2.0, "p < 0.05": 3.0}
     assert table.groupby("by")["n"].sum().tolist() == [4, 4]
@@ -180,28 +212,52 @@ def test_vulnerable_tokens_add_up():
 
 def test_maps_find_the_part_that_was_broken():
     rng = np.random.default_rng(0)
-    base, broken = rng.normal(size=(5, 50)).astype(np.float32), rng.normal(size=(5, 50)).astype(np.float32)
+    base, broken = (
+        rng.normal(size=(5, 50)).astype(np.float32),
+        rng.normal(size=(5, 50)).astype(np.float32),
+    )
     log_p, log_q = (
-        x.astype(float) - np.log(np.exp(x.astype(float)).sum(axis=1, keepdims=True)) for x in (base, broken)
+        x.astype(float) - np.log(np.exp(x.astype(float)).sum(axis=1, keepdims=True))
+        for x in (base, broken)
     )
     kld = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)[1:].mean()
 
-    falls = d.fall_map(lambda part, layer: base if (part, layer) == ("ffn_out", 1) else broken, base, 3, progress=False)
+    falls = decision.fall_map(
+        lambda part, layer: base if (part, layer) == ("ffn_out", 1) else broken,
+        base,
+        3,
+        progress=False,
+    )
     best = falls.loc[falls["fall"].idxmax()]
-    assert (best.part, best.layer) == ("ffn_out", 1) and best.share == pytest.approx(1) and best.kld == 0
+    assert (
+        (best.part, best.layer) == ("ffn_out", 1)
+        and best.share == pytest.approx(1)
+        and best.kld == 0
+    )
     assert (falls["fall"] == 0).sum() == 5 and falls.attrs["kld"] == pytest.approx(kld, rel=1e-5)
 
-    costs = d.cost_map(
-        lambda part, layer: broken if (part, layer) == ("attn_out", 2) else base, base, 3, progress=False
+    costs = decision.cost_map(
+        lambda part, layer: broken if (part, layer) == ("attn_out", 2) else base,
+        base,
+        3,
+        progress=False,
     )
     worst = costs.loc[costs["cost"].idxmax()]
-    assert (worst.part, worst.layer) == ("attn_out", 2) and worst.cost == pytest.approx(kld, rel=1e-5)
+    assert (worst.part, worst.layer) == ("attn_out", 2) and worst.cost == pytest.approx(
+        kld, rel=1e-5
+    )
     assert (costs["cost"] == 0).sum() == 5
 
 
 def test_recommendation_is_per_byte():
     costs = pd.DataFrame(
-        [("attn_out", 0, 0.2), ("ffn_out", 0, 0.3), ("attn_out", 1, 0.02), ("ffn_out", 1, 0.01), ("ffn_out", 2, 9.0)],
+        [
+            ("attn_out", 0, 0.2),
+            ("ffn_out", 0, 0.3),
+            ("attn_out", 1, 0.02),
+            ("ffn_out", 1, 0.01),
+            ("ffn_out", 2, 9.0),
+        ],
         columns=["part", "layer", "cost"],
     )
     table = tensors(
@@ -211,38 +267,51 @@ def test_recommendation_is_per_byte():
             for n, s in (("attn_q", (64, 64)), ("attn_output", (64, 64)), ("ffn_up", (256, 64)))
         }
     )
-    best = d.recommend(costs, table, keep=2)
-    assert best[["part", "layer"]].values.tolist() == [["attention", 0], ["FFN", 0]]  # 0.2 for half the bytes of 0.3
+    best = decision.recommend(costs, table, keep=2)
+    assert best[["part", "layer"]].values.tolist() == [
+        ["attention", 0],
+        ["FFN", 0],
+    ]  # 0.2 for half the bytes of 0.3
     assert best["bytes_added"].tolist() == [64 * 64 * 2 * 4 // 8, 256 * 64 * 4 // 8]
     assert table.index.str.fullmatch(best["pattern"][0]).sum() == 2
-    assert len(d.recommend(costs, table)) == 4  # what is Q8_0 already cannot be kept at it
-    cheap = d.control(costs, table, best)
+    assert len(decision.recommend(costs, table)) == 4  # what is Q8_0 already cannot be kept at it
+    cheap = decision.control(costs, table, best)
     assert sorted(cheap[["part", "layer"]].values.tolist()) == [["FFN", 1], ["attention", 1]]
     assert cheap["bytes_added"].sum() == best["bytes_added"].sum()
-    types = d.explicit_types(table, best)
-    chosen = {name: next(kind for p, kind in types.items() if re.search(p, name)) for name in table.index}
+    types = decision.explicit_types(table, best)
+    chosen = {
+        name: next(kind for p, kind in types.items() if re.search(p, name)) for name in table.index
+    }
     assert {chosen[name] for name in table.index if ".0." in name or ".2." in name} == {"Q8_0"}
     assert {chosen[name] for name in table.index if ".1." in name} == {"Q4_K"}
 
 
 def test_pareto_and_decision():
     table = pd.DataFrame(
-        {"memory_bytes": [10, 20, 30, 25, 5], "kld_mean": [0.5, 0.2, 0.01, 0.3, np.nan]}, index=list("abcde")
+        {"memory_bytes": [10, 20, 30, 25, 5], "kld_mean": [0.5, 0.2, 0.01, 0.3, np.nan]},
+        index=list("abcde"),
     )
-    assert d.pareto(table, "memory_bytes", "kld_mean").to_dict() == dict(a=True, b=True, c=True, d=False, e=False)
-    assert d.decide(table, [8, 20, 100], [0.1, 1]).values.tolist() == [["none", "none"], ["none", "b"], ["c", "c"]]
+    assert decision.pareto(table, "memory_bytes", "kld_mean").to_dict() == dict(
+        a=True, b=True, c=True, d=False, e=False
+    )
+    assert decision.decide(table, [8, 20, 100], [0.1, 1]).values.tolist() == [
+        ["none", "none"],
+        ["none", "b"],
+        ["c", "c"],
+    ]
 
 
 @pytest.mark.parametrize(
     "a, b, expected", [([1, 2, 3], [1, 5, 3], 1), ([1, 2], [1, 2], None), ([1, 2], [1, 2, 3], None)]
 )
 def test_first_divergence(a, b, expected):
-    assert d.first_divergence(a, b) == expected
+    assert decision.first_divergence(a, b) == expected
 
 
 def test_ladder_names_what_is_out_of_order():
     table = pd.DataFrame(
-        {"bits_per_weight": [4.5, 5.5, 8.5, 3], "kld_mean": [0.076, 0.086, 0.01, 1]}, index=["Q4", "Q5", "Q8", "IQ3"]
+        {"bits_per_weight": [4.5, 5.5, 8.5, 3], "kld_mean": [0.076, 0.086, 0.01, 1]},
+        index=["Q4", "Q5", "Q8", "IQ3"],
     )
-    assert d.ladder(table) == [("Q5", "Q4")]
-    assert d.ladder(table.drop("Q5")) == []
+    assert decision.ladder(table) == [("Q5", "Q4")]
+    assert decision.ladder(table.drop("Q5")) == []

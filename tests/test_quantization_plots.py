@@ -1,4 +1,5 @@
-"""Figures and sentences of notebook 16 from hand-made tables: they say what the numbers say, and escape text."""
+"""Figures and sentences of notebook 16 from hand-made tables: they say what the numbers say, and
+escape text."""
 
 import re
 from pathlib import Path
@@ -9,11 +10,10 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from llamatelemetry.analysis import quantization_words as words
-from llamatelemetry.analysis.quantization_graph import graph_tables
-from llamatelemetry.analysis.quantization_quality import summarize
-from llamatelemetry.plots import quantization as plots
-from llamatelemetry.plots import quantization_inside as figures
+from llamatelemetry.compare.quality import summarize
+from llamatelemetry.quantization import figures as plots
+from llamatelemetry.quantization import inside_figures, say
+from llamatelemetry.quantization.graph import graph_tables
 
 
 def quality(**klds):
@@ -21,34 +21,62 @@ def quality(**klds):
     rng = np.random.default_rng(0)
     rows = {}
     for i, (name, kld) in enumerate(klds.items()):
-        tokens = pd.DataFrame({"window": np.repeat([0, 1], 50), "logprob_base": -rng.random(100), "kld": kld})
-        tokens["logprob"], tokens["dp"], tokens["same_top"] = tokens["logprob_base"] - kld, -kld / 10, True
+        tokens = pd.DataFrame(
+            {"window": np.repeat([0, 1], 50), "logprob_base": -rng.random(100), "kld": kld}
+        )
+        tokens["logprob"], tokens["dp"], tokens["same_top"] = (
+            tokens["logprob_base"] - kld,
+            -kld / 10,
+            True,
+        )
         rows[name] = summarize(tokens) | {"bits_per_weight": 3.0 + i}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def weights(value):
-    index = ["blk.0.attn_q.weight", "blk.1.attn_q.weight", "blk.1.ffn_up.weight", "token_embd.weight"]
+    index = [
+        "blk.0.attn_q.weight",
+        "blk.1.attn_q.weight",
+        "blk.1.ffn_up.weight",
+        "token_embd.weight",
+    ]
     return pd.DataFrame(
-        {"layer": pd.array([0, 1, 1, None], dtype="Int64"), "group": ["attn_q", "attn_q", "ffn_up", "embedding"],
-         "type": ["Q4_K", "Q5_0", "Q4_K", "Q8_0"], "n_elements": 4, "error": [value, 2 * value, value, value / 5]},
-        index=pd.Index(index, name="name"))  # fmt: skip
+        {
+            "layer": pd.array([0, 1, 1, None], dtype="Int64"),
+            "group": ["attn_q", "attn_q", "ffn_up", "embedding"],
+            "type": ["Q4_K", "Q5_0", "Q4_K", "Q8_0"],
+            "n_elements": 4,
+            "error": [value, 2 * value, value, value / 5],
+        },
+        index=pd.Index(index, name="name"),
+    )
 
 
 def drift(value):
     return pd.DataFrame(
-        {"error": [0, value, 3 * value], "cosine": [1, 0.99, 0.9], "error_first": 0.0, "cosine_first": 1.0},
-        index=pd.RangeIndex(3, name="layer"))  # fmt: skip
+        {
+            "error": [0, value, 3 * value],
+            "cosine": [1, 0.99, 0.9],
+            "error_first": 0.0,
+            "cosine_first": 1.0,
+        },
+        index=pd.RangeIndex(3, name="layer"),
+    )
 
 
 def test_the_ladder_is_drawn_and_told():
     table = quality(low=1.0, middle=0.1, high=0.2)
-    said = words.quality(table, "m, a stand-in")
-    assert said.startswith("middle is closest to the reference (m, a stand-in): mean KLD") and "low is farthest" in said
+    said = say.quality(table, "m, a stand-in")
+    assert (
+        said.startswith("middle is closest to the reference (m, a stand-in): mean KLD")
+        and "low is farthest" in said
+    )
     assert "Out of order: high has more bits than middle and yet more divergence." in said
-    assert "throughout" in words.quality(quality(low=1.0, high=0.2), "m")
+    assert "throughout" in say.quality(quality(low=1.0, high=0.2), "m")
     figure = plots.ladder(table, "m")
-    assert [t.y[0] for t in figure.data] == pytest.approx([1.0, 0.1, 0.2]) and [t.x[0] for t in figure.data] == [
+    assert [t.y[0] for t in figure.data] == pytest.approx([1.0, 0.1, 0.2]) and [
+        t.x[0] for t in figure.data
+    ] == [
         3,
         4,
         5,
@@ -56,13 +84,13 @@ def test_the_ladder_is_drawn_and_told():
     one_window = table.assign(kld_mean_low=np.nan, kld_mean_high=np.nan)
     assert plots.ladder(one_window, "m").data[0].error_y.array[0] == 0
     assert len(plots.percentiles(table, "m").data) == 3
-    assert "1.0 times the median" in words.percentiles(table)
+    assert "1.0 times the median" in say.percentiles(table)
 
 
 def test_a_file_that_failed_is_left_out():
     table = quality(good=0.1, bad=0.2)
     table.loc["bad", table.columns != "bits_per_weight"] = np.nan
-    assert len(plots.ladder(table, "m").data) == 1 and "bad" not in words.quality(table, "m")
+    assert len(plots.ladder(table, "m").data) == 1 and "bad" not in say.quality(table, "m")
 
 
 def test_every_file_keeps_its_colour():
@@ -78,53 +106,83 @@ def test_menus_show_one_file():
         name: xr.DataArray(np.full((2, 3), v), dims=("layer", "head"), coords={"layer": [0, 1]})
         for name, v in (("a", 0.1), ("b", 0.0))
     }
-    for figure in (figures.weight_errors(errors, "m"), figures.attention_precision(maps, "m")):
+    for figure in (
+        inside_figures.weight_errors(errors, "m"),
+        inside_figures.attention_precision(maps, "m"),
+    ):
         assert [t.visible for t in figure.data] == [True, False]
         buttons = figure.layout.updatemenus[0].buttons
-        assert [b.label for b in buttons] == ["a", "b"] and buttons[1].args[0]["visible"] == [False, True]
-        assert np.isfinite([t.z[0, 0] for t in figure.data]).all()  # also where the divergence is exactly 0
-    assert figures.weight_errors(errors, "m").data[0].customdata[0, 0] == 0.01
-    assert "blk.1.attn_q.weight (Q5_0, 0.2000)" in words.weights(errors)
-    assert "most in layer 0 head 0 (0.1000)" in words.attention(maps)
+        assert [b.label for b in buttons] == ["a", "b"] and buttons[1].args[0]["visible"] == [
+            False,
+            True,
+        ]
+        assert np.isfinite(
+            [t.z[0, 0] for t in figure.data]
+        ).all()  # also where the divergence is exactly 0
+    assert inside_figures.weight_errors(errors, "m").data[0].customdata[0, 0] == 0.01
+    assert "blk.1.attn_q.weight (Q5_0, 0.2000)" in say.weights(errors)
+    assert "most in layer 0 head 0 (0.1000)" in say.attention(maps)
 
 
 def test_drift_is_told_by_the_layer_that_adds_it():
-    assert "layer 1 adds most (+0.200)" in words.drift({"a": drift(0.1)})
-    figure = figures.drift({"a": drift(0.1)}, "m")
+    assert "layer 1 adds most (+0.200)" in say.drift({"a": drift(0.1)})
+    figure = inside_figures.drift({"a": drift(0.1)}, "m")
     assert len(figure.data) == 4 and figure.data[1].y[2] == pytest.approx(0.1)  # 1 - cosine
 
 
 def test_parts():
-    costs = pd.DataFrame([("attn_out", 0, 0.3), ("ffn_out", 0, 0.1)], columns=["part", "layer", "cost"])
-    said = words.costs(costs, 0.8)
+    costs = pd.DataFrame(
+        [("attn_out", 0, 0.3), ("ffn_out", 0, 0.1)], columns=["part", "layer", "cost"]
+    )
+    said = say.costs(costs, 0.8)
     assert "the attention of layer 0 (0.3)" in said and "add up to 0.4 nats, 50% of the 0.8" in said
-    assert "75% of them is attention and 25% FFN" in said and said.endswith("Half of the sum lies in 1 of them.")
+    assert "75% of them is attention and 25% FFN" in said and said.endswith(
+        "Half of the sum lies in 1 of them."
+    )
     falls = pd.DataFrame(
-        [("attn_out", 0, 0.3, 0.6), ("ffn_out", 0, -0.1, -0.2)], columns=["part", "layer", "fall", "share"]
+        [("attn_out", 0, 0.3, 0.6), ("ffn_out", 0, -0.1, -0.2)],
+        columns=["part", "layer", "fall", "share"],
     )
     falls.attrs["kld"] = 0.5
-    assert "the attention of layer 0 (60.0%)" in words.falls(falls) and "at 1 of 2 parts" in words.falls(falls)
-    figure = figures.part_map(falls, "fall", "m", "Fall", "nats")
+    assert "the attention of layer 0 (60.0%)" in say.falls(
+        falls
+    ) and "at 1 of 2 parts" in say.falls(falls)
+    figure = inside_figures.part_map(falls, "fall", "m", "Fall", "nats")
     assert [(t.name, t.y[0]) for t in figure.data] == [("attention", 0.3), ("FFN", -0.1)]
 
 
 def test_the_verdict_on_the_mixture_follows_the_numbers():
-    rows = [SimpleNamespace(kld_mean=k, size_bytes=s * 2**20) for k, s in ((0.1, 100), (0.05, 102), (0.08, 102))]
-    assert words.mixture(*rows).startswith("The recommendation holds: for 2.0 MiB more")
-    assert words.mixture(rows[0], rows[2], rows[1]).startswith("The recommendation does not hold")
+    rows = [
+        SimpleNamespace(kld_mean=k, size_bytes=s * 2**20)
+        for k, s in ((0.1, 100), (0.05, 102), (0.08, 102))
+    ]
+    assert say.mixture(*rows).startswith("The recommendation holds: for 2.0 MiB more")
+    assert say.mixture(rows[0], rows[2], rows[1]).startswith("The recommendation does not hold")
 
 
 def test_answers_are_escaped_and_marked():
-    rows = [{"prompt": "<b>", "answers": {"reference": ([" a", "<i>"], None), "x": ([" a", "</td>"], 1)}}]
+    rows = [
+        {
+            "prompt": "<b>",
+            "answers": {"reference": ([" a", "<i>"], None), "x": ([" a", "</td>"], 1)},
+        }
+    ]
     page = plots.answers(rows, "<m>").html
     assert "<mark>&lt;/td&gt;</mark>" in page and "&lt;b&gt;" in page and "<i>" not in page
-    assert words.answers(rows) == "x: 1 of 1 differ, first at token 2."
+    assert say.answers(rows) == "x: 1 of 1 differ, first at token 2."
 
 
 def test_the_mark_covers_the_whole_character_of_a_token():
     pizza = "🍕".encode()
     pieces = [" a", pizza[:2], pizza[2:], "<b>", "", pizza[:1]]
-    for first, marked in ((0, " a"), (1, "🍕"), (2, "🍕"), (3, "&lt;b&gt;"), (4, "&#8203;"), (5, "\ufffd")):
+    for first, marked in (
+        (0, " a"),
+        (1, "🍕"),
+        (2, "🍕"),
+        (3, "&lt;b&gt;"),
+        (4, "&#8203;"),
+        (5, "\ufffd"),
+    ):
         page = plots.answers([{"prompt": "p", "answers": {"x": (pieces, first)}}], "m").html
         assert page.count("<mark>") == 1 and f"<mark>{marked}</mark>" in page
         cell = page.split("<td class='a'>")[1].split("</td>")[0]
@@ -133,35 +191,59 @@ def test_the_mark_covers_the_whole_character_of_a_token():
 
 def test_pareto_marks_what_is_beaten():
     table = pd.DataFrame({"size": [1.0, 2.0], "kld_mean": [0.1, 0.2]}, index=["a", "b"])
-    figure = plots.pareto(table, {"size": pd.Series([True, False], index=["a", "b"])}, {"size": ("size (MB)", 10)}, "m")
-    assert [t.marker.symbol for t in figure.data[1:]] == ["circle", "x"] and figure.data[1].x == (10.0,)
+    figure = plots.pareto(
+        table,
+        {"size": pd.Series([True, False], index=["a", "b"])},
+        {"size": ("size (MB)", 10)},
+        "m",
+    )
+    assert [t.marker.symbol for t in figure.data[1:]] == ["circle", "x"] and figure.data[1].x == (
+        10.0,
+    )
 
 
-@pytest.mark.parametrize("kinds, name, grid, expected", [
-    (["Q4_1", "F32"], "x", None, "itself quantized (Q4_1): which"), (["F32"], "x", 0.9, "no ladder"),
-    (["F32"], "x + uniform noise of one step, not the original", 0.0, "not the original. The steps"),
-    (["F32"], "x", 0.01, "32 bits per weight; 1% of its blocks")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kinds, name, grid, expected",
+    [
+        (["Q4_1", "F32"], "x", None, "itself quantized (Q4_1): which"),
+        (["F32"], "x", 0.9, "no ladder"),
+        (
+            ["F32"],
+            "x + uniform noise of one step, not the original",
+            0.0,
+            "not the original. The steps",
+        ),
+        (["F32"], "x", 0.01, "32 bits per weight; 1% of its blocks"),
+    ],
+)
 def test_the_reference_is_named_for_what_it_is(kinds, name, grid, expected):
     tensors = pd.DataFrame({"type": kinds, "shape": [(2, 2)] * len(kinds)})
     file = SimpleNamespace(tensors=tensors, path=Path("f.gguf"), name=name, bits_per_weight=32.0)
-    assert expected in words.reference_note(file, grid)
-    assert words.reference_name(file) == ("f, a stand-in" if "noise" in name else "f")
+    assert expected in say.reference_note(file, grid)
+    assert say.reference_name(file) == ("f, a stand-in" if "noise" in name else "f")
 
 
 def test_fallbacks_are_counted_in_words():
-    table = pd.DataFrame({"type": ["Q5_0", "Q5_0", "Q8_0"], "instead_of": ["Q4_K", "Q4_K", "Q6_K"], "row_width": 576})
-    said = words.fallbacks({"f": table, "g": table.iloc[:0]})
-    assert "2 matrices meant for Q4_K became Q5_0, 1 matrix meant for Q6_K became Q8_0" in said and "g:" not in said
-    assert words.fallbacks({"g": table.iloc[:0]}).startswith("No file has a fallback")
+    table = pd.DataFrame(
+        {"type": ["Q5_0", "Q5_0", "Q8_0"], "instead_of": ["Q4_K", "Q4_K", "Q6_K"], "row_width": 576}
+    )
+    said = say.fallbacks({"f": table, "g": table.iloc[:0]})
+    assert (
+        "2 matrices meant for Q4_K became Q5_0, 1 matrix meant for Q6_K became Q8_0" in said
+        and "g:" not in said
+    )
+    assert say.fallbacks({"g": table.iloc[:0]}).startswith("No file has a fallback")
 
 
 def test_graph_tables_fit_together():
     table = quality(a=1.0, b=0.1)
-    nodes, edges = graph_tables(table, {"a": drift(0.1), "b": drift(0.2)}, {"a": weights(0.1), "b": weights(0.2)}, "b")
+    nodes, edges = graph_tables(
+        table, {"a": drift(0.1), "b": drift(0.2)}, {"a": weights(0.1), "b": weights(0.2)}, "b"
+    )
     assert nodes["kind"].value_counts().to_dict() == {"tensor": 4, "file": 2, "layer": 2}
     assert nodes["id"].is_unique and set(edges["src"]) | set(edges["dst"]) <= set(nodes["id"])
     edge = edges.set_index(["src", "dst"])["weight"]
-    assert edge["file a", "layer 1"] == pytest.approx(0.3) and edge["layer 1", "blk.1.attn_q.weight"] == pytest.approx(
-        0.4
-    )
+    assert edge["file a", "layer 1"] == pytest.approx(0.3) and edge[
+        "layer 1", "blk.1.attn_q.weight"
+    ] == pytest.approx(0.4)
     assert len(nodes[["x", "y"]].drop_duplicates()) == len(nodes) and nodes["size"].max() == 1

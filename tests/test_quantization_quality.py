@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llamatelemetry.analysis.quantization_quality import Reference, mean_and_error, summarize, top_k
+from llamatelemetry.compare.quality import Reference, mean_and_error, summarize, top_k
 
 
 @pytest.mark.parametrize("vocab", [7, 640, 1000, 5003])
@@ -36,7 +36,9 @@ def naive(base, logits, targets):
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("scale, noise, shift", [(3, 0.1, 0), (3, 2, 0), (8, 1, 40), (0.1, 0.01, -40)])
+@pytest.mark.parametrize(
+    "scale, noise, shift", [(3, 0.1, 0), (3, 2, 0), (8, 1, 40), (0.1, 0.01, -40)]
+)
 def test_compare_against_the_definitions(scale, noise, shift):
     rng = np.random.default_rng(1)
     base = rng.normal(size=(20, 3000), scale=scale).astype(np.float32)
@@ -46,7 +48,11 @@ def test_compare_against_the_definitions(scale, noise, shift):
     expected = naive(base, logits, targets)
     for name in expected:
         np.testing.assert_allclose(
-            found[name].astype(float), expected[name].astype(float), rtol=1e-5, atol=2e-5, err_msg=name
+            found[name].astype(float),
+            expected[name].astype(float),
+            rtol=1e-5,
+            atol=2e-5,
+            err_msg=name,
         )
 
 
@@ -79,13 +85,17 @@ def test_summary_of_known_numbers():
     )
     row = summarize(tokens)
     assert row["ppl_base"] == pytest.approx(np.e) and row["ppl_base_err"] == 0
-    assert row["ppl"] == pytest.approx(np.exp(1.5)) and row["ppl_ratio"] == pytest.approx(np.exp(0.5))
+    assert row["ppl"] == pytest.approx(np.exp(1.5)) and row["ppl_ratio"] == pytest.approx(
+        np.exp(0.5)
+    )
     assert row["ppl_err"] == pytest.approx(np.exp(1.5) * 0.5 / np.sqrt(n - 1))
     assert row["ppl_ratio_err"] == pytest.approx(np.exp(0.5) * 0.5 / np.sqrt(n - 1))
     assert (row["kld_min"], row["kld_median"], row["kld_max"]) == pytest.approx((0, 1.95, 3.9))
     assert row["kld_p90"] == pytest.approx(3.51) and row["mean_dp"] == pytest.approx(0)
     assert row["rms_dp"] == pytest.approx(0.3) and row["rms_dp_err"] == pytest.approx(0, abs=1e-9)
-    assert row["same_top"] == 0.75 and row["same_top_err"] == pytest.approx(np.sqrt(0.75 * 0.25 / (n - 1)))
+    assert row["same_top"] == 0.75 and row["same_top_err"] == pytest.approx(
+        np.sqrt(0.75 * 0.25 / (n - 1))
+    )
     # two windows with means 0.95 and 2.95: resampled means are 0.95, 1.95 or 2.95
     assert (row["kld_mean_low"], row["kld_mean_high"]) == pytest.approx((0.95, 2.95))
     assert summarize(tokens[tokens["window"] == 0])["n_windows"] == 1
@@ -93,7 +103,8 @@ def test_summary_of_known_numbers():
 
 
 @pytest.mark.parametrize(
-    "values, expected", [([1.0] * 20, (1, 0)), ([0.0, 2.0] * 10, (1, 1 / np.sqrt(19))), ([0, 2], (1, 0))]
+    "values, expected",
+    [([1.0] * 20, (1, 0)), ([0.0, 2.0] * 10, (1, 1 / np.sqrt(19))), ([0, 2], (1, 0))],
 )
 def test_mean_and_error(values, expected):
     assert mean_and_error(values) == pytest.approx(expected)

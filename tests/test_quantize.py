@@ -11,15 +11,22 @@ from types import SimpleNamespace
 import gguf
 import numpy as np
 import pytest
-
 from models import IDS, tiny_model
 
-from llamatelemetry import GGUFFile, ModelLoadError, ModelNotFoundError, ggml_types, importance
-from llamatelemetry import expand as module
+from llamatelemetry import GGUFFile, ModelLoadError, ModelNotFoundError
 from llamatelemetry.capture.session import CaptureSession
-from llamatelemetry.expand import QuantizeError, expand, make_reference
-from llamatelemetry.quantize import fallbacks, imatrix, quantizations, quantize, tool
-from llamatelemetry.texts import load_text
+from llamatelemetry.errors import QuantizeError
+from llamatelemetry.files import expand as module
+from llamatelemetry.files import importance, types
+from llamatelemetry.files.expand import expand, make_reference
+from llamatelemetry.files.quantize import (
+    fallbacks,
+    imatrix,
+    quantizations,
+    quantize,
+    tool,
+)
+from llamatelemetry.files.texts import load_text
 
 KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
@@ -40,7 +47,9 @@ def write(path, kinds, width=64, file_type=None, extra=()):
         values = rng.normal(size=(6, width)).astype(np.float32)
         qtype = gguf.GGMLQuantizationType[kind]
         data = gguf.quants.quantize(values, qtype)
-        writer.add_tensor(f"blk.{i}.attn_q.weight", data, raw_dtype=None if kind == "F32" else qtype)
+        writer.add_tensor(
+            f"blk.{i}.attn_q.weight", data, raw_dtype=None if kind == "F32" else qtype
+        )
     writer.add_tensor("output_norm.weight", np.arange(width, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -50,7 +59,9 @@ def write(path, kinds, width=64, file_type=None, extra=()):
 
 
 def weights(path):
-    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+    return {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors
+    }
 
 
 @pytest.mark.parametrize("kind, tolerance", [("F32", 0), ("F16", 2**-11), ("BF16", 2**-8)])
@@ -60,10 +71,15 @@ def test_expand_keeps_weights_and_metadata(tmp_path, kind, tolerance):
     before, after = gguf.GGUFReader(source), gguf.GGUFReader(result)
     for key, field in before.fields.items():
         if not key.startswith("GGUF.") and key != "general.file_type":
-            assert after.fields[key].contents() == field.contents() and after.fields[key].types == field.types, key
+            assert (
+                after.fields[key].contents() == field.contents()
+                and after.fields[key].types == field.types
+            ), key
     assert after.fields["general.file_type"].contents() == {"F32": 0, "F16": 1, "BF16": 32}[kind]
     assert {t.tensor_type.name for t in after.tensors if len(t.shape) > 1} == {kind}
-    assert next(t for t in after.tensors if t.name == "output_norm.weight").tensor_type.name == "F32"
+    assert (
+        next(t for t in after.tensors if t.name == "output_norm.weight").tensor_type.name == "F32"
+    )
     for name, values in weights(source).items():
         np.testing.assert_allclose(weights(result)[name], values, rtol=tolerance, atol=0)
     assert [p.name for p in result.parent.iterdir()] == ["out.gguf"]
@@ -78,9 +94,14 @@ def test_expand_goes_block_by_block(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
 def test_the_step_of_k_quants_is_their_grid(kind):
-    """gguf-py reads k-quants and does not write them: random blocks, with a scale of 0.5 for all of them."""
+    """gguf-py reads k-quants and does not write them: random blocks, with a scale of 0.5 for all of
+    them."""
     qtype = gguf.GGMLQuantizationType[kind]
-    raw = np.random.default_rng(1).integers(0, 256, (6, gguf.GGML_QUANT_SIZES[qtype][1])).astype(np.uint8)
+    raw = (
+        np.random.default_rng(1)
+        .integers(0, 256, (6, gguf.GGML_QUANT_SIZES[qtype][1]))
+        .astype(np.uint8)
+    )
     half = np.array([0.5], np.float16).view(np.uint8)
     if kind == "Q6_K":
         raw[:, -2:] = half
@@ -103,14 +124,21 @@ def test_noise_is_one_step_wide(tmp_path, kind):
     result = make_reference(source, tmp_path / "out.gguf", seed=3, progress=False)
     step = module._steps(gguf.GGUFReader(source).tensors[0], 0, 6)
     gaps = np.diff(np.sort(weights(source)[name][0, :32])) / step[0, 0]
-    np.testing.assert_allclose(gaps, np.round(gaps), atol=2e-3)  # the step is the grid that the weights lie on
+    np.testing.assert_allclose(
+        gaps, np.round(gaps), atol=2e-3
+    )  # the step is the grid that the weights lie on
     share = (weights(result)[name] - weights(source)[name]) / step
     assert np.abs(share).max() <= 0.5001 and share.std() == pytest.approx(1 / np.sqrt(12), rel=0.15)
-    np.testing.assert_array_equal(weights(result)["output_norm.weight"], weights(source)["output_norm.weight"])
+    np.testing.assert_array_equal(
+        weights(result)["output_norm.weight"], weights(source)["output_norm.weight"]
+    )
     assert gguf.GGUFReader(result).fields["general.name"].contents().endswith("not the original")
     again = make_reference(source, tmp_path / "again.gguf", seed=3, progress=False)
     other = make_reference(source, tmp_path / "other.gguf", seed=4, progress=False)
-    assert again.read_bytes() == result.read_bytes() and (weights(other)[name] != weights(result)[name]).any()
+    assert (
+        again.read_bytes() == result.read_bytes()
+        and (weights(other)[name] != weights(result)[name]).any()
+    )
 
 
 def test_what_cannot_be_expanded(tmp_path):
@@ -135,25 +163,34 @@ def test_what_cannot_be_expanded(tmp_path):
 
 def test_a_full_disk_is_seen_beforehand(tmp_path, monkeypatch):
     source = write(tmp_path / "in.gguf", KINDS)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    )
     with pytest.raises(QuantizeError, match="0.00 GB free"):
         expand(source, tmp_path / "out.gguf", progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["in.gguf"]
 
 
 def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path):
-    """A file size limit stands in for the full disk: writing fails half way, in a process of its own."""
+    """A file size limit stands in for the full disk: writing fails half way, in a process of its
+    own."""
     source = write(tmp_path / "in.gguf", ["Q8_0"] * 40, width=4096)
     script = (
         "import resource, signal, sys\n"
-        "from llamatelemetry.expand import QuantizeError, expand\n"
+        "from llamatelemetry.files.expand import QuantizeError, expand\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
         "try:\n    expand(sys.argv[1], sys.argv[2], progress=False)\n"
         "except QuantizeError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, source, tmp_path / "out.gguf"], capture_output=True, text=True)
-    assert "Could not write" in done.stdout and "Nothing was left behind" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script, source, tmp_path / "out.gguf"],
+        capture_output=True,
+        text=True,
+    )
+    assert "Could not write" in done.stdout and "Nothing was left behind" in done.stdout, (
+        done.stderr
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["in.gguf"]
 
 
@@ -173,12 +210,22 @@ def test_an_unknown_type_is_said(type, tmp_path):
 
 def test_fallbacks_are_named(tmp_path):
     narrow = write(
-        tmp_path / "narrow.gguf", ["Q5_0", "Q8_0", "F32"], width=96, file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M
+        tmp_path / "narrow.gguf",
+        ["Q5_0", "Q8_0", "F32"],
+        width=96,
+        file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M,
     )
     table = fallbacks(narrow)
-    assert table[["type", "instead_of", "row_width"]].values.tolist() == [["Q5_0", "Q4_K", 96], ["Q8_0", "Q6_K", 96]]
-    wide = write(tmp_path / "wide.gguf", ["Q5_0"], width=256, file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M)
-    plain = write(tmp_path / "plain.gguf", ["Q8_0"], width=96, file_type=gguf.LlamaFileType.MOSTLY_Q8_0)
+    assert table[["type", "instead_of", "row_width"]].values.tolist() == [
+        ["Q5_0", "Q4_K", 96],
+        ["Q8_0", "Q6_K", 96],
+    ]
+    wide = write(
+        tmp_path / "wide.gguf", ["Q5_0"], width=256, file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M
+    )
+    plain = write(
+        tmp_path / "plain.gguf", ["Q8_0"], width=96, file_type=gguf.LlamaFileType.MOSTLY_Q8_0
+    )
     assert len(fallbacks(wide)) == len(fallbacks(plain)) == 0
 
 
@@ -195,7 +242,10 @@ def test_llama_quantize(smollm2, tmp_path):
     assert len(fallbacks(files["Q4_K_M"])) == 181 and len(fallbacks(files["Q8_0"])) == 0
     assert (fallbacks(files["Q4_K_M"])["type"] == "Q5_0").sum() == 166
     before = files["Q8_0"].stat().st_mtime_ns
-    assert quantizations(reference, ["Q8_0"], tmp_path, progress=False)["Q8_0"].stat().st_mtime_ns == before
+    assert (
+        quantizations(reference, ["Q8_0"], tmp_path, progress=False)["Q8_0"].stat().st_mtime_ns
+        == before
+    )
     mixed = quantize(
         reference,
         tmp_path / "mixed.gguf",
@@ -216,18 +266,25 @@ def test_llama_quantize(smollm2, tmp_path):
 
 @pytest.mark.slow
 def test_importance_matrix(smollm2, tmp_path):
-    made = imatrix(smollm2, load_text()[:4000], tmp_path / "imatrix.gguf", n_ctx=128, chunks=2, progress=False)
+    made = imatrix(
+        smollm2, load_text()[:4000], tmp_path / "imatrix.gguf", n_ctx=128, chunks=2, progress=False
+    )
     names = {t.name for t in gguf.GGUFReader(made).tensors}
     assert any("blk.0.attn_q.weight" in name for name in names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain = quantize(smollm2, tmp_path / "plain.gguf", "Q4_0", progress=False)
         weighed = quantize(smollm2, tmp_path / "weighed.gguf", "Q4_0", imatrix=made, progress=False)
-    assert plain.stat().st_size < weighed.stat().st_size + 10_000 and plain.read_bytes() != weighed.read_bytes()
+    assert (
+        plain.stat().st_size < weighed.stat().st_size + 10_000
+        and plain.read_bytes() != weighed.read_bytes()
+    )
     with pytest.raises(QuantizeError, match="at least"):
         imatrix(smollm2, "Call me Ishmael.", tmp_path / "short.gguf", progress=False)
     with pytest.raises(ModelNotFoundError, match="imatrix"):
-        quantize(smollm2, tmp_path / "no.gguf", "Q4_0", imatrix=tmp_path / "none.gguf", progress=False)
+        quantize(
+            smollm2, tmp_path / "no.gguf", "Q4_0", imatrix=tmp_path / "none.gguf", progress=False
+        )
     assert not (tmp_path / "short.gguf").exists()
 
 
@@ -244,7 +301,10 @@ def test_a_type_that_the_gguf_package_lacks_is_the_engines(tiny, tmp_path):
     file = GGUFFile(made)
     row = file.tensors.loc["blk.0.attn_q.weight"]
     assert row["type"] == "Q2_0" and row["bits_per_weight"] == 2.25 and row["shape"] == (256, 256)
-    original, read = GGUFFile(tiny).tensor("blk.0.attn_q.weight"), file.tensor("blk.0.attn_q.weight")
+    original, read = (
+        GGUFFile(tiny).tensor("blk.0.attn_q.weight"),
+        file.tensor("blk.0.attn_q.weight"),
+    )
     assert np.corrcoef(original.ravel(), read.ravel())[0, 1] > 0.7
     blocks = read.reshape(-1, 64)
     assert max(len(np.unique(block)) for block in blocks) <= 4  # two bits
@@ -275,13 +335,17 @@ def test_a_quantization_is_used_again_where_it_was_made_from_this_reference(tiny
 def test_a_type_that_nobody_knows_is_read_as_far_as_it_can_be(tiny, tmp_path):
     raw, name = tiny.read_bytes(), b"blk.0.attn_q.weight"
     at = raw.index(name) + len(name)
-    assert raw[at : at + 4] == b"\x02\0\0\0" and raw[at + 20 : at + 24] == b"\0" * 4  # two dims, then the type: F32
+    assert (
+        raw[at : at + 4] == b"\x02\0\0\0" and raw[at + 20 : at + 24] == b"\0" * 4
+    )  # two dims, then the type: F32
     strange = tmp_path / "strange.gguf"
     strange.write_bytes(raw[: at + 20] + b"\x63\0\0\0" + raw[at + 24 :])
     file = GGUFFile(strange)
     row = file.tensors.loc["blk.0.attn_q.weight"]
     assert (row["type"], row["shape"], row["size_bytes"]) == ("type 99", (256, 256), 4 * 256 * 256)
-    np.testing.assert_array_equal(file.tensor("blk.0.attn_k.weight"), GGUFFile(tiny).tensor("blk.0.attn_k.weight"))
+    np.testing.assert_array_equal(
+        file.tensor("blk.0.attn_k.weight"), GGUFFile(tiny).tensor("blk.0.attn_k.weight")
+    )
     with pytest.raises(ModelLoadError, match="blk.0.attn_q.weight is type 99, which neither"):
         file.tensor("blk.0.attn_q.weight")
     with pytest.raises(ModelLoadError, match="type 99"):
@@ -293,29 +357,40 @@ def test_a_type_that_nobody_knows_is_read_as_far_as_it_can_be(tiny, tmp_path):
         GGUFFile(strange)
 
 
-@pytest.mark.parametrize("number", [2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 18, 19, 20, 21, 22, 23, 29, 34, 35, 39])
+@pytest.mark.parametrize(
+    "number", [2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 18, 19, 20, 21, 22, 23, 29, 34, 35, 39]
+)
 def test_the_engine_reads_blocks_as_the_gguf_package_does(number, monkeypatch):
     pytest.importorskip("llama_cpp")
 
     def refuse(*_):
         raise NotImplementedError
 
-    kind = ggml_types.tensor_type(number)
+    kind = types.tensor_type(number)
     raw = np.random.default_rng(number).integers(0, 100, (4, 2 * kind.size)).astype(np.uint8)
-    ours = ggml_types.dequantize(raw, kind)
+    ours = types.dequantize(raw, kind)
     assert ours.shape == (4, 2 * kind.block)
-    monkeypatch.setattr(ggml_types.quants, "dequantize", refuse)
-    np.testing.assert_array_equal(ggml_types.dequantize(raw, kind), ours)
+    monkeypatch.setattr(types.quants, "dequantize", refuse)
+    np.testing.assert_array_equal(types.dequantize(raw, kind), ours)
 
 
 def test_all_parts_of_a_split_model_are_expanded(tiny, tmp_path):
-    split = [tool("llama-gguf-split"), "--split", "--split-max-tensors", "12", tiny, tmp_path / "part"]
+    split = [
+        tool("llama-gguf-split"),
+        "--split",
+        "--split-max-tensors",
+        "12",
+        tiny,
+        tmp_path / "part",
+    ]
     subprocess.run(split, check=True, capture_output=True)
     first, *others = sorted(tmp_path.glob("part-*"))
     assert len(others) == 2
     whole = expand(first, tmp_path / "whole.gguf", progress=False)
     expected, found = weights(tiny), weights(whole)
-    assert expected.keys() == found.keys() and not [key for key in GGUFFile(whole).metadata if key.startswith("split.")]
+    assert expected.keys() == found.keys() and not [
+        key for key in GGUFFile(whole).metadata if key.startswith("split.")
+    ]
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values)
     for part in (first, *others):
@@ -331,7 +406,10 @@ def test_an_importance_matrix_says_what_it_fits(tiny, tmp_path):
         quantize(tiny, tmp_path / "q.gguf", "Q4_K_M", imatrix=own, progress=False)
     other = tiny_model("gpt2", tmp_path, n_embd=256, n_ff=256, head_dim=64)
     foreign = imatrix(other, text, tmp_path / "foreign.gguf", n_ctx=64, chunks=3, progress=False)
-    with pytest.warns(UserWarning, match=r"12 entries: 9 of the 21 matrices .* blk.0.attn_k.weight.* blk.0.attn_qkv"):
+    with pytest.warns(
+        UserWarning,
+        match=r"12 entries: 9 of the 21 matrices .* blk.0.attn_k.weight.* blk.0.attn_qkv",
+    ):
         quantize(tiny, tmp_path / "q.gguf", "Q4_K_M", imatrix=foreign, progress=False)
     deeper = tiny_model("llama", tmp_path, seed=5, n_embd=256, n_ff=256, head_dim=64, n_layer=4)
     with pytest.warns(UserWarning, match=r"21 entries: 21 of the 28 matrices"):
@@ -347,7 +425,9 @@ def test_an_importance_matrix_says_what_it_fits(tiny, tmp_path):
 
 
 def test_the_former_format_of_importance_matrices(tmp_path):
-    entry = struct.pack("<i", 3) + b"a.b" + struct.pack("<2i", 7, 2) + np.ones(2, np.float32).tobytes()
+    entry = (
+        struct.pack("<i", 3) + b"a.b" + struct.pack("<2i", 7, 2) + np.ones(2, np.float32).tobytes()
+    )
     old = tmp_path / "old.dat"
     old.write_bytes(struct.pack("<i", 1) + entry + struct.pack("<i", 7))
     assert importance.entries(old) == {"a.b": 2}

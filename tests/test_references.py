@@ -1,10 +1,11 @@
-"""Captures against Hugging Face transformers (tests/references), and against what each stage must be given the others.
+"""Captures against Hugging Face transformers (tests/references), and against what each stage must
+be given the others.
 
-Tiny models are F32 and run on the CPU: agreement is to 1e-4 absolute. llama.cpp's CPU kernel takes GELU from a table
-in half precision. The references follow it, and still one unit takes the table's next step wherever two float32 sums
-differ in their last bits: one step moves the stream by up to 3e-4 (the same network in float64: 2e-4), so that is the
-bound for those families. Attention is within 1e-4 in all of them.
-"""
+Tiny models are F32 and run on the CPU: agreement is to 1e-4 absolute. llama.cpp's CPU kernel takes
+GELU from a table in half precision. The references follow it, and still one unit takes the table's
+next step wherever two float32 sums differ in their last bits: one step moves the stream by up to
+3e-4 (the same network in float64: 2e-4), so that is the bound for those families. Attention is
+within 1e-4 in all of them."""
 
 import ctypes
 import hashlib
@@ -22,46 +23,97 @@ pytest.importorskip("llama_cpp", reason="the engine is not built: llamatelemetry
 
 REFERENCES = Path(__file__).parent / "references"
 ATOL = 1e-4
-STAGES = ("attn_norm", "ffn_norm", "q", "k", "v", "q_pre", "k_pre", "scores", "attention", "attn_heads", "attn_out",
-          "ffn_out", "hidden", "final_norm", "logits")  # fmt: skip
-NOT_THERE = {"gpt2": {"q_pre", "k_pre"}, "bloom": {"q_pre", "k_pre"}}  # no rotation: q and k are all there is
+STAGES = (
+    "attn_norm",
+    "ffn_norm",
+    "q",
+    "k",
+    "v",
+    "q_pre",
+    "k_pre",
+    "scores",
+    "attention",
+    "attn_heads",
+    "attn_out",
+    "ffn_out",
+    "hidden",
+    "final_norm",
+    "logits",
+)
+NOT_THERE = {
+    "gpt2": {"q_pre", "k_pre"},
+    "bloom": {"q_pre", "k_pre"},
+}  # no rotation: q and k are all there is
 PRESCALED = ("gemma2", "gemma3", "phi3")  # these graphs divide the query by sqrt(d), not the scores
 DIMS = {
-    "attn_norm": "layer token embd", "ffn_norm": "layer token embd", "q": "layer head token feature",
-    "k": "layer kv_head token feature", "v": "layer kv_head token feature", "q_pre": "layer head token feature",
-    "k_pre": "layer kv_head token feature", "scores": "layer head query key", "attention": "layer head query key",
-    "attn_heads": "layer head token feature", "attn_out": "layer token embd", "ffn_out": "layer token embd",
-    "hidden": "layer token embd", "final_norm": "token embd", "logits": "token vocab",
-}  # fmt: skip
+    "attn_norm": "layer token embd",
+    "ffn_norm": "layer token embd",
+    "q": "layer head token feature",
+    "k": "layer kv_head token feature",
+    "v": "layer kv_head token feature",
+    "q_pre": "layer head token feature",
+    "k_pre": "layer kv_head token feature",
+    "scores": "layer head query key",
+    "attention": "layer head query key",
+    "attn_heads": "layer head token feature",
+    "attn_out": "layer token embd",
+    "ffn_out": "layer token embd",
+    "hidden": "layer token embd",
+    "final_norm": "token embd",
+    "logits": "token vocab",
+}
 
 
-SUITE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")  # the families of the suite's own models
+SUITE = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3",
+)  # the families of the suite's own models
 
 
-@pytest.fixture(scope="module", params=[
-    pytest.param(name, marks=() if name in SUITE else pytest.mark.slow) for name in FAMILIES])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in SUITE else pytest.mark.slow) for name in FAMILIES
+    ],
+)
 def tiny(request, tmp_path_factory):
     """One architecture: engine, capture of all stages, reference arrays, sizes."""
     architecture = request.param
     path = tiny_model(architecture, tmp_path_factory.mktemp(architecture))
     reference = np.load(REFERENCES / f"{architecture}.npz")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == str(reference["sha256"]), (
-        "tiny_model() writes another file than the references were made from: run tests/references/make_references.py")
-    size = {"n_layer": 3, "n_kv_head": 2, "head_dim": 16, "conv_layers": ()} | FAMILIES[architecture]
+        "tiny_model() writes another file than the references were made from: run tests/references/make_references.py"
+    )
+    size = {"n_layer": 3, "n_kv_head": 2, "head_dim": 16, "conv_layers": ()} | FAMILIES[
+        architecture
+    ]
     attention_layers = [i for i in range(size["n_layer"]) if i not in size["conv_layers"]]
     with InferenceEngine() as engine:
         engine.load_model(path, gpu_layers=0, auto_start=False, silent=True)
         stages = [stage for stage in STAGES if stage not in NOT_THERE.get(architecture, ())]
         cap = engine.capture(IDS, stages=stages)
-        yield SimpleNamespace(architecture=architecture, path=path, engine=engine, cap=cap, reference=reference,
-                              attention_layers=attention_layers, atol=3 * ATOL if size.get("gelu") else ATOL, **size)
+        yield SimpleNamespace(
+            architecture=architecture,
+            path=path,
+            engine=engine,
+            cap=cap,
+            reference=reference,
+            attention_layers=attention_layers,
+            atol=3 * ATOL if size.get("gelu") else ATOL,
+            **size,
+        )
 
 
 def close(actual, desired, atol=ATOL):
     np.testing.assert_allclose(np.asarray(actual), desired, rtol=0, atol=atol)
 
 
-# ---- transformers ---------------------------------------------------------------------------------------------------
+# ---- transformers
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["attention", "hidden", "attn_out", "final_norm", "logits"])
@@ -71,22 +123,29 @@ def test_equals_transformers(tiny, stage):
 
 def test_ffn_out_equals_transformers(tiny):
     hidden = tiny.reference["hidden"]
-    close(tiny.cap.ffn_out, hidden[1:] - hidden[:-1] - tiny.reference["attn_out"], atol=2 * tiny.atol)
+    close(
+        tiny.cap.ffn_out, hidden[1:] - hidden[:-1] - tiny.reference["attn_out"], atol=2 * tiny.atol
+    )
 
 
 def test_ablated_head_equals_zeroed_slice_before_o_proj(tiny):
-    logits = tiny.engine.capture(IDS, stages=("logits",), edits=[ablate_head(layer=1, head=2)]).logits
+    logits = tiny.engine.capture(
+        IDS, stages=("logits",), edits=[ablate_head(layer=1, head=2)]
+    ).logits
     close(logits[-8:], tiny.reference["no_head"], tiny.atol)
     assert np.abs(tiny.reference["no_head"] - tiny.reference["logits"][-8:]).max() > 100 * ATOL
 
 
 def test_ablated_ffn_equals_zeroed_mlp(tiny):
-    logits = tiny.engine.capture(IDS, stages=("logits",), edits=ablate_layer(layer=1, part="ffn")).logits
+    logits = tiny.engine.capture(
+        IDS, stages=("logits",), edits=ablate_layer(layer=1, part="ffn")
+    ).logits
     close(logits[-8:], tiny.reference["no_ffn"], tiny.atol)
     assert np.abs(tiny.reference["no_ffn"] - tiny.reference["logits"][-8:]).max() > 100 * ATOL
 
 
-# ---- shapes ---------------------------------------------------------------------------------------------------------
+# ---- shapes
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -96,13 +155,22 @@ def test_dims_and_shape(tiny, stage):
             tiny.engine.capture(IDS, stages=(stage,))
         return
     n = len(IDS)
-    sizes = {"head": 4, "kv_head": tiny.n_kv_head, "token": n, "query": n, "key": n, "feature": tiny.head_dim,
-             "embd": 64, "vocab": 320}
+    sizes = {
+        "head": 4,
+        "kv_head": tiny.n_kv_head,
+        "token": n,
+        "query": n,
+        "key": n,
+        "feature": tiny.head_dim,
+        "embd": 64,
+        "vocab": 320,
+    }
     array = tiny.cap[stage]
     assert array.dims == tuple(DIMS[stage].split())
     assert array.dtype == np.float32
     assert {dim: size for dim, size in array.sizes.items() if dim != "layer"} == {
-        dim: sizes[dim] for dim in array.dims if dim != "layer"}
+        dim: sizes[dim] for dim in array.dims if dim != "layer"
+    }
     if "layer" in array.dims:
         by_head = {"head", "kv_head"} & set(array.dims)
         layers = tiny.attention_layers if by_head else range(tiny.n_layer + (stage == "hidden"))
@@ -116,7 +184,12 @@ def test_tokens_and_model_facts(tiny):
     assert not tiny.cap.tokens["generated"].any()
     model = tiny.cap.model
     assert (model.architecture, model.n_layer) == (tiny.architecture, tiny.n_layer)
-    assert (model.n_embd, model.n_vocab, model.n_head, model.n_kv_head) == (64, 320, 4, tiny.n_kv_head)
+    assert (model.n_embd, model.n_vocab, model.n_head, model.n_kv_head) == (
+        64,
+        320,
+        4,
+        tiny.n_kv_head,
+    )
 
 
 def test_layers_without_attention_are_named(tiny):
@@ -125,12 +198,15 @@ def test_layers_without_attention_are_named(tiny):
     assert all(kinds[i] == "recurrent" for i in tiny.conv_layers)
 
 
-# ---- what the stages are to one another -----------------------------------------------------------------------------
+# ---- what the stages are to one another
+# -----------------------------------------------------------------------------
 
 
 def test_residual_stream_adds_up(tiny):
     cap = tiny.cap
-    close(cap.hidden[1:], cap.hidden.values[:-1] + cap.attn_out.values + cap.ffn_out.values, atol=1e-5)
+    close(
+        cap.hidden[1:], cap.hidden.values[:-1] + cap.attn_out.values + cap.ffn_out.values, atol=1e-5
+    )
 
 
 def test_attention_is_causal_and_within_the_window(tiny):
@@ -140,7 +216,9 @@ def test_attention_is_causal_and_within_the_window(tiny):
         seen = visible(tiny.architecture, layer)
         assert (attention.sel(layer=layer).values[:, ~seen] == 0).all()
         assert (attention.sel(layer=layer).values[:, seen] > 0).all()
-        assert tiny.cap.layers["sliding"][layer] == (not seen.all(where=np.tri(len(IDS), dtype=bool)))
+        assert tiny.cap.layers["sliding"][layer] == (
+            not seen.all(where=np.tri(len(IDS), dtype=bool))
+        )
 
 
 def test_rows_of_attention_sum_to_one(tiny):
@@ -169,7 +247,9 @@ def test_attention_is_the_softmax_of_its_scores(tiny):
             scores = np.tanh(scores / facts["softcap"]) * facts["softcap"]
         else:
             scores = scores * facts["scale"]
-        if tiny.architecture == "bloom":  # ALiBi (Press et al. 2022), slopes 2^-2, 2^-4, 2^-6, 2^-8 for four heads
+        if (
+            tiny.architecture == "bloom"
+        ):  # ALiBi (Press et al. 2022), slopes 2^-2, 2^-4, 2^-6, 2^-8 for four heads
             position = np.arange(len(IDS))
             scores -= 2.0 ** -np.array([2, 4, 6, 8])[:, None, None] * (position[:, None] - position)
         weights = np.where(visible(tiny.architecture, layer), np.exp(scores), 0)
@@ -181,7 +261,11 @@ def test_attention_is_the_softmax_of_its_scores(tiny):
 
 def test_heads_are_attention_times_values(tiny):
     attention, v = tiny.cap.attention.values, tiny.cap.v.values
-    close(tiny.cap.attn_heads, attention @ np.repeat(v, attention.shape[1] // v.shape[1], axis=1), atol=1e-5)
+    close(
+        tiny.cap.attn_heads,
+        attention @ np.repeat(v, attention.shape[1] // v.shape[1], axis=1),
+        atol=1e-5,
+    )
 
 
 def test_attention_output_is_the_projection_of_the_heads(tiny):
@@ -208,8 +292,11 @@ def test_queries_and_keys_are_rotated(tiny):
         angle = np.arange(len(IDS))[:, None] * frequency  # (token, pair)
         for name in "qk":
             before = tiny.cap[f"{name}_pre"].sel(layer=layer).values
-            pairs = np.stack([before[..., 0:width:2], before[..., 1:width:2]]) if tiny.architecture == "llama" else (
-                np.stack([before[..., :width // 2], before[..., width // 2:width]]))
+            pairs = (
+                np.stack([before[..., 0:width:2], before[..., 1:width:2]])
+                if tiny.architecture == "llama"
+                else (np.stack([before[..., : width // 2], before[..., width // 2 : width]]))
+            )
             first = pairs[0] * np.cos(angle) - pairs[1] * np.sin(angle)
             second = pairs[0] * np.sin(angle) + pairs[1] * np.cos(angle)
             axis = -1 if tiny.architecture == "llama" else -2
@@ -244,9 +331,12 @@ def test_normalized_inputs_are_norms_of_the_stream(tiny):
         entering = tiny.cap.hidden.sel(layer=layer).values
         between = entering + tiny.cap.attn_out.sel(layer=layer).values
         ffn = {"gpt-oss": ("post_attention_norm", between), "falcon": ("attn_norm", entering)}.get(
-            tiny.architecture, ("ffn_norm", between))
+            tiny.architecture, ("ffn_norm", between)
+        )
         for stage, (name, x) in (("attn_norm", ("attn_norm", entering)), ("ffn_norm", ffn)):
-            weight, bias = (tensor(tiny.path, f"blk.{layer}.{name}.{part}") for part in ("weight", "bias"))
+            weight, bias = (
+                tensor(tiny.path, f"blk.{layer}.{name}.{part}") for part in ("weight", "bias")
+            )
             if bias is not None:
                 x = x - x.mean(-1, keepdims=True)
             x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5) * weight
@@ -254,25 +344,40 @@ def test_normalized_inputs_are_norms_of_the_stream(tiny):
 
 
 def test_queries_keys_and_values_are_projections_of_the_normalized_input(tiny):
-    widths = {"q": 4 * tiny.head_dim, "k": tiny.n_kv_head * tiny.head_dim, "v": tiny.n_kv_head * tiny.head_dim}
+    widths = {
+        "q": 4 * tiny.head_dim,
+        "k": tiny.n_kv_head * tiny.head_dim,
+        "v": tiny.n_kv_head * tiny.head_dim,
+    }
     before = "" if tiny.architecture in NOT_THERE else "_pre"
     for layer in tiny.attention_layers:
         x = tiny.cap.attn_norm.sel(layer=layer).values
-        fused, start = [tensor(tiny.path, f"blk.{layer}.attn_qkv.{part}") for part in ("weight", "bias")], 0
+        fused, start = (
+            [tensor(tiny.path, f"blk.{layer}.attn_qkv.{part}") for part in ("weight", "bias")],
+            0,
+        )
         for name, width in widths.items():
             if fused[0] is not None:
-                weight, bias = (t if t is None else t[start:start + width] for t in fused)
+                weight, bias = (t if t is None else t[start : start + width] for t in fused)
             else:
-                weight, bias = (tensor(tiny.path, f"blk.{layer}.attn_{name}.{part}") for part in ("weight", "bias"))
+                weight, bias = (
+                    tensor(tiny.path, f"blk.{layer}.attn_{name}.{part}")
+                    for part in ("weight", "bias")
+                )
             start += width
-            out = (x @ weight.T + (0 if bias is None else bias)).reshape(len(IDS), -1, tiny.head_dim).swapaxes(0, 1)
+            out = (
+                (x @ weight.T + (0 if bias is None else bias))
+                .reshape(len(IDS), -1, tiny.head_dim)
+                .swapaxes(0, 1)
+            )
             norm = tensor(tiny.path, f"blk.{layer}.attn_{name}_norm.weight")
             if norm is not None:
                 out = out / np.sqrt(np.square(out).mean(-1, keepdims=True) + 1e-5) * norm
             close(tiny.cap["v" if name == "v" else name + before].sel(layer=layer), out, atol=2e-5)
 
 
-# ---- capturing changes nothing --------------------------------------------------------------------------------------
+# ---- capturing changes nothing
+# --------------------------------------------------------------------------------------
 
 
 def test_logits_are_those_of_a_plain_decode_to_the_bit(tiny):
@@ -292,14 +397,15 @@ def test_another_token_changes_only_what_comes_after(tiny):
     assert (np.abs(hidden - tiny.cap.hidden.values)[-1, 10:].max(-1) > ATOL).all()
 
 
-# ---- real files -----------------------------------------------------------------------------------------------------
+# ---- real files
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["smollm2", "gemma-3-270m"])
 def real(request, tmp_path_factory):
     """A real model in its own file and expanded to F32, captured, beside the reference."""
     from llamatelemetry import ModelNotFoundError, resolve_model
-    from llamatelemetry.expand import expand
+    from llamatelemetry.files.expand import expand
 
     name = {"smollm2": "smollm2-135m-Q4_1", "gemma-3-270m": "gemma-3-270m-Q4_K_M"}[request.param]
     try:
@@ -308,19 +414,27 @@ def real(request, tmp_path_factory):
         pytest.skip(str(error))
     reference = np.load(REFERENCES / f"{request.param}.npz")
     ids, layers, heads = (reference[key].tolist() for key in ("ids", "layers", "heads"))
-    expanded = expand(path, tmp_path_factory.mktemp("expanded") / f"{request.param}-F32.gguf", progress=False)
+    expanded = expand(
+        path, tmp_path_factory.mktemp("expanded") / f"{request.param}-F32.gguf", progress=False
+    )
     captures = {}
     for kind, file in (("quantized", path), ("expanded", expanded)):
         with InferenceEngine() as engine:
             engine.load_model(file, auto_start=False, silent=True)
-            captures[kind] = engine.capture(ids, stages=("attention", "hidden", "attn_out", "final_norm", "logits"))
+            captures[kind] = engine.capture(
+                ids, stages=("attention", "hidden", "attn_out", "final_norm", "logits")
+            )
             captures[f"{kind} no head"] = engine.capture(
-                ids, stages=("logits",), edits=[ablate_head(layer=layers[1], head=heads[1])])
+                ids, stages=("logits",), edits=[ablate_head(layer=layers[1], head=heads[1])]
+            )
     expanded.unlink()
-    # Gemma's GELU comes from a half-precision table: two exact evaluations of the network with that table, in float32
-    # and in float64, are 0.017 apart in logits (of standard deviation 2.9). SmolLM2 has no table.
+    # Gemma's GELU comes from a half-precision table: two exact evaluations of the network with that
+    # table, in float32 and in float64, are 0.017 apart in logits (of standard deviation 2.9).
+    # SmolLM2 has no table.
     loose = request.param != "smollm2"
-    yield SimpleNamespace(reference=reference, layers=layers, heads=heads, captures=captures, loose=loose)
+    yield SimpleNamespace(
+        reference=reference, layers=layers, heads=heads, captures=captures, loose=loose
+    )
 
 
 @pytest.mark.slow
@@ -330,13 +444,17 @@ def test_real_model_expanded_equals_transformers(real):
     close(attention, reference["attention"], atol=1e-3 if real.loose else 5e-6)
     norms = np.linalg.norm(cap.hidden.values, axis=-1)
     np.testing.assert_allclose(norms, reference["hidden_norm"], rtol=2e-3 if real.loose else 2e-6)
-    rows = cap.hidden.values[np.ix_([0, *(layer + 1 for layer in real.layers)], reference["hidden_tokens"])]
+    rows = cap.hidden.values[
+        np.ix_([0, *(layer + 1 for layer in real.layers)], reference["hidden_tokens"])
+    ]
     size = np.linalg.norm(reference["hidden"], axis=-1)
     relative = np.linalg.norm(rows - reference["hidden"], axis=-1) / size  # of each row
     assert relative.max() < (5e-3 if real.loose else 5e-6)
     top = np.take_along_axis(cap.logits.values, reference["top_id"], -1)
     close(top, reference["top_logit"], atol=0.05 if real.loose else 5e-5)
-    no_head = np.take_along_axis(real.captures["expanded no head"].logits.values, reference["top_id"], -1)
+    no_head = np.take_along_axis(
+        real.captures["expanded no head"].logits.values, reference["top_id"], -1
+    )
     close(no_head, reference["no_head_logits"], atol=0.05 if real.loose else 1e-4)
 
 
@@ -345,20 +463,26 @@ def test_real_model_quantized_is_near_its_dequantized_self(real):
     """The kernels quantize activations too: near, and not equal."""
     cap, reference = real.captures["quantized"], real.reference
     attention = cap.attention.sel(layer=real.layers, head=real.heads).values
-    assert np.corrcoef(attention.ravel(), reference["attention"].ravel())[0, 1] > (0.99 if real.loose else 0.999)
+    assert np.corrcoef(attention.ravel(), reference["attention"].ravel())[0, 1] > (
+        0.99 if real.loose else 0.999
+    )
     assert np.abs(attention - reference["attention"]).max() > 1e-3
     top = np.take_along_axis(cap.logits.values, reference["top_id"], -1)
     assert np.corrcoef(top.ravel(), reference["top_logit"].ravel())[0, 1] > 0.98
 
 
-# ---- helpers --------------------------------------------------------------------------------------------------------
+# ---- helpers
+# --------------------------------------------------------------------------------------------------------
 
 
 def visible(architecture, layer):
-    """(query, key) mask of what a layer may see: causal, and within the window in sliding layers."""
+    """(query, key) mask of what a layer may see: causal, and within the window in sliding
+    layers."""
     n = len(IDS)
     seen = np.tri(n, dtype=bool)
-    sliding = {"gemma2": layer % 2 == 0, "gpt-oss": layer % 2 == 0, "gemma3": layer != 2}.get(architecture, False)
+    sliding = {"gemma2": layer % 2 == 0, "gpt-oss": layer % 2 == 0, "gemma3": layer != 2}.get(
+        architecture, False
+    )
     return seen & ~np.tri(n, k=-WINDOW, dtype=bool) if sliding else seen
 
 
@@ -375,7 +499,8 @@ def tensor(path, name):
 
 
 def plain_logits(path, ids):
-    """Logits of every token from llama.cpp alone: no callback, the cache in F32 as captures of F32 files have it."""
+    """Logits of every token from llama.cpp alone: no callback, the cache in F32 as captures of F32
+    files have it."""
     import llama_cpp as api
 
     api.llama_backend_init()

@@ -1,4 +1,5 @@
-"""The rehearsal of the T4's kernels, as far as it goes without a GPU: what it stores, when it stops, what it reads."""
+"""The rehearsal of the T4's kernels, as far as it goes without a GPU: what it stores, when it
+stops, what it reads."""
 
 import argparse
 import json
@@ -10,21 +11,35 @@ import common
 import pytest
 import rehearse_t4
 
-from llamatelemetry import gpus
+from llamatelemetry.gpus import devices
 
 
 @pytest.fixture
 def options(tmp_path):
-    return argparse.Namespace(work=tmp_path, deadline=time.monotonic() + 60, cores={0}, keep=100, sources=None, names=[],
-                              model=None, links=None, results=tmp_path / "t4.json")
+    return argparse.Namespace(
+        work=tmp_path,
+        deadline=time.monotonic() + 60,
+        cores={0},
+        keep=100,
+        sources=None,
+        names=[],
+        model=None,
+        links=None,
+        results=tmp_path / "t4.json",
+    )
 
 
 def test_a_row_takes_the_place_of_the_one_it_repeats_and_other_parts_stay(options, monkeypatch):
     for part, what, value in (("tests", "a", 1), ("wheel", "b", 2), ("tests", "a", 3)):
         rehearse_t4.store(part, {"what": what, "value": value}, options.results)
     rows = json.loads(options.results.read_text())["rows"]
-    assert rows == [{"part": "wheel", "what": "b", "value": 2}, {"part": "tests", "what": "a", "value": 3}]
-    monkeypatch.setattr(common, "_cpu", lambda: "another")  # figures of two machines never stand together
+    assert rows == [
+        {"part": "wheel", "what": "b", "value": 2},
+        {"part": "tests", "what": "a", "value": 3},
+    ]
+    monkeypatch.setattr(
+        common, "_cpu", lambda: "another"
+    )  # figures of two machines never stand together
     rehearse_t4.store("tests", {"what": "c"}, options.results)
     assert [row["what"] for row in json.loads(options.results.read_text())["rows"]] == ["c"]
     assert list(options.work.iterdir()) == [options.results]
@@ -35,20 +50,33 @@ def test_a_command_is_stopped_at_the_end_of_the_time_and_says_how_far_it_came(op
     code = "import time; print('began', flush=True)\ntry: time.sleep(60)\nfinally: print('ended its children')"
     options.deadline = time.monotonic() + 1
     status, seconds, tail = rehearse_t4.run([sys.executable, "-c", code], log, options)
-    assert status == "stopped" and seconds < 20 and "began" in tail and "ended its children" in log.read_text()
+    assert (
+        status == "stopped"
+        and seconds < 20
+        and "began" in tail
+        and "ended its children" in log.read_text()
+    )
     options.deadline += 60
     assert rehearse_t4.run([sys.executable, "-c", "raise SystemExit(3)"], log, options)[0] == 3
     row = rehearse_t4.failed(3, "one\ntwo", {"what": "x"})
-    assert row == {"what": "x", "failed": "3: one two"} and "failed" not in rehearse_t4.failed(0, "", {"what": "x"})
+    assert row == {"what": "x", "failed": "3: one two"} and "failed" not in rehearse_t4.failed(
+        0, "", {"what": "x"}
+    )
 
 
-@pytest.mark.parametrize("said, expected", [
-    ("CUDA : ARCHS = 750 | NO_VMM = 1 | USE_GRAPHS = 1 | CPU : SSE3 = 1 | AVX = 1 | ", True),
-    ("CUDA : ARCHS = 900 | CPU : SSE3 = 1 | ", False), ("CUDA : ARCHS = 750,900 | CPU : SSE3 = 1 | ", False),
-    ("CPU : SSE3 = 1 | ", False),
-])
+@pytest.mark.parametrize(
+    "said, expected",
+    [
+        ("CUDA : ARCHS = 750 | NO_VMM = 1 | USE_GRAPHS = 1 | CPU : SSE3 = 1 | AVX = 1 | ", True),
+        ("CUDA : ARCHS = 900 | CPU : SSE3 = 1 | ", False),
+        ("CUDA : ARCHS = 750,900 | CPU : SSE3 = 1 | ", False),
+        ("CPU : SSE3 = 1 | ", False),
+    ],
+)
 def test_nothing_is_measured_on_other_kernels(said, expected, options, monkeypatch):
-    monkeypatch.setattr(rehearse_t4.subprocess, "run", lambda *args, **kwargs: argparse.Namespace(stdout=said))
+    monkeypatch.setattr(
+        rehearse_t4.subprocess, "run", lambda *args, **kwargs: argparse.Namespace(stdout=said)
+    )
     if expected:
         rehearse_t4.needs_kernels()
     else:
@@ -57,24 +85,39 @@ def test_nothing_is_measured_on_other_kernels(said, expected, options, monkeypat
 
 
 def test_what_cannot_run_here_is_said(options, monkeypatch):
-    monkeypatch.setattr(gpus, "_nvml", lambda: None)
-    assert rehearse_t4.lacks("tests", options) == rehearse_t4.lacks("notebooks", options) == "no NVIDIA GPU"
+    monkeypatch.setattr(devices, "_nvml", lambda: None)
+    assert (
+        rehearse_t4.lacks("tests", options)
+        == rehearse_t4.lacks("notebooks", options)
+        == "no NVIDIA GPU"
+    )
     options.deadline = 0
     assert rehearse_t4.lacks("wheel", options) == "--until is over"
 
 
 def test_cores_and_what_cuobjdump_lists(monkeypatch):
-    assert rehearse_t4.cores_of("0-3") == {0, 1, 2, 3} and rehearse_t4.cores_of("1,4-5") == {1, 4, 5}
-    lists = {"--list-elf": "ELF file    1: tmp.1.sm_75.cubin\nELF file    2: tmp.2.sm_75.cubin\n",
-             "--list-ptx": "PTX file    1: tmp.1.sm_75.ptx\n"}
+    assert rehearse_t4.cores_of("0-3") == {0, 1, 2, 3} and rehearse_t4.cores_of("1,4-5") == {
+        1,
+        4,
+        5,
+    }
+    lists = {
+        "--list-elf": "ELF file    1: tmp.1.sm_75.cubin\nELF file    2: tmp.2.sm_75.cubin\n",
+        "--list-ptx": "PTX file    1: tmp.1.sm_75.ptx\n",
+    }
     monkeypatch.setattr(rehearse_t4.shutil, "which", lambda name: name)
-    monkeypatch.setattr(rehearse_t4.subprocess, "run",
-                        lambda command, **kwargs: argparse.Namespace(stdout=lists[command[1]]))
+    monkeypatch.setattr(
+        rehearse_t4.subprocess,
+        "run",
+        lambda command, **kwargs: argparse.Namespace(stdout=lists[command[1]]),
+    )
     assert rehearse_t4.code_in(Path("x.so")) == ["PTX sm_75", "code sm_75"]
 
 
 def test_memory_is_held_down_to_what_a_t4_has(monkeypatch, capsys):
-    """Two GPUs, one with something on it already; blocks above 30 GiB are refused, as fragmented memory refuses them."""
+    """Two GPUs, one with something on it already; blocks above 30 GiB are refused, as fragmented
+    memory refuses them."""
+
     class Cuda:
         free, now = [80000 << 20, 20000 << 20], 0
 

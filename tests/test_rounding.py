@@ -1,4 +1,5 @@
-"""What rounding activations is said to do, against products that round as llama.cpp's two kinds of kernel do."""
+"""What rounding activations is said to do, against products that round as llama.cpp's two kinds of
+kernel do."""
 
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ from bench_rounding_cause import AFTER, BEFORE, EXACT, product, weights
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
-from llamatelemetry.analysis.rounding import deviation
+from llamatelemetry.capture.rounding import deviation
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,9 @@ def test_a_step_of_k_quants_spans_256_on_a_cpu():
     x[0, 0] = 127
     one = deviation(x, np.eye(512), "Q6_K", gpu=True)[0] * np.sqrt(12)
     np.testing.assert_allclose(one, [1.0] * 256 + [1 / 127] * 256)
-    np.testing.assert_allclose(deviation(x, np.eye(512), "IQ4_NL", False)[0, [31, 32]] * np.sqrt(12), [1, 1 / 127])
+    np.testing.assert_allclose(
+        deviation(x, np.eye(512), "IQ4_NL", False)[0, [31, 32]] * np.sqrt(12), [1, 1 / 127]
+    )
 
 
 def test_a_k_quants_weight_of_code_zero_is_its_smallest_below_zero():
@@ -53,12 +56,16 @@ def test_a_k_quants_weight_of_code_zero_is_its_smallest_below_zero():
     weight[0, 32:64] = 2.0  # ... and 2 where no weight is below 0
     expected = np.sqrt((31 * 4.0**2 + 32 * 2.0**2) / 12)
     assert deviation(x, weight, "Q4_K", gpu=True)[0, 0] == pytest.approx(expected)
-    assert deviation(x, weight, "Q4_K", gpu=False)[0, 0] == pytest.approx(np.sqrt((31 * 9 + 1 + 32 * 4) / 12))
+    assert deviation(x, weight, "Q4_K", gpu=False)[0, 0] == pytest.approx(
+        np.sqrt((31 * 9 + 1 + 32 * 4) / 12)
+    )
 
 
 @pytest.mark.parametrize("kind, step", [("F16", 2.0**-11), ("BF16", 2.0**-8), ("F32", 2.0**-23)])
 def test_floats_round_relative_to_each_input(kind, step):
-    assert deviation([[2.0, 0.0]], [[3.0, 5.0]], kind, gpu=False)[0, 0] == pytest.approx(6 * step / np.sqrt(3))
+    assert deviation([[2.0, 0.0]], [[3.0, 5.0]], kind, gpu=False)[0, 0] == pytest.approx(
+        6 * step / np.sqrt(3)
+    )
 
 
 def test_a_gpu_keeps_ten_bits_of_both_factors_of_32_bit_floats():
@@ -67,6 +74,10 @@ def test_a_gpu_keeps_ten_bits_of_both_factors_of_32_bit_floats():
         return ((bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
 
     x, w = np.random.default_rng(0).normal(size=(2, 50, 400)).astype(np.float32)
-    off = tf32(x).astype(np.float64) @ tf32(w).T.astype(np.float64) - x.astype(np.float64) @ w.T.astype(np.float64)
+    off = tf32(x).astype(np.float64) @ tf32(w).T.astype(np.float64) - x.astype(
+        np.float64
+    ) @ w.T.astype(np.float64)
     ratio = (off / deviation(x, w, "F32", gpu=True)).std()
-    assert 0.6 < ratio < 1  # the step is an upper bound: it is relative to the power of two below each value
+    assert (
+        0.6 < ratio < 1
+    )  # the step is an upper bound: it is relative to the power of two below each value

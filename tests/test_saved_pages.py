@@ -1,16 +1,16 @@
-"""Figures of a saved notebook are drawn whatever renders it: Kaggle's nbconvert 6.4.5 and today's, with require.js, with the
-Plotly of Kaggle's image and with the one that is installed here."""
+"""Figures of a saved notebook are drawn whatever renders it: Kaggle's nbconvert 6.4.5 and today's,
+with require.js, with the Plotly of Kaggle's image and with the one that is installed here."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import kaggle_session
 import nbformat
 import pytest
-
-import kaggle_session
 import saved_pages
-from llamatelemetry.notebooks import run_notebook
+
+from llamatelemetry.tools.notebooks import run_notebook
 
 pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).parents[1]
@@ -32,7 +32,8 @@ def session(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def executed(session, tmp_path_factory):
-    """{"image": path, "here": path}: the small notebook, executed with Plotly 5.24.1 and with the Plotly of this Python."""
+    """{"image": path, "here": path}: the small notebook, executed with Plotly 5.24.1 and with the
+    Plotly of this Python."""
     path = tmp_path_factory.mktemp("small") / "small.ipynb"
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
@@ -42,21 +43,38 @@ def executed(session, tmp_path_factory):
 
 
 def export(python, template, path, out):
-    """The notebook as a page; also without its outputs, for what the template itself asks the network for."""
+    """The notebook as a page; also without its outputs, for what the template itself asks the
+    network for."""
     bare = nbformat.read(path, 4)
     for cell in bare.cells:
         cell.outputs = []
     nbformat.write(bare, out / "bare.ipynb")
     for notebook, name in ((path, "whole"), (out / "bare.ipynb", "bare")):
-        command = [python, "-m", "nbconvert", "--to", "html", "--template", template, "--output-dir", out, "--output", name]
+        command = [
+            python,
+            "-m",
+            "nbconvert",
+            "--to",
+            "html",
+            "--template",
+            template,
+            "--output-dir",
+            out,
+            "--output",
+            name,
+        ]
         done = subprocess.run([*map(str, command), str(notebook)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     return out / "whole.html", out / "bare.html"
 
 
 @pytest.mark.parametrize("plotly", ["image", "here"])
-@pytest.mark.parametrize("nbconvert, template", [("image", "classic"), ("here", "classic"), ("here", "lab")])
-def test_every_figure_is_drawn(session, executed, browser, page, tmp_path, plotly, nbconvert, template):
+@pytest.mark.parametrize(
+    "nbconvert, template", [("image", "classic"), ("here", "classic"), ("here", "lab")]
+)
+def test_every_figure_is_drawn(
+    session, executed, browser, page, tmp_path, plotly, nbconvert, template
+):
     python = kaggle_session.image() if nbconvert == "image" else sys.executable
     whole, bare = export(python, template, executed[plotly], tmp_path)
     assert saved_pages.figures(nbformat.read(executed[plotly], 4)) == 4
@@ -64,24 +82,44 @@ def test_every_figure_is_drawn(session, executed, browser, page, tmp_path, plotl
     assert found == [True] * 4
     assert any("require" in address for address in asked)
     other = browser.new_page()
-    assert set(asked) <= set(saved_pages.drawn(other, bare, session.require_js)[1]), "an output asks the network"
+    assert set(asked) <= set(saved_pages.drawn(other, bare, session.require_js)[1]), (
+        "an output asks the network"
+    )
     other.close()
 
 
-def test_a_figure_waits_for_a_script_that_comes_later_and_a_blank_one_is_seen(session, executed, page, tmp_path):
-    """An application may add outputs from the end; without the script nothing is drawn, and the check above says so."""
+def test_a_figure_waits_for_a_script_that_comes_later_and_a_blank_one_is_seen(
+    session, executed, page, tmp_path
+):
+    """An application may add outputs from the end; without the script nothing is drawn, and the
+    check above says so."""
     notebook = nbformat.read(executed["image"], 4)
     first, figures = notebook.cells[0], notebook.cells[1:3]
     for name, cells in (("late", [*figures, first]), ("never", figures)):
         notebook.cells = cells
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
         (tmp_path / name).mkdir()
-        whole, _ = export(kaggle_session.image(), "classic", tmp_path / f"{name}.ipynb", tmp_path / name)
-        assert saved_pages.drawn(page, whole, session.require_js, wait_s=3)[0] == [name == "late"] * 2
+        whole, _ = export(
+            kaggle_session.image(), "classic", tmp_path / f"{name}.ipynb", tmp_path / name
+        )
+        assert (
+            saved_pages.drawn(page, whole, session.require_js, wait_s=3)[0] == [name == "late"] * 2
+        )
 
 
 def test_the_bundle_is_there_once_and_asks_no_loader(executed):
     for path in executed.values():
-        outputs = [output.data.get("text/html", "") for cell in nbformat.read(path, 4).cells for output in cell.outputs]
-        assert [len(text) > 2_000_000 for text in outputs] == [True, False, False, True, False, False]
+        outputs = [
+            output.data.get("text/html", "")
+            for cell in nbformat.read(path, 4).cells
+            for output in cell.outputs
+        ]
+        assert [len(text) > 2_000_000 for text in outputs] == [
+            True,
+            False,
+            False,
+            True,
+            False,
+            False,
+        ]
         assert all("window.Plotly || {}" in text for text in outputs if len(text) > 2_000_000)

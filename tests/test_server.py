@@ -1,4 +1,5 @@
-"""llama-server's life: found, started, watched, stopped. A script stands in for it where its work is not needed."""
+"""llama-server's life: found, started, watched, stopped. A script stands in for it where its work
+is not needed."""
 
 import http.server
 import os
@@ -14,9 +15,16 @@ import psutil
 import pytest
 from processes import alive, gone
 
-from llamatelemetry import ModelLoadError, ModelNotFoundError, ServerError, ServerManager, guard
-from llamatelemetry import server as module
-from llamatelemetry.server import find_server, physical_cores
+from llamatelemetry import (
+    ModelLoadError,
+    ModelNotFoundError,
+    ServerError,
+    ServerManager,
+)
+from llamatelemetry.gpus.cores import physical_cores
+from llamatelemetry.server import guard
+from llamatelemetry.server import manager as module
+from llamatelemetry.server.manager import find_server
 
 
 @pytest.fixture
@@ -41,7 +49,8 @@ def stand_in(tmp_path, script):
     return path
 
 
-# ---- finding it ---------------------------------------------------------------------------------------------------
+# ---- finding it
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_nowhere_says_what_to_do(tmp_path, monkeypatch):
@@ -73,14 +82,17 @@ def test_found_in_order(tmp_path, monkeypatch):
     assert find_server() == tmp_path / "path" / "llama-server"
     monkeypatch.setenv("LLAMA_SERVER_PATH", str(tmp_path / "environment" / "llama-server"))
     assert find_server() == tmp_path / "environment" / "llama-server"
-    assert find_server(tmp_path / "given") == tmp_path / "given" / "llama-server"  # its folder will do
+    assert (
+        find_server(tmp_path / "given") == tmp_path / "given" / "llama-server"
+    )  # its folder will do
 
 
 def test_physical_cores():
     assert 1 <= physical_cores() <= os.cpu_count()
 
 
-# ---- starting it --------------------------------------------------------------------------------------------------
+# ---- starting it
+# --------------------------------------------------------------------------------------------------
 
 
 def test_no_model(tmp_path):
@@ -103,13 +115,20 @@ def test_port_in_use(tmp_path, model_file, scratch, option):
     assert manager.pid is None and not list(scratch.iterdir())
 
 
-@pytest.mark.parametrize("says, error, match", [
-    ("something broke", ServerError, "exit code 3(.|\n)*something broke"),
-    ("unknown model architecture: 'mamba9'", ModelLoadError, "mamba9"),
-    ("cudaMalloc failed: out of memory", ModelLoadError, "does not fit.*smaller"),
-    ("error loading model: tensor data is not within the file bounds", ModelLoadError, "cannot load"),
-    ("couldn't bind HTTP server socket, hostname: 1.2.3.4", ServerError, "cannot listen"),
-])
+@pytest.mark.parametrize(
+    "says, error, match",
+    [
+        ("something broke", ServerError, "exit code 3(.|\n)*something broke"),
+        ("unknown model architecture: 'mamba9'", ModelLoadError, "mamba9"),
+        ("cudaMalloc failed: out of memory", ModelLoadError, "does not fit.*smaller"),
+        (
+            "error loading model: tensor data is not within the file bounds",
+            ModelLoadError,
+            "cannot load",
+        ),
+        ("couldn't bind HTTP server socket, hostname: 1.2.3.4", ServerError, "cannot listen"),
+    ],
+)
 def test_it_ends_at_once(tmp_path, model_file, scratch, says, error, match):
     manager = ServerManager(stand_in(tmp_path, f'echo "{says}" >&2; exit 3'))
     with pytest.raises(error, match=match):
@@ -125,7 +144,9 @@ def test_it_is_killed_while_loading(tmp_path, model_file, scratch):
 
 
 def test_it_never_answers(tmp_path, model_file, scratch):
-    manager = ServerManager(stand_in(tmp_path, f"echo $$ > {tmp_path}/pid; echo still loading; exec sleep 60"))
+    manager = ServerManager(
+        stand_in(tmp_path, f"echo $$ > {tmp_path}/pid; echo still loading; exec sleep 60")
+    )
     with pytest.raises(ServerError, match="did not answer within 0.5 s(.|\n)*still loading"):
         manager.start_server(model_file, timeout=0.5, silent=True)
     assert gone(int((tmp_path / "pid").read_text())) and not list(scratch.iterdir())
@@ -165,7 +186,9 @@ def test_somebody_elses_server_is_not_ours(tmp_path, model_file, scratch, status
 def test_the_key_is_not_on_the_command_line(tmp_path, model_file, scratch):
     script = f'echo "$@" > {tmp_path}/arguments; echo "$LLAMA_API_KEY" > {tmp_path}/key; exit 1'
     with pytest.raises(ServerError):
-        ServerManager(stand_in(tmp_path, script)).start_server(model_file, silent=True, flash_attn="on", gpu_layers=-1)
+        ServerManager(stand_in(tmp_path, script)).start_server(
+            model_file, silent=True, flash_attn="on", gpu_layers=-1
+        )
     key, arguments = ((tmp_path / name).read_text().strip() for name in ("key", "arguments"))
     assert len(key) >= 32 and key not in arguments
     assert "--flash-attn on" in arguments and "--n-gpu-layers all" in arguments
@@ -177,23 +200,28 @@ def test_requests_without_a_server():
     assert ServerManager().stop_server() is False and ServerManager().check_server_health() is False
 
 
-# ---- it dies with its parent --------------------------------------------------------------------------------------
+# ---- it dies with its parent
+# --------------------------------------------------------------------------------------
 
 
 def guarded(tmp_path, before="", after="time.sleep(60)"):
     """A process that runs `sleep` under a guard, and the ids of guard and sleep."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    script = (f"import os, time, threading\nfrom llamatelemetry import guard\n{before}\n"
-              f"log = open({str(folder / 'log')!r}, 'wb')\n"
-              f"g, pid = guard.popen(['/bin/sleep', '60'], log, folder={str(folder)!r})\n"
-              f"print(g.pid, pid, flush=True)\n{after}")
+    script = (
+        f"import os, time, threading\nfrom llamatelemetry import guard\n{before}\n"
+        f"log = open({str(folder / 'log')!r}, 'wb')\n"
+        f"g, pid = guard.popen(['/bin/sleep', '60'], log, folder={str(folder)!r})\n"
+        f"print(g.pid, pid, flush=True)\n{after}"
+    )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     return parent, *map(int, parent.stdout.readline().split()), folder
 
 
 # A fork of the parent holds the pipe open; only the change of parent then tells the guard.
-@pytest.mark.parametrize("after", ["time.sleep(60)", "if os.fork() == 0: time.sleep(3); os._exit(0)\ntime.sleep(60)"])
+@pytest.mark.parametrize(
+    "after", ["time.sleep(60)", "if os.fork() == 0: time.sleep(3); os._exit(0)\ntime.sleep(60)"]
+)
 def test_parent_killed(tmp_path, after):
     parent, guard_pid, pid, folder = guarded(tmp_path, after=after)
     assert alive(pid)
@@ -215,7 +243,9 @@ def test_guard_killed(tmp_path):
 def test_lives_on_when_the_thread_that_started_it_ends(tmp_path):
     found = []
     with open(tmp_path / "log", "wb") as log:
-        thread = threading.Thread(target=lambda: found.append(guard.popen(["/bin/sleep", "60"], log)))
+        thread = threading.Thread(
+            target=lambda: found.append(guard.popen(["/bin/sleep", "60"], log))
+        )
         thread.start()
         thread.join()
     started, pid = found[0]
@@ -227,7 +257,9 @@ def test_lives_on_when_the_thread_that_started_it_ends(tmp_path):
 
 def test_one_that_ignores_a_polite_stop(tmp_path):
     with open(tmp_path / "log", "wb") as log:
-        started, pid = guard.popen(["/bin/sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"], log, grace=0.3)
+        started, pid = guard.popen(
+            ["/bin/sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"], log, grace=0.3
+        )
     time.sleep(0.2)
     guard.stop(started)
     assert gone(pid)
@@ -238,7 +270,8 @@ def test_cannot_execute(tmp_path):
         guard.popen([tmp_path / "none"], log)
 
 
-# ---- the real one -------------------------------------------------------------------------------------------------
+# ---- the real one
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -249,7 +282,10 @@ def test_start_and_stop(smollm2, llama_server, scratch, capsys):
         assert manager.url in said and str(manager.pid) in said
         assert manager.check_server_health()
         assert Path(psutil.Process(manager.pid).exe()).name == "llama-server"
-        assert manager.post("/completion", {"prompt": "One, two,", "n_predict": 4})["tokens_predicted"] == 4
+        assert (
+            manager.post("/completion", {"prompt": "One, two,", "n_predict": 4})["tokens_predicted"]
+            == 4
+        )
         # The same port asked for by a second server: refused, and the first one is unharmed.
         with pytest.raises(ServerError, match="in use"):
             ServerManager(llama_server).start_server(smollm2, port=manager.port, silent=True)
@@ -257,7 +293,9 @@ def test_start_and_stop(smollm2, llama_server, scratch, capsys):
         pid, port = manager.pid, manager.port
         assert manager.stop_server() is True
         assert gone(pid) and not manager.check_server_health() and not list(scratch.iterdir())
-        manager.start_server(smollm2, ctx_size=512, port=port, silent=True)  # its port is free again
+        manager.start_server(
+            smollm2, ctx_size=512, port=port, silent=True
+        )  # its port is free again
         assert manager.port == port and capsys.readouterr().out == ""
     assert not list(scratch.iterdir())
 
@@ -265,10 +303,14 @@ def test_start_and_stop(smollm2, llama_server, scratch, capsys):
 @pytest.mark.slow
 def test_kernel_killed(smollm2, llama_server):
     """What a user's kernel restart does at its worst: SIGKILL, no clean-up of any kind."""
-    script = ("import sys, time\nfrom llamatelemetry import ServerManager\nm = ServerManager(sys.argv[1])\n"
-              "m.start_server(sys.argv[2], ctx_size=512, silent=True)\n"
-              "print(m.pid, m.log.parent, flush=True)\ntime.sleep(60)")
-    kernel = subprocess.Popen([sys.executable, "-c", script, llama_server, smollm2], stdout=subprocess.PIPE, text=True)
+    script = (
+        "import sys, time\nfrom llamatelemetry import ServerManager\nm = ServerManager(sys.argv[1])\n"
+        "m.start_server(sys.argv[2], ctx_size=512, silent=True)\n"
+        "print(m.pid, m.log.parent, flush=True)\ntime.sleep(60)"
+    )
+    kernel = subprocess.Popen(
+        [sys.executable, "-c", script, llama_server, smollm2], stdout=subprocess.PIPE, text=True
+    )
     pid, folder = kernel.stdout.readline().split()
     assert alive(int(pid)) and Path(folder).exists()
     kernel.kill()

@@ -1,5 +1,5 @@
-"""Nothing is taken for granted: one layer, one head, one category, two equal answers, a constant column. "None" is a
-finding, a quotient over nothing is not."""
+"""Nothing is taken for granted: one layer, one head, one category, two equal answers, a constant
+column. "None" is a finding, a quotient over nothing is not."""
 
 import re
 from pathlib import Path
@@ -12,23 +12,35 @@ import pytest
 import xarray as xr
 from models import tiny_model
 
-from llamatelemetry.analysis import attention_findings, embeddings_groups, embeddings_sentences, heads_importance
-from llamatelemetry.analysis import heads, heads_sentences, heads_similarity, layers, layers_compare, layers_sentences
-from llamatelemetry.analysis import quantization, quantization_decision, quantization_words
-from llamatelemetry.analysis.ratios import rank_correlation, ratio, some
+from llamatelemetry.attention import say as attention_findings
 from llamatelemetry.backend import get_backend
-from llamatelemetry.drawn import counted
-from llamatelemetry.gguf import GGUFFile
-from llamatelemetry.notebooks import run_notebook
-from llamatelemetry.plots import heads as figures
-from llamatelemetry.plots import layers as layer_figures
-from llamatelemetry.plots import theme
+from llamatelemetry.embeddings import groups
+from llamatelemetry.embeddings import say as embeddings_sentences
+from llamatelemetry.files.gguf import GGUFFile
+from llamatelemetry.heads import figures, similarity
+from llamatelemetry.heads import importance as heads_importance
+from llamatelemetry.heads import profile as heads
+from llamatelemetry.heads import say as heads_sentences
+from llamatelemetry.layers import compare, say, states
+from llamatelemetry.layers import figures as layer_figures
+from llamatelemetry.maths import rank_correlation, ratio
+from llamatelemetry.quantization import (
+    decision,
+    inside,
+)
+from llamatelemetry.quantization import (
+    say as quantization_words,
+)
+from llamatelemetry.tools.notebooks import run_notebook
+from llamatelemetry.views import theme
+from llamatelemetry.views.text import counted, some
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NO_NUMBER = re.compile(r"(?<![\w.])[-+±]?(nan|inf)(?![\w])", re.IGNORECASE)
 
 
-# ---- quotients -----------------------------------------------------------------------------------------------------
+# ---- quotients
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_a_ratio_is_given_where_its_whole_stands_out_of_its_noise():
@@ -39,10 +51,17 @@ def test_a_ratio_is_given_where_its_whole_stands_out_of_its_noise():
     assert some(0.5, "{:.0%}") == "50%" and some(np.nan, "{:.0%}", "none") == "none"
 
 
-@pytest.mark.parametrize("a, b, rho", [
-    ([1, 2, 3, 4], [1, 2, 4, 9], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 2, np.nan, 3], [1, 2, 9, 3], 1.0),
-    ([1, 2], [1, 2], None), ([1, 1, 1], [1, 2, 3], None), ([], [], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "a, b, rho",
+    [
+        ([1, 2, 3, 4], [1, 2, 4, 9], 1.0),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+        ([1, 2, np.nan, 3], [1, 2, 9, 3], 1.0),
+        ([1, 2], [1, 2], None),
+        ([1, 1, 1], [1, 2, 3], None),
+        ([], [], None),
+    ],
+)
 def test_rank_correlation_needs_an_order(a, b, rho):
     found = rank_correlation(a, b)
     assert np.isnan(found) if rho is None else found == pytest.approx(rho)
@@ -51,60 +70,76 @@ def test_rank_correlation_needs_an_order(a, b, rho):
 def test_two_prompts_with_one_answer_restore_nothing():
     """The shares were -311 to 255 of a gap of a thousandth of a logit."""
     logits = np.array([[0.0, 5.0, 4.0]], np.float32)
-    assert layers_compare.answers(logits, logits) == (1, 2)
-    assert layers_compare.answers(logits, np.array([[9.0, 5.0, 4.0]])) == (1, 0)
-    shares = layers_compare.restored([0.2, -0.3, 0.0], 1.000, 1.001)
+    assert compare.answers(logits, logits) == (1, 2)
+    assert compare.answers(logits, np.array([[9.0, 5.0, 4.0]])) == (1, 0)
+    shares = compare.restored([0.2, -0.3, 0.0], 1.000, 1.001)
     assert np.isnan(shares).all()
-    said = layers_sentences.patch_sentence(shares[:, None], [0, 1, 2], [0], ["a"], 2)
+    said = say.patch_sentence(shares[:, None], [0, 1, 2], [0], ["a"], 2)
     assert "No share is given" in said and not NO_NUMBER.search(said)
-    np.testing.assert_allclose(layers_compare.restored([1.0, 2.0], 0.0, 4.0), [0.25, 0.5])
-    assert np.isnan(layers_compare.restored([1.0], 0.0, 4.0, noise=4.5)).all()  # what the kernels round
-    both = layers_sentences.answers_sentence(["a", "b"], True, 1.0, 1.1)
-    assert "Both prompts have 'a'" in both and "Both" not in layers_sentences.answers_sentence("ab", False, 1.0, -1.0)
+    np.testing.assert_allclose(compare.restored([1.0, 2.0], 0.0, 4.0), [0.25, 0.5])
+    assert np.isnan(compare.restored([1.0], 0.0, 4.0, noise=4.5)).all()  # what the kernels round
+    both = say.answers_sentence(["a", "b"], True, 1.0, 1.1)
+    assert "Both prompts have 'a'" in both and "Both" not in say.answers_sentence(
+        "ab", False, 1.0, -1.0
+    )
 
 
 def test_the_runs_of_one_model_say_the_same(engine):
-    """Patching between prompts that share their answer, on the real model, as notebook 14 does it."""
-    first, second = (engine.tokenize(text)["id"] for text in
-                     ("Monday, Tuesday, Wednesday,", "Sunday, Tuesday, Wednesday,"))
+    """Patching between prompts that share their answer, on the real model, as notebook 14 does
+    it."""
+    first, second = (
+        engine.tokenize(text)["id"]
+        for text in ("Monday, Tuesday, Wednesday,", "Sunday, Tuesday, Wednesday,")
+    )
     a, b = (engine.capture(ids, stages="logits").logits for ids in (first, second))
-    pair = layers_compare.answers(a, b)
-    source, target = (layers_compare.answer_difference(x, pair) for x in (a, b))
+    pair = compare.answers(a, b)
+    source, target = (compare.answer_difference(x, pair) for x in (a, b))
     assert a.values[-1].argmax() == b.values[-1].argmax() and abs(source - target) < 0.05
-    assert np.isnan(layers_compare.restored([source], target, source)).all()
+    assert np.isnan(compare.restored([source], target, source)).all()
 
 
 def test_a_divergence_of_nothing_has_no_shares():
     base = np.zeros((3, 5), np.float32)
-    table = quantization_decision.fall_map(lambda part, layer: base, base, 1, progress=False)
+    table = decision.fall_map(lambda part, layer: base, base, 1, progress=False)
     assert table["share"].isna().all() and "nothing to give back" in quantization_words.falls(table)
-    costs = quantization_decision.cost_map(lambda part, layer: base, base, 1, progress=False)
+    costs = decision.cost_map(lambda part, layer: base, base, 1, progress=False)
     assert "No part costs anything" in quantization_words.costs(costs, 0.0)
 
 
 def test_states_that_do_not_vary_are_like_nothing():
-    hidden = xr.DataArray(np.ones((2, 4, 3), np.float32), dims=("layer", "token", "embd"), coords={"layer": [0, 1]})
-    values, chance = layers.cka_map(hidden)
+    hidden = xr.DataArray(
+        np.ones((2, 4, 3), np.float32), dims=("layer", "token", "embd"), coords={"layer": [0, 1]}
+    )
+    values, chance = states.cka_map(hidden)
     assert np.isnan(values).all()
-    assert not NO_NUMBER.search(layers_sentences.cka_sentence(values, chance))
-    drift = quantization.hidden_drift(hidden * 0, hidden * 0)
+    assert not NO_NUMBER.search(say.cka_sentence(values, chance))
+    drift = inside.hidden_drift(hidden * 0, hidden * 0)
     assert drift["error"].isna().all()
 
 
 def test_one_text_gives_no_interval_no_label_and_no_stability():
-    data = xr.Dataset({"sink": (("text", "layer", "head"), np.full((1, 1, 2), 0.9)),
-                       "sink~": (("text", "shuffle", "layer", "head"), np.full((1, 3, 1, 2), 0.1))},
-                      {"text": ["one"], "layer": [0], "head": [0, 1]})  # fmt: skip
+    data = xr.Dataset(
+        {
+            "sink": (("text", "layer", "head"), np.full((1, 1, 2), 0.9)),
+            "sink~": (("text", "shuffle", "layer", "head"), np.full((1, 3, 1, 2), 0.1)),
+        },
+        {"text": ["one"], "layer": [0], "head": [0, 1]},
+    )
     profiled = heads.profile(data, n_boot=5)
-    assert (profiled["value"] == 0.9).all() and profiled["low"].isnull().all() and profiled["high"].isnull().all()
+    assert (
+        (profiled["value"] == 0.9).all()
+        and profiled["low"].isnull().all()
+        and profiled["high"].isnull().all()
+    )
     earned = heads.labels(profiled)
     assert not earned.any()
-    said = heads_sentences.label_sentence(heads.label_counts(earned, profiled), earned,
-                                          heads.head_table(profiled, earned), 0.1)  # fmt: skip
+    said = heads_sentences.label_sentence(
+        heads.label_counts(earned, profiled), earned, heads.head_table(profiled, earned), 0.1
+    )
     assert "One text gives no interval" in said and "No head is" not in said
     assert len(figures.measure_maps(profiled, ["sink"], "m").data) == 1
     distance = np.array([[0, 0.1, 0.9], [0.1, 0, 0.9], [0.9, 0.9, 0]])
-    rand, jaccard = heads_similarity.stability(distance[None] ** 2, [1], np.array([0, 0, 1]), n_boot=3)
+    rand, jaccard = similarity.stability(distance[None] ** 2, [1], np.array([0, 0, 1]), n_boot=3)
     assert np.isnan(rand).all() and jaccard.isna().all()
     said = heads_sentences.cluster_sentence(np.array([0, 0, 1]), 0.5, rand, jaccard, 0.9)
     assert "One text cannot say" in said and not NO_NUMBER.search(said)
@@ -118,7 +153,8 @@ def test_four_heads_are_too_few_for_an_interval_of_their_ranks():
     assert "No relation can be seen" in heads_sentences.relation_sentence(found)
 
 
-# ---- no variety -----------------------------------------------------------------------------------------------------
+# ---- no variety
+# -----------------------------------------------------------------------------------------------------
 
 
 def distance_of(n, seed=0):
@@ -131,49 +167,88 @@ def distance_of(n, seed=0):
 @pytest.mark.parametrize("wanted", [8, 2, 1, None])
 def test_clusters_of_few_heads(n, wanted):
     distance, names = distance_of(n), [(0, head) for head in range(n)]
-    labels, silhouette = heads_similarity.cluster(distance, wanted)
+    labels, silhouette = similarity.cluster(distance, wanted)
     assert len(labels) == n and np.isfinite(silhouette) == (n > 2 and wanted != 1)
-    rand, jaccard = heads_similarity.stability(distance[None] ** 2, [1], labels, n_boot=3)
-    coordinates, explained = heads_similarity.classical_mds(distance, max(2, min(10, n - 1)))
+    rand, jaccard = similarity.stability(distance[None] ** 2, [1], labels, n_boot=3)
+    coordinates, explained = similarity.classical_mds(distance, max(2, min(10, n - 1)))
     assert coordinates.shape[1] >= 2 and np.isfinite(coordinates).all()
-    assert sorted(heads_similarity.order_of(distance)) == list(range(n))
-    dense = heads_similarity.dense_groups(get_backend("cpu"), coordinates)
-    pairs = heads_similarity.closest_pairs(distance, names)
-    near = heads_similarity.nearest_heads(distance, names, (0, 0))
-    links = heads_similarity.nearest(distance).replace({"source": {0: "L0H0"}}).astype({"source": str, "target": str})
-    curve = heads_similarity.cover_curve(distance, [0.1, 0.5])
-    said = [heads_sentences.cluster_sentence(labels, silhouette, rand, jaccard, explained[:2].sum()),
-            heads_sentences.hdbscan_sentence(dense, labels), heads_sentences.redundancy_sentence(pairs, curve, n, None),
-            heads_sentences.apart_sentence(*heads_similarity.layer_distances(distance, names)),
-            heads_sentences.nearest_sentence("L0H0", near), heads_sentences.links_sentence(links)]  # fmt: skip
+    assert sorted(similarity.order_of(distance)) == list(range(n))
+    dense = similarity.dense_groups(get_backend("cpu"), coordinates)
+    pairs = similarity.closest_pairs(distance, names)
+    near = similarity.nearest_heads(distance, names, (0, 0))
+    links = (
+        similarity.nearest(distance)
+        .replace({"source": {0: "L0H0"}})
+        .astype({"source": str, "target": str})
+    )
+    curve = similarity.cover_curve(distance, [0.1, 0.5])
+    said = [
+        heads_sentences.cluster_sentence(labels, silhouette, rand, jaccard, explained[:2].sum()),
+        heads_sentences.hdbscan_sentence(dense, labels),
+        heads_sentences.redundancy_sentence(pairs, curve, n, None),
+        heads_sentences.apart_sentence(*similarity.layer_distances(distance, names)),
+        heads_sentences.nearest_sentence("L0H0", near),
+        heads_sentences.links_sentence(links),
+    ]
     assert not NO_NUMBER.search(" ".join(said)), said
     if n == 1:
-        assert np.isnan(heads_similarity.uniqueness(distance)).all() and "one head" in said[2] and "one head" in said[3]
+        assert (
+            np.isnan(similarity.uniqueness(distance)).all()
+            and "one head" in said[2]
+            and "one head" in said[3]
+        )
 
 
 def test_sentences_of_one_head():
-    one = pd.DataFrame({"layer": [0], "head": [0], "loss_change": [-0.1], "error": [np.nan], "kl": [0.2],
-                        "entropy": [1.0], "zero": [-0.1], "mean": [0.3]})
+    one = pd.DataFrame(
+        {
+            "layer": [0],
+            "head": [0],
+            "loss_change": [-0.1],
+            "error": [np.nan],
+            "kl": [0.2],
+            "entropy": [1.0],
+            "zero": [-0.1],
+            "mean": [0.3],
+        }
+    )
     relations = heads_importance.relations(one, ["entropy"])
     assert relations["rho"].isna().all()
-    said = [heads_sentences.importance_sentence(one, 3.0, 1), heads_sentences.relation_sentence(relations),
-            heads_sentences.mode_sentence(one), heads_sentences.matrix_sentence(None, [], {})]
+    said = [
+        heads_sentences.importance_sentence(one, 3.0, 1),
+        heads_sentences.relation_sentence(relations),
+        heads_sentences.mode_sentence(one),
+        heads_sentences.matrix_sentence(None, [], {}),
+    ]
     assert not NO_NUMBER.search(" ".join(said)), said
-    assert "No head costs anything" in said[0] and "too few" in said[1] and "none to show" in said[3]
-    assert figures.side_by_side({}, [], ["a", "b"], "tiny", {}).layout.annotations[0].text == "no head to show"
+    assert (
+        "No head costs anything" in said[0] and "too few" in said[1] and "none to show" in said[3]
+    )
+    assert (
+        figures.side_by_side({}, [], ["a", "b"], "tiny", {}).layout.annotations[0].text
+        == "no head to show"
+    )
 
 
 def test_sentences_of_one_layer():
     depth = pd.DataFrame({"spearman with layer": [np.nan], "peak layer": [0.0]}, index=["sink"])
-    heads = pd.DataFrame({"layer": [0], "head": [0], "entropy_normalised": [0.5], "distance": [2.0]})
-    nodes = pd.DataFrame({"id": ["0:0", "1:0"], "layer": [0, 1], "probability": [0.1, 0.9], "says": ["a", "b"]})
+    heads = pd.DataFrame(
+        {"layer": [0], "head": [0], "entropy_normalised": [0.5], "distance": [2.0]}
+    )
+    nodes = pd.DataFrame(
+        {"id": ["0:0", "1:0"], "layer": [0, 1], "probability": [0.1, 0.9], "says": ["a", "b"]}
+    )
     edges = pd.DataFrame({"kind": ["stream"], "src": ["0:0"], "dst": ["1:0"], "weight": [1.0]})
     importance = pd.DataFrame({"influence": [0.1], "both": [0.2]})
     importance.attrs["spearman"] = {"both": np.nan}
     correlations = pd.DataFrame(np.nan, *[["weight_error", "drift_added", "cost", "fall"]] * 2)
-    said = [heads_sentences.depth_sentence(depth, None), attention_findings.depth_finding(heads),
-            layers_sentences.graph_sentence(nodes, edges), layers_sentences.importance_sentence(importance),
-            quantization_words.together(correlations, 1)]
+    said = [
+        heads_sentences.depth_sentence(depth, None),
+        attention_findings.depth_finding(heads),
+        say.graph_sentence(nodes, edges),
+        say.importance_sentence(importance),
+        quantization_words.together(correlations, 1),
+    ]
     assert not NO_NUMBER.search(" ".join(said)), said
     assert "no state between" in said[2] and "only layer" in said[1] and "only layer" in said[3]
     assert not re.search("broadest|farthest|costs most|rises most", " ".join(said))
@@ -188,39 +263,75 @@ def test_rollout_that_does_not_drain_is_not_explained():
 @pytest.mark.parametrize("n, step", [(1, 1), (2, 1), (7, 1), (8, None), (30, None)])
 def test_axes_that_count_have_no_ticks_between_whole_numbers(n, step):
     assert theme.whole(range(n)).get("dtick") == step and theme.whole(["0 a"] * n) == {}
-    figure = theme.heatmap(np.ones((n, 2)), ["a", "b"], list(range(n)), title="", x_title="", y_title="", unit="")
+    figure = theme.heatmap(
+        np.ones((n, 2)), ["a", "b"], list(range(n)), title="", x_title="", y_title="", unit=""
+    )
     assert figure.layout.yaxis.dtick == step and figure.layout.xaxis.dtick is None
     table = pd.DataFrame({"low": 1.0, "median": 20.0, "high": 30.0, "first": 500.0}, index=range(n))
     assert layer_figures.norm_profile(table, title="").layout.xaxis.dtick == step
 
 
-@pytest.mark.parametrize("values, step", [([2.0, 500.0], 1), ([0.2, 1.1, 9.0], None), ([0.99, 1.01], None),
-                                          ([0.0, np.nan], None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, step",
+    [([2.0, 500.0], 1), ([0.2, 1.1, 9.0], None), ([0.99, 1.01], None), ([0.0, np.nan], None)],
+)
 def test_a_log_axis_of_less_than_two_decades_is_labelled_between_them(values, step):
     figure = go.Figure(go.Scatter(y=values))
     assert theme.decades(figure).layout.yaxis.dtick == step and figure.layout.yaxis.type == "log"
 
 
 def test_one_layer_and_one_head_can_be_seen():
-    profile = xr.Dataset({"value": (("measure", "layer", "head"), [[[0.5]]])},
-                         {"measure": ["sink"], "layer": [0], "head": [0]})  # fmt: skip
-    assert {trace.mode for trace in figures.depth_lines(profile, ["sink"], "tiny").data[1:]} == {"markers"}
+    profile = xr.Dataset(
+        {"value": (("measure", "layer", "head"), [[[0.5]]])},
+        {"measure": ["sink"], "layer": [0], "head": [0]},
+    )
+    assert {trace.mode for trace in figures.depth_lines(profile, ["sink"], "tiny").data[1:]} == {
+        "markers"
+    }
     assert figures.distance_matrix(np.zeros((1, 1)), [0], ["L0H0"], "tiny").data[0].zmax == 1
     assert figures.side_by_side({}, [], ["a"], "tiny", {}).layout.xaxis.visible is False
 
 
 def test_a_table_shows_no_nan():
-    frame = pd.DataFrame({"kept": [2.0, np.nan], "rho": [0.5, np.nan], "head": ["L0H0", None], "n": [1, 2], "peak": 24.0},
-                         index=["sink", "top"])  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "kept": [2.0, np.nan],
+            "rho": [0.5, np.nan],
+            "head": ["L0H0", None],
+            "n": [1, 2],
+            "peak": 24.0,
+        },
+        index=["sink", "top"],
+    )
     shown = theme.dashes(frame)
-    assert shown.loc["top"].tolist() == ["–", "–", "–", 2, 24] and shown.loc["sink"].tolist() == [2, 0.5, "L0H0", 1, 24]
-    assert str(shown.loc["sink", "peak"]) == "24" and not NO_NUMBER.search(shown.to_html()) and frame["rho"].isna().any()
+    assert shown.loc["top"].tolist() == ["–", "–", "–", 2, 24] and shown.loc["sink"].tolist() == [
+        2,
+        0.5,
+        "L0H0",
+        1,
+        24,
+    ]
+    assert (
+        str(shown.loc["sink", "peak"]) == "24"
+        and not NO_NUMBER.search(shown.to_html())
+        and frame["rho"].isna().any()
+    )
 
 
 def test_files_that_do_not_differ():
-    same = pd.DataFrame({"layer": [0], "head": [0], "js_distance": [0.0], "max_difference": [0.0], "top_moved": [0.0],
-                         "top_shift": [np.nan]})
-    assert "no weight of any head differs" in attention_findings.compare_finding(same).replace("\n", " ")
+    same = pd.DataFrame(
+        {
+            "layer": [0],
+            "head": [0],
+            "js_distance": [0.0],
+            "max_difference": [0.0],
+            "top_moved": [0.0],
+            "top_shift": [np.nan],
+        }
+    )
+    assert "no weight of any head differs" in attention_findings.compare_finding(same).replace(
+        "\n", " "
+    )
     before = pd.Series({"kld_mean": 0.1, "size_bytes": 2**20})
     chosen = pd.Series({"kld_mean": 0.05, "size_bytes": 2**21})
     assert "No other part is left" in quantization_words.mixture(before, chosen, before)
@@ -231,31 +342,53 @@ def test_one_category_is_nothing_to_agree_with():
     points = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
     near = np.argsort(((points[:, None] - points) ** 2).sum(-1), 1)[:, 1:4]
     labels = {"k-means": np.arange(12) % 2}
-    table = embeddings_groups.cluster_agreement(points, labels, ["colours"] * 12, near, rounds=5)
+    table = groups.cluster_agreement(points, labels, ["colours"] * 12, near, rounds=5)
     said = embeddings_sentences.clusters_sentence(table)
     assert not NO_NUMBER.search(said) and "of one category" in said and "Rand index" not in said
 
 
 def test_two_tokens_and_a_constant_rank():
-    table = pd.DataFrame({"position": [0, 1], "piece": ["a", "b"], "received": [1.0, 0.0], "pagerank": [0.5, 0.5],
-                          "betweenness": [0.0, 0.0]})
+    table = pd.DataFrame(
+        {
+            "position": [0, 1],
+            "piece": ["a", "b"],
+            "received": [1.0, 0.0],
+            "pagerank": [0.5, 0.5],
+            "betweenness": [0.0, 0.0],
+        }
+    )
     said = " ".join(attention_findings.centrality_finding(table).split())
     assert not NO_NUMBER.search(said) and "no shortest path passes a third position" in said
     flow = " ".join(attention_findings.flow_finding([0.5, 0.5], [0.5, 0.5], ["a", "b"]).split())
     assert not NO_NUMBER.search(flow) and "too little to rank" in flow
 
 
-# ---- the notebooks ---------------------------------------------------------------------------------------------------
+# ---- the notebooks
+# ---------------------------------------------------------------------------------------------------
 
-PARAMETERS = {"12": {"LAYER": 0, "HEAD": 0}, "13": {"SAMPLE": 300}, "14": {}, "15": {"LAYER": 0, "HEAD": 0}, "16": {}}
+PARAMETERS = {
+    "12": {"LAYER": 0, "HEAD": 0},
+    "13": {"SAMPLE": 300},
+    "14": {},
+    "15": {"LAYER": 0, "HEAD": 0},
+    "16": {},
+}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 x 1", "2 x 2"])
 def small(request, tmp_path_factory, smollm2, llama_server):
     """A random model of as many layers and heads, with a vocabulary of whole words."""
     n = request.param
-    return tiny_model("llama", tmp_path_factory.mktemp(f"small{n}"), vocabulary=GGUFFile(smollm2), n_layer=n, n_head=n,
-                      n_kv_head=n, head_dim=64 // n, n_ctx=2048)  # fmt: skip
+    return tiny_model(
+        "llama",
+        tmp_path_factory.mktemp(f"small{n}"),
+        vocabulary=GGUFFile(smollm2),
+        n_layer=n,
+        n_head=n,
+        n_kv_head=n,
+        head_dim=64 // n,
+        n_ctx=2048,
+    )
 
 
 @pytest.mark.slow
@@ -267,5 +400,7 @@ def test_a_notebook_passes_on_a_small_model_and_says_only_what_is_so(small, numb
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     said = "\n".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
     assert len(said) > 1000 and not NO_NUMBER.search(said), NO_NUMBER.findall(said)
-    tables = [output.data.get("text/html", "") for output in outputs if output.output_type != "stream"]
+    tables = [
+        output.data.get("text/html", "") for output in outputs if output.output_type != "stream"
+    ]
     assert not re.search(r"<td[^>]*>(nan|&lt;NA&gt;)</td>", "".join(tables), re.IGNORECASE)

@@ -8,21 +8,23 @@ import numpy as np
 import pandas as pd
 
 from ..errors import CaptureError
-from ..files import path_of, written
+from ..files.outputs import path_of, written
 from .names import STAGES
 
 
 class Capture:
-    """Stages of one run as xarray.DataArrays (float32; `experts` int32), by attribute or index: `cap.q`, `cap["q"]`.
+    """Stages of one run as xarray.DataArrays (float32; `experts` int32), by attribute or index:
+    `cap.q`, `cap["q"]`.
 
-    stages: the names that are there. tokens: DataFrame (position, id, piece, generated). layers: DataFrame of facts
-    per layer (kind, scale, softcap; sliding: its mask hid earlier positions in this run). model: architecture, n_layer,
-    n_head, n_kv_head, n_embd, n_vocab, name, file (its name), gpu (whether a GPU took part).
-    """
+    stages: the names that are there. tokens: DataFrame (position, id, piece, generated). layers:
+    DataFrame of facts per layer (kind, scale, softcap; sliding: its mask hid earlier positions in
+    this run). model: architecture, n_layer, n_head, n_kv_head, n_embd, n_vocab, name, file (its
+    name), gpu (whether a GPU took part)."""
 
     def __init__(self, parts, tokens, model, layers):
-        """parts: {stage: (array, layer numbers or None, query positions or None)}; tokens: (ids, pieces, generated);
-        layers: a list of dicts. Labelled when first looked at: a capture of 700 MB takes less time than its labels."""
+        """parts: {stage: (array, layer numbers or None, query positions or None)}; tokens: (ids,
+        pieces, generated); layers: a list of dicts. Labelled when first looked at: a capture of 700
+        MB takes less time than its labels."""
         self._parts, self._labelled = parts, {}
         self._tokens, self._layers = tokens, layers
         self.model = SimpleNamespace(**model)
@@ -39,7 +41,9 @@ class Capture:
     def __getitem__(self, stage):
         if stage not in self._parts:
             known = "" if stage in STAGES else f" Stages are {', '.join(STAGES)}."
-            raise CaptureError(f"this capture holds {', '.join(self.stages)}, not {stage!r}.{known}")
+            raise CaptureError(
+                f"this capture holds {', '.join(self.stages)}, not {stage!r}.{known}"
+            )
         if stage not in self._labelled:
             array, layers, queries = self._parts[stage]
             self._labelled[stage] = label(stage, array, layers, self._tokens[1], queries)
@@ -61,8 +65,8 @@ class Capture:
     def save(self, path):
         """Write everything as one safetensors file, in a new folder if need be; returns the path.
 
-        The file appears when it is whole, and never in the place of a model. Raises CaptureError where it cannot.
-        """
+        The file appears when it is whole, and never in the place of a model. Raises CaptureError
+        where it cannot."""
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
@@ -71,9 +75,13 @@ class Capture:
             "model": vars(self.model),
             "layers": self._layers,
             "ids": list(ids),
-            "pieces": [{"hex": piece.hex()} if isinstance(piece, bytes) else piece for piece in pieces],
+            "pieces": [
+                {"hex": piece.hex()} if isinstance(piece, bytes) else piece for piece in pieces
+            ],
             "generated": list(generated),
-            "parts": {name: [layers, queries] for name, (_, layers, queries) in self._parts.items()},
+            "parts": {
+                name: [layers, queries] for name, (_, layers, queries) in self._parts.items()
+            },
         }
         arrays = {name: np.ascontiguousarray(array) for name, (array, _, _) in self._parts.items()}
         path = path_of(path, CaptureError)
@@ -93,13 +101,22 @@ class Capture:
         try:
             with safe_open(str(path), "numpy") as file:
                 facts = json.loads((file.metadata() or {})["llamatelemetry"])
-                parts = {name: (file.get_tensor(name), *rest) for name, rest in facts["parts"].items()}
+                parts = {
+                    name: (file.get_tensor(name), *rest) for name, rest in facts["parts"].items()
+                }
         except (KeyError, OSError, ValueError) as error:
-            raise CaptureError(f"{path} is not a capture saved by llamatelemetry ({error}).") from error
+            raise CaptureError(
+                f"{path} is not a capture saved by llamatelemetry ({error})."
+            ) from error
         except Exception as error:  # safetensors' own error type is not public
             raise CaptureError(f"{path} cannot be read as safetensors: {error}") from error
-        pieces = [bytes.fromhex(piece["hex"]) if isinstance(piece, dict) else piece for piece in facts["pieces"]]
-        return cls(parts, (facts["ids"], pieces, facts["generated"]), facts["model"], facts["layers"])
+        pieces = [
+            bytes.fromhex(piece["hex"]) if isinstance(piece, dict) else piece
+            for piece in facts["pieces"]
+        ]
+        return cls(
+            parts, (facts["ids"], pieces, facts["generated"]), facts["model"], facts["layers"]
+        )
 
 
 def _plain(value):
@@ -108,11 +125,14 @@ def _plain(value):
 
 def token_table(ids, pieces, generated):
     """DataFrame (position, id, piece, generated)."""
-    return pd.DataFrame({"position": range(len(ids)), "id": ids, "piece": pieces, "generated": generated})
+    return pd.DataFrame(
+        {"position": range(len(ids)), "id": ids, "piece": pieces, "generated": generated}
+    )
 
 
 def label(stage, array, layers, pieces, queries=None):
-    """A DataArray with the stage's dims: `layer` numbers, pieces on token, query and key, their positions beside."""
+    """A DataArray with the stage's dims: `layer` numbers, pieces on token, query and key, their
+    positions beside."""
     import xarray as xr
 
     facts = STAGES[stage]
@@ -122,7 +142,9 @@ def label(stage, array, layers, pieces, queries=None):
     labels[:] = pieces
     for dim in dims:
         if dim in ("token", "query", "key"):
-            chosen = np.arange(len(pieces)) if dim != "query" or queries is None else np.asarray(queries)
+            chosen = (
+                np.arange(len(pieces)) if dim != "query" or queries is None else np.asarray(queries)
+            )
             coords[dim] = (dim, labels[chosen])
             coords[f"{dim}_position"] = (dim, chosen)
     return xr.DataArray(array, dims=dims, coords=coords, name=stage)

@@ -1,15 +1,17 @@
-"""Tensors where they lie on a CUDA device, through CuPy in the worker: looked at in place, cropped there, copied once.
+"""Tensors where they lie on a CUDA device, through CuPy in the worker: looked at in place, cropped
+there, copied once.
 
-llama.cpp and CuPy share each device's primary context, so CuPy can address llama.cpp's tensors. The scheduler has
-synchronized before a callback; whoever reads or writes a tensor must be done before the callback returns
-(`synchronize`). Copies to the host go on while the next layers are computed: the tensor is put in order into memory of
-our own, which is quick, and leaves the device from there on a stream of its own, until `drain`. A model may lie on
-several devices: whichever holds the tensor that was asked for last is the current one, with streams of its own.
-"""
+llama.cpp and CuPy share each device's primary context, so CuPy can address llama.cpp's tensors. The
+scheduler has synchronized before a callback; whoever reads or writes a tensor must be done before
+the callback returns (`synchronize`). Copies to the host go on while the next layers are computed:
+the tensor is put in order into memory of our own, which is quick, and leaves the device from there
+on a stream of its own, until `drain`. A model may lie on several devices: whichever holds the
+tensor that was asked for last is the current one, with streams of its own."""
 
 import numpy as np
 
-# One block per (query, head): everything about a row of attention in one pass over it. out: (head, query, 9).
+# One block per (query, head): everything about a row of attention in one pass over it. out: (head,
+# query, 9).
 _ROWS = r"""
 extern "C" __global__ void rows(const float* p, const int* token, float* out, int n_query, int n_key, long row_stride,
                                 long head_stride, int past) {
@@ -50,8 +52,17 @@ extern "C" __global__ void rows(const float* p, const int* token, float* out, in
   }
 }
 """
-MEASURES = ("mass", "entropy", "distance", "top", "previous_token", "duplicate_token", "induction",
-            "normalized_entropy", "sink")  # fmt: skip
+MEASURES = (
+    "mass",
+    "entropy",
+    "distance",
+    "top",
+    "previous_token",
+    "duplicate_token",
+    "induction",
+    "normalized_entropy",
+    "sink",
+)
 
 
 def open_device():
@@ -85,16 +96,20 @@ class Device:
         if runtime.getDevice() != number:  # asked every time: llama.cpp changes it, too
             runtime.setDevice(number)
         if number not in self._streams:
-            self._streams[number] = tuple(self.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+            self._streams[number] = tuple(
+                self.cupy.cuda.Stream(non_blocking=True) for _ in range(2)
+            )
             self._streams[number][0].use()  # on this device, from now on
         self._work, self._leave = self._streams[number]
 
     def forget(self):
-        """The buffers that were seen are gone: another one may be made at the same address, on another device."""
+        """The buffers that were seen are gone: another one may be made at the same address, on
+        another device."""
         self._number.clear()
 
     def array(self, tensor, offset, dtype, ne, nb):
-        """A tensor's memory as a cupy.ndarray, slowest dimension first; in place, valid inside the callback."""
+        """A tensor's memory as a cupy.ndarray, slowest dimension first; in place, valid inside the
+        callback."""
         cupy = self.cupy
         span = sum((n - 1) * b for n, b in zip(ne, nb)) + dtype.itemsize
         if tensor.buffer not in self._number:
@@ -105,7 +120,8 @@ class Device:
         return cupy.ndarray(ne[::-1], dtype, cupy.cuda.MemoryPointer(memory, 0), strides=nb[::-1])
 
     def synchronize(self):
-        """Wait for what was asked of the tensors; copies under way to the host are not waited for."""
+        """Wait for what was asked of the tensors; copies under way to the host are not waited
+        for."""
         self._work.synchronize()
 
     def drain(self):
@@ -120,7 +136,9 @@ class Device:
             try:
                 self.cupy.cuda.runtime.hostRegister(address, n_bytes, 1)  # for every device
                 self._pinned[address] = n_bytes
-            except self.cupy.cuda.runtime.CUDARuntimeError:  # a limit on locked memory: copies are slower, not wrong
+            except (
+                self.cupy.cuda.runtime.CUDARuntimeError
+            ):  # a limit on locked memory: copies are slower, not wrong
                 pass
 
     def unpin(self, address):
@@ -129,12 +147,15 @@ class Device:
             self.cupy.cuda.runtime.hostUnregister(address)
 
     def to_host(self, target, values):
-        """Begin to copy a device array into a NumPy array of its shape, there once `drain` has returned."""
+        """Begin to copy a device array into a NumPy array of its shape, there once `drain` has
+        returned."""
         order = sorted(range(target.ndim), key=lambda axis: -target.strides[axis])
         ordered = values.transpose(order).astype(target.dtype, copy=False)
         ours = self.cupy.ascontiguousarray(ordered)
         if ours.data.ptr == values.data.ptr:
-            ours = ours.copy()  # llama.cpp writes its tensor's memory again before the copy has left
+            ours = (
+                ours.copy()
+            )  # llama.cpp writes its tensor's memory again before the copy has left
         if self._leaving_bytes + ours.nbytes > IN_FLIGHT:
             self.drain()
         self._leaving.append(ours)
@@ -145,30 +166,57 @@ class Device:
     def _copy(self, target, values):
         runtime = self.cupy.cuda.runtime
         if target.flags.c_contiguous:
-            runtime.memcpyAsync(target.ctypes.data, values.data.ptr, values.nbytes, runtime.memcpyDeviceToHost,
-                                self._leave.ptr)  # fmt: skip
+            runtime.memcpyAsync(
+                target.ctypes.data,
+                values.data.ptr,
+                values.nbytes,
+                runtime.memcpyDeviceToHost,
+                self._leave.ptr,
+            )
         elif target.ndim == 2 and target.strides[1] == target.itemsize:
             width = target.shape[1] * target.itemsize
-            runtime.memcpy2DAsync(target.ctypes.data, target.strides[0], values.data.ptr, width, width,
-                                  target.shape[0], runtime.memcpyDeviceToHost, self._leave.ptr)  # fmt: skip
+            runtime.memcpy2DAsync(
+                target.ctypes.data,
+                target.strides[0],
+                values.data.ptr,
+                width,
+                width,
+                target.shape[0],
+                runtime.memcpyDeviceToHost,
+                self._leave.ptr,
+            )
         else:
             for part, rows in zip(target, values):
                 self._copy(part, rows)
 
     def row_sums(self, values, past, tokens):
-        """{measure: (head,) float64} sums over the query rows of attention (head, query, key) on the device."""
+        """{measure: (head,) float64} sums over the query rows of attention (head, query, key) on
+        the device."""
         cupy = self.cupy
         if self._kernel is None:
             self._kernel = cupy.RawKernel(_ROWS, "rows")
         n_head, n_query, n_key = values.shape
         out = cupy.empty((n_head, n_query, len(MEASURES)), np.float32)
         strides = [np.int64(stride // 4) for stride in values.strides]
-        self._kernel((n_query, n_head), (256,), (values, tokens, out, np.int32(n_query), np.int32(n_key), strides[1],
-                                                 strides[0], np.int32(past)))  # fmt: skip
+        self._kernel(
+            (n_query, n_head),
+            (256,),
+            (
+                values,
+                tokens,
+                out,
+                np.int32(n_query),
+                np.int32(n_key),
+                strides[1],
+                strides[0],
+                np.int32(past),
+            ),
+        )
         return out.sum(1, dtype=np.float64)
 
     def pair_sums(self, values, row, key, number, count):
-        """(head, number) float64 sums of attention (head, query, key) at (row, key), each counted for its number."""
+        """(head, number) float64 sums of attention (head, query, key) at (row, key), each counted
+        for its number."""
         import cupyx
 
         cupy = self.cupy

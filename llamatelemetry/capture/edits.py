@@ -1,4 +1,5 @@
-"""Interventions: what a capture or a score changes in the running model. llama.cpp's later nodes see every edit."""
+"""Interventions: what a capture or a score changes in the running model. llama.cpp's later nodes
+see every edit."""
 
 from dataclasses import dataclass
 
@@ -12,11 +13,12 @@ EDITABLE = tuple(name for name, stage in STAGES.items() if stage.editable)
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One change of one stage of one layer, made with `ablate_head`, `ablate_layer`, `scale` or `patch`.
+    """One change of one stage of one layer, made with `ablate_head`, `ablate_layer`, `scale` or
+    `patch`.
 
-    values <- factor * values, or, with `values`, values <- values[...]: (token, embd) or (head, token, feature).
-    head, positions: None for all. mean: replace by the mean over positions of the unedited run instead.
-    """
+    values <- factor * values, or, with `values`, values <- values[...]: (token, embd) or (head,
+    token, feature). head, positions: None for all. mean: replace by the mean over positions of the
+    unedited run instead."""
 
     stage: str
     layer: int
@@ -28,13 +30,16 @@ class Edit:
 
     def __post_init__(self):
         if self.stage not in EDITABLE:
-            raise CaptureError(f"stage {self.stage!r} cannot be edited; these can: {', '.join(EDITABLE)}.")
+            raise CaptureError(
+                f"stage {self.stage!r} cannot be edited; these can: {', '.join(EDITABLE)}."
+            )
         if self.head is not None and "head" not in STAGES[self.stage].dims:
             raise CaptureError(f"stage {self.stage!r} has no heads: leave `head` out.")
 
 
 def ablate_head(layer, head, mode="zero"):
-    """Remove one head's output before the output projection: zero it, or (mode="mean") put its mean over positions.
+    """Remove one head's output before the output projection: zero it, or (mode="mean") put its mean
+    over positions.
 
     The mean is taken over all positions of the same text in a run without edits.
     """
@@ -44,7 +49,8 @@ def ablate_head(layer, head, mode="zero"):
 
 
 def ablate_layer(layer, part="both"):
-    """Remove what a layer's attention, FFN or both add to the residual stream. Returns a list of edits."""
+    """Remove what a layer's attention, FFN or both add to the residual stream. Returns a list of
+    edits."""
     stages = {"attention": ["attn_out"], "ffn": ["ffn_out"], "both": ["attn_out", "ffn_out"]}
     if part not in stages:
         raise CaptureError(f'part is "attention", "ffn" or "both", not {part!r}.')
@@ -55,29 +61,49 @@ def scale(stage, layer, factor, head=None, positions=None):
     """Multiply a stage of a layer by a factor; `head` and `positions` restrict it."""
     if isinstance(factor, bool) or not isinstance(factor, (int, float, np.number)):
         raise CaptureError(f"factor is a number, not {factor!r}.")
-    return Edit(stage, _index(layer), None if head is None else _index(head), _positions(positions), float(factor))
+    return Edit(
+        stage,
+        _index(layer),
+        None if head is None else _index(head),
+        _positions(positions),
+        float(factor),
+    )
 
 
 def patch(stage, layer, source, positions=None, head=None):
-    """Replace a stage of a layer by what another run had there (activation patching: Meng et al. 2022).
+    """Replace a stage of a layer by what another run had there (activation patching: Meng et al.
+    2022).
 
-    source: a Capture that holds the stage, or an array (token, embd), or (head, token, feature) for stages by head.
-    positions: token positions to replace, the same in both runs; None for all (the texts must be equally long).
-    """
+    source: a Capture that holds the stage, or an array (token, embd), or (head, token, feature) for
+    stages by head. positions: token positions to replace, the same in both runs; None for all (the
+    texts must be equally long)."""
     if stage not in EDITABLE:
         raise CaptureError(f"stage {stage!r} cannot be edited; these can: {', '.join(EDITABLE)}.")
     if isinstance(source, np.ndarray):
         values = source
     elif stage not in getattr(source, "stages", ()):
-        raise CaptureError(f"a patch's source is an array or a Capture that holds {stage!r}: capture it with stages=.")
+        raise CaptureError(
+            f"a patch's source is an array or a Capture that holds {stage!r}: capture it with stages=."
+        )
     elif layer not in source[stage].layer.values:
         raise CaptureError(f"the source capture does not hold {stage!r} of layer {layer}.")
-    elif "query" in source[stage].dims and source[stage].sizes["query"] != source[stage].sizes["key"]:
-        raise CaptureError("the source capture holds only some queries: capture it without queries= to patch from it.")
+    elif (
+        "query" in source[stage].dims and source[stage].sizes["query"] != source[stage].sizes["key"]
+    ):
+        raise CaptureError(
+            "the source capture holds only some queries: capture it without queries= to patch from it."
+        )
     else:
         values = source[stage].sel(layer=layer).values
     values = np.ascontiguousarray(values, np.float32)
-    return Edit(stage, _index(layer), None if head is None else _index(head), _positions(positions), 1.0, values)
+    return Edit(
+        stage,
+        _index(layer),
+        None if head is None else _index(head),
+        _positions(positions),
+        1.0,
+        values,
+    )
 
 
 def flatten(edits):
@@ -85,7 +111,9 @@ def flatten(edits):
     if isinstance(edits, Edit):
         return [edits]
     if not isinstance(edits, (list, tuple)):
-        raise CaptureError(f"edits are what ablate_head, ablate_layer, scale and patch return, not {edits!r}.")
+        raise CaptureError(
+            f"edits are what ablate_head, ablate_layer, scale and patch return, not {edits!r}."
+        )
     return [flat for edit in edits for flat in flatten(edit)]
 
 

@@ -1,8 +1,8 @@
 """What the bindings do not give: ggml's tensor struct, and reading and writing a tensor's data.
 
-Operations and sources of a graph node are not behind functions, so they are read from `struct ggml_tensor` as the
-pinned llama.cpp lays it out. `check_layout` refuses another layout instead of misreading it.
-"""
+Operations and sources of a graph node are not behind functions, so they are read from `struct
+ggml_tensor` as the pinned llama.cpp lays it out. `check_layout` refuses another layout instead of
+misreading it."""
 
 import ctypes
 
@@ -14,7 +14,8 @@ MAX_SRC = 10
 
 
 class Tensor(ctypes.Structure):
-    """`struct ggml_tensor` of llama-cpp-python 0.3.36. ne: elements, nb: strides in bytes, fastest dimension first."""
+    """`struct ggml_tensor` of llama-cpp-python 0.3.36. ne: elements, nb: strides in bytes, fastest
+    dimension first."""
 
     _fields_ = [
         ("type", ctypes.c_int32),
@@ -35,7 +36,13 @@ class Tensor(ctypes.Structure):
 
 
 FLAG_INPUT = 1
-DTYPES = {0: np.dtype("f4"), 1: np.dtype("f2"), 24: np.dtype("i1"), 26: np.dtype("i4"), 27: np.dtype("i8")}
+DTYPES = {
+    0: np.dtype("f4"),
+    1: np.dtype("f2"),
+    24: np.dtype("i1"),
+    26: np.dtype("i4"),
+    27: np.dtype("i8"),
+}
 TYPE_BY_NAME = {"f32": 0, "f16": 1}
 
 
@@ -69,17 +76,21 @@ class Ggml:
         self.device = None  # a Device where CuPy can look at CUDA tensors in place
 
     def forget(self):
-        """A context was freed, and its buffers with it: others may be made at the same addresses."""
+        """A context was freed, and its buffers with it: others may be made at the same
+        addresses."""
         self._host.clear()
         self._on_cuda.clear()
         if self.device:
             self.device.forget()
 
     def check_layout(self, address):
-        """Raise CaptureError unless a live tensor's name and size are where `Tensor` says they are."""
+        """Raise CaptureError unless a live tensor's name and size are where `Tensor` says they
+        are."""
         tensor = Tensor.from_address(address)
         size = self.nbytes(address)
-        ours = max((tensor.ne[d] - 1) * tensor.nb[d] for d in range(4)) if tensor.type in DTYPES else 0
+        ours = (
+            max((tensor.ne[d] - 1) * tensor.nb[d] for d in range(4)) if tensor.type in DTYPES else 0
+        )
         if self.get_name(address) != address + Tensor.name.offset or not ours <= size:
             raise CaptureError(
                 "this llama.cpp lays out its tensors differently from llama-cpp-python 0.3.36, so captures would be "
@@ -97,15 +108,18 @@ class Ggml:
         if self.device is None:
             return False
         if buffer not in self._on_cuda:
-            self._on_cuda[buffer] = self.buffer_name(buffer).startswith(b"CUDA") and not self.on_host(buffer)
+            self._on_cuda[buffer] = self.buffer_name(buffer).startswith(
+                b"CUDA"
+            ) and not self.on_host(buffer)
         return self._on_cuda[buffer]
 
     def array(self, address, layout=None, scratch=None):
-        """A tensor's data, slowest dimension first. layout: (offset, ne, nb), another view of the same bytes.
+        """A tensor's data, slowest dimension first. layout: (offset, ne, nb), another view of the
+        same bytes.
 
-        In place, valid and writable only inside the callback: a NumPy array where the memory is the host's, a CuPy
-        array where it is CUDA's and CuPy is there. Otherwise a copy in `scratch`, valid until that is used again.
-        """
+        In place, valid and writable only inside the callback: a NumPy array where the memory is the
+        host's, a CuPy array where it is CUDA's and CuPy is there. Otherwise a copy in `scratch`,
+        valid until that is used again."""
         tensor = Tensor.from_address(address)
         dtype = DTYPES[tensor.type]
         offset, ne, nb = layout or (0, tuple(tensor.ne), tuple(tensor.nb))
@@ -125,7 +139,8 @@ class Ggml:
 
 
 class Scratch:
-    """One host buffer, reused: fresh pages for every tensor would cost several times the copy itself."""
+    """One host buffer, reused: fresh pages for every tensor would cost several times the copy
+    itself."""
 
     def __init__(self):
         self._bytes = self.last = np.empty(0, np.uint8)

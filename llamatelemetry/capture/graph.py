@@ -1,4 +1,5 @@
-"""llama.cpp's compute graph as the evaluation callback sees it: nodes, their sources, and the paths between them."""
+"""llama.cpp's compute graph as the evaluation callback sees it: nodes, their sources, and the paths
+between them."""
 
 import re
 
@@ -10,9 +11,23 @@ _COPY = re.compile(r"^[^#]+#(.*)#\d+$")
 
 
 class Node:
-    """One tensor of the graph. index: its position in the order of evaluation, -1 for leaves (weights, inputs)."""
+    """One tensor of the graph. index: its position in the order of evaluation, -1 for leaves
+    (weights, inputs)."""
 
-    __slots__ = ("index", "address", "op", "name", "ne", "nb", "type", "params", "flags", "src", "data", "users")
+    __slots__ = (
+        "index",
+        "address",
+        "op",
+        "name",
+        "ne",
+        "nb",
+        "type",
+        "params",
+        "flags",
+        "src",
+        "data",
+        "users",
+    )
 
     def __init__(self, index, address, op, name, tensor):
         self.index, self.address, self.op, self.name = index, address, op, name
@@ -39,7 +54,8 @@ class Node:
 
 
 class Graph:
-    """The nodes of one evaluation, in order. Built by `add` for every node that the callback is asked about."""
+    """The nodes of one evaluation, in order. Built by `add` for every node that the callback is
+    asked about."""
 
     def __init__(self, ggml):
         self._ggml = ggml
@@ -48,7 +64,9 @@ class Graph:
 
     def add(self, address):
         tensor = Tensor.from_address(address)
-        node = Node(len(self.nodes), address, self._ggml.op_desc(address).decode(), _name(tensor), tensor)
+        node = Node(
+            len(self.nodes), address, self._ggml.op_desc(address).decode(), _name(tensor), tensor
+        )
         for slot in range(MAX_SRC):
             source = tensor.src[slot]
             if source:
@@ -64,7 +82,8 @@ class Graph:
         if found is None:
             tensor = Tensor.from_address(address)
             name = _name(tensor)
-            # Between two devices the scheduler puts copies named "CUDA0#name#0": the copy stands for the original.
+            # Between two devices the scheduler puts copies named "CUDA0#name#0": the copy stands
+            # for the original.
             copy = _COPY.match(name)
             found = self._by_name.get(copy[1]) if copy else None
             if found is None:
@@ -74,13 +93,18 @@ class Graph:
 
 
 def _adapter(node):
-    """Whether a summand is what an adapter adds to a product, scale * B (A x), or to a row of the embedding."""
-    return node.op == "SCALE" and node.src[0].op.startswith("MUL_MAT") and node.src[0].src[0].name.endswith(".lora_b")
+    """Whether a summand is what an adapter adds to a product, scale * B (A x), or to a row of the
+    embedding."""
+    return (
+        node.op == "SCALE"
+        and node.src[0].op.startswith("MUL_MAT")
+        and node.src[0].src[0].name.endswith(".lora_b")
+    )
 
 
 def _fold(node):
-    """Let the sum W x + scale * B (A x) be the product that it is without an adapter, so that every stage is where it
-    is without one; what it is made of leads nowhere any more."""
+    """Let the sum W x + scale * B (A x) be the product that it is without an adapter, so that every
+    stage is where it is without one; what it is made of leads nowhere any more."""
     plain, scaled = node.src[:2]
     op, sources = plain.op, plain.src
     for part in (plain, scaled, scaled.src[0], scaled.src[0].src[1]):
@@ -104,7 +128,8 @@ def base(node):
 
 
 def cone(node, stop):
-    """Every node that `node` is computed from, itself included, not going past `stop` (a set of nodes)."""
+    """Every node that `node` is computed from, itself included, not going past `stop` (a set of
+    nodes)."""
     seen, pending = set(), [node]
     while pending:
         current = pending.pop()
@@ -136,7 +161,8 @@ def _after(source):
 
 
 def cut_nodes(path):
-    """The nodes of a path set that every path passes: no edge jumps over them. The residual stream is made of these."""
+    """The nodes of a path set that every path passes: no edge jumps over them. The residual stream
+    is made of these."""
     position = {node: number for number, node in enumerate(path)}
     furthest, cuts = 0, []
     for number, node in enumerate(path):

@@ -1,41 +1,50 @@
-"""What is reduced where it is computed: losses of a text under edits, and statistics of every head's attention."""
+"""What is reduced where it is computed: losses of a text under edits, and statistics of every
+head's attention."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from ..errors import CaptureError
+from ..maths import log_softmax
 from .finite import check_finite
 from .recorder import on_host
 
 ROWS = 64  # logits rows worked on at a time: bounded memory for vocabularies of 262 thousand
-NAMES = ("entropy", "normalized_entropy", "distance", "sink", "top", "previous_token", "duplicate_token", "induction")
+NAMES = (
+    "entropy",
+    "normalized_entropy",
+    "distance",
+    "sink",
+    "top",
+    "previous_token",
+    "duplicate_token",
+    "induction",
+)
 DETECTED = NAMES[-3:]
 KEEP_LIMIT = 4 * 2**30  # bytes of log-probabilities kept for KL divergences
 
 
-def log_softmax(logits):
-    """(row, vocab) natural log-probabilities, float32."""
-    logits = np.asarray(logits, dtype=np.float32)
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-
-
 class Score:
-    """Per predicted token: logprob of what follows, entropy, rank, best token. on_logits of a run."""
+    """Per predicted token: logprob of what follows, entropy, rank, best token. on_logits of a
+    run."""
 
     def __init__(self, tokens, reference=None, keep=False):
         """reference: (token, vocab) log-probabilities to compare with, keep: keep this run's."""
         n = len(tokens)
         self.tokens, self.reference = np.asarray(tokens), reference
-        self.columns = {name: np.zeros(n, np.float64) for name in ("logprob", "entropy", "top_logprob", "kl")}
+        self.columns = {
+            name: np.zeros(n, np.float64) for name in ("logprob", "entropy", "top_logprob", "kl")
+        }
         self.columns |= {name: np.zeros(n, np.int64) for name in ("rank", "top_id")}
         self.kept, self._keep = None, keep
 
     def __call__(self, logits, past):
         if self._keep and self.kept is None:
             if len(self.tokens) * logits.shape[1] * 4 > KEEP_LIMIT:
-                raise CaptureError("this text is too long for KL divergences over this vocabulary: shorten it.")
+                raise CaptureError(
+                    "this text is too long for KL divergences over this vocabulary: shorten it."
+                )
             self.kept = np.empty((len(self.tokens), logits.shape[1]), np.float32)
         for start in range(0, len(logits), ROWS):
             self._rows(logits[start : start + ROWS], past + start)
@@ -64,26 +73,36 @@ class Score:
         return {name: values[:-1].tolist() for name, values in self.columns.items()}
 
     def summary(self, base=None):
-        """Loss (mean nats per token), and against a baseline Score: its change with its standard error over tokens
-        (which are not independent), mean KL, same best token."""
+        """Loss (mean nats per token), and against a baseline Score: its change with its standard
+        error over tokens (which are not independent), mean KL, same best token."""
         loss = -float(self.columns["logprob"][:-1].mean())
         row = {"loss": loss}
         if base is not None:
             row["loss_change"] = loss - base.summary()["loss"]
             paired = (base.columns["logprob"] - self.columns["logprob"])[:-1]
-            row["loss_change_err"] = float(paired.std(ddof=1) / len(paired) ** 0.5) if len(paired) > 1 else float("nan")
+            row["loss_change_err"] = (
+                float(paired.std(ddof=1) / len(paired) ** 0.5) if len(paired) > 1 else float("nan")
+            )
             row["kl"] = float(self.columns["kl"][:-1].mean())
-            row["top1_agreement"] = float((self.columns["top_id"] == base.columns["top_id"])[:-1].mean())
+            row["top1_agreement"] = float(
+                (self.columns["top_id"] == base.columns["top_id"])[:-1].mean()
+            )
         return row
 
 
 def score(runs, tokens, edits, **options):
     """Run a text with edits and Score it."""
     if len(tokens) < 2:
-        raise CaptureError("scoring predicts each token from those before it: give at least two tokens.")
+        raise CaptureError(
+            "scoring predicts each token from those before it: give at least two tokens."
+        )
     means = options.pop("means", None) or runs.means_for(tokens, edits)
     result = Score(tokens, **options)
-    runs.run(tokens, lambda recorder, plan: runs.apply(recorder, plan, edits, len(tokens), means), on_logits=result)
+    runs.run(
+        tokens,
+        lambda recorder, plan: runs.apply(recorder, plan, edits, len(tokens), means),
+        on_logits=result,
+    )
     return result
 
 
@@ -102,30 +121,39 @@ def sweep(runs, tokens, variants, progress):
 class HeadStatistics:
     """Sums over query rows of every head's attention, taken from the tensor where it lies.
 
-    patterns: {name: [(query, key), ...]}; a pattern's score is the attention on those pairs over all attention, which
-    is what TransformerLens's head detector computes with error_measure="mul". threads: that share the rows of a tensor
-    in the machine's memory.
-    """
+    patterns: {name: [(query, key), ...]}; a pattern's score is the attention on those pairs over
+    all attention, which is what TransformerLens's head detector computes with error_measure="mul".
+    threads: that share the rows of a tensor in the machine's memory."""
 
-    # A thread works on threads * BLOCK weights at a time: few fit its cache, but the more threads there are, the longer
-    # NumPy's calls must be, because between two calls a thread waits for Python's lock.
+    # A thread works on threads * BLOCK weights at a time: few fit its cache, but the more threads
+    # there are, the longer NumPy's calls must be, because between two calls a thread waits for
+    # Python's lock.
     BLOCK, THREADS = 2**18, 8
 
     def __init__(self, tokens, pairs, device=None, threads=1):
         if taken := set(pairs) & ({"mass", *NAMES}):
-            raise CaptureError(f"pattern {sorted(taken)[0]!r} has the name of a measure: give it another one.")
+            raise CaptureError(
+                f"pattern {sorted(taken)[0]!r} has the name of a measure: give it another one."
+            )
         self.n, self.tokens, self.device = len(tokens), np.asarray(tokens), device
         self.threads = min(threads, self.THREADS)
         self._pool = ThreadPoolExecutor(self.threads)
         rows = [np.asarray(value, int).reshape(-1, 2) for value in pairs.values()]
         found = np.vstack([np.empty((0, 2), int), *rows])
-        number = np.repeat(np.arange(len(rows)), [len(some) for some in rows])  # of the pattern that a pair belongs to
+        number = np.repeat(
+            np.arange(len(rows)), [len(some) for some in rows]
+        )  # of the pattern that a pair belongs to
         order = found[:, 0].argsort(kind="stable")
-        self.patterns, self._pairs = list(pairs), (*found[order].T, number[order])  # query, key, pattern
+        self.patterns, self._pairs = (
+            list(pairs),
+            (*found[order].T, number[order]),
+        )  # query, key, pattern
         # What this text has no pair of positions for: attention to nothing is no 0.
         self._absent = {name for name, some in zip(self.patterns, rows) if not len(some)}
         self._absent |= {"previous_token", "normalized_entropy"} if self.n < 2 else set()
-        self._absent |= {"duplicate_token", "induction"} if len(set(self.tokens.tolist())) == self.n else set()
+        self._absent |= (
+            {"duplicate_token", "induction"} if len(set(self.tokens.tolist())) == self.n else set()
+        )
         self.sums = {}  # layer -> {measure: (head,)}, "patterns": (head, pattern)
         self._on_device = {}  # layer -> [(head, measure), (head, pattern) if there are any], fetched once at the end
         self._ids = {}  # CUDA device number -> the tokens there
@@ -143,7 +171,11 @@ class HeadStatistics:
                 self._ids[values.device.id] = self.device.cupy.asarray(self.tokens, np.int32)
             found = [self.device.row_sums(values, past, self._ids[values.device.id])]
             if self.patterns:
-                found.append(self.device.pair_sums(values, *self._here(past, values.shape[1]), len(self.patterns)))
+                found.append(
+                    self.device.pair_sums(
+                        values, *self._here(past, values.shape[1]), len(self.patterns)
+                    )
+                )
             before = self._on_device.get(layer)
             self._on_device[layer] = [a + b for a, b in zip(before, found)] if before else found
 
@@ -156,7 +188,8 @@ class HeadStatistics:
                 sums[name] = sums.get(name, 0) + total.astype(np.float64)
 
     def _here(self, first, count):
-        """(row, key, pattern) of the pairs whose queries are the `count` rows from position `first`."""
+        """(row, key, pattern) of the pairs whose queries are the `count` rows from position
+        `first`."""
         some = slice(*np.searchsorted(self._pairs[0], (first, first + count)))
         query, key, pattern = (part[some] for part in self._pairs)
         return query - first, key, pattern
@@ -168,7 +201,9 @@ class HeadStatistics:
         starts = range(0, n_query, rows)
         count = min(self.threads, len(starts))
 
-        def share(number):  # its own rows to each: handing them out block by block costs more than the arithmetic
+        def share(
+            number,
+        ):  # its own rows to each: handing them out block by block costs more than the arithmetic
             sums, logs = {}, np.empty(n_head * rows * min(self.n, past + n_query), np.float32)
             for start in starts[number::count]:
                 stop = min(start + rows, n_query)
@@ -179,7 +214,8 @@ class HeadStatistics:
         return list(self._pool.map(share, range(count)))
 
     def _rows(self, p, first, logs):
-        """Sums over the rows of p (head, query, key); the first query is at position `first`. logs: room for a copy."""
+        """Sums over the rows of p (head, query, key); the first query is at position `first`. logs:
+        room for a copy."""
         n_query, n_key = p.shape[1:]
         query, key = np.arange(first, first + n_query), np.arange(n_key)
         row, column, pattern = self._here(first, n_query)
@@ -188,7 +224,9 @@ class HeadStatistics:
         mass = p.sum(-1)  # (head, query): 1, or less with an attention sink
         entropy = -np.einsum("hqk,hqk->hq", p, logs)
         earlier = query[query > 0]
-        same = (self.tokens[:n_key] == self.tokens[query][:, None]) & (key < query[:, None])  # (query, key)
+        same = (self.tokens[:n_key] == self.tokens[query][:, None]) & (
+            key < query[:, None]
+        )  # (query, key)
         same = same.astype(np.float32)
         return {
             "mass": mass.sum(-1),
@@ -199,13 +237,17 @@ class HeadStatistics:
             "top": p.max(-1).sum(-1),
             "previous_token": p[:, earlier - first, earlier - 1].sum(-1),
             "duplicate_token": np.einsum("hqk,qk->h", p, same),
-            "induction": np.einsum("hqk,qk->h", p[:, :, 1:], same[:, :-1]),  # what followed the duplicate
-            "patterns": np.stack([np.bincount(pattern, weights, len(self.patterns)) for weights in p[:, row, column]]),
+            "induction": np.einsum(
+                "hqk,qk->h", p[:, :, 1:], same[:, :-1]
+            ),  # what followed the duplicate
+            "patterns": np.stack(
+                [np.bincount(pattern, weights, len(self.patterns)) for weights in p[:, row, column]]
+            ),
         }
 
     def table(self):
-        """{measure: (layer, head)} and the layers; patterns over the attention's sum, the rest over the rows.
-        NotFiniteError where attention is no number."""
+        """{measure: (layer, head)} and the layers; patterns over the attention's sum, the rest over
+        the rows. NotFiniteError where attention is no number."""
         from .device import MEASURES
 
         sums = dict(self.sums)
@@ -214,7 +256,9 @@ class HeadStatistics:
             sums[layer] = dict(zip(MEASURES, on_host(rows).T)) | {"patterns": pairs}
         layers = sorted(sums)
         heads = max(len(sums[layer]["mass"]) for layer in layers)
-        out = {name: np.full((len(layers), heads), np.nan) for name in ("mass", *NAMES, *self.patterns)}
+        out = {
+            name: np.full((len(layers), heads), np.nan) for name in ("mass", *NAMES, *self.patterns)
+        }
         for place, layer in enumerate(layers):
             check_finite(sums[layer]["mass"], "attention", layer)
             found = sums[layer] | dict(zip(self.patterns, sums[layer]["patterns"].T))
@@ -223,4 +267,3 @@ class HeadStatistics:
                 if name not in self._absent:
                     row[: len(found[name])] = found[name] / (found["mass"] if by_mass else self.n)
         return out, layers
-

@@ -1,5 +1,5 @@
-"""The stages of a capture: what each is, its dims, whether it can be edited; and the few names the graph cannot do
-without."""
+"""The stages of a capture: what each is, its dims, whether it can be edited; and the few names the
+graph cannot do without."""
 
 from dataclasses import dataclass
 
@@ -36,13 +36,24 @@ STAGES = {
 }
 GRIDS = {name for name, stage in STAGES.items() if "key" in stage.dims}
 
-# Operations that mix positions other than by softmax attention: convolutions over time, state-space scans, linear
-# attention. A layer whose block holds one of these and no softmax is recurrent.
+# Operations that mix positions other than by softmax attention: convolutions over time, state-space
+# scans, linear attention. A layer whose block holds one of these and no softmax is recurrent.
 RECURRENT = {
-    "SSM_CONV", "SSM_SCAN", "RWKV_WKV6", "RWKV_WKV7", "GATED_LINEAR_ATTN", "GATED_DELTA_NET", "SOLVE_TRI", "CUMSUM",
-}  # fmt: skip
-# The residual stream leaves a layer under this name wherever the graph has bypasses (per-layer embeddings, several
-# streams) that hide it from the paths.
+    "SSM_CONV",
+    "SSM_SCAN",
+    "RWKV_WKV6",
+    "RWKV_WKV7",
+    "GATED_LINEAR_ATTN",
+    "GATED_DELTA_NET",
+    "SOLVE_TRI",
+    "CUMSUM",
+}
+# The residual stream leaves a layer under this name wherever the graph has bypasses (per-layer
+# embeddings, several streams) that hide it from the paths.
 LAYER_OUTPUT = "l_out"
-NORMED, STATES, OUTPUT = "result_norm", "result_embd", "result_output"  # the final norm, an encoder's states, logits
+NORMED, STATES, OUTPUT = (
+    "result_norm",
+    "result_embd",
+    "result_output",
+)  # the final norm, an encoder's states, logits
 OUTPUT_MATRICES = ("output.weight", "token_embd.weight")

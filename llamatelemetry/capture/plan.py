@@ -11,8 +11,8 @@ from .names import STAGES
 class Tap:
     """Where one stage of one layer is read: after node `index` is computed, as `view` of its bytes.
 
-    view: None for the node as it is, else (offset, ne, nb) with the number of tokens in ne[token_dim].
-    """
+    view: None for the node as it is, else (offset, ne, nb) with the number of tokens in
+    ne[token_dim]."""
 
     index: int
     name: str
@@ -26,14 +26,17 @@ class Tap:
 
 @dataclass
 class Plan:
-    """taps: {stage: {layer: [Tap, ...]}} (several taps add up); layers: facts per layer; n_nodes: of the graph."""
+    """taps: {stage: {layer: [Tap, ...]}} (several taps add up); layers: facts per layer; n_nodes:
+    of the graph."""
 
     n_nodes: int
     taps: dict = field(default_factory=dict)
     layers: list = field(default_factory=list)
     why_not: dict = field(default_factory=dict)  # stage -> reason
     masks: dict = field(default_factory=dict)  # mask -> layers that share it
-    output: dict = field(default_factory=dict)  # what happens to the logits: softcap (0: none), bias
+    output: dict = field(
+        default_factory=dict
+    )  # what happens to the logits: softcap (0: none), bias
 
     def put(self, stage, layer, *taps):
         if taps and all(tap is not None for tap in taps):
@@ -42,7 +45,13 @@ class Plan:
 
 def missing(plan, stage, n_layer):
     """Layers for which a stage was not found."""
-    layers = range(n_layer + 1) if stage == "hidden" else range(n_layer) if STAGES[stage].per_layer else [None]
+    layers = (
+        range(n_layer + 1)
+        if stage == "hidden"
+        else range(n_layer)
+        if STAGES[stage].per_layer
+        else [None]
+    )
     return [layer for layer in layers if layer not in plan.taps.get(stage, {})]
 
 
@@ -60,9 +69,15 @@ def view_tap(node, token_dim):
 
 
 def node_tap(node, n_tokens):
-    """A Tap on a whole node whose outermost dimension is the tokens: several streams are one wide vector per token."""
+    """A Tap on a whole node whose outermost dimension is the tokens: several streams are one wide
+    vector per token."""
     source = base(node)
     sizes = [size for size in source.ne if size != 1] or [1]
     if source.is_leaf or n_tokens > 1 and sizes[-1] != n_tokens:
         return None
-    return Tap(source.index, source.name, source.op, (source.ne[0] * source.ne[1] * source.ne[2] // n_tokens,))
+    return Tap(
+        source.index,
+        source.name,
+        source.op,
+        (source.ne[0] * source.ne[1] * source.ne[2] // n_tokens,),
+    )

@@ -1,4 +1,5 @@
-"""What happens at a node: edits are written into it, stages are copied out of it, reducers look at it in place."""
+"""What happens at a node: edits are written into it, stages are copied out of it, reducers look at
+it in place."""
 
 import numpy as np
 
@@ -8,7 +9,8 @@ from .names import GRIDS, STAGES
 
 
 class PlanMismatch(Exception):
-    """The graph that is being evaluated is not the one that was planned: plan again with these tokens."""
+    """The graph that is being evaluated is not the one that was planned: plan again with these
+    tokens."""
 
 
 class Recorder:
@@ -21,11 +23,11 @@ class Recorder:
         self._number, self._past, self._count = -1, 0, 0
 
     def on(self, tap, action):
-        """Call action(values, past) when the tap's node is computed; it returns whether it changed the values.
+        """Call action(values, past) when the tap's node is computed; it returns whether it changed
+        the values.
 
-        values: (token, *tap.shape), or (head, query, key) for a grid, or (query, key) for a mask; where `key` runs
-        over the cache, beyond the last token too.
-        """
+        values: (token, *tap.shape), or (head, query, key) for a grid, or (query, key) for a mask;
+        where `key` runs over the cache, beyond the last token too."""
         self._actions.setdefault(tap.index, []).append((tap, action))
 
     def start(self, past, count):
@@ -41,7 +43,8 @@ class Recorder:
         return True
 
     def finish(self):
-        """After each decode: waits for copies, raises PlanMismatch when the graph was another one."""
+        """After each decode: waits for copies, raises PlanMismatch when the graph was another
+        one."""
         if self.ggml.device:
             self.ggml.device.drain()
         if self._number + 1 != self.plan.n_nodes:
@@ -80,9 +83,16 @@ class Copy:
     """Copies one stage of one layer into its place in a capture. Several taps of a stage add up."""
 
     def __init__(self, target, stage, first, queries=None, rounded=None, device=None):
-        """target: (token, ...) or (..., query, key), the whole text; queries: {position: row} or None for all;
-        rounded: the cache's number format, in which attention sees keys and values; device: for CuPy's values."""
-        self.target, self.stage, self.first, self.queries, self.rounded = target, stage, first, queries, rounded
+        """target: (token, ...) or (..., query, key), the whole text; queries: {position: row} or
+        None for all; rounded: the cache's number format, in which attention sees keys and values;
+        device: for CuPy's values."""
+        self.target, self.stage, self.first, self.queries, self.rounded = (
+            target,
+            stage,
+            first,
+            queries,
+            rounded,
+        )
         self._device = device
 
     def __call__(self, values, past):
@@ -112,7 +122,11 @@ class Copy:
         if self.queries is None:
             rows, chosen = slice(past, past + n_query), slice(None)
         else:
-            here = [(row, position - past) for position, row in self.queries.items() if 0 <= position - past < n_query]
+            here = [
+                (row, position - past)
+                for position, row in self.queries.items()
+                if 0 <= position - past < n_query
+            ]
             if not here:
                 return
             rows, chosen = map(list, zip(*here))
@@ -126,7 +140,8 @@ class Copy:
 
 
 class Apply:
-    """Applies an Edit at a tap. first: of several taps that add up, this one takes the new values, the others none."""
+    """Applies an Edit at a tap. first: of several taps that add up, this one takes the new values,
+    the others none."""
 
     def __init__(self, edit, first=True, mean=None):
         self.edit, self.first, self.mean = edit, first, mean
@@ -134,7 +149,9 @@ class Apply:
     def __call__(self, values, past):
         edit = self.edit
         target = values.swapaxes(0, 1) if edit.stage in GRIDS else values  # (token, ...)
-        positions = range(len(target)) if edit.positions is None else [p - past for p in edit.positions]
+        positions = (
+            range(len(target)) if edit.positions is None else [p - past for p in edit.positions]
+        )
         rows = np.array([row for row in positions if 0 <= row < len(target)], int)
         if not rows.size:
             return False
@@ -165,7 +182,9 @@ class Apply:
                 f"{int(positions[-1])} was asked for: name `positions` that both runs have."
             )
         given = given[positions]
-        if edit.stage in GRIDS:  # the cache is longer than the text, or holds only what came in this batch and before
+        if (
+            edit.stage in GRIDS
+        ):  # the cache is longer than the text, or holds only what came in this batch and before
             n_key = old.shape[-1]
             if given[..., n_key:].any():
                 raise CaptureError(
@@ -174,5 +193,7 @@ class Apply:
                 )
             given = np.concatenate([given[..., :n_key], old[..., given.shape[-1] :]], -1)
         if given.shape != old.shape:
-            raise CaptureError(f"the patch for {edit.stage!r} has shape {given.shape}, the model has {old.shape}.")
+            raise CaptureError(
+                f"the patch for {edit.stage!r} has shape {given.shape}, the model has {old.shape}."
+            )
         return given

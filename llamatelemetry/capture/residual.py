@@ -1,19 +1,22 @@
 """The residual stream and what each block adds to it, found from the paths of llama.cpp's graph.
 
-The stream is the chain of nodes that every path from the embedding to the logits passes; what a block adds is what the
-sums between two of those nodes add. Where the stream is no plain sum (normalized between blocks, several strands), of
-two summands the one that the other was computed from is the stream.
-"""
+The stream is the chain of nodes that every path from the embedding to the logits passes; what a
+block adds is what the sums between two of those nodes add. Where the stream is no plain sum
+(normalized between blocks, several strands), of two summands the one that the other was computed
+from is the stream."""
 
 from .graph import VIEWS, base, between, cone, cut_nodes
 from .names import LAYER_OUTPUT, NORMED, OUTPUT, OUTPUT_MATRICES, RECURRENT, STATES
 from .plan import float_param, node_tap
 
 NORMS = {"RMS_NORM", "NORM", "L2_NORM", "GROUP_NORM"}
-# The stream passes through these unchanged in meaning: rows picked (all of them here), views, copies.
+# The stream passes through these unchanged in meaning: rows picked (all of them here), views,
+# copies.
 PASSING = VIEWS | {"GET_ROWS", "CONT", "CPY"}
 WHY_NO_LOGITS = "its graph computes none, as an encoder's does not"
-WHY_NO_SUM = "the stream is not a sum of what the blocks add (several streams, or mixed by learned weights)"
+WHY_NO_SUM = (
+    "the stream is not a sum of what the blocks add (several streams, or mixed by learned weights)"
+)
 
 
 def _named(graph, *names):
@@ -22,8 +25,8 @@ def _named(graph, *names):
 
 
 def find_logits(graph):
-    """The node that holds the logits: by its name, or the last one where the output matrix made it (PLaMo 3 leaves it
-    unnamed). None for an encoder's graph, which ends in states."""
+    """The node that holds the logits: by its name, or the last one where the output matrix made it
+    (PLaMo 3 leaves it unnamed). None for an encoder's graph, which ends in states."""
     node = named = _named(graph, OUTPUT)
     if named is None and graph.nodes[-1].name not in (NORMED, STATES):
         node = _product(graph.nodes[-1])
@@ -32,7 +35,8 @@ def find_logits(graph):
 
 
 def _product(node):
-    """The matrix product that a node was computed from, back through scales, biases and soft-caps; None without one."""
+    """The matrix product that a node was computed from, back through scales, biases and soft-caps;
+    None without one."""
     while not node.is_leaf and node.op != "MUL_MAT":
         node = node.src[0]
     return None if node.is_leaf else node
@@ -44,13 +48,16 @@ def _sink(graph):
 
 
 def _embedding(graph):
-    lookups = [n for n in graph.nodes if n.op == "GET_ROWS" and n.src[0].is_weight and n.src[1].is_leaf]
+    lookups = [
+        n for n in graph.nodes if n.op == "GET_ROWS" and n.src[0].is_weight and n.src[1].is_leaf
+    ]
     tokens = [n for n in lookups if n.src[0].name == "token_embd.weight"]
     return (tokens or lookups or graph.nodes)[0]
 
 
 def find_stream(graph, n_layer, attention):
-    """The residual stream: {layer: node} that enters layer 0..n_layer-1 and, at n_layer, leaves the last."""
+    """The residual stream: {layer: node} that enters layer 0..n_layer-1 and, at n_layer, leaves the
+    last."""
     sink, source = _sink(graph), _embedding(graph)
     path = between(source, sink)
     cuts = cut_nodes(path) if path else []
@@ -64,14 +71,22 @@ def find_stream(graph, n_layer, attention):
         before = [node for node in cuts if layer in first and node.index < first[layer]]
         if before:
             stream[layer] = before[-1]
-        if layer == 0 and 0 in outputs:  # after embedding norms and the like: the last node that layer 0 adds to
+        if (
+            layer == 0 and 0 in outputs
+        ):  # after embedding norms and the like: the last node that layer 0 adds to
             products = [n.index for n in path if n.layer == 0 and n.op == "MUL_MAT"]
             mixer = attention.index if attention else min(products, default=outputs[0].index)
-            adds = [c for c in cuts if c.index < mixer and c.layer in (None, 0) and _terms(outputs[0], c) is not None]
+            adds = [
+                c
+                for c in cuts
+                if c.index < mixer and c.layer in (None, 0) and _terms(outputs[0], c) is not None
+            ]
             stream[layer] = adds[-1] if adds else stream.get(layer)
         hidden = not before or layer and before[-1].index < first.get(layer - 1, 0)
         if layer - 1 in outputs and (hidden or outputs[layer - 1] in cuts):
-            stream[layer] = outputs[layer - 1]  # by its name where a bypass hides it or several cuts offer themselves
+            stream[layer] = outputs[
+                layer - 1
+            ]  # by its name where a bypass hides it or several cuts offer themselves
     last = _final_norm_input(sink)
     stream[n_layer] = last if last in cuts else outputs.get(n_layer - 1, last)
     return {layer: node for layer, node in stream.items() if node is not None}
@@ -112,7 +127,8 @@ def find_ends(plan, graph, stream, n_tokens):
 
 
 def find_block(plan, graph, layer, stream, softmax, n_tokens):
-    """What layer `layer` adds to the stream, what it reads, and its kind when it holds no attention."""
+    """What layer `layer` adds to the stream, what it reads, and its kind when it holds no
+    attention."""
     start, end = stream.get(layer), stream.get(layer + 1)
     if start is None or end is None or start is end:
         return
@@ -124,7 +140,11 @@ def find_block(plan, graph, layer, stream, softmax, n_tokens):
     terms = _terms(end, start)
     facts["sum"] = terms is not None
     if terms is None:
-        named = [node for node in cone(end, {start}) if node.name == f"{LAYER_OUTPUT}-{layer}" and node.op == "ADD"]
+        named = [
+            node
+            for node in cone(end, {start})
+            if node.name == f"{LAYER_OUTPUT}-{layer}" and node.op == "ADD"
+        ]
         terms = _local_terms(named[0] if named else end, mixers, layer)
     if terms is None:
         plan.why_not.setdefault("attn_out", WHY_NO_SUM)
@@ -149,12 +169,16 @@ def find_block(plan, graph, layer, stream, softmax, n_tokens):
 
 
 def _is_recurrent(node):
-    """Whether a node mixes positions through a state: a scan, or anything that reads a recurrent state's memory."""
-    return node.op in RECURRENT or any(s.is_leaf and s.name.startswith(("cache_r", "cache_s")) for s in node.src)
+    """Whether a node mixes positions through a state: a scan, or anything that reads a recurrent
+    state's memory."""
+    return node.op in RECURRENT or any(
+        s.is_leaf and s.name.startswith(("cache_r", "cache_s")) for s in node.src
+    )
 
 
 def _terms(end, start):
-    """(nodes added to the stream between two of its nodes, the sums on the way), or None where it is no sum."""
+    """(nodes added to the stream between two of its nodes, the sums on the way), or None where it
+    is no sum."""
     carries = {}  # node -> whether it is start plus additions
 
     def carry(node):
@@ -186,9 +210,10 @@ def _terms(end, start):
 
 
 def _local_terms(end, mixers, layer):
-    """The same without knowing where the stream came from: of two summands, the one that the other was computed from
-    is the stream. Norms and scales that the stream passes on the way are passed too, so that what is found need not
-    add up; a stream that begins anew in the block begins with its first addition."""
+    """The same without knowing where the stream came from: of two summands, the one that the other
+    was computed from is the stream. Norms and scales that the stream passes on the way are passed
+    too, so that what is found need not add up; a stream that begins anew in the block begins with
+    its first addition."""
     additions, sums, node = [], set(), end
     while True:
         node = _passed(node, sums)
@@ -209,7 +234,11 @@ def _local_terms(end, mixers, layer):
         sums.add(node)
         additions.append(added)
         below = _passed(kept, set())
-        if cone(added, sums | {below}) & mixers or below.is_leaf or below.layer not in (None, layer):
+        if (
+            cone(added, sums | {below}) & mixers
+            or below.is_leaf
+            or below.layer not in (None, layer)
+        ):
             sums.add(below)
             return _split_sums(additions), sums
         node = kept
@@ -235,7 +264,10 @@ def _split_sums(nodes):
             inner = base(inner.src[0])
         if inner.op == "ADD" and not any(base(source).is_leaf for source in inner.src[:2]):
             cones = [cone(source, set()) for source in inner.src[:2]]
-            mixes = [any(n.op == "SOFT_MAX" or _is_recurrent(n) for n in c - o) for c, o in (cones, cones[::-1])]
+            mixes = [
+                any(n.op == "SOFT_MAX" or _is_recurrent(n) for n in c - o)
+                for c, o in (cones, cones[::-1])
+            ]
             if any(mixes) and not all(mixes):
                 parts.extend(inner.src[:2])
                 continue
@@ -253,7 +285,11 @@ def _entry(nodes, stops):
                 if any(p.op in ("MUL_MAT", "MUL_MAT_ID") for p in cone(given, stops)):
                     continue
                 source = base(given)
-                if source not in stops and not source.is_leaf and (best is None or source.index < best.index):
+                if (
+                    source not in stops
+                    and not source.is_leaf
+                    and (best is None or source.index < best.index)
+                ):
                     best = source
     return best
 
@@ -263,5 +299,7 @@ def _expert_products(nodes, stops):
 
 
 def _last_product(node, stops):
-    products = [inner for inner in cone(node, stops) if inner.op == "MUL_MAT" and not inner.src[1].is_leaf]
+    products = [
+        inner for inner in cone(node, stops) if inner.op == "MUL_MAT" and not inner.src[1].is_leaf
+    ]
     return max(products, key=lambda inner: inner.index, default=None)

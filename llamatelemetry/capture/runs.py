@@ -11,9 +11,21 @@ from .names import GRIDS, STAGES
 from .recorder import Apply, Copy, PlanMismatch, Recorder, on_host
 from .stages import find_stages
 
-PLAN_TOKENS = 3  # enough for the graph of a prompt; recurrent models have another graph for a single token
-AFTER_LAST_ATTENTION = {"hidden", "attn_out", "ffn_out", "ffn_norm", "ffn_act", "final_norm", "logits", "router",
-                        "experts", "expert_weights"}  # fmt: skip
+PLAN_TOKENS = (
+    3  # enough for the graph of a prompt; recurrent models have another graph for a single token
+)
+AFTER_LAST_ATTENTION = {
+    "hidden",
+    "attn_out",
+    "ffn_out",
+    "ffn_norm",
+    "ffn_act",
+    "final_norm",
+    "logits",
+    "router",
+    "experts",
+    "expert_weights",
+}
 
 
 class Runs:
@@ -37,12 +49,15 @@ class Runs:
         self._plans[len(tokens) == 1] = find_stages(graph, len(tokens), self.n_layer)
 
     def taps(self, plan, stage, layer):
-        """The Taps of a stage of a layer, in the order of evaluation; raises CaptureError where there is none."""
+        """The Taps of a stage of a layer, in the order of evaluation; raises CaptureError where
+        there is none."""
         found = plan.taps.get(stage, {}).get(layer)
         if found is None:
             reason = plan.why_not.get(stage) or "its graph has no node that computes it"
             where = "" if layer is None else f"layer {layer} of "
-            raise CaptureError(f"{where}architecture {self.architecture!r} gives no stage {stage!r}: {reason}.")
+            raise CaptureError(
+                f"{where}architecture {self.architecture!r} gives no stage {stage!r}: {reason}."
+            )
         return sorted(found, key=lambda tap: tap.index)
 
     def layers_of(self, plan, stage, wanted=None):
@@ -53,21 +68,27 @@ class Runs:
         count = self.n_layer + (stage == "hidden")
         for layer in () if wanted is None else wanted:
             if not 0 <= layer < self.n_layer + 1:
-                raise CaptureError(f"layer {layer} is out of range: this model has layers 0 to {self.n_layer - 1}.")
+                raise CaptureError(
+                    f"layer {layer} is out of range: this model has layers 0 to {self.n_layer - 1}."
+                )
         have = plan.taps.get(stage, {})
-        layers = [layer for layer in range(count) if layer in have and (wanted is None or layer in wanted)]
+        layers = [
+            layer for layer in range(count) if layer in have and (wanted is None or layer in wanted)
+        ]
         if not layers:
             self.taps(plan, stage, next(iter(wanted)) if wanted else 0)
         return layers
 
-    def run(self, tokens, setup=None, *, all_logits=True, on_logits=None, sampler=None, restart=None):
+    def run(
+        self, tokens, setup=None, *, all_logits=True, on_logits=None, sampler=None, restart=None
+    ):
         """Decode tokens in an empty context; setup(recorder, plan) adds the actions.
 
-        on_logits(logits, past): after each chunk, (n_outputs, n_vocab). sampler: its `next(logits row)` gives the
-        following token or None; each is decoded alone. restart(): forget what a run gave that has to be done again
-        because its graph was not the planned one. Returns all tokens, those generated included. CaptureError where
-        logits are wanted of a model that predicts nothing, NotFiniteError where they are no numbers.
-        """
+        on_logits(logits, past): after each chunk, (n_outputs, n_vocab). sampler: its `next(logits
+        row)` gives the following token or None; each is decoded alone. restart(): forget what a run
+        gave that has to be done again because its graph was not the planned one. Returns all
+        tokens, those generated included. CaptureError where logits are wanted of a model that
+        predicts nothing, NotFiniteError where they are no numbers."""
         if on_logits or sampler:
             self.runtime.check_predicts()
         try:
@@ -88,8 +109,8 @@ class Runs:
             ) from None
 
     def locate(self, tokens, setup=None):
-        """Raise NotFiniteError for the first stage, in the order of evaluation, that holds a value that is no number;
-        return where a run of these tokens has none."""
+        """Raise NotFiniteError for the first stage, in the order of evaluation, that holds a value
+        that is no number; return where a run of these tokens has none."""
 
         def watch(stage, layer):
             file = Path(self.runtime.path).name
@@ -98,7 +119,10 @@ class Runs:
         def watch_all(recorder, plan):
             if setup:
                 setup(recorder, plan)
-            for stage in plan.taps.keys() - {"mask", "scores"}:  # what the mask hides may be anything
+            for stage in plan.taps.keys() - {
+                "mask",
+                "scores",
+            }:  # what the mask hides may be anything
                 for layer in plan.taps[stage]:
                     for tap in self.taps(plan, stage, layer):
                         recorder.on(tap, watch(stage, layer))
@@ -117,8 +141,10 @@ class Runs:
                 setup(recorders[single], plan)
         self.runtime.open(total)
         if len(pieces) > 1 and self.runtime.reads_whole:
-            raise CaptureError(f"{self.runtime.name} reads a text as a whole, at most {len(pieces[0][1])} tokens at "
-                               f"once: this one has {len(tokens)}. Shorten it.")  # fmt: skip
+            raise CaptureError(
+                f"{self.runtime.name} reads a text as a whole, at most {len(pieces[0][1])} tokens at "
+                f"once: this one has {len(tokens)}. Shorten it."
+            )
 
         def decode(piece, past):
             recorder = recorders[len(piece) == 1]
@@ -140,13 +166,16 @@ class Runs:
         return tokens
 
     def apply(self, recorder, plan, edits, total, means=()):
-        """Add the actions of edits to a recorder. Edits come first: a capture shows the edited values.
+        """Add the actions of edits to a recorder. Edits come first: a capture shows the edited
+        values.
 
         total: tokens that the run may have; an edit beyond them would do nothing and is refused.
         """
         for edit in edits:
             if edit.positions is not None and max(edit.positions, default=0) >= total:
-                raise CaptureError(f"an edit names position {max(edit.positions)}: the text has {total} tokens.")
+                raise CaptureError(
+                    f"an edit names position {max(edit.positions)}: the text has {total} tokens."
+                )
             if not 0 <= edit.layer < self.n_layer + (edit.stage == "hidden"):
                 raise CaptureError(
                     f"an edit names layer {edit.layer} of {edit.stage!r}: there are layers 0 to {self.n_layer - 1}."
@@ -161,7 +190,8 @@ class Runs:
                 recorder.on(tap, Apply(edit, number == 0, mean))
 
     def means(self, tokens, layers):
-        """{layer: (head, feature)} mean over positions of every head's output, for mean ablation."""
+        """{layer: (head, feature)} mean over positions of every head's output, for mean
+        ablation."""
         sums = {}
 
         def setup(recorder, plan):
@@ -180,7 +210,8 @@ class Runs:
         return self.means(tokens, sorted(layers)) if layers else {}
 
     def capture(self, tokens, stages, arena, *, layers=None, queries=None, edits=(), sampler=None):
-        """Copy stages of a run into an arena. Returns (tokens, {stage: {layers, offset, shape, dtype}}, layer facts).
+        """Copy stages of a run into an arena. Returns (tokens, {stage: {layers, offset, shape,
+        dtype}}, layer facts).
 
         arena(n_bytes) gives a buffer, which may hold what an earlier capture left there.
         """
@@ -201,16 +232,24 @@ class Runs:
             else:
                 shape = (total, *widths)
             shape = (len(kept), *shape) if facts.per_layer else shape
-            layout[stage] = {"layers": kept, "offset": n_bytes, "shape": shape, "dtype": facts.dtype,
-                             "uneven": len(set(shapes)) > 1}  # fmt: skip
+            layout[stage] = {
+                "layers": kept,
+                "offset": n_bytes,
+                "shape": shape,
+                "dtype": facts.dtype,
+                "uneven": len(set(shapes)) > 1,
+            }
             n_bytes += -(-int(np.prod(shape)) * 4 // 64) * 64
         memory = arena(n_bytes)
         arrays = {
-            stage: np.ndarray(part["shape"], part["dtype"], memory, part["offset"]) for stage, part in layout.items()
+            stage: np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
+            for stage, part in layout.items()
         }
 
         for stage, array in arrays.items():
-            if layout[stage]["uneven"]:  # layers of different widths: what a layer does not have is not a number
+            if layout[stage][
+                "uneven"
+            ]:  # layers of different widths: what a layer does not have is not a number
                 array.fill(MISSING if array.dtype.kind == "f" else -1)
         cache, device = DTYPES[self.runtime.cache_type], self.runtime.ggml.device
 
@@ -223,7 +262,9 @@ class Runs:
                 for place, layer in enumerate(layout[stage]["layers"]):
                     target = array[place] if STAGES[stage].per_layer else array
                     if stage not in GRIDS and target.ndim == 3:
-                        target = target.swapaxes(0, 1)  # (token, head, feature), as the graph has it
+                        target = target.swapaxes(
+                            0, 1
+                        )  # (token, head, feature), as the graph has it
                     for number, tap in enumerate(self.taps(plan, stage, layer)):
                         rounded = cache if stage in ("k", "v") else None
                         recorder.on(tap, Copy(target, stage, number == 0, rows, rounded, device))
@@ -233,7 +274,8 @@ class Runs:
         return tokens, layout, layer_facts
 
     def _watch_masks(self, recorder, plan, layer_facts):
-        """Note which layers' masks hide earlier positions in this run: a sliding window that the text outgrew."""
+        """Note which layers' masks hide earlier positions in this run: a sliding window that the
+        text outgrew."""
 
         def watch(layers):
             def look(values, past):

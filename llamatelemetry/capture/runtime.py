@@ -1,4 +1,5 @@
-"""libllama in process: a model, a context that grows with the prompt, and decoding with a callback on every node."""
+"""libllama in process: a model, a context that grows with the prompt, and decoding with a callback
+on every node."""
 
 import ctypes
 import os
@@ -23,16 +24,30 @@ _KEPT = []
 
 
 def _log(level, text, _):
-    """llama.cpp's log without its debug lines: with a callback in place CUDA writes some at every node."""
+    """llama.cpp's log without its debug lines: with a callback in place CUDA writes some at every
+    node."""
     if level != DEBUG:
         os.write(2, text)
 
 
 class Runtime:
-    """One loaded model. Only the worker process makes one: llama.cpp may abort the process it runs in."""
+    """One loaded model. Only the worker process makes one: llama.cpp may abort the process it runs
+    in."""
 
-    def __init__(self, path, *, n_ctx=None, n_ubatch=512, threads=None, gpu_layers=-1, cache_type="f16",
-                 tensor_split=None, longest=None, at_least=0, variant=None):
+    def __init__(
+        self,
+        path,
+        *,
+        n_ctx=None,
+        n_ubatch=512,
+        threads=None,
+        gpu_layers=-1,
+        cache_type="f16",
+        tensor_split=None,
+        longest=None,
+        at_least=0,
+        variant=None,
+    ):
         import llama_cpp
 
         self.path, self.api, self.ggml = path, llama_cpp, Ggml()
@@ -59,14 +74,16 @@ class Runtime:
         self.n_ctx_least = max(at_least, MIN_CTX)
         self.n_ubatch, self.threads = n_ubatch, threads or os.cpu_count()
         self.cache_type = TYPE_BY_NAME[cache_type]
-        # Of an encoder-decoder the encoder runs: its decoder would read what no encoder has written.
+        # Of an encoder-decoder the encoder runs: its decoder would read what no encoder has
+        # written.
         self.has_encoder = llama_cpp.llama_model_has_encoder(self.model)
         self.context, self.n_ctx = None, 0
         self._observe, self._failure, self._checked = None, None, False
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
 
     def tokenize(self, text, add_special=True):
-        """Token ids of a text; special tokens written out in it are parsed, as llama-server does."""
+        """Token ids of a text; special tokens written out in it are parsed, as llama-server
+        does."""
         return token_ids(self.api, self.vocab, text, add_special)
 
     def is_end(self, token):
@@ -95,12 +112,15 @@ class Runtime:
             if self.n_ctx_limit < self.n_ctx_full:
                 mend = f": this model was trained for {self.n_ctx_limit} and takes no more"
             more = f" and {generated} are to be generated" if generated else ""
-            raise CaptureError(f"the prompt has {n_tokens - generated} tokens{more}, and the context holds "
-                               f"{self.n_ctx_limit}: shorten it{mend}.")
+            raise CaptureError(
+                f"the prompt has {n_tokens - generated} tokens{more}, and the context holds "
+                f"{self.n_ctx_limit}: shorten it{mend}."
+            )
 
     def _context_size(self, n_tokens):
-        """As large as the text needs: what a token costs depends on the cells in use, but memory on all there are.
-        Only n_ctx_least, which chooses the rotary factors of a LongRoPE model, also decides what is computed."""
+        """As large as the text needs: what a token costs depends on the cells in use, but memory on
+        all there are. Only n_ctx_least, which chooses the rotary factors of a LongRoPE model, also
+        decides what is computed."""
         return min(max(self.n_ctx_least, -(-n_tokens // 256) * 256), max(self.n_ctx_full, 256))
 
     def open(self, n_tokens):
@@ -115,22 +135,28 @@ class Runtime:
         params.n_batch = params.n_ubatch = min(self.n_ubatch, params.n_ctx)
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = self.threads
-        params.flash_attn_type = 0  # the fused kernel never makes the probabilities that we are here for
+        params.flash_attn_type = (
+            0  # the fused kernel never makes the probabilities that we are here for
+        )
         params.type_k = params.type_v = self.cache_type
-        # One cell per position, also in sliding-window layers. llama-server has a window's cells there, used in turn:
-        # the same terms, but summed in another order, which rounding to 8 bits then magnifies (bench_attention.py).
+        # One cell per position, also in sliding-window layers. llama-server has a window's cells
+        # there, used in turn: the same terms, but summed in another order, which rounding to 8 bits
+        # then magnifies (bench_attention.py).
         params.swa_full = True
         params.no_perf = True
         params.cb_eval = self._callback
         self.variant.set_context(params)
         self.context = self.api.llama_init_from_model(self.model, params)
         if not self.context:
-            raise ModelLoadError(f"llama.cpp could not make a context of {params.n_ctx} tokens; see its log.")
+            raise ModelLoadError(
+                f"llama.cpp could not make a context of {params.n_ctx} tokens; see its log."
+            )
         self.variant.apply(self.context)
         self.n_ctx, self.n_batch = params.n_ctx, params.n_batch
 
     def _on_node(self, address, ask, _):
-        """ctypes swallows exceptions in callbacks: keep it, stop the computation, raise in `_run`."""
+        """ctypes swallows exceptions in callbacks: keep it, stop the computation, raise in
+        `_run`."""
         observe = self._observe
         if observe is None:
             return not ask
@@ -144,7 +170,8 @@ class Runtime:
             return ask  # asked: take the node so that the next call can stop the run
 
     def decode(self, tokens, past=0, all_logits=True, observe=None):
-        """Decode tokens (at most one batch) after `past` others; observe(address, ask) sees every graph node."""
+        """Decode tokens (at most one batch) after `past` others; observe(address, ask) sees every
+        graph node."""
         count = len(tokens)
         batch = self.api.llama_batch_init(count, 0, 1)
         try:
@@ -163,11 +190,14 @@ class Runtime:
             failure, self._failure = self._failure, None
             raise failure
         if status != 0:
-            raise CaptureError(f"llama.cpp stopped while decoding (status {status}); the worker's log says why.")
+            raise CaptureError(
+                f"llama.cpp stopped while decoding (status {status}); the worker's log says why."
+            )
 
     def logits(self, count):
-        """The last decode's `count` rows of logits, (count, n_vocab) float32: llama.cpp's own memory, valid until the
-        next decode. CaptureError where the graph has none, NotFiniteError where a value is no number."""
+        """The last decode's `count` rows of logits, (count, n_vocab) float32: llama.cpp's own
+        memory, valid until the next decode. CaptureError where the graph has none, NotFiniteError
+        where a value is no number."""
         if not self.predicts.logits:  # llama.cpp has a buffer all the same, and nothing in it
             raise CaptureError(self.predicts.why_not(self.name))
         rows = np.ctypeslib.as_array(self.api.llama_get_logits(self.context), (count, self.n_vocab))
@@ -175,17 +205,22 @@ class Runtime:
 
     @property
     def reads_whole(self):
-        """Whether a text must fit one batch: nothing of the batch before is kept, or it had to see the next one."""
-        return self.has_encoder or not self.api.llama_get_memory(self.context) or self.predicts.ahead
+        """Whether a text must fit one batch: nothing of the batch before is kept, or it had to see
+        the next one."""
+        return (
+            self.has_encoder or not self.api.llama_get_memory(self.context) or self.predicts.ahead
+        )
 
     def pieces(self, tokens, total):
-        """[(past, tokens)]: pieces of at most one ubatch. total: tokens that the context will hold in the end."""
+        """[(past, tokens)]: pieces of at most one ubatch. total: tokens that the context will hold
+        in the end."""
         self.check_length(total, total - len(tokens))
         size = min(self.n_ubatch, self._context_size(total))
         return [(start, tokens[start : start + size]) for start in range(0, len(tokens), size)]
 
     def graph(self, tokens):
-        """The compute graph for these tokens, recorded by decoding them once without stopping anywhere."""
+        """The compute graph for these tokens, recorded by decoding them once without stopping
+        anywhere."""
         self.open(len(tokens))
         graph = Graph(self.ggml)
 

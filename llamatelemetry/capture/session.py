@@ -1,4 +1,5 @@
-"""The parent's end of the capture worker: starts it, talks to it, turns its files into arrays, and cleans up."""
+"""The parent's end of the capture worker: starts it, talks to it, turns its files into arrays, and
+cleans up."""
 
 import json
 import os
@@ -14,54 +15,84 @@ import numpy as np
 import pandas as pd
 
 from .. import errors, logs
-from ..arguments import finite, whole
+from ..arguments import finite, prompt, say_two_starts, whole, writable
 from ..errors import CaptureError, WorkerCrashedError
-from ..gguf import GGUFFile
-from ..loading import described, least_context
-from ..server import physical_cores
-from ..texts import prompt, writable
+from ..files.gguf import GGUFFile
+from ..gpus.cores import physical_cores
+from ..server.loading import described, least_context
 from .data import Capture, token_table
 from .edits import flatten
 from .names import GRIDS, STAGES
-from .tokenizer import say_two_starts
 
-KEPT_ARENAS, KEPT_SHARE = 2, 8  # arenas kept between captures, each at most 1/8 of what its folder has free
+KEPT_ARENAS, KEPT_SHARE = (
+    2,
+    8,
+)  # arenas kept between captures, each at most 1/8 of what its folder has free
 
 
 class CaptureSession:
     """A model loaded in a worker process of its own.
 
-    n_ctx: most tokens a text may have (default: what the model was trained with); memory is taken as needed. longest:
-    fewer, where the model stops before. variant: other metadata, rotary settings, adapters and control vectors, as
-    llamatelemetry.server_options makes them of load_model's options.
-    gpu_layers: layers on the GPU, -1 for all. threads: default the physical cores. env: environment of the worker
-    (CUDA_VISIBLE_DEVICES). cache_type: "f16" as llama-server has it, "f32", or None: f32 only for a file that is F32.
-    """
+    n_ctx: most tokens a text may have (default: what the model was trained with); memory is taken
+    as needed. longest: fewer, where the model stops before. variant: other metadata, rotary
+    settings, adapters and control vectors, as llamatelemetry.options makes them of load_model's
+    options. gpu_layers: layers on the GPU, -1 for all. threads: default the physical cores. env:
+    environment of the worker (CUDA_VISIBLE_DEVICES). cache_type: "f16" as llama-server has it,
+    "f32", or None: f32 only for a file that is F32."""
 
-    def __init__(self, model_path, *, n_ctx=None, gpu_layers=None, threads=None, env=None, verbose=False,
-                 cache_type=None, n_ubatch=512, tensor_split=None, longest=None, variant=None):  # fmt: skip
+    def __init__(
+        self,
+        model_path,
+        *,
+        n_ctx=None,
+        gpu_layers=None,
+        threads=None,
+        env=None,
+        verbose=False,
+        cache_type=None,
+        n_ubatch=512,
+        tensor_split=None,
+        longest=None,
+        variant=None,
+    ):
         self.model = model_path if isinstance(model_path, GGUFFile) else GGUFFile(model_path)
         if cache_type is None:
             matrices = self.model.tensors[self.model.tensors["shape"].map(len) > 1]
             cache_type = "f32" if (matrices["type"] == "F32").all() else "f16"
-        self.cache_type, self._verbose, self._variant = cache_type, verbose, described(variant or {})
+        self.cache_type, self._verbose, self._variant = (
+            cache_type,
+            verbose,
+            described(variant or {}),
+        )
         self._folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-", dir=_roomy_folder()))
         self._log = self._folder / "worker.log"
         self._count, self._free = 0, []
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "llamatelemetry.capture.worker", str(self._folder)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env=_environment(env), start_new_session=True,  # Ctrl-C is ours to handle
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=_environment(env),
+                start_new_session=True,  # Ctrl-C is ours to handle
+            )
         self.pid = self._process.pid
         try:
             self.facts = self._call(
-                "load", path=str(self.model.path), architecture=self.model.architecture, n_ctx=n_ctx,
-                n_ubatch=n_ubatch, threads=threads or physical_cores(),
-                gpu_layers=-1 if gpu_layers is None else gpu_layers, cache_type=cache_type, tensor_split=tensor_split,
-                longest=longest, at_least=least_context(self.model, n_ctx or self.model.n_ctx_train), variant=variant,
-            )  # fmt: skip
+                "load",
+                path=str(self.model.path),
+                architecture=self.model.architecture,
+                n_ctx=n_ctx,
+                n_ubatch=n_ubatch,
+                threads=threads or physical_cores(),
+                gpu_layers=-1 if gpu_layers is None else gpu_layers,
+                cache_type=cache_type,
+                tensor_split=tensor_split,
+                longest=longest,
+                at_least=least_context(self.model, n_ctx or self.model.n_ctx_train),
+                variant=variant,
+            )
         except BaseException as error:
             log = self._read_log()
             self.close()
@@ -69,39 +100,64 @@ class CaptureSession:
                 raise errors.ModelLoadError(str(error)) from None
             if isinstance(error, errors.ModelLoadError):
                 why = logs.reason(log)
-                raise errors.ModelLoadError(f"{error}{why and f' It says: {why}'}\nEnd of llama.cpp's log:\n"
-                                            f"{logs.last_words(log)}") from None  # fmt: skip
+                raise errors.ModelLoadError(
+                    f"{error}{why and f' It says: {why}'}\nEnd of llama.cpp's log:\n"
+                    f"{logs.last_words(log)}"
+                ) from None
             raise
 
     def tokenize(self, text, add_special=True):
-        """Token ids of a text, as llama.cpp makes them (special tokens written in the text are parsed)."""
+        """Token ids of a text, as llama.cpp makes them (special tokens written in the text are
+        parsed)."""
         ids = self._call("tokenize", text=writable(text), add_special=add_special)["tokens"]
         self._say_two_starts(text, ids)
         return ids
 
-    def capture(self, text_or_ids, stages=("attention", "hidden"), layers=None, queries=None, edits=(), generate=0,
-                temperature=0.0, seed=0):  # fmt: skip
+    def capture(
+        self,
+        text_or_ids,
+        stages=("attention", "hidden"),
+        layers=None,
+        queries=None,
+        edits=(),
+        generate=0,
+        temperature=0.0,
+        seed=0,
+    ):
         """Run a text and return a Capture of the named stages.
 
-        text_or_ids: a text (tokenized with the model's special tokens) or token ids. layers: only these layers of
-        stages that have layers. queries: only these query positions of attention, scores and mask. edits: changes
-        made while it runs. generate: decode this many more tokens one by one, greedily at temperature 0, else drawn
-        with the seed; every stage then covers prompt and generated tokens (fewer when the model ends its text).
-        Raises CaptureError for what cannot be done, WorkerCrashedError when llama.cpp ended.
-        """
+        text_or_ids: a text (tokenized with the model's special tokens) or token ids. layers: only
+        these layers of stages that have layers. queries: only these query positions of attention,
+        scores and mask. edits: changes made while it runs. generate: decode this many more tokens
+        one by one, greedily at temperature 0, else drawn with the seed; every stage then covers
+        prompt and generated tokens (fewer when the model ends its text). Raises CaptureError for
+        what cannot be done, WorkerCrashedError when llama.cpp ended."""
         stages = (stages,) if isinstance(stages, str) else tuple(dict.fromkeys(stages or ()))
         unknown = [stage for stage in stages if stage not in STAGES]
         if unknown or not stages:
-            raise CaptureError(f"unknown stage {unknown[:1] or stages!r}; stages are {', '.join(STAGES)}.")
+            raise CaptureError(
+                f"unknown stage {unknown[:1] or stages!r}; stages are {', '.join(STAGES)}."
+            )
         layers, queries = _chosen("layers", layers), _chosen("queries", queries)
-        generate, seed = whole("generate", generate, 0, error=CaptureError), whole("seed", seed, 0, error=CaptureError)
+        generate, seed = (
+            whole("generate", generate, 0, error=CaptureError),
+            whole("seed", seed, 0, error=CaptureError),
+        )
         temperature = finite("temperature", temperature, 0, error=CaptureError)
         arena = self._free.pop() if self._free else self._file("arena")
         try:
             answer = self._call(
-                "capture", prompt=prompt(text_or_ids), stages=stages, path=str(arena), layers=layers, queries=queries,
-                edits=self._pack(edits), generate=generate, temperature=temperature, seed=seed,
-            )  # fmt: skip
+                "capture",
+                prompt=prompt(text_or_ids),
+                stages=stages,
+                path=str(arena),
+                layers=layers,
+                queries=queries,
+                edits=self._pack(edits),
+                generate=generate,
+                temperature=temperature,
+                seed=seed,
+            )
             memory = np.memmap(arena, np.uint8, "c")  # the user's own copy where it is written to
         except BaseException:
             arena.unlink(missing_ok=True)
@@ -114,16 +170,25 @@ class CaptureSession:
         parts = {}
         for stage, part in answer["layout"].items():
             array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
-            if stage in GRIDS and queries is not None:  # a text that ended early has fewer positions than asked for
+            if (
+                stage in GRIDS and queries is not None
+            ):  # a text that ended early has fewer positions than asked for
                 array = array[..., : len(there), :]
             kept = None if part["layers"] == [None] else part["layers"]
-            parts[stage] = _crop(stage, array, len(ids), queries), kept, there if stage in GRIDS else None
+            parts[stage] = (
+                _crop(stage, array, len(ids), queries),
+                kept,
+                there if stage in GRIDS else None,
+            )
         generated = [position >= n_given for position in range(len(ids))]
-        return Capture(parts, (ids, self._pieces(ids), generated), self.model_facts(), answer["layers"])
+        return Capture(
+            parts, (ids, self._pieces(ids), generated), self.model_facts(), answer["layers"]
+        )
 
     def score(self, text_or_ids, edits=()):
-        """DataFrame per predicted token: position, id, piece, logprob (nats), entropy (nats), rank (0 is best), top_id,
-        top_logprob: how the model predicts each token of a text from those before it."""
+        """DataFrame per predicted token: position, id, piece, logprob (nats), entropy (nats), rank
+        (0 is best), top_id, top_logprob: how the model predicts each token of a text from those
+        before it."""
         answer = self._call("score", prompt=prompt(text_or_ids), edits=self._pack(edits))
         self._say_two_starts(text_or_ids, answer["tokens"])
         tokens = self._tokens(answer["tokens"]).iloc[1:].drop(columns="generated")
@@ -133,14 +198,18 @@ class CaptureSession:
     def sweep(self, text_or_ids, variants, progress=True):
         """Loss of a text under each of {name: edits}: DataFrame indexed by name.
 
-        loss: mean nats per token; loss_change: against no edits; kl: mean KL(no edits || edited) in nats;
-        top1_agreement: share of positions with the same best token. attrs["base_loss"]: the loss without edits.
-        """
+        loss: mean nats per token; loss_change: against no edits; kl: mean KL(no edits || edited) in
+        nats; top1_agreement: share of positions with the same best token. attrs["base_loss"]: the
+        loss without edits."""
         if not isinstance(variants, dict):
             raise CaptureError(f"variants are {{name: edits}}, not {type(variants).__name__}.")
         packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
-        answer = self._call("sweep", prompt=prompt(text_or_ids), variants=packed,
-                            progress="ablations" if progress else None)  # fmt: skip
+        answer = self._call(
+            "sweep",
+            prompt=prompt(text_or_ids),
+            variants=packed,
+            progress="ablations" if progress else None,
+        )
         self._say_two_starts(text_or_ids, answer["tokens"])
         names = pd.Index(list(variants), name="name", tupleize_cols=False)
         table = pd.DataFrame(list(answer["rows"].values()), index=names)
@@ -148,32 +217,46 @@ class CaptureSession:
         return table
 
     def head_statistics(self, text_or_ids, layers=None, patterns=None):
-        """Statistics of every head's attention over a text, streamed: memory does not grow with heads x tokens^2.
+        """Statistics of every head's attention over a text, streamed: memory does not grow with
+        heads x tokens^2.
 
-        Returns an xarray.Dataset of (layer, head), means over query rows of: entropy (nats), normalized_entropy (by
-        the log of the number of keys), distance (tokens), sink (mass on the first token: Xiao et al. 2023), top (the
-        largest weight), mass (row sum); and pattern scores as TransformerLens's head detector defines them with
-        error_measure="mul" (Olsson et al. 2022): previous_token, duplicate_token, induction, and each of
-        patterns={name: [(query, key), ...]}; NaN where the text has no such pair: no token twice, one token in all.
-        """
+        Returns an xarray.Dataset of (layer, head), means over query rows of: entropy (nats),
+        normalized_entropy (by the log of the number of keys), distance (tokens), sink (mass on the
+        first token: Xiao et al. 2023), top (the largest weight), mass (row sum); and pattern scores
+        as TransformerLens's head detector defines them with error_measure="mul" (Olsson et al.
+        2022): previous_token, duplicate_token, induction, and each of patterns={name: [(query,
+        key), ...]}; NaN where the text has no such pair: no token twice, one token in all."""
         import xarray as xr
 
         pairs = {name: np.asarray(value).tolist() for name, value in (patterns or {}).items()}
         layers = _chosen("layers", layers)
-        answer = self._call("head_statistics", prompt=prompt(text_or_ids), layers=layers, patterns=pairs)
+        answer = self._call(
+            "head_statistics", prompt=prompt(text_or_ids), layers=layers, patterns=pairs
+        )
         self._say_two_starts(text_or_ids, answer["tokens"])
         data = {name: (("layer", "head"), np.asarray(v)) for name, v in answer["table"].items()}
         return xr.Dataset(data, {"layer": answer["layers"]}, {"n_tokens": len(answer["tokens"])})
 
     def time_decode(self, text_or_ids, repeat=3, all_logits=True):
         """Seconds of each of `repeat` plain decodes: the yardstick of the benchmarks."""
-        return self._call("time_decode", prompt=prompt(text_or_ids), repeat=repeat, all_logits=all_logits)["seconds"]
+        return self._call(
+            "time_decode", prompt=prompt(text_or_ids), repeat=repeat, all_logits=all_logits
+        )["seconds"]
 
     def model_facts(self):
         model = self.model
-        return {name: getattr(model, name) for name in
-                ("name", "architecture", "n_layer", "n_head", "n_kv_head", "n_embd", "n_vocab")} | {
-                    "file": model.path.name + self._variant, "gpu": self.facts["gpu"]}  # fmt: skip
+        return {
+            name: getattr(model, name)
+            for name in (
+                "name",
+                "architecture",
+                "n_layer",
+                "n_head",
+                "n_kv_head",
+                "n_embd",
+                "n_vocab",
+            )
+        } | {"file": model.path.name + self._variant, "gpu": self.facts["gpu"]}
 
     def close(self):
         """End the worker and remove its files. Safe to call twice."""
@@ -216,7 +299,8 @@ class CaptureSession:
 
     @staticmethod
     def _release(free, arena):
-        """Once no array looks at an arena any more, the next capture writes into it: its pages are there already."""
+        """Once no array looks at an arena any more, the next capture writes into it: its pages are
+        there already."""
         if len(free) < KEPT_ARENAS and arena.exists():
             room = shutil.disk_usage(arena.parent).free
             if arena.stat().st_size * KEPT_SHARE <= room:
@@ -234,7 +318,10 @@ class CaptureSession:
         """Edits as JSON; the arrays of patches go through files."""
         rows = []
         for edit in flatten(edits):
-            row = {name: getattr(edit, name) for name in ("stage", "layer", "head", "positions", "factor", "mean")}
+            row = {
+                name: getattr(edit, name)
+                for name in ("stage", "layer", "head", "positions", "factor", "mean")
+            }
             if edit.values is not None:
                 row["values"] = str(self._file("patch", ".npy"))
                 np.save(row["values"], edit.values)
@@ -304,7 +391,9 @@ def _chosen(name, values):
         return None
     values = np.atleast_1d(values)
     if not values.size or values.dtype.kind not in "iu":
-        raise CaptureError(f"{name} is None for all, or whole numbers, at least one; not {values.tolist()!r}.")
+        raise CaptureError(
+            f"{name} is None for all, or whole numbers, at least one; not {values.tolist()!r}."
+        )
     return sorted(set(values.tolist()))
 
 
@@ -316,18 +405,25 @@ def _crop(stage, array, n_tokens, queries):
 
 
 def _environment(env):
-    # CUDA kernels are fused where nobody stops between them, and a fused kernel rounds differently in the last bits:
-    # without fusion what is computed does not depend on what is looked at.
+    # CUDA kernels are fused where nobody stops between them, and a fused kernel rounds differently
+    # in the last bits: without fusion what is computed does not depend on what is looked at.
     environment = {"GGML_CUDA_DISABLE_FUSION": "1", **logs.ENVIRONMENT, **os.environ, **(env or {})}
     package = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [package, environment.get("PYTHONPATH")])
+    )
     return environment
 
 
 def _roomy_folder():
-    """Shared memory where it has at least 4 GiB (containers often give 64 MiB), else the temporary folder."""
+    """Shared memory where it has at least 4 GiB (containers often give 64 MiB), else the temporary
+    folder."""
     shared = Path("/dev/shm")
-    if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free >= 4 * 2**30:
+    if (
+        shared.is_dir()
+        and os.access(shared, os.W_OK)
+        and shutil.disk_usage(shared).free >= 4 * 2**30
+    ):
         return str(shared)
     return None
 

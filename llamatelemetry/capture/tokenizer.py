@@ -1,7 +1,6 @@
 """A text to ids and an id to its piece, by llama.cpp, with as much room as it asks for."""
 
 import ctypes
-import warnings
 
 from ..errors import CaptureError
 
@@ -9,19 +8,26 @@ NO_TOKENIZER = 0  # enum llama_vocab_type: asked for tokens, llama.cpp would abo
 
 
 def token_ids(api, vocab, text, add_special=True, parse_special=True):
-    """Ids of a text. add_special: with what the model puts first and last; parse_special: special tokens written out
-    in the text are those tokens. Raises CaptureError for a file without a tokenizer."""
+    """Ids of a text. add_special: with what the model puts first and last; parse_special: special
+    tokens written out in the text are those tokens. Raises CaptureError for a file without a
+    tokenizer."""
     if api.llama_vocab_type(vocab) == NO_TOKENIZER:
-        raise CaptureError("this model's file holds no tokenizer: pass token ids instead of a text.")
+        raise CaptureError(
+            "this model's file holds no tokenizer: pass token ids instead of a text."
+        )
     data = text.encode("utf-8", "surrogateescape")
-    room = len(data) + 16  # enough for most; a normalizer may make more of a character than it has bytes
+    room = (
+        len(data) + 16
+    )  # enough for most; a normalizer may make more of a character than it has bytes
     while True:
         ids = (ctypes.c_int32 * room)()
         count = api.llama_tokenize(vocab, data, len(data), ids, room, add_special, parse_special)
         if count >= 0:
             return list(ids[:count])
         if -count <= room or -count >= 2**31:  # not a size that it asks for
-            raise CaptureError(f"llama.cpp could not tokenize a text of {len(data):,} bytes (it answered {count}).")
+            raise CaptureError(
+                f"llama.cpp could not tokenize a text of {len(data):,} bytes (it answered {count})."
+            )
         room = -count
 
 
@@ -36,13 +42,3 @@ def token_piece(api, vocab, token):
         if -count <= room:
             raise CaptureError(f"llama.cpp gives no piece of token {token} (it answered {count}).")
         room = -count
-
-
-def say_two_starts(ids, start, piece):
-    """Warn where a text's ids begin with the start token twice: written out in the text, and put there by the model."""
-    if len(ids) > 1 and ids[0] == ids[1] == start:
-        warnings.warn(
-            f"The text begins with {piece!r}, and the model puts one before every text: it reads two start tokens. "
-            "Leave it out of the text (a chat template may have written it), or give token ids.",
-            stacklevel=4,
-        )

@@ -1,5 +1,6 @@
-"""What load_model's options make of a model, inside the worker: other metadata, other context settings, adapters and
-control vectors. The same as llama-server makes of them (common_init_from_params in llama.cpp's common/common.cpp)."""
+"""What load_model's options make of a model, inside the worker: other metadata, other context
+settings, adapters and control vectors. The same as llama-server makes of them
+(common_init_from_params in llama.cpp's common/common.cpp)."""
 
 import ctypes
 import os
@@ -9,17 +10,31 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ModelLoadError
-from ..gguf_header import Header
+from ..files.header import Header
 
-TAGS = {"int": (0, "val_i64"), "float": (1, "val_f64"), "bool": (2, "val_bool"), "str": (3, "val_str")}
+TAGS = {
+    "int": (0, "val_i64"),
+    "float": (1, "val_f64"),
+    "bool": (2, "val_bool"),
+    "str": (3, "val_str"),
+}
 
 
 class Variant:
-    """One model's options; see llamatelemetry.server_options.sort_options for what each holds."""
+    """One model's options; see llamatelemetry.options.sort_options for what each holds."""
 
-    def __init__(self, api, overrides=(), context=None, loras=(), controls=(), control_layers=(0, 0)):
-        self.api, self._context, self._loras, self._layers = api, context or {}, loras, control_layers
-        self._overrides = (api.llama_model_kv_override * (len(overrides) + 1))()  # ends with an empty key
+    def __init__(
+        self, api, overrides=(), context=None, loras=(), controls=(), control_layers=(0, 0)
+    ):
+        self.api, self._context, self._loras, self._layers = (
+            api,
+            context or {},
+            loras,
+            control_layers,
+        )
+        self._overrides = (
+            api.llama_model_kv_override * (len(overrides) + 1)
+        )()  # ends with an empty key
         for entry, (key, kind, value) in zip(self._overrides, overrides):
             tag, field = TAGS[kind]
             entry.tag, entry.key = tag, key.encode()
@@ -32,21 +47,31 @@ class Variant:
             params.kv_overrides = self._overrides
 
     def load(self, model):
-        """The adapters of a model that is loaded. Raises ModelLoadError for one that does not fit it."""
+        """The adapters of a model that is loaded. Raises ModelLoadError for one that does not fit
+        it."""
         self._adapters = (self.api.llama_adapter_lora_p_ctypes * len(self._loras))()
         self._scales = (ctypes.c_float * len(self._loras))(*(scale for _, scale in self._loras))
         for number, (path, _) in enumerate(self._loras):
             adapter = self.api.llama_adapter_lora_init(model, os.fsencode(path))
             if not adapter:
-                raise ModelLoadError(f"llama.cpp could not apply the adapter {path} to this model; its log says why.")
+                raise ModelLoadError(
+                    f"llama.cpp could not apply the adapter {path} to this model; its log says why."
+                )
             if self.api.llama_adapter_get_alora_n_invocation_tokens(adapter):
-                raise ModelLoadError(f"{path} is an activated adapter (aLoRA): it works from some token of a text on, "
-                                     "in llama-server only. Captures need a plain one.")
+                raise ModelLoadError(
+                    f"{path} is an activated adapter (aLoRA): it works from some token of a text on, "
+                    "in llama-server only. Captures need a plain one."
+                )
             self._adapters[number] = ctypes.cast(adapter, self.api.llama_adapter_lora_p_ctypes)
-        self._n_layer, self._n_embd = self.api.llama_model_n_layer(model), self.api.llama_model_n_embd(model)
+        self._n_layer, self._n_embd = (
+            self.api.llama_model_n_layer(model),
+            self.api.llama_model_n_embd(model),
+        )
         if self._control is not None and self._control.shape[1] != self._n_embd:
-            raise ModelLoadError(f"the control vector is {self._control.shape[1]} wide, this model {self._n_embd}: it "
-                                 "was made for another one.")
+            raise ModelLoadError(
+                f"the control vector is {self._control.shape[1]} wide, this model {self._n_embd}: it "
+                "was made for another one."
+            )
 
     def set_context(self, params):
         """Into llama_context_params, before a context is made."""
@@ -56,28 +81,41 @@ class Variant:
     def apply(self, context):
         """Adapters and control vector onto a new context."""
         if self._loras:
-            self.api.llama_set_adapters_lora(context, self._adapters, len(self._loras), self._scales)
+            self.api.llama_set_adapters_lora(
+                context, self._adapters, len(self._loras), self._scales
+            )
         if self._control is not None:
             first, last = self._layers
             data = self._control.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-            self.api.llama_set_adapter_cvec(context, data, self._control.size, self._n_embd, first if first > 0 else 1,
-                                            last if last > 0 else self._n_layer)
+            self.api.llama_set_adapter_cvec(
+                context,
+                data,
+                self._control.size,
+                self._n_embd,
+                first if first > 0 else 1,
+                last if last > 0 else self._n_layer,
+            )
 
 
 def control_vector(files):
-    """The sum of [path, scale] files as (layer, embd) float32, rows from layer 1 on: tensors direction.1, ..."""
+    """The sum of [path, scale] files as (layer, embd) float32, rows from layer 1 on: tensors
+    direction.1, ..."""
     found = {}
     for path, scale in files:
         header = Header(Path(path))
         for name, (kind, shape, offset, _) in header.tensors.items():
             layer = re.fullmatch(r"direction\.(\d+)", name)
             if not layer or int(layer[1]) == 0 or kind.name != "F32" or len(shape) != 1:
-                raise ModelLoadError(f"{path} is no control vector: {name} is not a direction.1, .2, ... in F32.")
+                raise ModelLoadError(
+                    f"{path} is no control vector: {name} is not a direction.1, .2, ... in F32."
+                )
             values = np.frombuffer(header.buffer, "<f4", shape[0], header.data + offset)
             found[int(layer[1])] = found.get(int(layer[1]), 0) + np.float32(scale) * values
     if not found or len({len(row) for row in found.values()}) > 1:
-        raise ModelLoadError(f"no control vector in {', '.join(path for path, _ in files)}: the files hold no "
-                             "directions, or directions of several widths.")
+        raise ModelLoadError(
+            f"no control vector in {', '.join(path for path, _ in files)}: the files hold no "
+            "directions, or directions of several widths."
+        )
     rows = np.zeros((max(found), len(next(iter(found.values())))), np.float32)
     for layer, row in found.items():
         rows[layer - 1] = row

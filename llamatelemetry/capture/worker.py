@@ -1,5 +1,6 @@
-"""The child process that owns libllama. Commands come as JSON lines on stdin, answers go out as JSON lines; arrays
-cross as memory-mapped files. It ends when its parent does, and takes llama.cpp's aborts alone."""
+"""The child process that owns libllama. Commands come as JSON lines on stdin, answers go out as
+JSON lines; arrays cross as memory-mapped files. It ends when its parent does, and takes llama.cpp's
+aborts alone."""
 
 import errno
 import json
@@ -20,7 +21,8 @@ from .runs import Runs
 
 
 class Sampler:
-    """The next token of a logits row: the best one, or drawn at a temperature from a seeded generator."""
+    """The next token of a logits row: the best one, or drawn at a temperature from a seeded
+    generator."""
 
     def __init__(self, limit, temperature, seed, is_end):
         self.limit, self._is_end, self._temperature, self._seed = limit, is_end, temperature, seed
@@ -34,7 +36,9 @@ class Sampler:
             return None
         self._left -= 1
         if self._temperature > 0:
-            noise = self._random.gumbel(size=logits.shape)  # argmax of logits/T + Gumbel noise samples the softmax
+            noise = self._random.gumbel(
+                size=logits.shape
+            )  # argmax of logits/T + Gumbel noise samples the softmax
             token = int(np.argmax(logits / self._temperature + noise))
         else:
             token = int(np.argmax(logits))
@@ -56,26 +60,50 @@ class Worker:
         gpu = self.runtime.api.llama_supports_gpu_offload() and options.get("gpu_layers") != 0
         if gpu:
             self.runtime.ggml.device = open_device()
-        return {"n_vocab": self.runtime.n_vocab, "n_layer": self.runtime.n_layer, "n_ctx": self.runtime.n_ctx_limit,
-                "bos": self.runtime.api.llama_vocab_bos(self.runtime.vocab), "gpu": gpu,
-                "cupy": self.runtime.ggml.device is not None}  # fmt: skip
+        return {
+            "n_vocab": self.runtime.n_vocab,
+            "n_layer": self.runtime.n_layer,
+            "n_ctx": self.runtime.n_ctx_limit,
+            "bos": self.runtime.api.llama_vocab_bos(self.runtime.vocab),
+            "gpu": gpu,
+            "cupy": self.runtime.ggml.device is not None,
+        }
 
     def tokenize(self, text, add_special=True):
         return {"tokens": self.runtime.tokenize(text, add_special)}
 
     def tokens(self, prompt):
-        tokens = self.runtime.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        tokens = (
+            self.runtime.tokenize(prompt)
+            if isinstance(prompt, str)
+            else [int(token) for token in prompt]
+        )
         bad = [token for token in tokens if not 0 <= token < self.runtime.n_vocab]
         if bad:
-            raise CaptureError(f"token id {bad[0]} is not in this model's vocabulary of {self.runtime.n_vocab}.")
+            raise CaptureError(
+                f"token id {bad[0]} is not in this model's vocabulary of {self.runtime.n_vocab}."
+            )
         self.runtime.check_length(len(tokens))
         return tokens
 
-    def capture(self, prompt, stages, path, layers=None, queries=None, edits=(), generate=0, temperature=0.0, seed=0):
+    def capture(
+        self,
+        prompt,
+        stages,
+        path,
+        layers=None,
+        queries=None,
+        edits=(),
+        generate=0,
+        temperature=0.0,
+        seed=0,
+    ):
         tokens = self.tokens(prompt)
         for position in queries or ():
             if not 0 <= position < len(tokens) + generate:
-                raise CaptureError(f"query position {position} is out of range: the text has {len(tokens)} tokens.")
+                raise CaptureError(
+                    f"query position {position} is out of range: the text has {len(tokens)} tokens."
+                )
         sampler = Sampler(generate, temperature, seed, self.runtime.is_end) if generate else None
 
         def arena(n_bytes):
@@ -87,7 +115,8 @@ class Worker:
         return {"tokens": tokens, "layout": layout, "layers": facts}
 
     def _arena(self, path, n_bytes):
-        """The file's memory, at least n_bytes. Pages that were used before are not cleared: they are cheap."""
+        """The file's memory, at least n_bytes. Pages that were used before are not cleared: they
+        are cheap."""
         device = self.runtime.ggml.device
         for known in [known for known in self._arenas if not os.path.exists(known)]:
             self._drop(known)
@@ -95,7 +124,9 @@ class Worker:
         if memory is None or len(memory) < n_bytes:
             self._drop(path)
             with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, n_bytes)  # no space is an error now, not a crash later
+                os.posix_fallocate(
+                    file.fileno(), 0, n_bytes
+                )  # no space is an error now, not a crash later
                 memory = mmap.mmap(file.fileno(), n_bytes)
             self._arenas[path] = memory
             if device:
@@ -113,18 +144,26 @@ class Worker:
 
     def sweep(self, prompt, variants):
         tokens = self.tokens(prompt)
-        base, rows = sweep(self.runs, tokens, variants, lambda i, n: self.answer({"progress": [i, n]}))
+        base, rows = sweep(
+            self.runs, tokens, variants, lambda i, n: self.answer({"progress": [i, n]})
+        )
         return {"tokens": tokens, "base": base, "rows": rows}
 
     def head_statistics(self, prompt, layers=None, patterns=None):
         tokens = self.tokens(prompt)
         if self.runtime.predicts.ahead:
-            raise CaptureError(f"{self.runtime.name} attends to later tokens, too: these statistics are of attention "
-                               "that looks back. capture(stages=\"attention\") gives its weights.")
+            raise CaptureError(
+                f"{self.runtime.name} attends to later tokens, too: these statistics are of attention "
+                'that looks back. capture(stages="attention") gives its weights.'
+            )
         for name, pairs in (patterns or {}).items():
             if any(not 0 <= key <= query < len(tokens) for query, key in pairs):
-                raise CaptureError(f"pattern {name!r} has a pair outside of the text's {len(tokens)} tokens.")
-        reducer = HeadStatistics(tokens, patterns or {}, self.runtime.ggml.device, self.runtime.threads)
+                raise CaptureError(
+                    f"pattern {name!r} has a pair outside of the text's {len(tokens)} tokens."
+                )
+        reducer = HeadStatistics(
+            tokens, patterns or {}, self.runtime.ggml.device, self.runtime.threads
+        )
 
         def setup(recorder, plan):
             for layer in self.runs.layers_of(plan, "attention", layers):
@@ -137,7 +176,11 @@ class Worker:
         except NotFiniteError:
             self.runs.locate(tokens)
             raise
-        return {"tokens": tokens, "layers": kept, "table": {name: v.tolist() for name, v in table.items()}}
+        return {
+            "tokens": tokens,
+            "layers": kept,
+            "table": {name: v.tolist() for name, v in table.items()},
+        }
 
     def time_decode(self, prompt, repeat=3, all_logits=True):
         """Seconds of plain decodes without any callback action: what benchmarks compare with."""
@@ -155,13 +198,15 @@ class Worker:
 
 def _edits(rows):
     values = [np.load(row["values"]) if row.get("values") else None for row in rows]
-    return [Edit(**(row | {"values": v, "positions": row["positions"] and tuple(row["positions"])}))
-            for row, v in zip(rows, values)]  # fmt: skip
+    return [
+        Edit(**(row | {"values": v, "positions": row["positions"] and tuple(row["positions"])}))
+        for row, v in zip(rows, values)
+    ]
 
 
 def _commands(pipe, folder):
-    """Lines of stdin through a thread, so that the parent's end is noticed during a long computation too; then the
-    session's folder goes as well: it may lie in memory."""
+    """Lines of stdin through a thread, so that the parent's end is noticed during a long
+    computation too; then the session's folder goes as well: it may lie in memory."""
     lines = queue.Queue()
 
     def read():
@@ -190,7 +235,9 @@ def main():
             if "edits" in command:
                 command["edits"] = _edits(command["edits"])
             if "variants" in command:
-                command["variants"] = {name: _edits(rows) for name, rows in command["variants"].items()}
+                command["variants"] = {
+                    name: _edits(rows) for name, rows in command["variants"].items()
+                }
             answer({"ok": getattr(worker, name)(**command)})
         except (LlamaTelemetryError, ModelLoadError) as error:
             answer({"error": type(error).__name__, "message": str(error)})

@@ -1,7 +1,8 @@
-"""compare_quantizations against llama-perplexity's two passes: seconds on the same text, side by side, and the numbers.
+"""compare_quantizations against llama-perplexity's two passes: seconds on the same text, side by
+side, and the numbers.
 
-python tests/benchmarks/bench_compare.py [--reference FILE] [--windows 4] [--n-ctx 512] [--types Q8_0 Q4_K_M Q4_0]
-"""
+python tests/benchmarks/bench_compare.py [--reference FILE] [--windows 4] [--n-ctx 512] [--types
+Q8_0 Q4_K_M Q4_0]"""
 
 import argparse
 import re
@@ -13,9 +14,9 @@ from pathlib import Path
 from common import report
 
 from llamatelemetry import resolve_model
-from llamatelemetry.compare import compare_quantizations
-from llamatelemetry.quantize import make_reference, quantize, tool
-from llamatelemetry.texts import load_text
+from llamatelemetry.compare.comparison import compare_quantizations
+from llamatelemetry.files.quantize import make_reference, quantize, tool
+from llamatelemetry.files.texts import load_text
 
 
 def perplexity(model, text, base, n_ctx, windows, *options):
@@ -35,13 +36,17 @@ def perplexity(model, text, base, n_ctx, windows, *options):
         base,
         *options,
     ]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    ).stdout
 
 
 def main(reference, types, n_ctx, windows):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        reference = reference or make_reference(resolve_model("smollm2-135m-Q4_1"), folder / "reference.gguf")
+        reference = reference or make_reference(
+            resolve_model("smollm2-135m-Q4_1"), folder / "reference.gguf"
+        )
         files = [quantize(reference, folder / f"{kind}.gguf", kind) for kind in types]
         text, base = folder / "text.txt", folder / "base.kld"
         text.write_text(load_text())
@@ -50,12 +55,24 @@ def main(reference, types, n_ctx, windows):
         rows = []
         for turn in range(2):  # both in turn, twice: neither always runs first
             start = time.perf_counter()
-            ours = compare_quantizations(reference, files, text, n_ctx=n_ctx, max_windows=windows, progress=False)
+            ours = compare_quantizations(
+                reference, files, text, n_ctx=n_ctx, max_windows=windows, progress=False
+            )
             seconds = time.perf_counter() - start
-            rows.append({"run": turn, "what": "compare_quantizations, all files", "seconds": seconds, "file_MB": 0.0})
+            rows.append(
+                {
+                    "run": turn,
+                    "what": "compare_quantizations, all files",
+                    "seconds": seconds,
+                    "file_MB": 0.0,
+                }
+            )
             start = time.perf_counter()
             perplexity(reference, text, base, n_ctx, windows)
-            printed = {file.stem: perplexity(file, text, base, n_ctx, windows, "--kl-divergence") for file in files}
+            printed = {
+                file.stem: perplexity(file, text, base, n_ctx, windows, "--kl-divergence")
+                for file in files
+            }
             theirs = time.perf_counter() - start
             rows.append(
                 {
@@ -68,7 +85,13 @@ def main(reference, types, n_ctx, windows):
             )
         for name, words in printed.items():
             found = float(re.search(r"Mean    KLD:\s*([\d.]+)", words)[1])
-            rows.append({"what": f"mean KLD of {name}", "ours": float(ours.loc[name, "kld_mean"]), "theirs": found})
+            rows.append(
+                {
+                    "what": f"mean KLD of {name}",
+                    "ours": float(ours.loc[name, "kld_mean"]),
+                    "theirs": found,
+                }
+            )
         report("compare", rows)
 
 

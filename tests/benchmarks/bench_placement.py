@@ -1,10 +1,11 @@
-"""What sits on which GPU while a notebook works: memory per process and per GPU as NVML reports it, step by step.
+"""What sits on which GPU while a notebook works: memory per process and per GPU as NVML reports it,
+step by step.
 
     python tests/benchmarks/bench_placement.py [--model smollm2-135m-Q4_1] [--results FILE]
 
-Server, capture worker and this process, which stands for the notebook and runs RAPIDS. What the analytics hold is theirs
-until their process ends; server and worker must have given back all of theirs after close().
-"""
+Server, capture worker and this process, which stands for the notebook and runs RAPIDS. What the
+analytics hold is theirs until their process ends; server and worker must have given back all of
+theirs after close()."""
 
 import argparse
 import time
@@ -18,7 +19,9 @@ SETTLE_S = 10  # the driver takes a moment to return a dead process's memory
 def step(what, engine=None):
     """One row: MiB in use on each GPU, and of each of the engine's processes."""
     row = {"what": what} | {f"GPU {index}, MiB": mib for index, mib in enumerate(gpu_used())}
-    for held in engine.placement().dropna(subset=["gpu", "memory_mib"]).itertuples() if engine else ():
+    for held in (
+        engine.placement().dropna(subset=["gpu", "memory_mib"]).itertuples() if engine else ()
+    ):
         row[f"{held.process} on GPU {held.gpu}, MiB"] = round(held.memory_mib)
     return row
 
@@ -26,9 +29,11 @@ def step(what, engine=None):
 def main():
     from llamatelemetry import InferenceEngine
     from llamatelemetry.backend import get_backend
-    from llamatelemetry.gpus import list_gpus
+    from llamatelemetry.gpus.devices import list_gpus
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m-Q4_1")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
@@ -56,7 +61,13 @@ def main():
             break
         time.sleep(0.2)
     rows.append(after)
-    rows.append({"what": "of server and worker, MiB: held before, freed after close()", "held": of_engine, "freed": freed})
+    rows.append(
+        {
+            "what": "of server and worker, MiB: held before, freed after close()",
+            "held": of_engine,
+            "freed": freed,
+        }
+    )
     report("gpu_placement", rows, options.results)
 
 

@@ -1,12 +1,13 @@
-"""Whole-vocabulary UMAP, neighbours, clusters, layouts: RAPIDS against scikit-learn, umap-learn, igraph on one host.
+"""Whole-vocabulary UMAP, neighbours, clusters, layouts: RAPIDS against scikit-learn, umap-learn,
+igraph on one host.
 
     python tests/benchmarks/bench_rapids.py                    # the embedded model; without RAPIDS 10,000 rows
     python tests/benchmarks/bench_rapids.py --gguf model.gguf  # its token embedding, dequantized
     python tests/benchmarks/bench_rapids.py --npy matrix.npy --rows 50000 --out results/
 
-Each library is warmed on a few rows first (imports, compilers, CUDA start), and that time is printed by itself. Then
-every task runs once per backend on the same rows. Prints a table with hardware and versions and writes it as JSON.
-"""
+Each library is warmed on a few rows first (imports, compilers, CUDA start), and that time is
+printed by itself. Then every task runs once per backend on the same rows. Prints a table with
+hardware and versions and writes it as JSON."""
 
 import argparse
 import json
@@ -28,11 +29,13 @@ def matrix(args):
     """The rows to work on, float32, and what they are."""
     if args.npy:
         return np.load(args.npy).astype(np.float32)[: args.rows], Path(args.npy).name
-    from llamatelemetry.gguf import GGUFFile
-    from llamatelemetry.models import resolve_model
+    from llamatelemetry.files.gguf import GGUFFile
+    from llamatelemetry.files.models import resolve_model
 
     file = GGUFFile(args.gguf or resolve_model("smollm2-135m-Q4_1"))
-    return file.rows("token_embd.weight", slice(0, args.rows or file.n_vocab)), f"{file.name}, token_embd.weight"
+    return file.rows(
+        "token_embd.weight", slice(0, args.rows or file.n_vocab)
+    ), f"{file.name}, token_embd.weight"
 
 
 def knn_edges(indices, n_nodes):
@@ -44,7 +47,8 @@ def knn_edges(indices, n_nodes):
 
 
 def tasks(x, given):
-    """{task: function of a backend}; what earlier tasks of the CPU left is in `given`, so that both get the same."""
+    """{task: function of a backend}; what earlier tasks of the CPU left is in `given`, so that both
+    get the same."""
     sizes = sorted({min(GRAPH_NODES, len(x)), len(x)})
     return {
         f"{K} nearest neighbours, exact": lambda b: b.neighbors(x, K)[1],
@@ -62,9 +66,13 @@ def tasks(x, given):
 
 
 def edge_length(positions, edges):
-    """Median length of an edge as a share of the median distance of random pairs: how well a layout keeps neighbours."""
+    """Median length of an edge as a share of the median distance of random pairs: how well a layout
+    keeps neighbours."""
     pairs = np.random.default_rng(0).integers(0, len(positions), (100_000, 2))
-    lengths = [np.median(np.linalg.norm(positions[p[:, 0]] - positions[p[:, 1]], axis=1)) for p in (edges, pairs)]
+    lengths = [
+        np.median(np.linalg.norm(positions[p[:, 0]] - positions[p[:, 1]], axis=1))
+        for p in (edges, pairs)
+    ]
     return lengths[0] / lengths[1]
 
 
@@ -77,13 +85,18 @@ def agreement(task, x, cpu, gpu, given):
     if "neighbours, exact" in task:
         return f"{(cpu == gpu).mean():.6f} of the neighbours equal"
     if task.startswith("UMAP"):
-        scores = [trustworthiness(x[pick], found[pick], n_neighbors=15, metric="cosine") for found in (cpu, gpu)]
+        scores = [
+            trustworthiness(x[pick], found[pick], n_neighbors=15, metric="cosine")
+            for found in (cpu, gpu)
+        ]
         return f"trustworthiness {scores[0]:.4f} (CPU), {scores[1]:.4f} (GPU)"
     if task.startswith("PCA"):
         return f"largest difference {np.abs(cpu - gpu).max() / np.abs(cpu).max():.1e} of the largest score"
     if task.startswith("k-means"):
-        inertia = [sum(((x[found == c] - x[found == c].mean(axis=0)) ** 2).sum() for c in np.unique(found))
-                   for found in (cpu, gpu)]  # fmt: skip
+        inertia = [
+            sum(((x[found == c] - x[found == c].mean(axis=0)) ** 2).sum() for c in np.unique(found))
+            for found in (cpu, gpu)
+        ]
         return f"sum of squares {inertia[0]:.5g} (CPU), {inertia[1]:.5g} (GPU)"
     if task.startswith("HDBSCAN"):
         return f"adjusted Rand {adjusted_rand_score(cpu, gpu):.3f}"
@@ -98,8 +111,12 @@ def main():
     source.add_argument("--gguf", help="model file")
     source.add_argument("--npy", help="matrix saved by numpy")
     parser.add_argument("--rows", type=int, help="only the first rows")
-    parser.add_argument("--tasks", default="", help="only tasks whose name contains one of these, comma-separated; "
-                        "what the result file holds of the others stays")
+    parser.add_argument(
+        "--tasks",
+        default="",
+        help="only tasks whose name contains one of these, comma-separated; "
+        "what the result file holds of the others stays",
+    )
     parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path)
     args = parser.parse_args()
 
@@ -112,8 +129,12 @@ def main():
         args.rows = 10_000  # no ratio without a GPU: only to show that the CPU half runs
     x, what = matrix(args)
     report = {
-        "matrix": what, "shape": x.shape, "hardware": hardware(), "no_gpu": missing,
-        "backends": {b.name: b.line for b in backends}, "tasks": {},
+        "matrix": what,
+        "shape": x.shape,
+        "hardware": hardware(),
+        "no_gpu": missing,
+        "backends": {b.name: b.line for b in backends},
+        "tasks": {},
     }
     print(f"{what}: {x.shape[0]} x {x.shape[1]}\n" + "\n".join(b.line for b in backends))
     print(", ".join(f"{name} {value}" for name, value in report["hardware"].items()))
@@ -121,16 +142,29 @@ def main():
     for b in backends:
         start = time.perf_counter()
         small = x[:2000]
-        b.neighbors(small, K), b.umap(small, 3), b.umap(small, 3, seed=None), b.pca(small, 5), b.kmeans(small, 5)
-        b.hdbscan(small[:, :3], 30), b.layout(knn_edges(b.neighbors(small, K)[1], len(small)), len(small))
+        (
+            b.neighbors(small, K),
+            b.umap(small, 3),
+            b.umap(small, 3, seed=None),
+            b.pca(small, 5),
+            b.kmeans(small, 5),
+        )
+        (
+            b.hdbscan(small[:, :3], 30),
+            b.layout(knn_edges(b.neighbors(small, K)[1], len(small)), len(small)),
+        )
         report[f"warm_up_{b.name}_s"] = time.perf_counter() - start
         print(f"warm-up {b.name}: {report[f'warm_up_{b.name}_s']:.1f} s")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"rapids_{'gpu' if len(backends) == 2 else 'cpu'}_{x.shape[0]}x{x.shape[1]}.json"
+    path = (
+        args.out / f"rapids_{'gpu' if len(backends) == 2 else 'cpu'}_{x.shape[0]}x{x.shape[1]}.json"
+    )
     if args.tasks and path.is_file():
         stored = json.loads(path.read_text())
         if same_machine(stored["hardware"]):
-            report["tasks"] = stored["tasks"]  # those that do not run now stay as they were measured on this hardware
+            report["tasks"] = stored[
+                "tasks"
+            ]  # those that do not run now stay as they were measured on this hardware
     given, wanted = {}, [part for part in args.tasks.split(",") if part]
     print(f"\n{'task':44} {'CPU s':>9} {'GPU s':>9} {'ratio':>7}  agreement")
     for task, run in tasks(x, given).items():
@@ -141,19 +175,26 @@ def main():
             start = time.perf_counter()
             try:
                 found.append(run(b))
-            except Exception as error:  # the other tasks are still worth their time on a host that is hard to get
+            except (
+                Exception
+            ) as error:  # the other tasks are still worth their time on a host that is hard to get
                 row["failed"] = f"{b.name}: {type(error).__name__}: {error}"
                 break
             row[b.name] = time.perf_counter() - start
         if found:
             given[task] = found[0]
         if len(found) == 2:
-            row["ratio"], row["agreement"] = row["cpu"] / row["gpu"], agreement(task, x, *found, given)
+            row["ratio"], row["agreement"] = (
+                row["cpu"] / row["gpu"],
+                agreement(task, x, *found, given),
+            )
         report["tasks"][task] = row
         cells = [f"{row[name]:.2f}" if name in row else "-" for name in ("cpu", "gpu", "ratio")]
         said = row.get("failed", row.get("agreement", ""))
         print(f"{task:44} {cells[0]:>9} {cells[1]:>9} {cells[2]:>7}  {said}", flush=True)
-        path.write_text(json.dumps(report, indent=1))  # after every task: a run that is cut off keeps what it has
+        path.write_text(
+            json.dumps(report, indent=1)
+        )  # after every task: a run that is cut off keeps what it has
     print(f"\nwritten to {path.name}")
     failed = [task for task, row in report["tasks"].items() if "failed" in row]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -1,11 +1,12 @@
-"""How far the CPU's and the GPU's quantized kernels are from exact arithmetic on the same weights, and from each other.
+"""How far the CPU's and the GPU's quantized kernels are from exact arithmetic on the same weights,
+and from each other.
 
     python tests/benchmarks/bench_rounding.py [--types Q8_0 Q4_1 Q5_0 Q5_1] [--results FILE]
 
-SmolLM2 is dequantized to F32 and quantized to each type; "exact" is that file dequantized again, on the CPU in F32. All
-differences are root mean squares as shares of the reference's. Both kinds of kernel round activations to 8 bits, in
-ways that differ for types with a minimum per block: bench_rounding_cause.py computes both, and needs no GPU.
-"""
+SmolLM2 is dequantized to F32 and quantized to each type; "exact" is that file dequantized again, on
+the CPU in F32. All differences are root mean squares as shares of the reference's. Both kinds of
+kernel round activations to 8 bits, in ways that differ for types with a minimum per block:
+bench_rounding_cause.py computes both, and needs no GPU."""
 
 import argparse
 import tempfile
@@ -25,31 +26,39 @@ def rms(a, b):
 
 
 def errors(source, kind, folder):
-    """One row per stage for one type. source: F32 file; folder: for the files that are made, and removed again."""
+    """One row per stage for one type. source: F32 file; folder: for the files that are made, and
+    removed again."""
     from llamatelemetry.capture.session import CaptureSession
-    from llamatelemetry.expand import expand
-    from llamatelemetry.quantize import quantize
+    from llamatelemetry.files.expand import expand
+    from llamatelemetry.files.quantize import quantize
 
     quantized, dequantized = folder / f"{kind}.gguf", folder / f"{kind}-F32.gguf"
     quantize(source, quantized, kind, progress=False, pure=True)
     expand(quantized, dequantized, progress=False)
-    captures, runs = {}, (("exact", dequantized, ON_CPU), ("cpu", quantized, ON_CPU), ("gpu", quantized, {}))
+    captures, runs = (
+        {},
+        (("exact", dequantized, ON_CPU), ("cpu", quantized, ON_CPU), ("gpu", quantized, {})),
+    )
     for name, path, options in runs:
         with CaptureSession(path, **options) as session:
             captures[name] = session.capture(TEXT, STAGES)
     quantized.unlink(), dequantized.unlink()
     pairs = (("cpu", "exact"), ("gpu", "exact"), ("gpu", "cpu"))
-    return [{"what": f"{kind}, {stage}", "type": kind, "stage": stage}
-            | {f"{a}_{b}": rms(captures[a][stage].values, captures[b][stage].values) for a, b in pairs}
-            for stage in STAGES]
+    return [
+        {"what": f"{kind}, {stage}", "type": kind, "stage": stage}
+        | {f"{a}_{b}": rms(captures[a][stage].values, captures[b][stage].values) for a, b in pairs}
+        for stage in STAGES
+    ]
 
 
 def main():
-    from llamatelemetry.expand import expand
-    from llamatelemetry.gpus import list_gpus
-    from llamatelemetry.models import resolve_model
+    from llamatelemetry.files.expand import expand
+    from llamatelemetry.files.models import resolve_model
+    from llamatelemetry.gpus.devices import list_gpus
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q4_1", "Q5_0", "Q5_1"])
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()

@@ -1,11 +1,12 @@
-"""What a second GPU gives: who sits where while notebooks run, inference beside analytics, a model spread over both,
-quantizations compared on both.
+"""What a second GPU gives: who sits where while notebooks run, inference beside analytics, a model
+spread over both, quantizations compared on both.
 
-    python tests/benchmarks/bench_two_gpus.py [--shape1b FILE] [--shape8b FILE] [--parts PART ...] [--results FILE]
+    python tests/benchmarks/bench_two_gpus.py [--shape1b FILE] [--shape8b FILE] [--parts PART ...]
+    [--results FILE]
 
-The shapes are make_shapes.py's. Parts: notebooks, overlap, spread, compare. What ran is stored after every part, and
-beside it the samples of the notebooks' memory and use. Parts that do not run now stay as measured on this hardware.
-"""
+The shapes are make_shapes.py's. Parts: notebooks, overlap, spread, compare. What ran is stored
+after every part, and beside it the samples of the notebooks' memory and use. Parts that do not run
+now stay as measured on this hardware."""
 
 import argparse
 import json
@@ -40,7 +41,7 @@ def settled(before):
 
 def notebooks(options):
     """Notebooks 12 and 13 with RAPIDS: the peak memory of each process on each GPU."""
-    from llamatelemetry.notebooks import find, run_notebook
+    from llamatelemetry.tools.notebooks import find, run_notebook
 
     rows = []
     for path in find(FOLDER, ["12", "13"]):
@@ -49,17 +50,30 @@ def notebooks(options):
             started = time.perf_counter()
             run_notebook(path, options.out, {"BACKEND": "gpu"}, progress=False)
             seconds = time.perf_counter() - started
-        peaks = {f"{kind} on GPU {gpu}, MiB": mib for kind, on in sorted(watch.peaks().items())
-                 for gpu, mib in sorted(on.items())}  # fmt: skip
-        rows.append({"what": f"notebook {path.stem[:2]}", "seconds": round(seconds, 1), **peaks,
-                     "before, MiB": before, "after, MiB": settled(before)})  # fmt: skip
+        peaks = {
+            f"{kind} on GPU {gpu}, MiB": mib
+            for kind, on in sorted(watch.peaks().items())
+            for gpu, mib in sorted(on.items())
+        }
+        rows.append(
+            {
+                "what": f"notebook {path.stem[:2]}",
+                "seconds": round(seconds, 1),
+                **peaks,
+                "before, MiB": before,
+                "after, MiB": settled(before),
+            }
+        )
         name = f"two_gpus_{path.stem[:2]}.json"
-        (options.results.parent / name).write_text(json.dumps(watch.samples).replace("}, ", "},\n") + "\n")
+        (options.results.parent / name).write_text(
+            json.dumps(watch.samples).replace("}, ", "},\n") + "\n"
+        )
     return rows
 
 
 def overlap(options):
-    """Inference and analytics one after the other and at the same time, medians of 5: on two GPUs, then on one."""
+    """Inference and analytics one after the other and at the same time, medians of 5: on two GPUs,
+    then on one."""
     rows = []
     for shown in ("0,1", "0"):
         command = [sys.executable, __file__, "--overlap", options.shape1b or MODEL]
@@ -108,14 +122,24 @@ def overlapped(model):
 
         infer(), analyse()
         runs = [(timed(infer), timed(analyse), timed(infer, analyse)) for _ in range(5)]
-    alone = [{"infer": a["infer"], "analyse": b["analyse"], "all": a["all"] + b["all"]} for a, b, _ in runs]
+    alone = [
+        {"infer": a["infer"], "analyse": b["analyse"], "all": a["all"] + b["all"]}
+        for a, b, _ in runs
+    ]
 
     def median(found, part):
         return statistics.median(run[part] for run in found)
 
     together = [both for *_, both in runs]
-    print(json.dumps({f"{part}, {how}, s": round(median(found, part), 3) for part in ("infer", "analyse", "all")
-                      for how, found in (("alone", alone), ("together", together))}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                f"{part}, {how}, s": round(median(found, part), 3)
+                for part in ("infer", "analyse", "all")
+                for how, found in (("alone", alone), ("together", together))
+            }
+        )
+    )
 
 
 HOLD = """
@@ -131,10 +155,11 @@ sys.stdin.read()
 
 
 def spread(options):
-    """A model of the 8B shape where neither GPU has room for it, spread over both: what is said and what captured."""
+    """A model of the 8B shape where neither GPU has room for it, spread over both: what is said and
+    what captured."""
     from llamatelemetry import InferenceEngine
     from llamatelemetry.capture.session import CaptureSession
-    from llamatelemetry.gpus import list_gpus
+    from llamatelemetry.gpus.devices import list_gpus
 
     path, rows, stages = options.shape8b, [], ("attention", "q", "k", "v", "hidden", "logits")
     tokens = list(range(100, 612))
@@ -144,9 +169,12 @@ def spread(options):
         one.time_decode(tokens, 2)
         seconds = statistics.median(one.time_decode(tokens, 9))
         rows.append({"what": "one GPU: decode of 512 tokens", "ms": 1e3 * seconds})
-    room = [8 * 2**30] * 2  # server and worker hold 4.9 GB of weights each: too much for one, enough for two halves
-    ballast = subprocess.Popen([sys.executable, "-c", HOLD, *map(str, room)], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)  # fmt: skip
+    room = [
+        8 * 2**30
+    ] * 2  # server and worker hold 4.9 GB of weights each: too much for one, enough for two halves
+    ballast = subprocess.Popen(
+        [sys.executable, "-c", HOLD, *map(str, room)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         ballast.stdout.readline()
         held = gpu_used()
@@ -158,37 +186,64 @@ def spread(options):
             text = engine.infer("The", max_tokens=16, ignore_eos=True)
             rows.append({"what": "both GPUs: generation", "tokens_per_s": text.tokens_per_sec})
             cap = engine.capture(tokens, stages=stages)
-            apart = {stage: float(np.abs(cap[stage].values - alone[stage].values).max()) for stage in stages}
-            rows.append({"what": "both GPUs: largest difference of a captured value from one GPU's", **apart})
+            apart = {
+                stage: float(np.abs(cap[stage].values - alone[stage].values).max())
+                for stage in stages
+            }
+            rows.append(
+                {
+                    "what": "both GPUs: largest difference of a captured value from one GPU's",
+                    **apart,
+                }
+            )
             apart = np.abs(engine.head_statistics(tokens) - statistics_alone).max()
-            rows.append({"what": "both GPUs: largest difference of a head's statistics from one GPU's",
-                         **{name: float(value) for name, value in apart.items()}})  # fmt: skip
+            rows.append(
+                {
+                    "what": "both GPUs: largest difference of a head's statistics from one GPU's",
+                    **{name: float(value) for name, value in apart.items()},
+                }
+            )
             seconds = statistics.median(engine._call("time_decode", tokens, repeat=9))
             rows.append({"what": "both GPUs: decode of 512 tokens", "ms": 1e3 * seconds})
-            held_by = {f"{row.process} on GPU {row.gpu}": round(row.memory_mib)
-                       for row in engine.placement().dropna(subset=["gpu", "memory_mib"]).itertuples()}  # fmt: skip
+            held_by = {
+                f"{row.process} on GPU {row.gpu}": round(row.memory_mib)
+                for row in engine.placement().dropna(subset=["gpu", "memory_mib"]).itertuples()
+            }
             rows.append({"what": "both GPUs: MiB of each process", **held_by})
         after = settled(held)
-        rows.append({"what": "both GPUs: MiB in use before loading, after close()", "before": held, "after": after})
+        rows.append(
+            {
+                "what": "both GPUs: MiB in use before loading, after close()",
+                "before": held,
+                "after": after,
+            }
+        )
     finally:
         ballast.communicate()
-    rows.append({"what": "MiB in use at first, in the end", "before": before, "after": settled(before)})
+    rows.append(
+        {"what": "MiB in use at first, in the end", "before": before, "after": settled(before)}
+    )
     return rows
 
 
 def compare(options):
-    """Four quantizations against their reference: one after the other on one GPU, and by a worker per GPU."""
+    """Four quantizations against their reference: one after the other on one GPU, and by a worker
+    per GPU."""
     from distributed import Client
 
     from llamatelemetry import resolve_model
-    from llamatelemetry.cluster import local_cluster
-    from llamatelemetry.compare import compare_quantizations
-    from llamatelemetry.quantize import make_reference, quantize
+    from llamatelemetry.backend.cluster import local_cluster
+    from llamatelemetry.compare.comparison import compare_quantizations
+    from llamatelemetry.files.quantize import make_reference, quantize
 
     with tempfile.TemporaryDirectory() as folder:
-        reference = make_reference(resolve_model(MODEL), Path(folder) / "reference.gguf", progress=False)
-        files = [quantize(reference, Path(folder) / f"{kind}.gguf", kind, progress=False)
-                 for kind in ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")]  # fmt: skip
+        reference = make_reference(
+            resolve_model(MODEL), Path(folder) / "reference.gguf", progress=False
+        )
+        files = [
+            quantize(reference, Path(folder) / f"{kind}.gguf", kind, progress=False)
+            for kind in ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")
+        ]
         settings = dict(n_ctx=512, max_windows=24, progress=False)
         before, runs, tables = gpu_used(), {"one GPU": [], "a worker per GPU": []}, {}
         compare_quantizations(reference, files[:1], **settings)
@@ -201,19 +256,29 @@ def compare(options):
         one, two = tables.values()
     numbers, peaks = one.select_dtypes("number").columns, watch.peaks()["compare worker"]
     what = f"compare_quantizations, {len(files)} files, 24 windows of 512"
-    return [{"what": f"{what}, {how}", "s": round(statistics.median(found), 2)} for how, found in runs.items()] + [
-            {"what": "compare_quantizations, both ways", "equal": bool(one[numbers].equals(two[numbers])),
-             **{f"compare worker on GPU {gpu}, MiB": mib for gpu, mib in sorted(peaks.items())},
-             "before": before, "after": settled(before)}]  # fmt: skip
+    return [
+        {"what": f"{what}, {how}", "s": round(statistics.median(found), 2)}
+        for how, found in runs.items()
+    ] + [
+        {
+            "what": "compare_quantizations, both ways",
+            "equal": bool(one[numbers].equals(two[numbers])),
+            **{f"compare worker on GPU {gpu}, MiB": mib for gpu, mib in sorted(peaks.items())},
+            "before": before,
+            "after": settled(before),
+        }
+    ]
 
 
 PARTS = {"notebooks": notebooks, "overlap": overlap, "spread": spread, "compare": compare}
 
 
 def main():
-    from llamatelemetry.gpus import list_gpus
+    from llamatelemetry.gpus.devices import list_gpus
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape1b")
     parser.add_argument("--shape8b")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
@@ -236,7 +301,9 @@ def main():
             continue
         try:
             found = PARTS[part](options)
-        except Exception as error:  # the other parts are still worth their time on a host that is hard to get
+        except (
+            Exception
+        ) as error:  # the other parts are still worth their time on a host that is hard to get
             found = [{"what": part, "failed": f"{type(error).__name__}: {error}"}]
         rows += [{"part": part, **row} for row in found]
         report("two_gpus", rows, options.results)

@@ -12,9 +12,24 @@ from pathlib import Path
 import psutil
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("llama-cpp-python", "numpy", "pandas", "scikit-learn", "umap-learn", "igraph", "transformers", "torch",
-            "cupy-cuda13x", "cupy-cuda12x", "cuml-cu13", "cuml-cu12", "cudf-cu13", "cudf-cu12", "cugraph-cu13",
-            "cugraph-cu12")  # fmt: skip
+PACKAGES = (
+    "llama-cpp-python",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "umap-learn",
+    "igraph",
+    "transformers",
+    "torch",
+    "cupy-cuda13x",
+    "cupy-cuda12x",
+    "cuml-cu13",
+    "cuml-cu12",
+    "cudf-cu13",
+    "cudf-cu12",
+    "cugraph-cu13",
+    "cugraph-cu12",
+)
 
 
 def hardware():
@@ -33,9 +48,15 @@ def hardware():
             pass
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
-        facts["gpu"] = "; ".join(f"{n} x {name}" if (n := names.count(name)) > 1 else name
-                                 for name in dict.fromkeys(names))  # fmt: skip
+        names = (
+            subprocess.run(query, capture_output=True, text=True, check=True)
+            .stdout.strip()
+            .splitlines()
+        )
+        facts["gpu"] = "; ".join(
+            f"{n} x {name}" if (n := names.count(name)) > 1 else name
+            for name in dict.fromkeys(names)
+        )
     except (OSError, subprocess.CalledProcessError):
         facts["gpu"] = "none"
     return facts
@@ -49,14 +70,15 @@ def _cpu():
 
 
 def same_machine(facts):
-    """Whether stored facts of `hardware` are of a processor and GPU like those here: such figures may stand together."""
+    """Whether stored facts of `hardware` are of a processor and GPU like those here: such figures
+    may stand together."""
     here = hardware()
     return all(facts.get(part) == here[part] for part in ("cpu", "cores", "gpu"))
 
 
 def gpu_used():
     """MiB in use on each GPU, by everybody; [] without GPUs."""
-    from llamatelemetry.gpus import list_gpus
+    from llamatelemetry.gpus.devices import list_gpus
 
     return [round(gpu.used_bytes / 2**20) for gpu in list_gpus()]
 
@@ -67,19 +89,28 @@ def report(name, rows, out=None):
 
     facts = hardware()
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), file=sys.stderr)
-    if len({key for row in rows for key in row}) > 12:  # rows that say different things are no table
+    if (
+        len({key for row in rows for key in row}) > 12
+    ):  # rows that say different things are no table
         for row in rows:
-            print("; ".join(f"{key}: {value}" if key != "what" else value for key, value in row.items()))
+            print(
+                "; ".join(
+                    f"{key}: {value}" if key != "what" else value for key, value in row.items()
+                )
+            )
     else:
         print(pd.DataFrame(rows).to_string(index=False))
     path = Path(out) if out else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": name, "hardware": facts, "rows": rows}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"benchmark": name, "hardware": facts, "rows": rows}, indent=1) + "\n"
+    )
     print(f"stored in {path}", file=sys.stderr)
 
 
 def memory_of(pid):
-    """Resident memory in MiB of a process and its children, now (shared pages counted once, by PSS, where possible)."""
+    """Resident memory in MiB of a process and its children, now (shared pages counted once, by PSS,
+    where possible)."""
     total = 0
     root = psutil.Process(pid)
     for process in [root, *root.children(recursive=True)]:

@@ -1,10 +1,11 @@
-"""GGUF files in the layout of real models with random weights, for timing where no real weights can be had.
+"""GGUF files in the layout of real models with random weights, for timing where no real weights can
+be had.
 
     python tests/benchmarks/make_shapes.py 1b VOCAB.gguf OUT.gguf
 
-1b: Llama 3.2 1B; 8b: Llama 3.1 8B; tiny: for a test of this script. Matrices are random Q4_K blocks (Q6_K for
-embedding and output, as in Q4_K_M), so that no quantizer has to run. The tokenizer is VOCAB's, a real one.
-"""
+1b: Llama 3.2 1B; 8b: Llama 3.1 8B; tiny: for a test of this script. Matrices are random Q4_K blocks
+(Q6_K for embedding and output, as in Q4_K_M), so that no quantizer has to run. The tokenizer is
+VOCAB's, a real one."""
 
 import argparse
 import sys
@@ -26,7 +27,8 @@ POOL = 1 << 18  # random blocks that are made; matrices repeat them from differe
 
 
 def block_pool(kind, random, scale):
-    """Random blocks of 256 weights whose dequantized values have mean about 0 and deviation about `scale`."""
+    """Random blocks of 256 weights whose dequantized values have mean about 0 and deviation about
+    `scale`."""
     size = {Q4_K: 144, Q6_K: 210}[kind]
     pool = random.integers(0, 256, (POOL, size), dtype=np.uint8)
     if kind == Q4_K:  # w = d * sc * q - dmin * m, q in 0..15, sc and m in 0..63
@@ -45,7 +47,7 @@ def matrix(pool, rows, width, start):
 
 
 def make(shape, vocab, out, seed=0):
-    from llamatelemetry.gguf import GGUFFile
+    from llamatelemetry.files.gguf import GGUFFile
 
     size, random, source = SHAPES[shape], np.random.default_rng(seed), GGUFFile(vocab)
     writer = gguf.GGUFWriter(str(out), "llama", use_temp_file=False)
@@ -65,7 +67,10 @@ def make(shape, vocab, out, seed=0):
     writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(source.n_vocab)
     writer.add_file_type(15)
-    pools = {Q4_K: block_pool(Q4_K, random, size["n_embd"] ** -0.5), Q6_K: block_pool(Q6_K, random, 0.02)}
+    pools = {
+        Q4_K: block_pool(Q4_K, random, size["n_embd"] ** -0.5),
+        Q6_K: block_pool(Q6_K, random, 0.02),
+    }
 
     def add(name, rows, width, kind=Q4_K):
         data = matrix(pools[kind], rows, width, int(random.integers(POOL)))
@@ -97,7 +102,9 @@ def make(shape, vocab, out, seed=0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("vocab")
     parser.add_argument("out")

@@ -1,4 +1,5 @@
-"""What is sampled in a thread while something else runs: memory of processes, and what they hold on each GPU."""
+"""What is sampled in a thread while something else runs: memory of processes, and what they hold on
+each GPU."""
 
 import threading
 import time
@@ -8,9 +9,13 @@ import pynvml
 
 EVERY_S = 0.25
 # What a command line holds -> what the process is. The first that fits counts.
-KINDS = (("llama-server", "llama-server"), ("llamatelemetry.capture.worker", "capture worker"),
-         ("llamatelemetry.compare_worker", "compare worker"), ("ipykernel", "notebook"),
-         ("llama-bench", "llama-bench"))  # fmt: skip
+KINDS = (
+    ("llama-server", "llama-server"),
+    ("llamatelemetry.capture.worker", "capture worker"),
+    ("llamatelemetry.compare.worker", "compare worker"),
+    ("ipykernel", "notebook"),
+    ("llama-bench", "llama-bench"),
+)
 
 
 class Sampler:
@@ -37,20 +42,26 @@ class Sampler:
 class Watch(Sampler):
     """What each process holds on each GPU, and how busy each GPU is, by NVML.
 
-    samples: list of {seconds, gpu, use (percent), used (MiB), and MiB per kind of process}, a row per GPU and time.
-    """
+    samples: list of {seconds, gpu, use (percent), used (MiB), and MiB per kind of process}, a row
+    per GPU and time."""
 
     def __enter__(self):
         pynvml.nvmlInit()
-        self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        self._gpus = [
+            pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
+        ]
         self._kinds, self.samples, self._started = {}, [], time.monotonic()
         return super().__enter__()
 
     def sample(self):
         seconds = round(time.monotonic() - self._started, 2)
         for index, handle in enumerate(self._gpus):
-            row = {"seconds": seconds, "gpu": index, "use": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-                   "used": pynvml.nvmlDeviceGetMemoryInfo(handle).used >> 20}  # fmt: skip
+            row = {
+                "seconds": seconds,
+                "gpu": index,
+                "use": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+                "used": pynvml.nvmlDeviceGetMemoryInfo(handle).used >> 20,
+            }
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
                 kind = self._kind(process.pid)
                 row[kind] = row.get(kind, 0) + ((process.usedGpuMemory or 0) >> 20)

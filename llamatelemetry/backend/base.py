@@ -1,0 +1,275 @@
+"""The CPU half of `backend`, and what both halves check: pandas, NumPy, scikit-learn, umap-learn,
+igraph."""
+
+import warnings
+from functools import cached_property
+
+import numpy as np
+
+from . import layout as graph_layout
+
+_EXTRA = 8  # candidates beyond k that are ranked again in double precision
+_BLOCK = 1 << 24  # elements of the largest temporary in `neighbors`
+
+
+def _matrix(x, what="x"):
+    """x as a C-contiguous float32 matrix (n, width); ValueError where it is not one or holds NaN or
+    infinity."""
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(
+            f"{what} must be a matrix (n, width) with at least one row, not of shape {x.shape}"
+        )
+    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{what} has {len(bad)} row(s) with NaN or infinity, the first at {bad[0]}: drop them, for example with "
+            f"{what}[np.isfinite({what}).all(axis=1)]"
+        )
+    return x
+
+
+def _at_least(n, needed, what):
+    if n < needed:
+        raise ValueError(
+            f"{what} needs at least {needed} rows, but there are {n}: lower it or give more rows"
+        )
+
+
+def _unit_rows(x):
+    """Rows of length 1 with one column more, which only rows of zeros have: they are at cosine
+    distance 1 from every row that is not zero and at 0 from each other (umap-learn's convention).
+    (n, width) -> (n, width + 1)"""
+    length = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    zero = length == 0
+    return np.hstack([x / np.where(zero, 1, length), zero]).astype(np.float32)
+
+
+def _why_alone(x, row, metric):
+    """Why UMAP's graph has no edge at a row: umap-learn cuts those of the metric's largest
+    distance."""
+    if metric in ("cosine", "correlation"):
+        x = x - x.mean(axis=1, keepdims=True) if metric == "correlation" else x
+        others = _unit_rows(x)
+        if others[row, -1]:
+            return (
+                "is all zeros and has no direction"
+                if metric == "cosine"
+                else "has one value in all columns"
+            )
+        if np.delete(others @ others[row], row).max() < -0.999:
+            return f"is opposite to every other row ({metric} distance 2)"
+    return "is as far from every other row as this metric can say"
+
+
+class CpuBackend:
+    """pandas, NumPy, scikit-learn, umap-learn and igraph."""
+
+    name = "cpu"
+
+    def __init__(self, why):
+        import pandas
+        import sklearn
+
+        self.line = f"analytics on the CPU ({why}): scikit-learn {sklearn.__version__}, pandas {pandas.__version__}"
+
+    @cached_property
+    def xp(self):
+        """The array module: numpy, or cupy on the GPU."""
+        return np
+
+    def table(self, frame):
+        """A pandas DataFrame as this backend's: itself, or a cuDF DataFrame on the GPU."""
+        return frame
+
+    def to_numpy(self, array):
+        """A NumPy array from whatever this backend gives."""
+        return np.asarray(array)
+
+    def umap(self, x, n_components=2, n_neighbors=15, min_dist=0.1, metric="cosine", seed=0):
+        """UMAP (McInnes, Healy and Melville 2018, arXiv:1802.03426). x: (n, width) -> (n,
+        n_components) float32.
+
+        seed=None lets umap-learn use all cores, and the result differs from run to run. ValueError
+        if n <= n_neighbors, a row is not finite, or UMAP finds no place for one: it has no edge.
+        """
+        x = _matrix(x)
+        _at_least(len(x), n_neighbors + 1, f"UMAP with n_neighbors={n_neighbors}")
+        found = np.asarray(
+            self._umap(x, n_components, n_neighbors, min_dist, metric, seed), dtype=np.float32
+        )
+        lost = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        if len(lost):
+            raise ValueError(
+                f"UMAP with metric={metric!r} has no place for {len(lost)} of {len(x)} rows: "
+                + "; ".join(f"row {row} {_why_alone(x, row, metric)}" for row in lost[:5])
+                + (f"; and {len(lost) - 5} more" if len(lost) > 5 else "")
+                + ". Drop them, or take another metric"
+            )
+        return found
+
+    def pca(self, x, n):
+        """Principal components, each with its largest loading positive.
+
+        x: (m, width) -> (scores (m, n), explained_variance_ratio (n,)), float32.
+        """
+        x = _matrix(x)
+        if not 1 <= n <= min(x.shape):
+            raise ValueError(
+                f"PCA of a {x.shape[0]} x {x.shape[1]} matrix has 1 to {min(x.shape)} components, not {n}"
+            )
+        _at_least(len(x), 2, "PCA")
+        if not (x != x[0]).any():
+            raise ValueError("PCA: all rows are equal, so there is no variance to explain")
+        scores, components, ratio = self._pca(x, n)
+        sign = np.sign(components[np.arange(n), np.abs(components).argmax(axis=1)])
+        return (scores * sign).astype(np.float32), ratio.astype(np.float32)
+
+    def neighbors(self, x, k, metric="cosine", queries=None, progress=False):
+        """The k nearest rows of x, exact: candidates from the library, ranked again in double
+        precision, so that CPU and GPU agree; equal distances are ordered by index (of more than k +
+        8 equal ones, any). Memory is bounded at any n.
+
+        x: (n, width); queries: (m, width), or None for the rows of x, each without itself.
+        metric: "cosine" (1 - cosine; rows of zeros: 1 from all others) or "euclidean".
+        -> (distances float32, indices int64), both (m, k)
+        """
+        if metric not in ("cosine", "euclidean"):
+            raise ValueError(f"metric must be 'cosine' or 'euclidean', not {metric!r}")
+        x, own = _matrix(x), queries is None
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        _at_least(len(x), k + own, f"{k} nearest neighbours")
+        queries = x if own else _matrix(queries, "queries")
+        if queries.shape[1] != x.shape[1]:
+            raise ValueError(f"queries are {queries.shape[1]} wide, but x is {x.shape[1]} wide")
+        if metric == "cosine":
+            x, queries = _unit_rows(x), None if own else _unit_rows(queries)
+            queries = x if own else queries
+        found = self._neighbors(x, queries, k, own, progress)
+        distances, indices = found  # squared euclidean, double precision
+        distances = distances / 2 if metric == "cosine" else np.sqrt(distances)
+        return distances.astype(np.float32), indices
+
+    def _neighbors(self, x, queries, k, own, progress):
+        from tqdm.auto import tqdm
+
+        xp = self.xp
+        search = self._search(x, min(len(x), k + own + _EXTRA))
+        on_device = xp.asarray(x)
+        block = max(1, _BLOCK // (x.shape[1] * (k + own + _EXTRA)))
+        distances = np.empty((len(queries), k))
+        indices = np.empty((len(queries), k), dtype=np.int64)
+        for start in tqdm(range(0, len(queries), block), disable=not progress, desc="neighbours"):
+            rows = xp.asarray(queries[start : start + block])  # (b, width)
+            candidates = xp.sort(
+                xp.asarray(search(rows)), axis=1
+            )  # (b, c), by index so that a stable sort breaks ties
+            exact = (
+                (on_device[candidates].astype(xp.float64) - rows[:, None].astype(xp.float64)) ** 2
+            ).sum(axis=2)
+            if own:
+                exact[candidates == xp.arange(start, start + len(rows))[:, None]] = xp.inf
+            order = xp.argsort(exact, axis=1, kind="stable")[:, :k]
+            distances[start : start + block] = self.to_numpy(
+                xp.take_along_axis(exact, order, axis=1)
+            )
+            indices[start : start + block] = self.to_numpy(
+                xp.take_along_axis(candidates, order, axis=1)
+            )
+        return distances, indices
+
+    def kmeans(self, x, k, seed=0):
+        """k-means, k-means++ start, best of 4 runs. x: (n, width) -> labels (n,) int64, 0 to
+        k-1."""
+        x = _matrix(x)
+        _at_least(len(x), k, f"k-means with k={k}")
+        return self._kmeans(x, k, seed).astype(np.int64)
+
+    def hdbscan(self, x, min_cluster_size=15, min_samples=None):
+        """HDBSCAN (Campello, Moulavi and Sander 2013), euclidean. x: (n, width) -> labels (n,)
+        int64, -1: noise.
+
+        min_samples: a point's core distance is that to its so-manieth nearest point, itself the
+        first, as in the paper and in scikit-learn; None: min_cluster_size. Meant for UMAP or PCA
+        coordinates: in hundreds of dimensions it takes time with the square of n."""
+        x = _matrix(x)
+        min_samples = min_cluster_size if min_samples is None else min_samples
+        for name, value, least in (
+            ("min_cluster_size", min_cluster_size, 2),
+            ("min_samples", min_samples, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+            _at_least(len(x), value, f"HDBSCAN with {name}={value}")
+        return self._hdbscan(x, min_cluster_size, min_samples).astype(np.int64)
+
+    def layout(self, edges, n_nodes, weights=None, dims=2, seed=0):
+        """Node positions by force. edges: (m, 2) ids 0 to n_nodes-1; weights: (m,), larger pulls
+        closer.
+
+        -> (n_nodes, dims) float32, centred, the largest distance from the centre 1. igraph:
+        Fruchterman and Reingold (1991); cuGraph, where there is one: ForceAtlas2 (Jacomy et al.
+        2014), dims=2 and parts of 1,000 nodes or more."""
+        return graph_layout.layout(edges, n_nodes, weights, dims, seed, self._force)
+
+    def pagerank(self, edges, n_nodes, weights=None, directed=True):
+        """PageRank, damping 0.85. edges: (m, 2), weights: (m,) -> (n_nodes,) float64 that sums to
+        1."""
+        return graph_layout.pagerank(edges, n_nodes, weights, directed)
+
+    def betweenness(self, edges, n_nodes, directed=False):
+        """Betweenness (Freeman 1977) as a share of all pairs, unweighted. edges: (m, 2) ->
+        (n_nodes,) in 0 to 1."""
+        return graph_layout.betweenness(edges, n_nodes, directed)
+
+    # What differs between the backends: the libraries' calls, on checked float32 matrices.
+
+    def _force(self, graph, dims, seed):
+        return graph_layout.igraph_force(graph, dims, seed)
+
+    def _umap(self, x, n_components, n_neighbors, min_dist, metric, seed):
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=".*tensorflow.*|.*Tensorflow.*", category=ImportWarning
+            )
+            warnings.filterwarnings(
+                "ignore", message=".*vertices were disconnected"
+            )  # refused in `umap`
+            from umap import UMAP
+
+            # Below n_components + 2 rows the spectral start has no room.
+            return UMAP(
+                n_components=n_components,
+                n_neighbors=n_neighbors,
+                min_dist=min_dist,
+                metric=metric,
+                random_state=seed,
+                n_jobs=-1 if seed is None else 1,
+                init="spectral" if len(x) > n_components + 2 else "random",
+            ).fit_transform(x)
+
+    def _pca(self, x, n):
+        from sklearn.decomposition import PCA
+
+        model = PCA(n, random_state=0)
+        scores = model.fit_transform(x)
+        return scores, model.components_, model.explained_variance_ratio_
+
+    def _search(self, x, count):
+        from sklearn.neighbors import NearestNeighbors
+
+        model = NearestNeighbors(n_neighbors=count, algorithm="brute", metric="euclidean").fit(x)
+        return lambda rows: model.kneighbors(rows, return_distance=False)
+
+    def _kmeans(self, x, k, seed):
+        from sklearn.cluster import KMeans
+
+        return KMeans(k, n_init=4, random_state=seed).fit_predict(x)
+
+    def _hdbscan(self, x, min_cluster_size, min_samples):
+        from sklearn.cluster import HDBSCAN
+
+        return HDBSCAN(
+            min_cluster_size=min_cluster_size, min_samples=min_samples, copy=True
+        ).fit_predict(x)

@@ -1,0 +1,141 @@
+"""Speed, load time and memory of a model file: llama-bench's definitions, and the driver's word for
+memory."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from .. import logs
+from ..errors import ModelLoadError, shown
+from ..files.outputs import labels
+from ..files.quantize import _threads, tool
+from ..gpus.devices import inference_environment
+
+
+def bench(path, n_prompt=256, n_gen=32, repetitions=3, gpu_layers=None, threads=None):
+    """Tokens per second of a prompt of n_prompt tokens and of n_gen generated ones, by llama-bench.
+
+    Dict: prompt_tps, prompt_tps_err, generation_tps, generation_tps_err (means and standard
+    deviations over the repetitions, after one warm-up), load_s (seconds to load the weights and
+    make a context, the file in the page cache), resident_bytes (largest resident set of the
+    process, the mapped file included) and gpu_bytes (largest, by NVML: 0 without a GPU, NaN where
+    it does not say). Raises ModelLoadError for a file that llama.cpp does not load."""
+    command = [
+        tool("llama-bench"),
+        "-m",
+        str(path),
+        "-p",
+        str(n_prompt),
+        "-n",
+        str(n_gen),
+        "-r",
+        str(repetitions),
+        "-t",
+        str(threads or _threads()),
+        "-ngl",
+        str(999 if gpu_layers is None else gpu_layers),
+        "-o",
+        "json",
+    ]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, env=inference_environment()
+        )
+        resident, gpu = _watch(process)
+        out.seek(0)
+        log.seek(0)
+        text, words = out.read().decode("utf-8", "replace"), log.read().decode("utf-8", "replace")
+    if process.returncode:
+        raise ModelLoadError(
+            f"llama-bench cannot run {shown(path)} (exit status {process.returncode}): "
+            f"{logs.reason(words)}\n{logs.last_words(words)[-800:]}"
+        )
+    return speeds(json.loads(text)) | {
+        "load_s": load_time(path, gpu_layers),
+        "resident_bytes": resident,
+        "gpu_bytes": gpu,
+    }
+
+
+def speeds(runs):
+    """llama-bench's JSON output -> prompt_tps, generation_tps and their *_err."""
+    row = {}
+    for run in runs:
+        name = "prompt_tps" if run["n_gen"] == 0 else "generation_tps"
+        row |= {name: run["avg_ts"], f"{name}_err": run["stddev_ts"]}
+    return row
+
+
+def bench_all(paths, progress=True, **options):
+    """bench() of several files: DataFrame indexed by their names (files.labels)."""
+    from tqdm.auto import tqdm
+
+    paths = list(dict.fromkeys(map(Path, paths)))
+    measured = tqdm(
+        zip(labels(paths), paths), total=len(paths), desc="llama-bench", disable=not progress
+    )
+    rows = {name: bench(path, **options) for name, path in measured}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
+
+
+_LOAD = """
+import json, sys, time
+from llamatelemetry.compare.worker import Model
+import llama_cpp
+start = time.perf_counter()
+Model(sys.argv[1], 512, 1, int(sys.argv[2]), int(sys.argv[3]))
+print(json.dumps(time.perf_counter() - start))
+"""
+
+
+def load_time(path, gpu_layers=None):
+    """Seconds from nothing to a context of 512 tokens, in a process of its own; its imports are not
+    counted."""
+    command = [
+        sys.executable,
+        "-c",
+        _LOAD,
+        str(path),
+        str(_threads()),
+        str(999 if gpu_layers is None else gpu_layers),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=inference_environment(), errors="replace"
+    )
+    if done.returncode:
+        raise ModelLoadError(
+            f"llama.cpp cannot load {shown(path)}: {logs.reason(done.stderr)}\n"
+            f"{logs.last_words(done.stderr)[-800:]}"
+        )
+    return float(done.stdout.splitlines()[-1])
+
+
+def _watch(process):
+    """Largest resident set and GPU memory of a process until it ends, in bytes."""
+    import psutil
+
+    resident = gpu = 0
+    watched = psutil.Process(process.pid)
+    while process.poll() is None:
+        try:
+            resident = max(resident, watched.memory_info().rss)
+        except psutil.NoSuchProcess:
+            break
+        gpu = max(_gpu_bytes(process.pid), gpu)  # in this order: once NaN is the answer, it stays
+        time.sleep(0.05)
+    process.wait()
+    return resident, gpu
+
+
+def _gpu_bytes(pid):
+    """Bytes on GPUs as NVML reports them: 0 without a GPU, NaN where the driver keeps it to
+    itself."""
+    from ..gpus.devices import list_gpus, placement
+
+    memory = placement({"bench": pid})["memory_mib"] if list_gpus() else pd.Series(0.0)
+    return float(memory.astype("float64").sum(min_count=1)) * 2**20

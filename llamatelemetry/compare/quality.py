@@ -1,0 +1,177 @@
+"""How far a quantization's predictions are from its reference's: per token, and summed up.
+
+Definitions are those of llama.cpp's `llama-perplexity --kl-divergence`, without its rounding of the
+reference's log probabilities to 16 bits. Everything is in nats and fractions. Pure functions on
+arrays."""
+
+import numpy as np
+
+BLOCKS = (
+    64  # a row of logits is scanned once, as 64 interleaved blocks, for all of its largest values
+)
+PERCENTILES = {
+    "max": 1.0,
+    "p999": 0.999,
+    "p99": 0.99,
+    "p95": 0.95,
+    "p90": 0.9,
+    "median": 0.5,
+    "p10": 0.1,
+    "p05": 0.05,
+    "p01": 0.01,
+    "p001": 0.001,
+    "min": 0.0,
+}
+
+
+def top_k(logits, k=10):
+    """The k largest of each row, largest first and equal ones by id: values and ids, both (token,
+    k).
+
+    logits: (token, vocab) float32. A value among the k largest of a row lies in one of the k blocks
+    with the largest maxima, so that one pass over the row finds them all."""
+    n, vocab = logits.shape
+    k, width = min(k, vocab), vocab // BLOCKS
+    if width < k:
+        ids = np.tile(np.arange(vocab), (n, 1))
+    else:
+        maxima = logits[:, : width * BLOCKS].reshape(n, BLOCKS, width).max(axis=1)  # (token, width)
+        block = np.argpartition(maxima, width - k, axis=1)[:, width - k :]  # (token, k)
+        ids = (block[:, :, None] + width * np.arange(BLOCKS)).reshape(n, -1)  # (token, k * BLOCKS)
+        rest = np.arange(width * BLOCKS, vocab)  # what does not fill a block
+        ids = np.concatenate([ids, np.tile(rest, (n, 1))], axis=1)
+    values = np.take_along_axis(logits, ids, axis=1)
+    order = np.lexsort((ids, -values), axis=1)[:, :k]
+    return np.take_along_axis(values, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+class Reference:
+    """The reference's predictions for a few tokens, with what every candidate's comparison needs of
+    them.
+
+    logits: (token, vocab) float32, kept as a view. targets: (token,) ids that came next.
+    """
+
+    def __init__(self, logits, targets, k=10):
+        self.logits, self.targets, self.k = logits, np.asarray(targets), k
+        values, self.top = top_k(logits, k)  # (token, k)
+        shifted = logits - values[:, :1]  # (token, vocab)
+        self.p = np.exp(shifted)
+        total = self.p.sum(
+            axis=1
+        )  # NumPy sums rows pairwise: 1e-7, where a running float32 sum of 50,000 has 1e-4
+        self.p /= total[:, None]
+        self.lse = _lse(values, total)
+        shifted *= self.p
+        self.entropy = np.log(total.astype(np.float64)) - shifted.sum(axis=1)
+        # llama-perplexity leaves out what the reference gives a log probability of -16 or less.
+        self.p *= self.p > np.float32(np.exp(-16))
+        self.mass = self.p.sum(axis=1, dtype=np.float64)
+        self.logprob = _pick(logits, self.targets) - self.lse
+
+    def compare(self, logits):
+        """Per-token columns of one candidate's logits (token, vocab) for the same tokens: a dict of
+        arrays (token,).
+
+        logprob_base, logprob (of the token that came next, nats), entropy_base, kld (nats), dp
+        (difference of that token's probability), same_top, top5, top10 (share of the reference's 5
+        or 10 likeliest found among the candidate's), top_base, top (ids)."""
+        values, top = top_k(logits, self.k)
+        lse = _lse(values, np.exp(logits - values[:, :1]).sum(axis=1))
+        logprob = _pick(logits, self.targets) - lse
+        # sum p_base (log p_base - log p), the two normalizers taken out of the sum
+        difference = self.logits - logits
+        difference *= self.p
+        kld = difference.sum(axis=1).astype(np.float64) - self.mass * (self.lse - lse)
+        found = self.top[:, :, None] == top[:, None, :]  # (token, k, k)
+        return {
+            "logprob_base": self.logprob,
+            "logprob": logprob,
+            "entropy_base": self.entropy,
+            "kld": kld,
+            "dp": np.exp(logprob) - np.exp(self.logprob),
+            "same_top": top[:, 0] == self.top[:, 0],
+            "top5": found[:, :5, :5].any(axis=2).mean(axis=1),
+            "top10": found.any(axis=2).mean(axis=1),
+            "top_base": self.top[:, 0],
+            "top": top[:, 0],
+        }
+
+
+def _lse(values, total):
+    """Log of the sum of exponentials, float64 (token,). values: (token, k), largest first; total:
+    of exp(x - max)."""
+    return values[:, 0].astype(np.float64) + np.log(total.astype(np.float64))
+
+
+def _pick(logits, targets):
+    return logits[np.arange(len(targets)), targets].astype(np.float64)
+
+
+def mean_and_error(values):
+    """Mean and its standard error, as llama-perplexity has them: 0 for the error of ten values or
+    fewer."""
+    values = np.asarray(values, dtype=np.float64)
+    mean = values.mean()
+    variance = (values * values).mean() - mean * mean
+    error = np.sqrt(variance / (len(values) - 1)) if variance > 0 and len(values) > 10 else 0.0
+    return float(mean), float(error)
+
+
+def summarize(tokens, seed=0, resamples=1000):
+    """One row of numbers from a per-token table with columns window, logprob_base, logprob, kld,
+    dp, same_top, ...
+
+    Means carry their standard error as *_err over tokens, as llama-perplexity prints it; tokens of
+    one window are not independent, so *_low and *_high give a 95% interval from resampling whole
+    windows (Efron 1979; NaN for one)."""
+    nll, nll_base = -tokens["logprob"].to_numpy(), -tokens["logprob_base"].to_numpy()
+    n = len(tokens)
+    (mean, err), (mean_base, err_base) = mean_and_error(nll), mean_and_error(nll_base)
+    covariance = ((nll * nll_base).mean() - mean * mean_base) / (n - 1) if n >= 10 else 0.0
+    ratio_err = np.sqrt(max(0.0, err**2 + err_base**2 - 2 * covariance))
+    row = {
+        "ppl": np.exp(mean),
+        "ppl_err": np.exp(mean) * err,
+        "ppl_base": np.exp(mean_base),
+        "ppl_base_err": np.exp(mean_base) * err_base,
+        "ppl_ratio": np.exp(mean - mean_base),
+        "ppl_ratio_err": np.exp(mean - mean_base) * ratio_err,
+    }
+    row["kld_mean"], row["kld_mean_err"] = mean_and_error(tokens["kld"])
+    row |= {f"kld_{name}": _quantile(tokens["kld"], q) for name, q in PERCENTILES.items()}
+    row["mean_dp"], row["mean_dp_err"] = mean_and_error(tokens["dp"])
+    square, square_err = mean_and_error(tokens["dp"].to_numpy() ** 2)
+    row["rms_dp"] = np.sqrt(square)
+    row["rms_dp_err"] = 0.5 * square_err / row["rms_dp"] if square else 0.0
+    row |= {f"dp_{name}": _quantile(tokens["dp"], q) for name, q in PERCENTILES.items()}
+    same = row["same_top"] = tokens["same_top"].mean()
+    row["same_top_err"] = np.sqrt(same * (1 - same) / (n - 1)) if n > 1 else 0.0
+    row |= {name: tokens[name].mean() for name in ("top5", "top10") if name in tokens}
+    row |= _intervals(tokens, seed, resamples)
+    return {name: float(value) for name, value in row.items()} | {
+        "n_tokens": n,
+        "n_windows": tokens["window"].nunique(),
+    }
+
+
+def _quantile(values, q):
+    return float(np.quantile(np.asarray(values, dtype=np.float64), q))
+
+
+def _intervals(tokens, seed, resamples):
+    windows = tokens.assign(log_ratio=tokens["logprob_base"] - tokens["logprob"]).groupby("window")
+    means = (
+        windows[["kld", "log_ratio", "same_top"]].mean().to_numpy(dtype=np.float64)
+    )  # windows are of equal length
+    names = ("kld_mean", "ppl_ratio", "same_top")
+    if len(means) < 2:
+        return {f"{name}_{end}": np.nan for name in names for end in ("low", "high")}
+    draws = np.random.default_rng(seed).integers(len(means), size=(resamples, len(means)))
+    low, high = np.quantile(means[draws].mean(axis=1), [0.025, 0.975], axis=0)  # (3,) each
+    low[1], high[1] = np.exp(low[1]), np.exp(high[1])
+    return {
+        f"{name}_{end}": v
+        for end, values in (("low", low), ("high", high))
+        for name, v in zip(names, values)
+    }

@@ -1,0 +1,245 @@
+"""A token embedding matrix: words, norms, anisotropy, spectrum, centrality, unused tokens,
+analogies.
+
+Everything here takes the matrix as (vocabulary, width) float32, one row per token id, and works in
+blocks of rows."""
+
+import numpy as np
+import pandas as pd
+
+from .. import maths
+from ..errors import EmbeddingError
+from ..maths import blocks, check_rows, unit
+
+KINDS = ("word start", "word part", "number", "symbol", "space", "other script", "byte", "special")
+
+
+def token_kinds(pieces, types):
+    """What each token is, by its text and the file's token type: one of KINDS per token.
+
+    pieces: texts, bytes where not UTF-8; types: (n,) ints, 1 normal, 6 byte, others special. ->
+    (n,) array of str"""
+    return np.array([_kind(piece, kind) for piece, kind in zip(pieces, np.asarray(types).tolist())])
+
+
+def _kind(piece, kind):
+    if isinstance(piece, bytes) or kind == 6:
+        return "byte"
+    if kind != 1:
+        return "special"
+    text = piece.strip()
+    if not text:
+        return "space"
+    letters = [char for char in text if char.isalpha()]
+    if not letters:
+        return "number" if any(char.isdigit() for char in text) else "symbol"
+    if any(ord(char) > 0x24F for char in letters):  # beyond Latin Extended-B
+        return "other script"
+    return "word start" if piece[0] == " " else "word part"
+
+
+def word_table(pieces, categories, only=None, strict=False):
+    """The tokens that are whole words of a list, first as they stand inside a text (' cat'), else
+    bare ('cat').
+
+    categories: {category: [word, ...]}; only: names of the categories wanted, None for all. ->
+    DataFrame (word, category, id, piece), one row per word; `.attrs["skipped"]` lists the words
+    that this vocabulary splits into several tokens. strict=True makes those an EmbeddingError that
+    names them. EmbeddingError too for an unknown category, and where no word at all is one token.
+    """
+    wanted = list(categories) if only is None else list(only)
+    unknown = [name for name in wanted if name not in categories]
+    if unknown:
+        raise EmbeddingError(
+            f"No category {', '.join(map(repr, unknown))}. Known: {', '.join(categories)}."
+        )
+    where = {}
+    for number, piece in enumerate(pieces):
+        where.setdefault(piece, number)
+    rows, skipped = [], []
+    for category in wanted:
+        for word in categories[category]:
+            piece = next((p for p in (f" {word}", word) if p in where), None)
+            if piece is None:
+                skipped.append(word)
+            else:
+                rows.append((word, category, where[piece], piece))
+    if skipped and (strict or not rows):
+        raise EmbeddingError(
+            f"Not one token in this vocabulary: {', '.join(skipped[:20])}"
+            f"{' and more' if len(skipped) > 20 else ''}. Choose other words."
+        )
+    table = pd.DataFrame(rows, columns=["word", "category", "id", "piece"]).drop_duplicates(
+        "id", ignore_index=True
+    )
+    table.attrs["skipped"] = skipped
+    return table
+
+
+def anisotropy(matrix):
+    """Mean cosine of two different random rows (Ethayarajh 2019, arXiv:1909.00512), exactly, over
+    all pairs: (|sum of unit rows|^2 - n) / (n (n - 1)). 0: directions spread evenly; 1: all rows
+    point one way."""
+    total, count = np.zeros(np.shape(matrix)[1]), 0
+    for _, block in blocks(matrix):
+        rows = unit(block)
+        total += rows.sum(axis=0, dtype=np.float64)
+        count += int((np.abs(rows).max(axis=1) > 0).sum())  # a row of zeros has no direction
+    if count < 2:
+        raise EmbeddingError("Anisotropy needs two rows that are not zero.")
+    return float((total @ total - count) / (count * (count - 1)))
+
+
+def random_cosines(matrix, pairs=20000, center=False, seed=0):
+    """Cosines of `pairs` random pairs of different rows, float32 (pairs,); center: after
+    subtracting the mean row."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, len(matrix), pairs)
+    second = (first + rng.integers(1, len(matrix), pairs)) % len(matrix)  # never the row itself
+    mean = np.mean(matrix, axis=0, dtype=np.float64).astype(np.float32) if center else np.float32(0)
+    out = np.empty(pairs, np.float32)
+    for start in range(0, pairs, maths.BLOCK):
+        part = slice(start, start + maths.BLOCK)
+        out[part] = (unit(matrix[first[part]] - mean) * unit(matrix[second[part]] - mean)).sum(
+            axis=1
+        )
+    return out
+
+
+def spectrum(matrix, center=False):
+    """Singular values of the matrix, largest first, float64 (width,), from its width x width Gram
+    matrix, so that the vocabulary's length costs no memory. Values below 1e-7 of the largest are
+    not resolved. center: of the matrix minus its mean row."""
+    width = np.shape(matrix)[1]
+    gram, total = np.zeros((width, width)), np.zeros(width)
+    for _, block in blocks(matrix):
+        rows = block.astype(np.float64)
+        gram += rows.T @ rows
+        total += rows.sum(axis=0)
+    if center:
+        gram -= np.outer(total, total) / len(matrix)
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0))
+
+
+def effective_rank(singular_values):
+    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007, "The effective
+    rank"): n for n equal values, 1 for one value that is not zero."""
+    share = np.asarray(singular_values, np.float64)
+    if not share.sum() > 0:
+        raise EmbeddingError("All singular values are zero: the matrix has no rank.")
+    share = share / share.sum()
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def random_spectrum(n, width):
+    """Singular values of an n x width matrix of independent Gaussian entries, mean square 1, as
+    expected for large n (Marchenko and Pastur 1967): what a spectrum without any structure looks
+    like. float64 (min(n, width),)"""
+    ratio = min(n, width) / max(n, width)
+    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
+    at = np.linspace(max(low, 1e-9), high, 20001)
+    share = np.cumsum(np.sqrt(np.maximum((high - at) * (at - low), 0)) / at)
+    middle = (np.arange(min(n, width)) + 0.5) / min(n, width)
+    return np.sqrt(np.interp(middle, share / share[-1], at) * max(n, width))[::-1]
+
+
+def token_statistics(matrix):
+    """Per token: norm (as stored), mean_cosine (to all other tokens, exact), copies (tokens that
+    have the same row to the last bit, itself included). -> DataFrame indexed by id."""
+    check_rows(matrix)
+    norm = np.concatenate(
+        [np.linalg.norm(block.astype(np.float64), axis=1) for _, block in blocks(matrix)]
+    )
+    total = sum(unit(block).sum(axis=0, dtype=np.float64) for _, block in blocks(matrix))
+    mean_cosine = np.concatenate([unit(block) @ total for _, block in blocks(matrix)])
+    mean_cosine = (mean_cosine - (norm > 0)) / (len(matrix) - 1)
+    rows = pd.Series([hash(row.tobytes()) for row in matrix])
+    copies = rows.map(rows.value_counts()).to_numpy()
+    table = pd.DataFrame({"norm": norm, "mean_cosine": mean_cosine, "copies": copies})
+    table.index.name = "id"
+    return table
+
+
+def unused_tokens(matrix, types, pieces, statistics=None, at_least=0.95):
+    """Tokens that training seems never to have touched (Land and Bartolo 2024, arXiv:2405.05417).
+
+    Known ones first: the file marks them unused (type 5), their row is zero, or equal to another
+    token's to the last bit (training would have moved the two apart), or they are bytes that UTF-8
+    never has. Then every token whose cosine to the mean of the known ones, both after subtracting
+    the mean row, is `at_least` (their score). -> DataFrame (id, piece, why, score, norm), known
+    ones first, best score first; empty where nothing is known, because there is then nothing to
+    compare with."""
+    statistics = token_statistics(matrix) if statistics is None else statistics
+    why = np.full(len(matrix), "", dtype=object)
+    why[[_impossible_byte(piece) for piece in pieces]] = "byte that UTF-8 never has"
+    why[statistics.copies.to_numpy() > 1] = "same row as another token"
+    why[statistics.norm.to_numpy() == 0] = "row of zeros"
+    why[np.asarray(types) == 5] = "marked unused in the file"
+    known = np.flatnonzero(why != "")
+    score = np.zeros(len(matrix), np.float32)
+    if len(known):
+        mean = np.mean(matrix, axis=0, dtype=np.float64).astype(np.float32)
+        center = unit(unit(matrix[known] - mean).mean(axis=0, keepdims=True))[0]
+        score = np.concatenate([unit(block - mean) @ center for _, block in blocks(matrix)])
+        why[(why == "") & (score >= at_least)] = "as close to those"
+    ids = np.flatnonzero(why != "")
+    ids = ids[np.lexsort((-score[ids], why[ids] == "as close to those"))]
+    return pd.DataFrame(
+        {
+            "id": ids,
+            "piece": [pieces[i] for i in ids],
+            "why": why[ids],
+            "score": score[ids],
+            "norm": statistics.norm.to_numpy()[ids],
+        }
+    )
+
+
+def _impossible_byte(piece):
+    return (
+        isinstance(piece, bytes)
+        and len(piece) == 1
+        and piece[0] in (0xC0, 0xC1, *range(0xF5, 0x100))
+    )
+
+
+def analogies(matrix, pieces, questions):
+    """ "a is to b as c is to d" by 3CosAdd (Mikolov et al. 2013): tokens by cosine to b - a + c,
+    without a, b and c themselves, in whatever case and spacing the vocabulary has them.
+
+    questions: [(a, b, c, d), ...] of words. -> DataFrame (a, b, c, d, answer, rank, rank_without):
+    the top token, d's rank among all tokens (1 is the best), and d's rank by cosine to c alone,
+    which a useful offset must beat (Linzen 2016). Questions with a word that is not one token are
+    left out and listed in `.attrs["skipped"]`."""
+    words = word_table(pieces, {"": sorted({word for question in questions for word in question})})
+    ids = dict(zip(words.word, words.id))
+    asked = [question for question in questions if all(word in ids for word in question)]
+    if not asked:
+        raise EmbeddingError(
+            "No analogy has four words that are one token each. Choose other words."
+        )
+    variants = {}
+    for number, piece in enumerate(pieces):
+        if isinstance(piece, str):
+            variants.setdefault(piece.strip().lower(), []).append(number)
+    abcd = np.array([[ids[word] for word in question] for question in asked])  # (questions, 4)
+    a, b, c, d = (unit(matrix[column]) for column in abcd.T)
+    score, alone = (
+        np.concatenate([unit(block) @ target.T for _, block in blocks(matrix)]).T
+        for target in (unit(b - a + c), c)
+    )  # (questions, vocabulary)
+    for row, question in enumerate(asked):
+        left_out = [
+            i for word in question[:3] for i in variants[word.strip().lower()] if i != abcd[row, 3]
+        ]
+        score[row, left_out] = alone[row, left_out] = -np.inf
+    rank, without = (
+        1 + (values > np.take_along_axis(values, abcd[:, 3:], axis=1)).sum(axis=1)
+        for values in (score, alone)
+    )
+    table = pd.DataFrame(asked, columns=["a", "b", "c", "d"])
+    table["answer"] = [pieces[i] for i in score.argmax(axis=1)]
+    table["rank"], table["rank_without"] = rank, without
+    table.attrs["skipped"] = [question for question in questions if question not in asked]
+    return table

@@ -1,0 +1,184 @@
+"""Rewriting a GGUF file tensor by tensor: expanded to floats, or made into a stand-in for a
+full-precision model."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import ModelLoadError, QuantizeError, shown
+from .gguf import GGUFFile, unreadable
+from .outputs import path_of, written
+from .types import TensorType, dequantize
+
+ROWS = 4096  # rows of a tensor that are dequantized at once: 4,096 x 4,096 float32 is 64 MiB
+FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes per weight
+SLACK = 64 << 20  # metadata, tokenizer and padding, in bytes
+
+
+class Tensor(NamedTuple):
+    """data: (rows, bytes of a row) uint8; shape: rows first."""
+
+    name: str
+    data: np.ndarray
+    tensor_type: TensorType
+    shape: tuple
+
+
+def expand(src, dst, type="F32", progress=True):
+    """Dequantize every tensor of a GGUF file (of all parts of a split one) to F32, F16 or BF16 and
+    keep its metadata.
+
+    The weights are those of `src` and no better: quantizing the result again is a requantization.
+    Vectors (norms, biases) stay F32 whatever `type` is, as llama.cpp requires. Memory: one block of
+    rows, not the model. Returns the path of `dst`. Raises ModelNotFoundError, ModelLoadError or
+    QuantizeError (a type that is not one of the three, a `dst` that is `src` itself by whatever
+    name, too little disk space)."""
+    if type not in FLOATS:
+        raise QuantizeError(
+            f"expand() writes {', '.join(FLOATS)}, not {type!r}: use quantize() for quantized types."
+        )
+    return _rewrite(src, dst, type, lambda tensor, start, values: values, {}, progress)
+
+
+def make_reference(src, dst, seed=0, progress=True):
+    """Make a stand-in for the full-precision model that a quantized file came from: its weights
+    plus uniform noise.
+
+    Each weight of a quantized block moves by at most half of that block's step, which is where the
+    original could have been. It is another model than the original (its own perplexity says how
+    much worse); it serves to put quantizations in order, which a requantized file does not, because
+    its weights already lie on a grid. The file's `general.name` says what it is. Written as F32;
+    same seed, same file. Returns the path of `dst`."""
+
+    def noisy(tensor, start, values):
+        step = _steps(tensor, start, len(values))  # (rows, width)
+        if step is None:
+            return values
+        rng = np.random.default_rng([seed, start, *tensor.name.encode()])
+        return values + (rng.random(values.shape, dtype=np.float32) - np.float32(0.5)) * step
+
+    note = f"{_open(src).name} + uniform noise of one quantization step (seed {seed}), not the original"
+    return _rewrite(src, dst, "F32", noisy, {"general.name": note}, progress)
+
+
+def _steps(tensor, start, rows):
+    """The quantization step of every weight in these rows, float32 (rows, width); None for
+    unquantized tensors."""
+    kind = tensor.tensor_type.name
+    if kind in (*FLOATS, "F64"):
+        return None
+    raw = tensor.data.reshape(-1, tensor.data.shape[-1])[start : start + rows]
+    simple = {
+        "Q4_0": 18,
+        "Q4_1": 20,
+        "Q5_0": 22,
+        "Q5_1": 24,
+        "Q8_0": 34,
+    }  # bytes per block of 32; float16 step first
+    if kind in simple:
+        blocks = raw.reshape(rows, -1, simple[kind])
+        step = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+        step = np.repeat(step.astype(np.float32), 32, axis=-1)
+    elif kind in (
+        "Q4_K",
+        "Q5_K",
+    ):  # 256 weights: d and dmin in float16, then 12 bytes of 6-bit scales and minima
+        from gguf.quants import Q4_K
+
+        blocks = raw.reshape(-1, {"Q4_K": 144, "Q5_K": 176}[kind])
+        d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+        scale, _ = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
+        step = np.repeat(d * scale, 32, axis=-1).reshape(rows, -1)
+    elif kind == "Q6_K":  # 256 weights: 192 bytes of weights, 16 int8 scales, d in float16
+        blocks = raw.reshape(-1, 210)
+        d = np.ascontiguousarray(blocks[:, -2:]).view(np.float16).astype(np.float32)
+        scale = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
+        step = np.repeat(d * scale, 16, axis=-1).reshape(rows, -1)
+    else:
+        raise QuantizeError(
+            f"{tensor.name} is {kind}: make_reference() knows the step of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K "
+            "and Q6_K. Use a file made of these types, or a full-precision model as the reference."
+        )
+    return np.abs(step)  # (rows, width)
+
+
+def _rewrite(src, dst, type, change, metadata, progress):
+    import gguf
+    from tqdm.auto import tqdm
+
+    source, dst = _open(src), path_of(dst, QuantizeError)
+    kinds = {
+        name: type if len(shape) > 1 else "F32" for name, shape in source.tensors["shape"].items()
+    }
+    need = sum(int(n) * FLOATS[kinds[name]] for name, n in source.tensors["n_elements"].items())
+    with written(
+        dst, inputs=[src], need=need + SLACK, model=True, error=QuantizeError
+    ) as temporary:
+        writer = gguf.GGUFWriter(temporary, source.architecture)
+        try:
+            ftype = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[type]
+            _copy_metadata(
+                source, writer, metadata | {"general.file_type": int(gguf.LlamaFileType[ftype])}
+            )
+            for name, shape, n in source.tensors[["shape", "n_elements"]].itertuples():
+                kind = gguf.GGMLQuantizationType[kinds[name]]
+                dtype = np.dtype(
+                    {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind.name]
+                )
+                raw_dtype = None if kind.name != "BF16" else kind
+                writer.add_tensor_info(
+                    name, shape, dtype, n * FLOATS[kind.name], raw_dtype=raw_dtype
+                )
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            file = writer.fout[0]
+            for name in tqdm(
+                source.tensors.index, desc=shown(dst.name), unit="tensor", disable=not progress
+            ):
+                writer.write_padding(file, file.tell())
+                tensor = Tensor(name, *source.raw(name))
+                for start in range(0, len(tensor.data), ROWS):
+                    values = dequantize(tensor.data[start : start + ROWS], tensor.tensor_type)
+                    values = change(tensor, start, values)
+                    file.write(
+                        gguf.quants.quantize(
+                            values, gguf.GGMLQuantizationType[kinds[name]]
+                        ).tobytes()
+                    )
+                writer.write_padding(file, file.tell())
+        except NotImplementedError:
+            raise unreadable(name, source.tensors["type"][name]) from None
+        finally:
+            writer.close()
+    return dst
+
+
+def _copy_metadata(source, writer, metadata):
+    import gguf
+
+    array = gguf.GGUFValueType.ARRAY
+    for key, value in source.metadata.items():
+        if key in ("general.architecture", *metadata) or key.startswith(
+            "split."
+        ):  # one file comes out of all parts
+            continue
+        if key == "general.alignment":
+            writer.add_custom_alignment(value)
+            continue
+        kind, inner = (
+            source.kinds[key] if isinstance(source.kinds[key], tuple) else (source.kinds[key], None)
+        )
+        if kind == array and not value:  # the writer refuses to write an empty array
+            continue
+        writer.add_key_value(key, value, kind, sub_type=inner)
+    for key, value in metadata.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+
+
+def _open(path):
+    """The file as a GGUFFile, or a typed error."""
+    try:
+        return GGUFFile(path)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{shown(path)} is not a readable GGUF file: {error}") from error

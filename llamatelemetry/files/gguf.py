@@ -1,0 +1,366 @@
+"""What a GGUF file says: architecture facts, tensors with their real precision, token pieces,
+dequantized weights.
+
+The header is read by gguf_header; types and dequantization are the gguf package's or the engine's
+(ggml_types)."""
+
+import difflib
+import math
+import re
+from functools import cached_property
+
+import numpy as np
+from gguf import LlamaFileType
+
+from ..errors import ModelLoadError, ModelNotFoundError, shown
+from .header import Header, split_parts
+from .outputs import path_of
+from .types import dequantize
+
+
+class GGUFFile:
+    """One model file, or all parts of a split one, opened by its first part. Nothing is loaded but
+    the header.
+
+    path: a GGUF file. Attributes, from the file's metadata (None where the file does not say, 0
+    experts where there are none):
+        name, architecture, file_type ("Q4_1"; what most tensors have), n_layer, n_head, n_kv_head,
+        n_embd, n_ff, n_vocab, head_dim, head_dim_v, rope_dim, n_ctx_train, sliding_window (tokens),
+        rope_freq_base, final_logit_softcap, attn_logit_softcap, norm_eps, n_expert, n_expert_used.
+        Where layers differ, n_head, n_kv_head and n_ff are the largest; *_per_layer lists have one
+        int per layer.
+    metadata: dict, key -> int, float, bool, str or list; kinds: of its values, see Header;
+    size_bytes: of all parts;
+        bits_per_weight: mean over all tensors.
+
+    Raises ModelNotFoundError where there is no file, ModelLoadError where it is not a complete
+    GGUF."""
+
+    def __init__(self, path):
+        self.path = path_of(path, ModelNotFoundError)
+        first = Header(self.path)
+        self.metadata, self.kinds = first.metadata, first.kinds
+        try:
+            self._parts = [first, *self._other_parts()]
+            self._infos = {
+                name: (part, *info) for part in self._parts for name, info in part.tensors.items()
+            }
+            total = self.metadata.get("split.tensors.count", len(self._infos))
+            if total != len(self._infos):
+                raise ModelLoadError(
+                    f"{self.path}: {len(self._infos)} tensors in its parts, {total} expected. "
+                    "Its parts are of different models: fetch them again."
+                )
+            self._facts()
+        except (TypeError, ValueError) as error:
+            raise ModelLoadError(
+                f"{self.path}: its metadata is damaged ({error}). Fetch the file again."
+            ) from error
+        self.size_bytes = sum(part.size for part in self._parts)
+
+    def _other_parts(self):
+        count = self.metadata.get("split.count", 0)
+        if count <= 1:
+            return []
+        paths = split_parts(self.path)
+        if len(paths) != count:
+            raise ModelLoadError(
+                f"{self.path} is part of a GGUF split in {count}, and needs its name as it was made: "
+                f"NAME-00001-of-{count:05d}.gguf. Rename it back."
+            )
+        number = self.metadata.get("split.no", 0)
+        if number != 0:
+            raise ModelLoadError(
+                f"{self.path} is part {number + 1} of {count}. Open the first: {paths[0].name}"
+            )
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise ModelLoadError(
+                f"{self.path} is split in {count} parts; missing beside it: {', '.join(missing)}. "
+                "Fetch them into the same folder."
+            )
+        return [Header(path) for path in paths[1:]]
+
+    def _facts(self):
+        meta = self.metadata
+        self.architecture = meta.get("general.architecture")
+        if not isinstance(self.architecture, str):
+            raise ModelLoadError(
+                f"{self.path} names no architecture (general.architecture): it is not a language "
+                "model's GGUF, perhaps an importance matrix or an adapter. Give the model's own file."
+            )
+        self.name = shown(meta.get("general.name") or self.path.stem)
+        file_type = meta.get("general.file_type")
+        known = file_type in list(LlamaFileType)
+        self.file_type = (
+            re.sub("^(ALL|MOSTLY)_", "", LlamaFileType(file_type).name) if known else None
+        )
+
+        def get(key, default=None):
+            return meta.get(f"{self.architecture}.{key}", default)
+
+        self.n_layer = get("block_count", 0)
+        if not 0 <= self.n_layer < 10_000:
+            raise ValueError(f"{self.n_layer} layers")
+        self.n_embd = get("embedding_length", 0)
+        self.n_ctx_train = get("context_length", 0)
+        self.n_head_per_layer = self._per_layer(get("attention.head_count", 0))
+        self.n_kv_head_per_layer = self._per_layer(
+            get("attention.head_count_kv", self.n_head_per_layer)
+        )
+        self.n_ff_per_layer = self._per_layer(get("feed_forward_length", 0))
+        self.n_head = max(self.n_head_per_layer, default=0)
+        self.n_kv_head = max(self.n_kv_head_per_layer, default=0)
+        self.n_ff = max(self.n_ff_per_layer, default=0)
+        width = self.n_embd // self.n_head if self.n_head else 0
+        self.head_dim = get("attention.key_length", width)
+        self.head_dim_v = get("attention.value_length", width)
+        self.rope_dim = get("rope.dimension_count", self.head_dim)
+        self.rope_freq_base = get("rope.freq_base")
+        self.sliding_window = get("attention.sliding_window") or None
+        self.final_logit_softcap = get("final_logit_softcapping") or None
+        self.attn_logit_softcap = get("attn_logit_softcapping") or None
+        self.norm_eps = get("attention.layer_norm_rms_epsilon", get("attention.layer_norm_epsilon"))
+        self.n_expert = get("expert_count", 0)
+        self.n_expert_used = get("expert_used_count", 0)
+        embedding = self._infos.get("token_embd.weight")
+        tokens, types = meta.get("tokenizer.ggml.tokens", []), meta.get("tokenizer.ggml.token_type")
+        self.n_vocab = len(tokens) or get("vocab_size", embedding[2][0] if embedding else 0)
+        if not all(isinstance(token, str | bytes) for token in tokens) or (
+            types and len(types) != len(tokens)
+        ):
+            raise ValueError("the vocabulary is no list of texts, each with its type")
+        # Without an output matrix llama.cpp uses the token embedding for the logits: tied.
+        self.output_name = (
+            "output.weight" if "output.weight" in self._infos else "token_embd.weight"
+        )
+
+    def _per_layer(self, value):
+        return [int(v) for v in value] if isinstance(value, list) else [int(value)] * self.n_layer
+
+    def override(self, metadata):
+        """Go on as if the file said this: {key: value}, as llama.cpp's override_kv does."""
+        if metadata:
+            self.metadata = self.metadata | metadata
+            self._facts()
+
+    def has_tensor(self, end):
+        """Whether a tensor's name is this, or ends so behind its layer ("blk.3.")."""
+        return any(name.endswith(end) for name in self._infos)
+
+    def __repr__(self):
+        return (
+            f"GGUFFile({self.name!r}, {self.architecture}, {self.n_layer} layers, {self.n_head} heads, "
+            f"{self.n_embd} wide, {self.n_vocab} tokens, {self.bits_per_weight:.2f} bits per weight)"
+        )
+
+    @cached_property
+    def tensors(self):
+        """DataFrame indexed by tensor name: type, shape (rows first), n_elements, size_bytes,
+        bits_per_weight, layer (NA outside the layers), group (embedding, attn_q, attn_k, attn_v,
+        attn_qkv, attn_output, ffn_gate, ffn_up, ffn_down, experts, norm, output, other)."""
+        import pandas as pd
+
+        rows = []
+        for name, (_, kind, shape, _, size) in self._infos.items():
+            n = math.prod(shape)
+            layer = re.match(r"blk\.(\d+)\.", name)
+            rows.append(
+                (
+                    name,
+                    kind.name,
+                    shape,
+                    n,
+                    size,
+                    8 * size / n,
+                    int(layer[1]) if layer else None,
+                    _group(name),
+                )
+            )
+        columns = [
+            "name",
+            "type",
+            "shape",
+            "n_elements",
+            "size_bytes",
+            "bits_per_weight",
+            "layer",
+            "group",
+        ]
+        return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"}).set_index("name")
+
+    @cached_property
+    def bits_per_weight(self):
+        elements = sum(math.prod(shape) for _, _, shape, _, _ in self._infos.values())
+        size = sum(size for *_, size in self._infos.values())
+        return 8 * size / elements if elements else 0.0
+
+    @cached_property
+    def token_types(self):
+        """(n_vocab,) int32: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
+        tokens = self.metadata.get("tokenizer.ggml.tokens", ())
+        return np.asarray(
+            self.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens), np.int32
+        )
+
+    @cached_property
+    def pieces(self):
+        """The text of every token, as llama.cpp writes it: ' the', '\\n'; bytes where a piece is
+        not valid UTF-8; special tokens by name ('<|im_end|>'). Empty where the file has no
+        tokenizer."""
+        return decode_pieces(
+            self.metadata.get("tokenizer.ggml.model"),
+            self.metadata.get("tokenizer.ggml.tokens", []),
+            self.token_types,
+        )
+
+    def raw(self, name):
+        """A tensor as it is stored: (rows, bytes of a row) uint8, its TensorType, its shape (rows
+        first)."""
+        if name not in self._infos:
+            near = difflib.get_close_matches(name, self._infos, 3)
+            raise ModelLoadError(
+                f"{self.path.name} has no tensor {name!r}"
+                + (f"; nearest: {', '.join(near)}" if near else "")
+                + ". GGUFFile.tensors lists them."
+            )
+        part, kind, shape, offset, size = self._infos[name]
+        if kind.block is None:
+            raise unreadable(name, kind.name)
+        raw = np.frombuffer(part.buffer, np.uint8, size, part.data + offset)
+        return raw.reshape(math.prod(shape[:-1]), -1), kind, shape
+
+    def rows(self, name, ids=slice(None)):
+        """Rows of a tensor, dequantized; only their bytes are read.
+
+        ids: a row number, a sequence of them or a slice; a tensor of 3 dims is seen as (first *
+        second, width). Returns (n, width) float32. Raises ModelLoadError for an unknown tensor,
+        IndexError for an unknown row."""
+        raw, kind, _ = self.raw(name)
+        if not isinstance(ids, slice):
+            ids = np.atleast_1d(np.asarray(ids, np.int64))
+            if ids.size and not (-len(raw) <= ids.min() and ids.max() < len(raw)):
+                raise IndexError(
+                    f"{name} has rows 0 to {len(raw) - 1}; asked for {ids.min()} to {ids.max()}"
+                )
+        return _dequantize(raw[ids], kind, name)
+
+    def tensor(self, name):
+        """The whole tensor, dequantized: float32, shape as in `tensors` (rows first)."""
+        raw, kind, shape = self.raw(name)
+        return _dequantize(raw, kind, name).reshape(shape)
+
+    def iter_rows(self, name, block=4096):
+        """Yields (first row number, (<= block, width) float32), over all rows of a tensor in
+        bounded memory."""
+        raw, kind, _ = self.raw(name)
+        for start in range(0, len(raw), block):
+            yield start, _dequantize(raw[start : start + block], kind, name)
+
+
+def _dequantize(raw, kind, name):
+    try:
+        return dequantize(raw, kind)
+    except NotImplementedError:
+        raise unreadable(name, kind.name) from None
+
+
+def unreadable(name, kind):
+    return ModelLoadError(
+        f"{name} is {kind}, which neither the installed gguf package nor the installed engine turns "
+        "into floats. Upgrade them (pip install -U gguf, `llamatelemetry engine build`) or use "
+        "another quantization."
+    )
+
+
+def _group(name):
+    if name.startswith(("token_embd.", "per_layer_token_embd.", "position_embd.", "token_types.")):
+        return "embedding"
+    if name.startswith("output."):
+        return "output"
+    part = (
+        name.split(".")[2]
+        if name.startswith("blk.") and name.count(".") > 2
+        else name.rsplit(".", 1)[0]
+    )
+    if "norm" in part:
+        return "norm"
+    if part.endswith("_exps") or re.match(r"ffn_(gate|up|down)\.\d+", name.split(".", 2)[-1]):
+        return "experts"
+    part = re.sub("_(a|b|shexp)$", "", part)
+    named = {
+        "attn_q",
+        "attn_k",
+        "attn_v",
+        "attn_qkv",
+        "attn_output",
+        "ffn_gate",
+        "ffn_up",
+        "ffn_down",
+    }
+    return part if part in named else "other"
+
+
+def decode_pieces(model, tokens, types):
+    """Token texts as they are stored -> as they are written, for the tokenizer models of llama.cpp.
+
+    Byte-level BPE (Radford et al. 2019, GPT-2) stores each byte as a printable character;
+    SentencePiece (Kudo and Richardson 2018) stores a space as U+2581 and has tokens for single
+    bytes, <0x0A>. Special and user-defined tokens are stored as they are. model: "gpt2", "llama",
+    ...; tokens: texts (or bytes); types: (n,) ints as in GGUFFile.token_types."""
+    if model == "gpt2":
+        decode = _from_byte_level
+    elif model in ("llama", "t5", "bert", "gemma4", "hybriddna", "whitespace"):
+        decode = _from_sentencepiece
+    else:
+        decode = str
+    pieces = []
+    for token, kind in zip(tokens, np.asarray(types).tolist()):
+        if isinstance(token, bytes):
+            pieces.append(token)
+        elif kind == 6:
+            pieces.append(
+                _text_or_bytes(bytes([int(token[3:-1], 16)]))
+                if _BYTE.match(token)
+                else decode(token)
+            )
+        else:
+            pieces.append(decode(token) if kind == 1 else token)
+    return pieces
+
+
+_BYTE = re.compile("^<0x[0-9A-Fa-f]{2}>$")
+
+
+def _byte_characters():
+    """GPT-2's table: printable Latin-1 bytes stand for themselves, the others for U+0100 and on, in
+    order."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {
+        **{chr(byte): byte for byte in own},
+        **{chr(256 + i): byte for i, byte in enumerate(others)},
+    }
+
+
+_BYTE_OF = _byte_characters()
+
+
+def _from_byte_level(token):
+    if token.isascii():
+        return token  # most tokens: every ASCII character of the table stands for itself
+    try:
+        return _text_or_bytes(bytes([_BYTE_OF[char] for char in token]))
+    except KeyError:  # a character that is not of the table: an added token
+        return token
+
+
+def _from_sentencepiece(token):
+    return token.replace("\u2581", " ")
+
+
+def _text_or_bytes(raw):
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw

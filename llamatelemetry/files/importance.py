@@ -1,0 +1,131 @@
+"""Importance matrices: what one holds, and how much of a model it fits."""
+
+import math
+import re
+import struct
+import warnings
+from pathlib import Path
+
+from ..errors import ModelLoadError, QuantizeError, shown
+from .header import Header
+
+SUMS = ".in_sum2"  # llama-imatrix: sums of squared activations, (matrices, width) per tensor
+# What llama-imatrix leaves out unless told otherwise: the output, and what is looked up and not
+# multiplied.
+APART = re.compile(r"^(output|token_embd|per_layer_token_embd|position_embd|token_types)\.")
+
+
+def entries(path):
+    """{tensor name: number of its values} of an importance matrix, GGUF or of llama.cpp's former
+    format.
+
+    Raises QuantizeError for a file that is none.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        if file.read(4) == b"GGUF":
+            return _of_gguf(path)
+        file.seek(0)
+        return _of_former_format(file.read(), path)
+
+
+def is_one(path):
+    """Whether an importance matrix is there."""
+    try:
+        return bool(entries(path))
+    except (OSError, QuantizeError):
+        return False
+
+
+def check(model, path):
+    """Say with a warning where an importance matrix fits only a part of `model` (a GGUFFile).
+
+    A matrix of the model takes part where the file has its name with one value per column (and
+    expert). QuantizeError where none does, or where a name is there with another width: it is then
+    another model's."""
+    have, shapes = entries(path), model.tensors["shape"]
+    wanted = {
+        name: math.prod(shape[:-2]) * shape[-1]
+        for name, shape in shapes.items()
+        if _weighed(name, shape)
+    }
+    there = [name for name in wanted if name in have]
+    other = [name for name in there if have[name] != wanted[name]]
+    foreign = [name for name in have if name not in shapes.index]
+    told = (
+        f"{shown(path)} has {len(have)} entries: {len(there) - len(other)} of the {len(wanted)} matrices of "
+        f"{model.name} that it could weigh have one that fits"
+    )
+    if other:
+        example = f"{other[0]} is {wanted[other[0]]} wide there and {have[other[0]]} in it"
+        raise QuantizeError(
+            f"{told}, {len(other)} have one of another width ({example}): it is another model's. Make "
+            "one with imatrix(model, text, dst)."
+        )
+    if wanted and not there:
+        raise QuantizeError(
+            f"{told}: it is another model's. Make one with imatrix(model, text, dst)."
+        )
+    lost = [name for name in wanted if name not in there]
+    if lost or foreign:
+        apart = [f"without one: {_some(lost)}"] * bool(lost) + [
+            f"not of this model: {_some(foreign)}"
+        ] * bool(foreign)
+        warnings.warn(
+            f"{told}; {'; '.join(apart)}. Where it has none the weights count alike. One that fits is made "
+            "with imatrix(model, text, dst).",
+            stacklevel=3,
+        )
+
+
+def _weighed(name, shape):
+    """A matrix that llama-quantize weighs where it can: of the layers, not a norm, a router or a
+    convolution."""
+    never = re.search(
+        "norm|ffn_gate_inp|conv|time_mix|altup|laurel|per_layer_model_proj|indexer", name
+    )
+    return len(shape) > 1 and name.endswith("weight") and not never and not APART.match(name)
+
+
+def _some(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _of_gguf(path):
+    try:
+        tensors = Header(path).tensors
+    except ModelLoadError as error:
+        raise QuantizeError(f"{shown(path)} is no readable importance matrix: {error}") from error
+    sums = {
+        name.removesuffix(SUMS): shape
+        for name, (_, shape, *_) in tensors.items()
+        if name.endswith(SUMS)
+    }
+    found = {name: math.prod(shape) for name, shape in sums.items()}
+    if not found:
+        raise QuantizeError(
+            f"{shown(path)} is a GGUF file, but no importance matrix: make one with "
+            "imatrix(model, text, dst)."
+        )
+    return found
+
+
+def _of_former_format(raw, path):
+    """int32 count; of each entry: length and name, number of calls, number of values, the values
+    (float32)."""
+    found, at = {}, 4
+    try:
+        for _ in range(struct.unpack_from("<i", raw)[0]):
+            (length,) = struct.unpack_from("<i", raw, at)
+            name = raw[at + 4 : at + 4 + length].decode()
+            _, count = struct.unpack_from("<2i", raw, at + 4 + length)
+            at += 12 + length + 4 * count
+            if length <= 0 or count <= 0 or at > len(raw):
+                raise ValueError(f"{len(raw):,} bytes are there")
+            found[name] = count
+    except (struct.error, ValueError) as error:
+        raise QuantizeError(
+            f"{shown(path)} is no importance matrix ({error}): make one with "
+            "imatrix(model, text, dst)."
+        ) from error
+    return found

@@ -1,0 +1,158 @@
+"""Files: what they are called, how one is written, and that none is written over one that it is
+made from."""
+
+import errno
+import os
+import secrets
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import LlamaTelemetryError, OutputError, shown
+
+
+def path_of(given, error=LlamaTelemetryError):
+    """A user's path (str, bytes, PathLike) as an absolute one, which stays what it is when the
+    working folder changes.
+
+    "~" is the user's home; links stay. Raises `error` for what names no file, or lies where nobody
+    may look."""
+    try:
+        # pathlib's own expanduser raises for the "~x" of no user.
+        path = Path(os.fsdecode(os.path.expanduser(given))).absolute()
+        path.lstat()
+    except (TypeError, ValueError) as why:  # a number; a zero byte, half a character
+        raise error(f"{given!r:.80} is no name of a file: {why}.") from None
+    except OSError as why:
+        if why.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise error(f"{shown(given)[:80]} is no name of a file here: {why.strerror}.") from None
+    return path
+
+
+def labels(paths):
+    """A name to show for each of the paths: its stem, with as many of its folders before it as tell
+    it from the others.
+
+    Links keep their own names. A path that comes twice has one name. Returns a list, in the order
+    of `paths`."""
+    named = [Path(path) for path in paths]
+    depth = dict.fromkeys(named, 1)
+
+    def name(path):
+        alone = all(
+            path == other or path.with_suffix("") != other.with_suffix("") for other in depth
+        )
+        return "/".join([*path.parts[-depth[path] : -1], path.stem if alone else path.name])
+
+    while True:
+        names = [name(path) for path in depth]
+        alike = [
+            path for path in depth if names.count(name(path)) > 1 and depth[path] < len(path.parts)
+        ]
+        if not alike:
+            return [shown(name(path)) for path in named]
+        for path in alike:
+            depth[path] += 1
+
+
+def refuse_overwriting(dst, inputs, error=OutputError):
+    """Raise `error` where `dst` is one of the inputs, under whatever name (links, folders, upper
+    and lower case).
+
+    inputs: paths; of a split model all parts count. None among them is left out.
+    """
+    from .header import split_parts
+
+    dst = path_of(dst, error)
+    for given in inputs:
+        for path in split_parts(path_of(given, error)) if given is not None else ():
+            if _same(dst, path):
+                raise error(
+                    f"{shown(dst)} is the file that it would be made from ({shown(path)}): writing it would "
+                    "destroy that. Give another name for the output."
+                )
+
+
+def _same(one, other):
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is not there
+        return False
+
+
+def check_output(dst, inputs=(), model=False, error=OutputError):
+    """The Path of an output, or `error` where `written` would refuse it: to be asked before the
+    work, too."""
+    dst = path_of(dst, error)
+    refuse_overwriting(dst, inputs, error)
+    if dst.is_dir():
+        raise error(f"{shown(dst)} is a folder: give the name of a file in it.")
+    if dst.exists() and not dst.is_file():
+        raise error(f"{shown(dst)} is a device or a pipe: give the name of a file.")
+    if not model and _is_model(dst):
+        raise error(
+            f"{shown(dst)} is a model or another file of tensors: give another name for the output."
+        )
+    return dst
+
+
+def folder_of(given, error=OutputError):
+    """A folder to write to, made where it is not there; `error` where it cannot be."""
+    folder = path_of(given, error)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as trouble:
+        raise error(
+            f"No folder {shown(folder)} could be made: {trouble.strerror}. Give another one."
+        ) from None
+    return folder
+
+
+@contextmanager
+def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
+    """A temporary path beside `dst` that becomes `dst` when the block ends well, and is removed
+    when it does not.
+
+    inputs: what the file is made from, see refuse_overwriting. need: bytes that will be written.
+    model: a GGUF file is what is written; nothing else takes the place of one. Raises `error` for
+    what the file system refuses, too."""
+    dst = check_output(dst, inputs, model, error)
+    temporary = dst.with_name(
+        f".{secrets.token_hex(8)}.partial"
+    )  # another one each time, and shorter than any limit
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(dst.parent).free
+        if free < need:
+            raise error(
+                f"{shown(dst)} needs {need / 1e9:.2f} GB and {shown(dst.parent)} has {free / 1e9:.2f} GB free: "
+                "make room there, or choose another folder."
+            )
+        yield temporary
+        os.replace(temporary, dst)
+    except OSError as trouble:
+        if isinstance(trouble, LlamaTelemetryError):
+            raise
+        raise error(
+            f"Could not write {shown(dst)}: {trouble}. Nothing was left behind."
+        ) from trouble
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _is_model(path):
+    """Whether a file is GGUF, or safetensors of somebody else: a capture's header has our name in
+    it."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+            size = int.from_bytes(
+                head[:8], "little"
+            )  # safetensors: the bytes of the JSON that follows
+            foreign = (
+                head[8:] == b"{" and size < 10**8 and b'"llamatelemetry"' not in file.read(size)
+            )
+            return head[:4] == b"GGUF" or foreign
+    except OSError:
+        return False

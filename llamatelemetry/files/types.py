@@ -1,0 +1,166 @@
+"""The types of tensors: name and block by number, and how their weights are read, by the gguf
+package or the engine.
+
+The gguf package lags behind llama.cpp. A type that it lacks is asked of the installed engine's
+libggml-base, which also turns its blocks into floats; no model is loaded for that and no GPU is
+touched."""
+
+import ctypes
+import os
+import struct
+import tempfile
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+_PLAIN = {
+    "F64": "<f8",
+    "I8": "<i1",
+    "I16": "<i2",
+    "I32": "<i4",
+    "I64": "<i8",
+}  # types that are NumPy's own
+_LIMIT = 1024  # llama.cpp numbers its types without gaps, 43 by now: a larger number is damage
+
+
+class TensorType(NamedTuple):
+    """number: in the file. name: "Q4_K", or "type 99" where nobody here knows it. block: weights
+    that are packed together; size: bytes of a block; both None where nobody knows."""
+
+    number: int
+    name: str
+    block: int | None = None
+    size: int | None = None
+
+
+class _Traits(ctypes.Structure):
+    """`struct ggml_type_traits`; `_engine` checks it against types whose values are known."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("interleave", ctypes.c_int64),
+        ("size", ctypes.c_size_t),
+        ("quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float", ctypes.c_void_p),
+    ]
+
+
+class _GgufParams(ctypes.Structure):
+    _fields_ = [("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p)]
+
+
+@cache
+def tensor_type(number):
+    """The TensorType with this number. Raises ValueError for a number that no type can have."""
+    if number in GGMLQuantizationType._value2member_map_:
+        kind = GGMLQuantizationType(number)
+        return TensorType(number, kind.name, *GGML_QUANT_SIZES[kind])
+    if number >= _LIMIT:
+        raise ValueError(f"a tensor type {number}")
+    traits = _traits(number)
+    if traits is None:
+        return TensorType(number, f"type {number}")
+    return TensorType(number, traits.name.decode().upper(), traits.block, traits.size)
+
+
+def dequantize(raw, kind):
+    """Rows of blocks -> float32. raw: (n, bytes of a row) uint8; kind: a TensorType. Returns (n,
+    width), writable.
+
+    Raises NotImplementedError for a type that neither the gguf package nor the engine can read.
+    """
+    raw = np.ascontiguousarray(raw)
+    if kind.name in _PLAIN:
+        return raw.view(_PLAIN[kind.name]).astype(np.float32)
+    if kind.block is None:
+        raise NotImplementedError(kind.name)
+    n, width = raw.shape
+    shape = n, width // kind.size * kind.block
+    if n == 0:
+        return np.zeros(shape, np.float32)
+    # quants works through 16 rows at a time; wider rows of whole blocks are up to 5 times faster.
+    join = next(
+        k for k in (64, 32, 16, 8, 4, 2, 1) if n % k == 0 and (k == 1 or k * width <= 1 << 16)
+    )
+    try:
+        out = quants.dequantize(
+            raw.reshape(n // join, join * width), GGMLQuantizationType(kind.number)
+        ).reshape(shape)
+    except (NotImplementedError, ValueError):
+        traits = _traits(kind.number)
+        if traits is None or not traits.to_float:
+            raise NotImplementedError(kind.name) from None
+        out = np.empty(shape, np.float32)
+        convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
+            traits.to_float
+        )
+        convert(raw.ctypes.data, out.ctypes.data, out.size)
+    return out if out.flags.writeable else out.copy()  # F32 would be a view of the read-only file
+
+
+@lru_cache(maxsize=1)
+def _engine():
+    """libggml-base of the installed engine, or None: not there, or with other structures than are
+    read here."""
+    spec = find_spec(
+        "llama_cpp"
+    )  # located, not imported: importing it loads libllama and with it CUDA
+    path = Path(spec.origin).parent / "lib" / "libggml-base.so" if spec and spec.origin else None
+    try:
+        library = ctypes.CDLL(str(path)) if path and path.is_file() else None
+        if library is None:
+            return None
+        library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+        library.gguf_init_from_file.restype = ctypes.c_void_p
+        library.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufParams]
+        library.gguf_free.argtypes = [ctypes.c_void_p]
+        library.ggml_log_get.restype = None
+        library.ggml_log_set.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    except (OSError, AttributeError):
+        return None
+    for number in (0, 2, 8):  # F32, Q4_0, Q8_0
+        traits, kind = library.ggml_get_type_traits(number).contents, GGMLQuantizationType(number)
+        if (traits.block, traits.size) != GGML_QUANT_SIZES[
+            kind
+        ] or traits.name.decode().upper() != kind.name:
+            return None
+    return library
+
+
+@cache
+def _traits(number):
+    """The engine's _Traits of a type, or None where it does not know that number."""
+    library = _engine()
+    if library is None or not _accepted(library, number):
+        return None
+    return library.ggml_get_type_traits(number).contents
+
+
+def _accepted(library, number):
+    """Whether llama.cpp reads a file with a tensor of this type: its own table does not say where
+    it ends."""
+    name, silence = (
+        b"x",
+        ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None),
+    )
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q", len(name)) + name
+    head += struct.pack("<IQIQ", 1, 1 << 16, number, 0)
+    log, data = ctypes.c_void_p(), ctypes.c_void_p()
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
+        file.write(head.ljust(4096, b"\0"))
+        file.flush()
+        library.ggml_log_get(ctypes.byref(log), ctypes.byref(data))
+        library.ggml_log_set(ctypes.cast(silence, ctypes.c_void_p), None)
+        try:
+            found = library.gguf_init_from_file(os.fsencode(file.name), _GgufParams(True, None))
+        finally:
+            library.ggml_log_set(log, data)
+    if found:
+        library.gguf_free(found)
+    return bool(found)

@@ -1,0 +1,240 @@
+"""What a model needs before it is loaded, computed from its file: weights, KV cache, compute
+buffers, per process."""
+
+from dataclasses import dataclass
+
+MIB = 2**20
+# CUDA's own share per process (context, kernels, cuBLAS workspace) is not in the file: 589 MiB for
+# llama-server and 586 MiB for the worker by NVML on an H200, weights, cache and buffers subtracted.
+# Older GPUs take less.
+CONTEXT_BYTES = 600 * MIB
+# Bits per weight of whole files, about: what is named when a model does not fit.
+SMALLER = {"Q8_0": 8.5, "Q6_K": 6.6, "Q5_K_M": 5.7, "Q4_K_M": 4.9, "Q3_K_M": 3.9, "Q2_K": 3.0}
+# Period of the layers that see everything, where the file does not say (llama.cpp, src/models);
+# True: it leads.
+_PERIOD = {
+    "gemma2": (2, False),
+    "gemma3": (6, False),
+    "gemma3n": (5, False),
+    "gpt-oss": (2, False),
+    "cohere2": (4, False),
+    "olmo2": (4, False),
+    "exaone4": (4, False),
+    "plamo3": (8, False),
+    "smallthinker": (4, True),
+}
+
+
+def sliding_layers(gguf):
+    """One bool per layer: does it keep only a sliding window of keys and values?"""
+    if (
+        not gguf.sliding_window or gguf.architecture == "phi3"
+    ):  # llama.cpp runs Phi 3 without its window
+        return [False] * gguf.n_layer
+    pattern = gguf.metadata.get(f"{gguf.architecture}.attention.sliding_window_pattern")
+    if isinstance(pattern, (list, tuple)):
+        return [bool(value) for value in pattern[: gguf.n_layer]]
+    period, leads = _PERIOD.get(gguf.architecture, (0, False))
+    period = pattern if isinstance(pattern, int) else period
+    if not period:  # unknown: the full size is the safe answer
+        return [False] * gguf.n_layer
+    full = 0 if leads else period - 1
+    return [layer % period != full for layer in range(gguf.n_layer)]
+
+
+def kv_bytes(gguf, ctx_size, n_parallel=1, n_ubatch=512, swa_full=False):
+    """Bytes of the key and value cache at 16 bit for n_parallel requests of ctx_size tokens."""
+
+    def pad(n):
+        return -(-n // 256) * 256
+
+    cells = pad(ctx_size)
+    window = cells if swa_full else min(cells, pad((gguf.sliding_window or 0) + n_ubatch))
+    heads = getattr(gguf, "n_kv_head_per_layer", [gguf.n_kv_head] * gguf.n_layer)
+    per_head = 2 * (gguf.head_dim + gguf.head_dim_v)
+    return n_parallel * sum(
+        per_head * n_kv * (window if slides else cells)
+        for n_kv, slides in zip(heads, sliding_layers(gguf))
+    )
+
+
+def weight_bytes(gguf, gpu=True, share=1.0, output=True):
+    """Bytes of weights that a process holds: on a GPU without the token embedding, which stays in
+    the machine's memory unless it also makes the logits. share, output: of the layers, and whether
+    the output is there (`spread`)."""
+    sizes = gguf.tensors["size_bytes"]
+    total, last = int(sizes.sum()), int(sizes.get(gguf.output_name, 0))
+    if gpu and gguf.output_name != "token_embd.weight":
+        total -= int(sizes.get("token_embd.weight", 0))
+    return int((total - last) * share) + last * output
+
+
+def spread(n_layer, shares):
+    """[(share of the layers, whether it has the output)] of each GPU when the weights are split by
+    `shares`: whole layers, as llama.cpp deals them out, the output after the last."""
+    ends = [sum(shares[: number + 1]) / sum(shares) for number in range(len(shares))]
+    owner = [sum(end <= layer / (n_layer + 1) for end in ends[:-1]) for layer in range(n_layer + 1)]
+    return [
+        (owner[:-1].count(number) / n_layer, owner[-1] == number) for number in range(len(shares))
+    ]
+
+
+def compute_bytes(gguf, ctx_size, n_ubatch=512, n_outputs=1, flash=True):
+    """Bytes of the buffers for one batch: the mask, and the larger of what a layer needs
+    (activations, and scores where attention is not fused) and what the end needs (logits): the
+    allocator gives the same memory to both."""
+    batch = min(n_ubatch, ctx_size)
+    n_ff = max(gguf.n_ff, gguf.n_embd)
+    activations = 4 * batch * (4 * gguf.n_embd + 3 * n_ff)
+    mask = (6 if flash else 4) * batch * ctx_size  # 32 bit, and a 16-bit copy for fused attention
+    scores = 0 if flash else 2 * 4 * batch * ctx_size * gguf.n_head
+    logits = 4 * n_outputs * gguf.n_vocab + 8 * batch * gguf.n_embd
+    return mask + max(activations + scores, logits)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fit() found. table: DataFrame of process, weights, kv_cache, compute, context and total
+    in MiB; need_bytes, memory_bytes; fits; sentence: that, and what would fit if it does not (also
+    str())."""
+
+    table: object
+    need_bytes: int
+    memory_bytes: int
+    fits: bool
+    sentence: str
+
+    def __str__(self):
+        return self.sentence
+
+
+def _needs(gguf, ctx_size, n_parallel, server, capture, gpu, share, output, scale=1.0):
+    """{process: (weights, kv, compute, context)} in bytes, on a GPU with `share` of the layers."""
+    context = CONTEXT_BYTES if gpu else 0
+    weights = int(weight_bytes(gguf, gpu, share, output) * scale)
+
+    def cache(**options):
+        return int(kv_bytes(gguf, ctx_size, **options) * share)
+
+    needs = {}
+    if server:
+        needs["llama-server"] = (
+            weights,
+            cache(n_parallel=n_parallel),
+            compute_bytes(gguf, ctx_size),
+            context,
+        )
+    if capture:
+        # Without a GPU both processes map the same pages of the file: one copy.
+        shared = 0 if server and not gpu else weights
+        needs["capture worker"] = (
+            shared,
+            cache(swa_full=True),
+            compute_bytes(gguf, ctx_size, n_outputs=min(512, ctx_size) * output, flash=False),
+            context,
+        )
+    return needs
+
+
+def _total(needs):
+    return sum(map(sum, needs.values()))
+
+
+def fit(
+    gguf,
+    ctx_size=4096,
+    n_parallel=1,
+    memory_bytes=None,
+    capture=True,
+    server=True,
+    gpu=None,
+    share=1.0,
+    output=True,
+):
+    """Does the model of `gguf` (a GGUFFile) fit, as llama-server and capture worker together?
+
+    ctx_size: tokens per request; memory_bytes: what there is, None: free on the inference GPU, or
+    of the machine without one. gpu: count for a GPU (each process its own weights and CUDA context)
+    or for the machine's memory. share, output: what of the layers is on that GPU, and whether the
+    output is, where tensor_split spreads them (`spread`). Returns a Fit. Weights and KV cache are
+    exact for layers of one size; compute buffers are llama.cpp's within some tens of MiB, and
+    CUDA's own share per process is an allowance."""
+    import pandas as pd
+
+    from . import devices
+
+    chosen = devices.plan().inference if memory_bytes is None or gpu is None else ()
+    gpu = bool(chosen) if gpu is None else gpu
+    if memory_bytes is None:
+        import psutil
+
+        memory_bytes = (
+            min(g.free_bytes for g in chosen)
+            if chosen and gpu
+            else psutil.virtual_memory().available
+        )
+    ask = dict(
+        n_parallel=n_parallel, server=server, capture=capture, gpu=gpu, share=share, output=output
+    )
+    needs = _needs(gguf, ctx_size, **ask)
+    need = _total(needs)
+    rows = [
+        (name, *(part / MIB for part in parts), sum(parts) / MIB) for name, parts in needs.items()
+    ]
+    table = pd.DataFrame(
+        rows, columns=["process", "weights", "kv_cache", "compute", "context", "total"]
+    )
+    part = "" if share == 1 else f" on the GPU with {share:.0%} of the layers"
+    have = (
+        f"{need / MIB:,.0f} MiB needed by {' and '.join(needs)} at {ctx_size:,} tokens{part}, "
+        f"{memory_bytes / MIB:,.0f} MiB there"
+    )
+    if need <= memory_bytes:
+        return Fit(table, need, memory_bytes, True, f"{gguf.name} fits: {have}.")
+    ways = _ways(gguf, ctx_size, memory_bytes, ask)
+    mend = (
+        f" What would fit: {'; '.join(ways)}."
+        if ways
+        else " Nothing smaller of this model would: choose a smaller one."
+    )
+    return Fit(table, need, memory_bytes, False, f"{gguf.name} does not fit: {have}.{mend}")
+
+
+def _gpus_for(ask):
+    """How many GPUs could share a model that is meant for one; 0 where there is no second."""
+    from . import devices
+
+    count = len(devices.visible_gpus()) if ask["gpu"] and ask["share"] == 1 else 0
+    return count if count > 1 else 0
+
+
+def _ways(gguf, ctx_size, memory_bytes, ask):
+    ways = []
+    shorter = ctx_size // 2
+    while shorter >= 256 and _total(_needs(gguf, shorter, **ask)) > memory_bytes:
+        shorter //= 2
+    if shorter >= 256:
+        ways.append(f"a context of {shorter:,} tokens (ctx_size={shorter})")
+    if ask["server"] and ask["capture"]:
+        alone = _total(_needs(gguf, ctx_size, **(ask | {"server": False})))
+        if alone <= memory_bytes:
+            ways.append(f"captures without the server, {alone / MIB:,.0f} MiB (auto_start=False)")
+    count = _gpus_for(ask)
+    parts = (
+        [dict(zip(("share", "output"), part)) for part in spread(gguf.n_layer, [1] * count)]
+        if count
+        else []
+    )
+    if (
+        parts
+        and max(_total(_needs(gguf, ctx_size, **(ask | part))) for part in parts) <= memory_bytes
+    ):
+        ways.append(
+            f'{count} GPUs together (tensor_split="{",".join([f"{1 / count:g}"] * count)}")'
+        )
+    for name, bits in SMALLER.items():
+        need = _total(_needs(gguf, ctx_size, **ask, scale=bits / gguf.bits_per_weight))
+        if bits < gguf.bits_per_weight and need <= memory_bytes:
+            ways.append(f"the {name} quantization, about {need / MIB:,.0f} MiB")
+            break
+    return ways

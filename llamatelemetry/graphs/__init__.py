@@ -1,0 +1,5 @@
+"""Graphs of what was measured: tables of nodes and edges, an offline page, Graphistry."""
+
+from .graph import Graph
+
+__all__ = ["Graph"]

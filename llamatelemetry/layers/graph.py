@@ -1,0 +1,62 @@
+"""The run as a graph: one node per layer and token, edges along the residual stream and along
+attention."""
+
+import numpy as np
+import pandas as pd
+
+from ..capture.finite import measured
+
+
+def stream_graph(hidden, lens_data, attention, tokens, vocabulary, per_query=1, least=0.05):
+    """(nodes, edges) DataFrames of one run.
+
+    hidden: (layer 0..n, token, embd); lens_data: lens() of the same; attention: (layer, head,
+    query, key); tokens: Capture.tokens; vocabulary: token id -> piece. Nodes: id, layer, position,
+    piece, norm, log_norm (base 10), says (top token of the lens), probability, x, y. Edges: src,
+    dst, weight, kind: "stream" from a layer to the next, weight the cosine of the two states (at
+    least 0.001), and "attention" from the key's node that enters the layer to the query's node that
+    leaves it, weight the mean over heads, for the `per_query` strongest keys of each query other
+    than itself and the first token (the sink would hide the rest), where the weight is at least
+    `least`."""
+    h = measured(hidden, np.float64)
+    n_layer, n_token = h.shape[:2]
+    norm = np.linalg.norm(h, axis=-1)
+    layer, position = (x.ravel() for x in np.indices((n_layer, n_token)))
+    top = lens_data["top"].isel(best=0).values.ravel()
+    nodes = pd.DataFrame(
+        {
+            "id": [f"{a}:{b}" for a, b in zip(layer, position)],
+            "layer": layer,
+            "position": position,
+            "piece": tokens["piece"].to_numpy()[position],
+            "generated": tokens["generated"].to_numpy()[position],
+            "norm": norm.ravel(),
+            "log_norm": np.log10(np.maximum(norm.ravel(), 1e-12)),
+            "says": [vocabulary[i] if i < len(vocabulary) else f"<{i}>" for i in top],
+            "probability": lens_data["top_probability"].isel(best=0).values.ravel(),
+            "x": position * 1.4,
+            "y": layer.astype(float),
+        }
+    )
+    cosine = (h[:-1] * h[1:]).sum(-1) / np.maximum(norm[:-1] * norm[1:], 1e-300)
+    rows = [
+        (f"{a}:{b}", f"{a + 1}:{b}", max(cosine[a, b], 1e-3), "stream")
+        for a in range(n_layer - 1)
+        for b in range(n_token)
+    ]
+    rows += _attention_edges(attention, per_query, least)
+    return nodes, pd.DataFrame(rows, columns=["src", "dst", "weight", "kind"])
+
+
+def _attention_edges(attention, per_query, least):
+    rows = []
+    for a, layer in enumerate(attention["layer"].values if attention is not None else ()):
+        mean = measured(attention.isel(layer=a)).mean(0)  # (query, key)
+        for query in range(2, len(mean)):
+            keys = 1 + np.argsort(-mean[query, 1:query], kind="stable")[:per_query]
+            rows += [
+                (f"{layer}:{key}", f"{layer + 1}:{query}", float(mean[query, key]), "attention")
+                for key in keys
+                if mean[query, key] >= least
+            ]
+    return rows

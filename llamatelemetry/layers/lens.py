@@ -1,0 +1,319 @@
+"""The logit lens: residual stream -> logits through the file's own final norm and output matrix.
+
+nostalgebraist (2020), "interpreting GPT: the logit lens". The matrix is dequantized in blocks of
+rows, and only sums over the vocabulary are kept: a vocabulary of 262,144 tokens never stands in
+memory at full width."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from ..capture import rounding
+from ..capture.finite import measured
+from ..errors import CaptureError
+from ..maths import log_softmax
+
+_ELEMENTS = 1 << 24  # logits of one block: rows of the stream x tokens of the vocabulary
+NORM_NAMES = ("output_norm", "token_embd_norm")  # LFM2 keeps its final norm under the second name
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """logits = softcap(scale * (W (multiplier * norm(x) * gain + bias) + output_bias)).
+
+    gguf: the file that W is read from; centred: layer norm (mean removed) instead of RMS norm;
+    gain, bias: (embd,); output_bias: (vocab,) or 0; softcap: None or the c of c tanh(x / c)."""
+
+    gguf: object
+    centred: bool
+    eps: float
+    gain: np.ndarray
+    bias: np.ndarray
+    multiplier: float
+    scale: float
+    softcap: float | None
+    output_bias: np.ndarray | float
+
+    def divisor(self, x):
+        """What the norm divides a state (.., embd) by: its root mean square, or its standard
+        deviation. (.., 1)"""
+        x = x - x.mean(-1, keepdims=True) if self.centred else x
+        return np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.eps)
+
+    def normalize(self, x):
+        """What the output matrix multiplies, from states of the residual stream. (.., embd) -> (..,
+        embd) float64"""
+        x = measured(x, np.float64)
+        centre = x.mean(-1, keepdims=True) if self.centred else 0.0
+        return self.multiplier * ((x - centre) / self.divisor(x) * self.gain + self.bias)
+
+    def finish(self, products, ids):
+        """Products with rows `ids` of W -> logits. (.., n) -> (.., n)"""
+        offset = self.output_bias if np.ndim(self.output_bias) == 0 else self.output_bias[ids]
+        logits = self.scale * (products + offset)
+        return logits if not self.softcap else self.softcap * np.tanh(logits / self.softcap)
+
+    def logits(self, x, ids):
+        """Logits of the tokens `ids` for states x. (.., embd) -> (.., n)"""
+        return self.finish(
+            self.normalize(x) @ self.gguf.rows(self.gguf.output_name, ids).T.astype(np.float64), ids
+        )
+
+
+def unembedding(gguf, captured):
+    """The Unembedding of a file, checked against what the runtime computed.
+
+    captured: a Capture with hidden, final_norm and logits of one run of that file. Which norm it
+    is, and how the file's logit_scale is applied (some architectures multiply, some divide), is
+    decided by what reproduces the capture. CaptureError where nothing does: the lens would then
+    show another model's answer."""
+    state = measured(captured["hidden"].isel(layer=-1), np.float64)  # (token, embd)
+    final = measured(captured["final_norm"], np.float64)
+    name = next((name for name in NORM_NAMES if f"{name}.weight" in gguf.tensors.index), None)
+    ones = np.ones(gguf.n_embd)
+    gain, bias = (
+        gguf.tensor(f"{name}.{part}").astype(np.float64)
+        if name and f"{name}.{part}" in gguf.tensors.index
+        else default
+        for part, default in (("weight", ones), ("bias", 0 * ones))
+    )
+    fits = []
+    for centred in (False, True):
+        head = Unembedding(
+            gguf, centred, gguf.norm_eps or 0.0, gain, bias, 1.0, 1.0, gguf.final_logit_softcap, 0.0
+        )
+        mine = head.normalize(state)
+        factor = float((mine * final).sum() / (mine * mine).sum())
+        fits.append(
+            (np.linalg.norm(factor * mine - final) / np.linalg.norm(final), centred, factor)
+        )
+    error, centred, factor = min(fits)
+    if error > 1e-3:
+        raise CaptureError(
+            f"final_norm of architecture {gguf.architecture!r} is neither the RMS norm nor the layer "
+            f"norm of the last state (relative difference {error:.2g}): no logit lens for it."
+        )
+    factor = 1.0 if abs(factor - 1) < 1e-3 else factor
+    output_bias = (
+        gguf.tensor("output.bias").astype(np.float64)
+        if "output.bias" in gguf.tensors.index
+        else 0.0
+    )
+    head = Unembedding(
+        gguf,
+        centred,
+        gguf.norm_eps or 0.0,
+        gain,
+        bias,
+        factor,
+        1.0,
+        gguf.final_logit_softcap,
+        output_bias,
+    )
+    return _with_scale(head, final, measured(captured["logits"], np.float64))
+
+
+def _with_scale(head, final, logits):
+    ids = np.unique(
+        np.linspace(0, logits.shape[1] - 1, 512).astype(int)
+    )  # a grid over the vocabulary is enough
+    captured = logits[:, ids]
+    if head.softcap:
+        captured = head.softcap * np.arctanh(np.clip(captured / head.softcap, -1 + 1e-9, 1 - 1e-9))
+    rows = head.gguf.rows(head.gguf.output_name, ids).astype(np.float64)
+    offset = head.output_bias if np.ndim(head.output_bias) == 0 else head.output_bias[ids]
+    mine = final @ rows.T + offset
+    fitted = float((mine * captured).sum() / (mine * mine).sum())
+    stated = head.gguf.metadata.get(f"{head.gguf.architecture}.logit_scale") or 1.0
+    scale = min((1.0, stated, 1.0 / stated), key=lambda s: abs(s - fitted))
+    if abs(scale - fitted) > 0.02 * abs(scale):
+        raise CaptureError(
+            f"the logits of architecture {head.gguf.architecture!r} are {fitted:.4g} times final_norm "
+            f"times {head.gguf.output_name}, and its file does not say so: no logit lens for it."
+        )
+    return Unembedding(**{**vars(head), "scale": scale})
+
+
+def logit_error(head, captured, positions=None):
+    """The lens of the last layer against the captured logits: DataFrame per position (error,
+    tolerance, ratio).
+
+    error: the largest difference of a logit; tolerance: what the runtime's rounding can do to that
+    logit; ratio: the largest error / tolerance over the vocabulary, above 1 where the lens is not
+    the model's. See `rounding`. positions: default at most 8, evenly over the text."""
+    state = measured(captured["hidden"].isel(layer=-1), np.float64)
+    if positions is None:
+        positions = np.unique(np.linspace(0, len(state) - 1, 8).astype(int))
+    x, logits = head.normalize(state[positions]), measured(captured["logits"])[positions]
+    kind = head.gguf.tensors.loc[head.gguf.output_name, "type"]
+    gpu, largest = captured.model.gpu, np.abs(logits).max()
+    worst, error, allowed = (np.zeros(len(positions)) for _ in range(3))
+    for start, weights in head.gguf.iter_rows(head.gguf.output_name, 4096):
+        ids = slice(start, start + len(weights))
+        w = weights.astype(np.float64)
+        difference = np.abs(head.finish(x @ w.T, ids) - logits[:, ids])
+        tolerance = rounding.logit_tolerance(head.scale * x, w, kind, gpu, largest)
+        worst = np.maximum(worst, (difference / tolerance).max(1))
+        at = difference.argmax(1)
+        larger = difference.max(1) > error
+        allowed = np.where(larger, tolerance[np.arange(len(at)), at], allowed)
+        error = np.maximum(error, difference.max(1))
+    return pd.DataFrame(
+        {"error": error, "tolerance": allowed, "ratio": worst},
+        index=pd.Index(positions, name="position"),
+    )
+
+
+def lens(head, hidden, targets, final_logits=None, k=5, progress=False):
+    """The logit lens at every layer and token.
+
+    hidden: (layer, token, embd); targets: (token,) ids, one per position; final_logits: (token,
+    vocab), captured. Returns a Dataset of (layer, token): probability, rank (0 is best) and logit
+    of the target, entropy (nats), kl: KL(model's output || lens) in nats (with final_logits;
+    Belrose et al. 2023); (layer, token, top): top ids and top_probability of the k best."""
+    from tqdm.auto import tqdm
+
+    layers, tokens, _ = hidden.shape
+    x = head.normalize(hidden).astype(np.float32).reshape(layers * tokens, -1)
+    targets = np.broadcast_to(np.asarray(targets, dtype=np.int64), tokens)
+    everyone = np.tile(targets, layers)  # (row,)
+    n_vocab = head.gguf.tensors.loc[head.gguf.output_name, "shape"][0]
+    size = int(np.clip(_ELEMENTS // len(x), 256, 8192))
+    unique, where = np.unique(targets, return_inverse=True)
+    own = _products(head, x, unique)[np.arange(len(x)), np.tile(where, layers)]
+    state = _Sums(len(x), k)
+    cross, model = (
+        np.zeros(len(x)),
+        None if final_logits is None else log_softmax(final_logits),
+    )  # (token, vocab)
+    blocks = head.gguf.iter_rows(head.gguf.output_name, size)
+    for start, weights in tqdm(
+        blocks,
+        total=-(-n_vocab // size),
+        desc="logit lens",
+        unit="block",
+        disable=not progress,
+        leave=False,
+    ):
+        ids = slice(start, start + len(weights))
+        logits = head.finish(x @ weights.T, ids).astype(np.float32)
+        state.add(logits, start, own, everyone)
+        if model is not None:
+            p = np.exp(model[:, ids])
+            cross += np.einsum("lts,ts->lt", logits.reshape(layers, tokens, -1), p).ravel()
+    return _dataset(state, own, cross, model, hidden, layers, tokens)
+
+
+def _products(head, x, ids):
+    return head.finish(x @ head.gguf.rows(head.gguf.output_name, ids).T, ids).astype(np.float64)
+
+
+class _Sums:
+    """Running sums over the vocabulary for every row: log-sum-exp, entropy, rank of a target, the k
+    best."""
+
+    def __init__(self, n, k):
+        self.best = np.full(n, -np.inf)
+        self.total, self.weighted, self.rank = np.zeros(n), np.zeros(n), np.zeros(n, dtype=np.int64)
+        self.top_logit, self.top = np.full((n, k), -np.inf, np.float32), np.zeros((n, k), np.int64)
+
+    def add(self, logits, start, own, targets):
+        rows, k = np.arange(len(logits)), self.top.shape[1]
+        high = np.maximum(self.best, logits.max(1))
+        shrink, e = np.exp(self.best - high), np.exp(logits - high[:, None].astype(np.float32))
+        self.total = self.total * shrink + e.sum(1, dtype=np.float64)
+        self.weighted = self.weighted * shrink + (e * logits).sum(1, dtype=np.float64)
+        self.best = high
+        above = logits > own[:, None].astype(np.float32)
+        inside = (targets >= start) & (targets < start + logits.shape[1])
+        above[rows[inside], targets[inside] - start] = (
+            False  # products of another shape round the last bit otherwise
+        )
+        self.rank += above.sum(1)
+        here = np.argpartition(-logits, min(k, logits.shape[1]) - 1, axis=1)[:, :k]
+        values = np.concatenate([self.top_logit, np.take_along_axis(logits, here, 1)], axis=1)
+        ids = np.concatenate([self.top, here + start], axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+        self.top_logit, self.top = (
+            np.take_along_axis(values, order, 1),
+            np.take_along_axis(ids, order, 1),
+        )
+
+    @property
+    def lse(self):
+        return self.best + np.log(self.total)
+
+
+def _dataset(state, own, cross, model, hidden, layers, tokens):
+    dims, shape = ("layer", "token"), (layers, tokens)
+    data = {
+        "probability": np.exp(own - state.lse),
+        "rank": state.rank,
+        "logit": own,
+        "entropy": np.maximum(state.lse - state.weighted / state.total, 0.0),
+    }
+    if model is not None:
+        minus_entropy = (np.exp(model) * model).sum(-1, dtype=np.float64)  # (token,)
+        data["kl"] = np.maximum(np.tile(minus_entropy, layers) - cross + state.lse, 0.0)
+    result = {name: (dims, values.reshape(shape)) for name, values in data.items()}
+    result["top"] = ((*dims, "best"), state.top.reshape(*shape, -1))
+    probability = np.exp(state.top_logit - state.lse[:, None])
+    result["top_probability"] = ((*dims, "best"), probability.reshape(*shape, -1))
+    numbers = (
+        hidden["layer"].values
+        if isinstance(hidden, xr.DataArray) and "layer" in hidden.coords
+        else range(layers)
+    )
+    return xr.Dataset(
+        result, coords={"layer": list(numbers), "position": ("token", np.arange(tokens))}
+    )
+
+
+def settled(dataset):
+    """(token,) layer from which on the lens's best token is the last layer's, without
+    interruption."""
+    same = (
+        dataset["top"].isel(best=0).values == dataset["top"].isel(best=0, layer=-1).values
+    )  # (layer, token)
+    since = np.where(same.all(0), 0, len(same) - np.argmin(same[::-1], axis=0))
+    return dataset["layer"].values[since]
+
+
+def logit_attribution(captured, head, token, other, position=-1):
+    """Direct logit attribution: what each component adds to logit[token] - logit[other] at one
+    position.
+
+    The final norm's divisor is kept at the value that this position had, so that the logit is
+    linear in the components (Elhage et al. 2021, "A mathematical framework for transformer
+    circuits"). Before a soft-cap. Returns a DataFrame (component, layer, value): embedding,
+    attention and ffn per layer, bias (of norm and output), and other, what the stream holds beyond
+    their sum; the values sum to attrs["total"], which is the lens's own logit difference;
+    attrs["captured"]: the runtime's, soft-cap undone."""
+    stream = measured(captured["hidden"].isel(token=position), np.float64)  # (layer + 1, embd)
+    direction = np.subtract(
+        *head.gguf.rows(head.gguf.output_name, [token, other]).astype(np.float64)
+    )  # (embd,)
+    reader = head.scale * head.multiplier * head.gain * direction / head.divisor(stream[-1])
+    if head.centred:
+        reader = reader - reader.mean()
+    rows, rest = [("embedding", -1, stream[0] @ reader)], stream[-1] - stream[0]
+    for name, stage in (("attention", "attn_out"), ("ffn", "ffn_out")):
+        values = measured(captured[stage].isel(token=position), np.float64)
+        rows += [
+            (name, int(layer), x @ reader)
+            for layer, x in zip(captured[stage]["layer"].values, values)
+        ]
+        rest = rest - values.sum(0)
+    offset = (
+        0.0 if np.ndim(head.output_bias) == 0 else head.output_bias[token] - head.output_bias[other]
+    )
+    bias = head.scale * (head.multiplier * head.bias @ direction + offset)
+    rows += [("other", -1, rest @ reader), ("bias", -1, bias)]
+    table = pd.DataFrame(rows, columns=["component", "layer", "value"])
+    ends = measured(captured["logits"].isel(token=position), np.float64)[[token, other]]
+    ends = ends if not head.softcap else head.softcap * np.arctanh(ends / head.softcap)
+    plain = Unembedding(**{**vars(head), "softcap": None}).logits(stream[-1], [token, other])
+    table.attrs.update(total=float(plain[0] - plain[1]), captured=float(ends[0] - ends[1]))
+    return table

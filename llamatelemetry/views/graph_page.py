@@ -1,0 +1,160 @@
+"""A graph as one self-contained page on a canvas: zoom, pan, hover, search, filters by kind and by
+edge weight.
+
+The script is graph_page.js and graph_page_ui.js; `window.graph` in the page is its state, for tests
+and for whoever opens the console."""
+
+from importlib import resources
+
+import numpy as np
+import pandas as pd
+
+from . import theme
+from .packing import pack
+from .page import Page
+from .text import seen, shorten
+
+# Viridis (van der Walt and Smith 2015) at 9 even steps: numeric colours; both ends differ from
+# white and from black.
+RAMP = (
+    "#440154",
+    "#472d7b",
+    "#3b528b",
+    "#2c728e",
+    "#21918c",
+    "#28ae80",
+    "#5ec962",
+    "#addc30",
+    "#fde725",
+)
+MISSING = "#9a9a9a"  # rows without a value, and categories beyond those with a colour of their own
+_BODY = """
+<h1 id="title"></h1>
+<div class="controls">
+  <input id="search" type="search" placeholder="search label" aria-label="search label" autocomplete="off">
+  <span id="found" class="note" role="status"></span>
+  <label id="weightbox"><span id="weightname"></span> <input id="weight" type="range" min="0" max="1000" value="0">
+  <output id="weightvalue"></output></label>
+  <label><input id="names" type="checkbox" checked> labels</label>
+  <button id="fit" type="button">fit</button>
+</div>
+<div id="frame"><canvas id="canvas" tabindex="0" aria-label="graph"></canvas><div id="tip" class="mono" hidden></div>
+<aside id="side" hidden></aside></div>
+<div id="legend" class="controls"></div>
+<p class="note" id="status"></p>
+"""
+
+
+def is_numbers(values):
+    """Whether a column is drawn on a scale: numbers, but not truth values."""
+    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+
+
+def categories(values):
+    """(names, codes): the categories of a column, most frequent first, and each row's number, -1
+    where empty."""
+    values = pd.Series(values).reset_index(drop=True)
+    text = values.astype(object).map(str, na_action="ignore")
+    counts = text.value_counts(sort=False)
+    names = sorted(counts.index, key=lambda name: (-counts[name], name))
+    return names, pd.Index(names).get_indexer(text).astype(np.int32)
+
+
+def _encode(values):
+    """A column as the page's script wants it: numbers in 0 to 1 with their range, or categories
+    with their names."""
+    if values is None:
+        return None
+    values = pd.Series(values)
+    if is_numbers(values):
+        numbers = values.to_numpy(dtype=np.float64, na_value=np.nan)
+        numbers = np.where(np.isfinite(numbers), numbers, np.nan)
+        known = numbers[~np.isnan(numbers)]
+        low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
+        share = (numbers - low) / ((high - low) or 1.0)
+        return {
+            "name": str(values.name),
+            "range": [low, high],
+            "share": pack(np.nan_to_num(share, nan=-1.0)),
+        }
+    names, codes = categories(values)
+    return {"name": str(values.name), "names": [seen(name) for name in names], "codes": pack(codes)}
+
+
+def _cell(value):
+    if value is None or value is pd.NA or value != value:
+        return None
+    return f"{value:.6g}" if isinstance(value, float) else seen(str(value))
+
+
+def graph_page(
+    positions,
+    pairs,
+    *,
+    title,
+    labels,
+    color=None,
+    size=None,
+    kind=None,
+    weight=None,
+    edge_color=None,
+    edge_labels=None,
+    details=None,
+    note="",
+    height=720,
+):
+    """The page of one graph.
+
+    positions: (n, 2); pairs: (m, 2) row numbers; labels: n texts. color, kind (n,), edge_color
+    (m,): named Series, numbers on the ramp, anything else as categories, the 7 most frequent with a
+    colour each. size: (n,) numbers, as area. weight: (m,) numbers, the filter and the edges'
+    opacity. edge_labels: (m,) texts, in the list of a clicked node's neighbours. details: DataFrame
+    of n rows for the hover box."""
+    positions = np.asarray(positions, dtype=np.float32).reshape(-1, 2)
+    pairs = np.asarray(pairs, dtype=np.int32).reshape(-1, 2)
+    strength = np.ones(len(pairs)) if weight is None else np.asarray(weight, dtype=np.float64)
+    order = np.argsort(
+        -strength, kind="stable"
+    )  # the strongest first: while moving, they are the ones drawn
+    edge_values = (
+        None if edge_color is None else pd.Series(edge_color).reset_index(drop=True).iloc[order]
+    )
+    details = pd.DataFrame() if details is None else details
+    labels = [seen(text) for text in labels]
+    data = {
+        "title": title,
+        "note": note,
+        "x": pack(positions[:, 0]),
+        "y": pack(positions[:, 1]),
+        "source": pack(pairs[order, 0]),
+        "target": pack(pairs[order, 1]),
+        "weight": None if weight is None else pack(strength[order]),
+        "weightName": "weight" if getattr(weight, "name", None) is None else str(weight.name),
+        "labels": labels,
+        "short": [shorten(label, 28) for label in labels],
+        "color": _encode(color),
+        "kind": None if kind is None else _encode(kind.astype(object).map(str, na_action="ignore")),
+        "size": _encode(size),
+        "edgeColor": _encode(edge_values),
+        "edgeLabels": None
+        if edge_labels is None
+        else [_cell(text) for text in np.asarray(edge_labels, object)[order]],
+        "details": {
+            str(column): [_cell(value) for value in details[column].tolist()] for column in details
+        },
+        "categories": list(theme.CATEGORIES),
+        "missing": MISSING,
+        "ramp": list(RAMP),
+    }
+    files = resources.files(__package__)
+    return Page(
+        title,
+        _BODY,
+        "".join(
+            files.joinpath(name).read_text(encoding="utf-8")
+            for name in ("graph_page.js", "graph_page_ui.js")
+        ),
+        data,
+        style=files.joinpath("graph_page.css").read_text(encoding="utf-8"),
+        height=height,
+    )
