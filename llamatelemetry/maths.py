@@ -1,5 +1,5 @@
-"""Quotients and correlations that are given only where they say something: NaN else, and the
-sentence says why."""
+"""Mathematics that several subjects share. Quotients and correlations are given only where they say
+something: NaN else, and the sentence says why."""
 
 import numpy as np
 
@@ -90,3 +90,11 @@ def blocks(matrix, size=None):
     size = size or BLOCK
     for start in range(0, len(matrix), size):
         yield start, matrix[start : start + size]
+
+
+def entropy(p, axis=-1):
+    """Shannon entropy of distributions along an axis, in nats; 0 log 0 is 0. (..., n) -> (...)
+    float64"""
+    from scipy.special import entr
+
+    return entr(np.asarray(p, dtype=np.float64)).sum(axis=axis)

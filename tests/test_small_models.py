@@ -33,7 +33,8 @@ from llamatelemetry.quantization import (
 )
 from llamatelemetry.tools.notebooks import run_notebook
 from llamatelemetry.views import theme
-from llamatelemetry.views.text import counted, some
+from llamatelemetry.views.sentences import some
+from llamatelemetry.views.text import counted
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NO_NUMBER = re.compile(r"(?<![\w.])[-+±]?(nan|inf)(?![\w])", re.IGNORECASE)

@@ -8,7 +8,8 @@ import numpy as np
 
 from ..capture.finite import measured
 from ..maths import rank_correlation, ratio
-from ..views.text import counted, quoted, some
+from ..views.sentences import some
+from ..views.text import counted, quoted
 from .output import first_shares
 from .patterns import SINK_THRESHOLD
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from ..maths import ratio
-from ..views.text import quoted, some
+from ..views.sentences import some
+from ..views.text import quoted
 
 
 def _quoted(pieces, limit=6):

@@ -6,7 +6,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..views import theme
-from ..views.text import plotly, some
+from ..views.sentences import some
+from ..views.text import plotly
 
 GRID = 300  # rows of a distance matrix that are drawn; larger ones are averaged in blocks
 MEASURE_COLOR = dict(

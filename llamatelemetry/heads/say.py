@@ -3,7 +3,8 @@
 import numpy as np
 
 from ..maths import rank_correlation
-from ..views.text import counted, some
+from ..views.sentences import some
+from ..views.text import counted
 from .profile import LABELS
 from .similarity import head_name
 

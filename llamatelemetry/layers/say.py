@@ -4,7 +4,8 @@ shows."""
 import numpy as np
 
 from ..maths import rank_correlation, ratio
-from ..views.text import quoted, some
+from ..views.sentences import some
+from ..views.text import quoted
 from .states import MASSIVE_RATIO, MASSIVE_VALUE
 
 

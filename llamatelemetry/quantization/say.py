@@ -4,7 +4,7 @@ from its arguments."""
 import numpy as np
 
 from ..maths import ratio
-from ..views.text import some
+from ..views.sentences import some
 from .decision import NOISE, PARTS, ladder
 from .inside import quantized_types
 

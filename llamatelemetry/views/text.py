@@ -9,8 +9,6 @@ import codecs
 import html as _html
 import re
 
-import numpy as np
-
 _NAMED = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 # Drawn as nothing although Python calls them printable: joiners, fillers, variation selectors, the
 # empty Braille cell.
@@ -151,9 +149,3 @@ def piece_kind(piece):
     if text.isalpha():
         return "word" if piece[0].isspace() else "part"
     return "punctuation" if not any(c.isalnum() for c in text) else "other"
-
-
-def some(value, text, otherwise="not to be had"):
-    """`text` formatted with a value that is a number, else what is said instead: some(0.5,
-    "{:.0%}")."""
-    return text.format(value) if np.isfinite(value) else otherwise

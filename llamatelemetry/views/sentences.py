@@ -1,0 +1,46 @@
+"""What the sentences under figures are made of: lists, spans, counts, quoted pieces, and what to say where there is
+not enough to say."""
+
+import functools
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from .text import counted, quoted, shorten
+
+__all__ = ["counted", "listed", "quoted", "sentence", "shorten", "some", "span"]
+
+WIDTH = 100  # no viewer then breaks a line within a word or a number
+
+
+def sentence(function: Callable[..., str]) -> Callable[..., str]:
+    """Wrap what a function says at 100 columns; blanks at its seams become one."""
+
+    @functools.wraps(function)
+    def said(*args, **kwargs):
+        return textwrap.fill(
+            function(*args, **kwargs), WIDTH, break_long_words=False, break_on_hyphens=False
+        )
+
+    return said
+
+
+def listed(words: Iterable, most: int | None = None) -> str:
+    """ "a, b and c"; "none" for nothing; with `most`, "a, b and 3 more"."""
+    words = [str(word) for word in words]
+    if most is not None and len(words) > most:
+        words = [*words[:most], f"{len(words) - most} more"]
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]])) or "none"
+
+
+def span(name: str, numbers: Sequence[int]) -> str:
+    """The first and the last of some numbers: "layer 3", "layers 3 to 5"."""
+    low, high = min(numbers), max(numbers)
+    return f"{name} {low}" if low == high else f"{name}s {low} to {high}"
+
+
+def some(value: float, text: str, otherwise: str = "not to be had") -> str:
+    """`text` formatted with a value that is a number, else what is said instead:
+    some(0.5, "{:.0%}")."""
+    return text.format(value) if np.isfinite(value) else otherwise
