@@ -232,9 +232,9 @@ def tool(name):
         places.append(Path(spec.origin).parent.parent / "bin" / name)
     if server := os.environ.get("LLAMA_SERVER_PATH"):
         places.append(Path(server).parent / name)
-    for place in places:
-        if os.access(place, os.X_OK):
-            return str(place)
+    for path in places:
+        if os.access(path, os.X_OK):
+            return str(path)
     if found := shutil.which(name):
         return found
     raise QuantizeError(
