@@ -169,7 +169,7 @@ def test_importance_reads_the_sweep_by_name():
 class Weights:
     """As much of GGUFFile as norms need."""
 
-    norm_eps = 1e-5
+    architecture, metadata, norm_eps = "any", {}, 1e-5
 
     def __init__(self, **tensors):
         self._tensors = {

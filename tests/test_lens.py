@@ -4,6 +4,8 @@ models, on real ones.
 The hand-made model has the residual stream, the lens and the attributions in closed form; see
 `hand_made`."""
 
+from dataclasses import replace
+
 import gguf
 import models
 import numpy as np
@@ -186,6 +188,8 @@ class Matrix:
 
     output_name = "output.weight"
 
+    architecture, metadata, norm_eps = "any", {}, 1e-6
+
     def __init__(self, values):
         import pandas as pd
 
@@ -206,17 +210,8 @@ class Matrix:
 def test_lens_in_blocks_equals_the_whole_vocabulary(softcap, scale):
     rng = np.random.default_rng(0)
     n_vocab, width = 1003, 16
-    head = Unembedding(
-        Matrix(rng.standard_normal((n_vocab, width))),
-        False,
-        1e-6,
-        np.ones(width) * 1.5,
-        np.zeros(width),
-        1.0,
-        scale,
-        softcap,
-        0.0,
-    )
+    matrix = Matrix(rng.standard_normal((n_vocab, width)))
+    head = Unembedding(matrix, "norm", 1.5, scale, softcap)
     hidden = xr.DataArray(
         rng.standard_normal((3, 4, width)).astype(np.float32), dims=("layer", "token", "embd")
     )
@@ -242,17 +237,7 @@ def test_small_blocks_of_a_large_lens(monkeypatch):
     from llamatelemetry.layers import lens as module
 
     rng = np.random.default_rng(1)
-    head = Unembedding(
-        Matrix(rng.standard_normal((2000, 8))),
-        False,
-        1e-6,
-        np.ones(8),
-        np.zeros(8),
-        1.0,
-        1.0,
-        None,
-        0.0,
-    )
+    head = Unembedding(Matrix(rng.standard_normal((2000, 8))), "norm")
     hidden = xr.DataArray(rng.standard_normal((2, 3, 8)), dims=("layer", "token", "embd"))
     whole = lens(head, hidden, [1, 2, 1999])
     monkeypatch.setattr(module, "_ELEMENTS", 1)  # 256 rows at a time
@@ -304,7 +289,7 @@ def test_a_norm_that_does_not_reproduce_the_capture_is_refused(hand):
 def test_logit_error_sees_a_wrong_head(hand):
     _, cap, head = hand
     assert logit_error(head, cap)["ratio"].max() < 1
-    wrong = Unembedding(**{**vars(head), "gain": head.gain * 1.01})
+    wrong = replace(head, multiplier=1.01)
     assert logit_error(wrong, cap)["ratio"].max() > 1
 
 

@@ -4,16 +4,19 @@ nostalgebraist (2020), "interpreting GPT: the logit lens". The matrix is dequant
 rows, and only sums over the vocabulary are kept: a vocabulary of 262,144 tokens never stands in
 memory at full width."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from ..capture import rounding
+from ..capture.data import Capture
 from ..capture.finite import measured
 from ..errors import CaptureError
+from ..files.gguf import GGUFFile
 from ..maths import log_softmax
+from ..norms import centred, divisor, gain_and_bias, normalized
 
 _ELEMENTS = 1 << 24  # logits of one block: rows of the stream x tokens of the vocabulary
 NORM_NAMES = ("output_norm", "token_embd_norm")  # LFM2 keeps its final norm under the second name
@@ -21,110 +24,77 @@ NORM_NAMES = ("output_norm", "token_embd_norm")  # LFM2 keeps its final norm und
 
 @dataclass(frozen=True)
 class Unembedding:
-    """logits = softcap(scale * (W (multiplier * norm(x) * gain + bias) + output_bias)).
+    """logits = softcap(scale * (W (multiplier * norm(x)) + output_bias)).
 
-    gguf: the file that W is read from; centred: layer norm (mean removed) instead of RMS norm;
-    gain, bias: (embd,); output_bias: (vocab,) or 0; softcap: None or the c of c tanh(x / c)."""
+    gguf: the file that W and the final norm are read from; norm: the name of that norm in it;
+    output_bias: (vocab,) or 0; softcap: None or the c of c tanh(x / c)."""
 
-    gguf: object
-    centred: bool
-    eps: float
-    gain: np.ndarray
-    bias: np.ndarray
-    multiplier: float
-    scale: float
-    softcap: float | None
-    output_bias: np.ndarray | float
-
-    def divisor(self, x):
-        """What the norm divides a state (.., embd) by: its root mean square, or its standard
-        deviation. (.., 1)"""
-        x = x - x.mean(-1, keepdims=True) if self.centred else x
-        return np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.eps)
+    gguf: GGUFFile
+    norm: str
+    multiplier: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+    output_bias: np.ndarray | float = 0.0
 
     def normalize(self, x):
         """What the output matrix multiplies, from states of the residual stream. (.., embd) -> (..,
         embd) float64"""
-        x = measured(x, np.float64)
-        centre = x.mean(-1, keepdims=True) if self.centred else 0.0
-        return self.multiplier * ((x - centre) / self.divisor(x) * self.gain + self.bias)
+        return self.multiplier * normalized(measured(x), self.gguf, self.norm)
+
+    def rows(self, ids):
+        """Rows of the output matrix W. (n, embd) float64"""
+        return self.gguf.rows(self.gguf.output_name, ids).astype(np.float64)
+
+    def offset(self, ids):
+        """The output's bias of the tokens `ids`: (n,), or 0 where the file has none."""
+        return self.output_bias if np.ndim(self.output_bias) == 0 else self.output_bias[ids]
 
     def finish(self, products, ids):
         """Products with rows `ids` of W -> logits. (.., n) -> (.., n)"""
-        offset = self.output_bias if np.ndim(self.output_bias) == 0 else self.output_bias[ids]
-        logits = self.scale * (products + offset)
+        logits = self.scale * (products + self.offset(ids))
         return logits if not self.softcap else self.softcap * np.tanh(logits / self.softcap)
+
+    def uncapped(self, logits):
+        """Logits as they were before the soft-cap."""
+        if not self.softcap:
+            return logits
+        return self.softcap * np.arctanh(np.clip(logits / self.softcap, -1 + 1e-9, 1 - 1e-9))
 
     def logits(self, x, ids):
         """Logits of the tokens `ids` for states x. (.., embd) -> (.., n)"""
-        return self.finish(
-            self.normalize(x) @ self.gguf.rows(self.gguf.output_name, ids).T.astype(np.float64), ids
-        )
+        return self.finish(self.normalize(x) @ self.rows(ids).T, ids)
 
 
-def unembedding(gguf, captured):
+def unembedding(gguf: GGUFFile, captured: Capture) -> Unembedding:
     """The Unembedding of a file, checked against what the runtime computed.
 
-    captured: a Capture with hidden, final_norm and logits of one run of that file. Which norm it
-    is, and how the file's logit_scale is applied (some architectures multiply, some divide), is
-    decided by what reproduces the capture. CaptureError where nothing does: the lens would then
-    show another model's answer."""
+    captured: a Capture with hidden, final_norm and logits of one run of that file. A constant
+    factor after the norm, and how the file's logit_scale is applied (some architectures multiply,
+    some divide), are decided by what reproduces the capture. CaptureError where nothing does: the
+    lens would then show another model's answer."""
     state = measured(captured["hidden"].isel(layer=-1), np.float64)  # (token, embd)
     final = measured(captured["final_norm"], np.float64)
-    name = next((name for name in NORM_NAMES if f"{name}.weight" in gguf.tensors.index), None)
-    ones = np.ones(gguf.n_embd)
-    gain, bias = (
-        gguf.tensor(f"{name}.{part}").astype(np.float64)
-        if name and f"{name}.{part}" in gguf.tensors.index
-        else default
-        for part, default in (("weight", ones), ("bias", 0 * ones))
-    )
-    fits = []
-    for centred in (False, True):
-        head = Unembedding(
-            gguf, centred, gguf.norm_eps or 0.0, gain, bias, 1.0, 1.0, gguf.final_logit_softcap, 0.0
-        )
-        mine = head.normalize(state)
-        factor = float((mine * final).sum() / (mine * mine).sum())
-        fits.append(
-            (np.linalg.norm(factor * mine - final) / np.linalg.norm(final), centred, factor)
-        )
-    error, centred, factor = min(fits)
+    names = (name for name in NORM_NAMES if f"{name}.weight" in gguf.tensors.index)
+    norm = next(names, NORM_NAMES[0])
+    mine = normalized(state, gguf, norm)
+    factor = float((mine * final).sum() / (mine * mine).sum())
+    error = np.linalg.norm(factor * mine - final) / np.linalg.norm(final)
     if error > 1e-3:
         raise CaptureError(
-            f"final_norm of architecture {gguf.architecture!r} is neither the RMS norm nor the layer "
-            f"norm of the last state (relative difference {error:.2g}): no logit lens for it."
+            f"final_norm of architecture {gguf.architecture!r} is not the norm of the last state that "
+            f"its file describes (relative difference {error:.2g}): no logit lens for it."
         )
     factor = 1.0 if abs(factor - 1) < 1e-3 else factor
-    output_bias = (
-        gguf.tensor("output.bias").astype(np.float64)
-        if "output.bias" in gguf.tensors.index
-        else 0.0
-    )
-    head = Unembedding(
-        gguf,
-        centred,
-        gguf.norm_eps or 0.0,
-        gain,
-        bias,
-        factor,
-        1.0,
-        gguf.final_logit_softcap,
-        output_bias,
-    )
+    bias = gain_and_bias(gguf, "output")[1]
+    head = Unembedding(gguf, norm, factor, 1.0, gguf.final_logit_softcap, bias)
     return _with_scale(head, final, measured(captured["logits"], np.float64))
 
 
 def _with_scale(head, final, logits):
-    ids = np.unique(
-        np.linspace(0, logits.shape[1] - 1, 512).astype(int)
-    )  # a grid over the vocabulary is enough
-    captured = logits[:, ids]
-    if head.softcap:
-        captured = head.softcap * np.arctanh(np.clip(captured / head.softcap, -1 + 1e-9, 1 - 1e-9))
-    rows = head.gguf.rows(head.gguf.output_name, ids).astype(np.float64)
-    offset = head.output_bias if np.ndim(head.output_bias) == 0 else head.output_bias[ids]
-    mine = final @ rows.T + offset
+    # A grid over the vocabulary is enough.
+    ids = np.unique(np.linspace(0, logits.shape[1] - 1, 512).astype(int))
+    captured = head.uncapped(logits[:, ids])
+    mine = final @ head.rows(ids).T + head.offset(ids)
     fitted = float((mine * captured).sum() / (mine * mine).sum())
     stated = head.gguf.metadata.get(f"{head.gguf.architecture}.logit_scale") or 1.0
     scale = min((1.0, stated, 1.0 / stated), key=lambda s: abs(s - fitted))
@@ -133,7 +103,7 @@ def _with_scale(head, final, logits):
             f"the logits of architecture {head.gguf.architecture!r} are {fitted:.4g} times final_norm "
             f"times {head.gguf.output_name}, and its file does not say so: no logit lens for it."
         )
-    return Unembedding(**{**vars(head), "scale": scale})
+    return replace(head, scale=scale)
 
 
 def logit_error(head, captured, positions=None):
@@ -281,8 +251,10 @@ def settled(dataset):
     return dataset["layer"].values[since]
 
 
-def logit_attribution(captured, head, token, other, position=-1):
-    """Direct logit attribution: what each component adds to logit[token] - logit[other] at one
+def logit_attribution(
+    captured: Capture, head: Unembedding, first: int, second: int, position: int = -1
+) -> pd.DataFrame:
+    """Direct logit attribution: what each component adds to logit[first] - logit[second] at one
     position.
 
     The final norm's divisor is kept at the value that this position had, so that the logit is
@@ -292,28 +264,23 @@ def logit_attribution(captured, head, token, other, position=-1):
     their sum; the values sum to attrs["total"], which is the lens's own logit difference;
     attrs["captured"]: the runtime's, soft-cap undone."""
     stream = measured(captured["hidden"].isel(token=position), np.float64)  # (layer + 1, embd)
-    direction = np.subtract(
-        *head.gguf.rows(head.gguf.output_name, [token, other]).astype(np.float64)
-    )  # (embd,)
-    reader = head.scale * head.multiplier * head.gain * direction / head.divisor(stream[-1])
-    if head.centred:
-        reader = reader - reader.mean()
+    ids, gguf = [first, second], head.gguf
+    direction = np.subtract(*head.rows(ids))  # (embd,)
+    gain, bias = gain_and_bias(gguf, head.norm)
+    # The mean that a layer norm takes away is taken from what reads instead.
+    reader = head.scale * head.multiplier * centred(gain * direction, gguf)
+    reader = reader / divisor(stream[-1], gguf)
     rows, rest = [("embedding", -1, stream[0] @ reader)], stream[-1] - stream[0]
     for name, stage in (("attention", "attn_out"), ("ffn", "ffn_out")):
         values = measured(captured[stage].isel(token=position), np.float64)
-        rows += [
-            (name, int(layer), x @ reader)
-            for layer, x in zip(captured[stage]["layer"].values, values)
-        ]
+        layers = captured[stage]["layer"].values
+        rows += [(name, int(layer), x @ reader) for layer, x in zip(layers, values)]
         rest = rest - values.sum(0)
-    offset = (
-        0.0 if np.ndim(head.output_bias) == 0 else head.output_bias[token] - head.output_bias[other]
-    )
-    bias = head.scale * (head.multiplier * head.bias @ direction + offset)
-    rows += [("other", -1, rest @ reader), ("bias", -1, bias)]
+    offset = np.subtract(*np.broadcast_to(head.offset(ids), 2))
+    constant = head.scale * (head.multiplier * (bias * direction).sum() + offset)
+    rows += [("other", -1, rest @ reader), ("bias", -1, constant)]
     table = pd.DataFrame(rows, columns=["component", "layer", "value"])
-    ends = measured(captured["logits"].isel(token=position), np.float64)[[token, other]]
-    ends = ends if not head.softcap else head.softcap * np.arctanh(ends / head.softcap)
-    plain = Unembedding(**{**vars(head), "softcap": None}).logits(stream[-1], [token, other])
+    ends = head.uncapped(measured(captured["logits"].isel(token=position), np.float64)[ids])
+    plain = replace(head, softcap=None).logits(stream[-1], ids)
     table.attrs.update(total=float(plain[0] - plain[1]), captured=float(ends[0] - ends[1]))
     return table

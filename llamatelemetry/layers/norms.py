@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 
 from ..capture.finite import measured
+from ..norms import gain_and_bias, normalized
 from .states import additions
 
 # The norm's weights under the name that the file gives them: gpt-oss calls its second norm after
@@ -38,24 +39,15 @@ def norm_gain(before, after, gguf, part, layer):
     """(gain (embd,), relative error) of the tensor that turns `before` into `after`; (None, nan)
     where none does.
 
-    before, after: (token, embd). RMS norm (Zhang and Sennrich 2019) or layer norm, whichever
-    reproduces the capture."""
+    before, after: (token, embd)."""
     best = (None, np.nan)
-    for name in NAMES[part]:
-        if f"blk.{layer}.{name}.weight" not in gguf.tensors.index:
+    for name in (f"blk.{layer}.{name}" for name in NAMES[part]):
+        if f"{name}.weight" not in gguf.tensors.index:
             continue
-        gain = gguf.tensor(f"blk.{layer}.{name}.weight").astype(np.float64)
-        bias = f"blk.{layer}.{name}.bias"
-        offset = gguf.tensor(bias).astype(np.float64) if bias in gguf.tensors.index else 0.0
-        for centre in (0.0, before.mean(-1, keepdims=True)):
-            x = before - centre
-            mine = (
-                x / np.sqrt((x * x).mean(-1, keepdims=True) + (gguf.norm_eps or 0.0)) * gain
-                + offset
-            )
-            error = np.linalg.norm(mine - after) / np.linalg.norm(after)
-            if error < AGREES and not error >= best[1]:
-                best = (gain, float(error))
+        mine = normalized(before, gguf, name)
+        error = float(np.linalg.norm(mine - after) / np.linalg.norm(after))
+        if error < AGREES and not error >= best[1]:
+            best = (gain_and_bias(gguf, name)[0], error)
     return best
 
 
