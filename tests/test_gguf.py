@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from llamatelemetry.errors import ModelLoadError, ModelNotFoundError
-from llamatelemetry.files.gguf import GGUFFile, decode_pieces
+from llamatelemetry.files.gguf import GGUFFile
+from llamatelemetry.files.vocabulary import decode_pieces
 
 TOKENS = ["<|end|>", "Ġthe", "Ċ", "Ã©", "Ã", "hello"]
 EMBEDDING = np.arange(6 * 64, dtype=np.float32).reshape(6, 64) / 8 - 20
@@ -136,7 +137,7 @@ def test_piece(model, token, kind, piece):
 
 def test_every_byte_has_its_character():
     """GPT-2's table is a bijection: 256 one-character tokens give the 256 bytes back."""
-    from llamatelemetry.files.gguf import _BYTE_OF
+    from llamatelemetry.files.vocabulary import _BYTE_OF
 
     pieces = decode_pieces("gpt2", list(_BYTE_OF), [1] * 256)
     raw = [piece if isinstance(piece, bytes) else piece.encode() for piece in pieces]

@@ -21,6 +21,7 @@ from llamatelemetry import (
     ServerError,
     ServerManager,
 )
+from llamatelemetry.files import programs
 from llamatelemetry.gpus.cores import physical_cores
 from llamatelemetry.server import guard
 from llamatelemetry.server import manager as module
@@ -54,8 +55,8 @@ def stand_in(tmp_path, script):
 
 
 def test_nowhere_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    monkeypatch.setattr(module.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(programs, "find_spec", lambda name: None)
+    monkeypatch.setattr(programs.sys, "prefix", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LLAMA_SERVER_PATH", raising=False)
     with pytest.raises(ServerError, match="llamatelemetry engine build.*LLAMA_SERVER_PATH"):
@@ -75,8 +76,8 @@ def test_found_in_order(tmp_path, monkeypatch):
     for name in ("given", "environment", "path"):
         (tmp_path / name).mkdir()
         stand_in(tmp_path / name, "")
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    monkeypatch.setattr(module.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(programs, "find_spec", lambda name: None)
+    monkeypatch.setattr(programs.sys, "prefix", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     monkeypatch.delenv("LLAMA_SERVER_PATH", raising=False)
     assert find_server() == tmp_path / "path" / "llama-server"

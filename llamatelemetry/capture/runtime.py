@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CaptureError, ModelLoadError
+from ..gpus.cores import physical_cores
 from . import prediction
 from .finite import check_finite
 from .ggml import TYPE_BY_NAME, Ggml
@@ -72,7 +73,7 @@ class Runtime:
         self.n_ctx_full = n_ctx or llama_cpp.llama_model_n_ctx_train(self.model)
         self.n_ctx_limit = min(longest or self.n_ctx_full, self.n_ctx_full)
         self.n_ctx_least = max(at_least, MIN_CTX)
-        self.n_ubatch, self.threads = n_ubatch, threads or os.cpu_count()
+        self.n_ubatch, self.threads = n_ubatch, threads or physical_cores()
         self.cache_type = TYPE_BY_NAME[cache_type]
         # Of an encoder-decoder the encoder runs: its decoder would read what no encoder has
         # written.

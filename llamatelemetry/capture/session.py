@@ -18,6 +18,7 @@ from .. import errors, logs
 from ..arguments import finite, prompt, say_two_starts, whole, writable
 from ..errors import CaptureError, WorkerCrashedError
 from ..files.gguf import GGUFFile
+from ..files.vocabulary import named
 from ..gpus.cores import physical_cores
 from ..server.loading import described, least_context
 from .data import Capture, token_table
@@ -285,8 +286,7 @@ class CaptureSession:
         return token_table(ids, self._pieces(ids), [False] * len(ids))
 
     def _pieces(self, ids):
-        pieces = self.model.pieces
-        return [pieces[i] if i < len(pieces) else f"<{i}>" for i in ids]
+        return named(self.model.pieces, ids)
 
     def _n_given(self, text_or_ids):
         if isinstance(text_or_ids, str):

@@ -13,7 +13,8 @@ import pandas as pd
 from .. import logs
 from ..errors import ModelLoadError, shown
 from ..files.outputs import labels
-from ..files.quantize import _threads, tool
+from ..files.quantize import tool
+from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment
 
 
@@ -36,7 +37,7 @@ def bench(path, n_prompt=256, n_gen=32, repetitions=3, gpu_layers=None, threads=
         "-r",
         str(repetitions),
         "-t",
-        str(threads or _threads()),
+        str(threads or physical_cores()),
         "-ngl",
         str(999 if gpu_layers is None else gpu_layers),
         "-o",
@@ -101,7 +102,7 @@ def load_time(path, gpu_layers=None):
         "-c",
         _LOAD,
         str(path),
-        str(_threads()),
+        str(physical_cores()),
         str(999 if gpu_layers is None else gpu_layers),
     ]
     done = subprocess.run(

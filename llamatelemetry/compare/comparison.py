@@ -24,6 +24,7 @@ from ..errors import (
 from ..files import hub
 from ..files.outputs import labels
 from ..files.texts import load_text
+from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment
 from .quality import summarize
 
@@ -217,10 +218,7 @@ def _child(job, progress):
 
 
 def _settings(job):
-    import psutil
-
-    cores = psutil.cpu_count(logical=False) or os.cpu_count()
-    threads = job["threads"] or max(1, cores // job.get("workers_here", 1))
+    threads = job["threads"] or max(1, physical_cores() // job.get("workers_here", 1))
     return job | {
         "threads": threads,
         "gpu_layers": 999 if job["gpu_layers"] is None else job["gpu_layers"],

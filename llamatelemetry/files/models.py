@@ -13,6 +13,7 @@ from ..errors import ModelLoadError, ModelNotFoundError, shown
 from . import hub
 from .header import split_parts
 from .outputs import path_of
+from .places import cache_dir, input_dir
 from .registry import PACKAGES, REGISTRY
 
 DEFAULT_MODEL = "smollm2-135m-Q4_1"
@@ -224,8 +225,6 @@ def _package_parts(model):
 
 
 def _assembled(model):
-    from .places import cache_dir
-
     return cache_dir() / "models" / model.file
 
 
@@ -285,9 +284,8 @@ def _assemble(parts, checksum, target, progress):
 
 
 def _kaggle_files():
-    root = Path(os.environ.get("LLAMATELEMETRY_KAGGLE_INPUT", "/kaggle/input"))
     found, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(input_dir(), followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # a link that leads back
             folders.clear()
             continue

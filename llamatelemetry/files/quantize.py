@@ -1,13 +1,11 @@
 """Making quantizations with llama.cpp's own quantizer, and saying what is really inside them."""
 
-import os
 import re
 import shutil
 import subprocess
 import tempfile
 import warnings
 from collections import deque
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -15,11 +13,13 @@ import pandas as pd
 from .. import logs
 from ..errors import ModelLoadError, ModelNotFoundError, QuantizeError, shown
 from ..files.texts import load_text, place
+from ..gpus.cores import physical_cores
 from ..options import environment
 from . import importance
 from .expand import FLOATS, SLACK, _open, expand, make_reference
 from .gguf import GGUFFile
 from .outputs import labels, path_of, refuse_overwriting, written
+from .programs import find_program
 from .registry import TYPES
 
 __all__ = [
@@ -80,7 +80,7 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
         options += ["--imatrix", str(imatrix)]
     for pattern, kind in (tensor_types or {}).items():
         options += ["--tensor-type", f"{pattern}={kind.lower()}"]
-    threads = str(_threads())
+    threads = str(physical_cores())
     what = f"quantize {shown(src)} to {type}"
     dry = _run([tool("llama-quantize"), "--dry-run", *options, str(src), type], what)
     if not (size := re.search(r"quant size\s*=\s*([\d.]+) MiB", dry)):
@@ -175,7 +175,14 @@ def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
         path.write_bytes(load_text(text).encode())  # line ends stay as they are
         # llama-imatrix chooses its format by the file's ending.
         out = Path(folder) / "imatrix.gguf"
-        options = {"-m": model, "-f": path, "-o": out, "-c": n_ctx, "-b": n_ctx, "-t": _threads()}
+        options = {
+            "-m": model,
+            "-f": path,
+            "-o": out,
+            "-c": n_ctx,
+            "-b": n_ctx,
+            "-t": physical_cores(),
+        }
         options |= {"--chunks": chunks} if chunks else {}
         words = _run(
             [
@@ -225,28 +232,13 @@ def fallbacks(path):
 
 
 def tool(name):
-    """Path of one of llama.cpp's programs: from the engine's wheel, beside LLAMA_SERVER_PATH, or on
-    PATH."""
-    places = []
-    if spec := find_spec("llama_cpp"):
-        places.append(Path(spec.origin).parent.parent / "bin" / name)
-    if server := os.environ.get("LLAMA_SERVER_PATH"):
-        places.append(Path(server).parent / name)
-    for path in places:
-        if os.access(path, os.X_OK):
-            return str(path)
-    if found := shutil.which(name):
-        return found
+    """Path of one of llama.cpp's programs, see files.programs. QuantizeError where there is none."""
+    if found := find_program(name):
+        return str(found)
     raise QuantizeError(
-        f"{name} is not on this machine (looked in {', '.join(str(p.parent) for p in places) or 'no engine'} and on "
+        f"{name} is not on this machine (looked beside the engine, beside LLAMA_SERVER_PATH and on "
         "PATH): install the engine's wheel, made by `llamatelemetry engine build`."
     )
-
-
-def _threads():
-    import psutil
-
-    return psutil.cpu_count(logical=False) or os.cpu_count()
 
 
 def _run(command, what, step=None, total=None, bar="", progress=False):

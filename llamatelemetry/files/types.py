@@ -10,12 +10,12 @@ import os
 import struct
 import tempfile
 from functools import cache, lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+from .programs import engine_folder
 
 _PLAIN = {
     "F64": "<f8",
@@ -108,14 +108,11 @@ def dequantize(raw, kind):
 def _engine():
     """libggml-base of the installed engine, or None: not there, or with other structures than are
     read here."""
-    spec = find_spec(
-        "llama_cpp"
-    )  # located, not imported: importing it loads libllama and with it CUDA
-    path = Path(spec.origin).parent / "lib" / "libggml-base.so" if spec and spec.origin else None
+    folder = engine_folder()
+    if folder is None or not (path := folder / "lib" / "libggml-base.so").is_file():
+        return None
     try:
-        library = ctypes.CDLL(str(path)) if path and path.is_file() else None
-        if library is None:
-            return None
+        library = ctypes.CDLL(str(path))
         library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
         library.gguf_init_from_file.restype = ctypes.c_void_p
         library.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufParams]

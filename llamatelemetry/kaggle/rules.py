@@ -100,7 +100,7 @@ def cell_lines(source):
 
 def notebook_problems(path):
     """What is wrong with a notebook as it goes into git and to Kaggle: sentences, none where all is
-    well."""
+    well. The one place of these rules: tests ask it, too."""
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)

@@ -5,6 +5,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..files.vocabulary import named
 from ..views import theme
 from ..views.text import plotly
 
@@ -243,14 +244,12 @@ def lens_table(data, pieces, vocabulary, *, title, last=12, every=1):
     part = data.isel(token=tokens, layer=kept)
     ids, p = part["top"].values, part["top_probability"].values  # (layer, token, best)
 
-    def piece(i):
-        return vocabulary[i] if i < len(vocabulary) else f"<{i}>"
-
-    text = [[_short(piece(i[0])) for i in row] for row in ids]
+    text = [[_short(piece) for piece in named(vocabulary, row[:, 0])] for row in ids]
 
     def best(tokens, shares):
         return "<br>".join(
-            f"{plotly(theme.token_text(piece(i)))}  {q:.4f}" for i, q in zip(tokens, shares)
+            f"{plotly(theme.token_text(piece))}  {q:.4f}"
+            for piece, q in zip(named(vocabulary, tokens), shares)
         )
 
     hover = [[best(*cell) for cell in zip(*row)] for row in zip(ids, p)]

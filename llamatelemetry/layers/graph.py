@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 
 from ..capture.finite import measured
+from ..files.vocabulary import named
 
 
 def stream_graph(hidden, lens_data, attention, tokens, vocabulary, per_query=1, least=0.05):
@@ -32,7 +33,7 @@ def stream_graph(hidden, lens_data, attention, tokens, vocabulary, per_query=1, 
             "generated": tokens["generated"].to_numpy()[position],
             "norm": norm.ravel(),
             "log_norm": np.log10(np.maximum(norm.ravel(), 1e-12)),
-            "says": [vocabulary[i] if i < len(vocabulary) else f"<{i}>" for i in top],
+            "says": named(vocabulary, top),
             "probability": lens_data["top_probability"].isel(best=0).values.ravel(),
             "x": position * 1.4,
             "y": layer.astype(float),

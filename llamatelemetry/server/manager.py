@@ -8,11 +8,9 @@ import secrets
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 import weakref
-from importlib.util import find_spec
 from pathlib import Path
 
 from .. import logs
@@ -24,6 +22,7 @@ from ..errors import (
     shown,
 )
 from ..files.outputs import path_of
+from ..files.programs import find_program, is_program
 from ..gpus.cores import physical_cores
 from ..options import environment, flags, pooling_of
 from . import guard
@@ -47,19 +46,13 @@ def find_server(path=None):
         if given:
             file = path_of(given, ServerError)
             file = file / "llama-server" if file.is_dir() else file
-            if not os.access(file, os.X_OK) or not file.is_file():
+            if not is_program(file):
                 raise ServerError(
                     f"{whose} says {given}, but there is no executable llama-server. {_MEND}"
                 )
             return file.resolve()
-    bindings = find_spec("llama_cpp")  # located, not imported: importing it loads libllama
-    places = [Path(bindings.origin).parents[1] / "bin"] if bindings and bindings.origin else []
-    for place in [*places, Path(sys.prefix) / "bin"]:
-        file = place / "llama-server"
-        if file.is_file() and os.access(file, os.X_OK):
-            return file.resolve()
-    if on_path := shutil.which("llama-server"):
-        return Path(on_path).resolve()
+    if found := find_program("llama-server"):
+        return found
     raise ServerError(
         "No llama-server: not in LLAMA_SERVER_PATH, not beside the installed engine, not on PATH. "
         + _MEND

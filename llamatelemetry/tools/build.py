@@ -21,6 +21,7 @@ from pathlib import Path
 from ..errors import EngineBuildError, OutputError
 from ..files.outputs import path_of, written
 from ..files.places import cache_dir
+from ..gpus.cores import usable_cores
 from . import needs
 from .build_log import failure, progress
 from .recipes import (
@@ -241,13 +242,10 @@ def _default_jobs() -> int:
     memory for each."""
     import psutil
 
-    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().available
+    memory = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, round(int(quota) / int(period))))
-    with contextlib.suppress(OSError, ValueError):
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return max(1, min(cores, int(memory / 1.5e9)))
+    return max(1, min(usable_cores(), int(memory / 1.5e9)))
 
 
 @contextlib.contextmanager

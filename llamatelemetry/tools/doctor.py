@@ -5,12 +5,11 @@ import platform
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 from .. import __version__
 from ..errors import LlamaTelemetryError, shown
+from ..files.programs import find_program
 from . import build, recipes
 
 ENGINE_STEP = "llamatelemetry engine build --install"
@@ -113,13 +112,7 @@ def _server():
 
 
 def _tools():
-    spec = find_spec("llama_cpp")
-    folder = Path(spec.origin).parents[1] / "bin" if spec else None
-    lost = [
-        tool
-        for tool in recipes.TOOLS[1:]
-        if not (folder and (folder / tool).is_file()) and not shutil.which(tool)
-    ]
+    lost = [tool for tool in recipes.TOOLS[1:] if find_program(tool) is None]
     if lost:
         yield Finding(
             "tools", "absent", f"no {', '.join(lost)}: quantizing needs them", ENGINE_STEP

@@ -1,0 +1,34 @@
+"""Where llama.cpp's programs are: one search for llama-server and for the tools beside it."""
+
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def engine_folder() -> Path | None:
+    """The folder of the installed bindings, or None. Located, not imported: importing them loads
+    libllama and with it CUDA."""
+    spec = find_spec("llama_cpp")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def find_program(name: str) -> Path | None:
+    """Path of one of llama.cpp's programs, or None: with the installed engine, in this Python's
+    bin, beside LLAMA_SERVER_PATH, on PATH."""
+    engine, server = engine_folder(), os.environ.get("LLAMA_SERVER_PATH")
+    folders = [engine.parent / "bin"] if engine else []
+    folders.append(Path(sys.prefix) / "bin")
+    if server:
+        folders.append(Path(server) if Path(server).is_dir() else Path(server).parent)
+    for folder in folders:
+        if is_program(folder / name):
+            return (folder / name).resolve()
+    found = shutil.which(name)
+    return Path(found).resolve() if found else None
+
+
+def is_program(path: Path) -> bool:
+    """Whether this is a file that may be executed."""
+    return path.is_file() and os.access(path, os.X_OK)
