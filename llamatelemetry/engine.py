@@ -50,7 +50,6 @@ class InferenceEngine:
         self._in_flight = 0
 
     # ---- loading
-    # --------------------------------------------------------------------------------------------------
 
     def load_model(
         self,
@@ -196,7 +195,6 @@ class InferenceEngine:
                 self._in_flight -= 1
 
     # ---- text
-    # -----------------------------------------------------------------------------------------------------
 
     def infer(
         self,
@@ -381,7 +379,6 @@ class InferenceEngine:
         )
 
     # ---- inside the model
-    # -----------------------------------------------------------------------------------------
 
     def _call(self, name, *args, **kwargs):
         with self._session_lock:
@@ -426,7 +423,6 @@ class InferenceEngine:
         return self._call("sweep", text, variants, **kwargs)
 
     # ---- where things are
-    # -----------------------------------------------------------------------------------------
 
     def _processes(self):
         processes = {"notebook": os.getpid()}

@@ -183,7 +183,6 @@ def test_cuda_visible_devices_is_respected(machine, monkeypatch, shown, indices)
 
 
 # ---- analytics
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_assign_analytics(machine, monkeypatch):
@@ -241,7 +240,6 @@ def test_cuda_is_asked_without_being_started():
 
 
 # ---- placement
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_placement(machine):
@@ -284,7 +282,6 @@ def test_placement_that_the_driver_does_not_tell(machine, count, processes, erro
 
 
 # ---- what fits
-# ----------------------------------------------------------------------------------------------------
 
 
 @dataclass

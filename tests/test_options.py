@@ -51,7 +51,6 @@ NEAR, FAR = 1e-4, 0.05  # nats: the same model; another one
 
 
 # ---- sorting them
-# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,7 +196,6 @@ def test_llama_servers_own_list(llama_server):
 
 
 # ---- what they do
-# -------------------------------------------------------------------------------------------------
 
 
 def write_gguf(path, architecture, keys, tensors):
@@ -466,7 +464,6 @@ def test_overrides_reach_what_is_read_from_the_file(files):
 
 
 # ---- the context
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_changed_model_is_called_so(tmp_path):

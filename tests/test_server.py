@@ -51,7 +51,6 @@ def stand_in(tmp_path, script):
 
 
 # ---- finding it
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_nowhere_says_what_to_do(tmp_path, monkeypatch):
@@ -93,7 +92,6 @@ def test_physical_cores():
 
 
 # ---- starting it
-# --------------------------------------------------------------------------------------------------
 
 
 def test_no_model(tmp_path):
@@ -202,7 +200,6 @@ def test_requests_without_a_server():
 
 
 # ---- it dies with its parent
-# --------------------------------------------------------------------------------------
 
 
 def guarded(tmp_path, before="", after="time.sleep(60)"):
@@ -210,7 +207,7 @@ def guarded(tmp_path, before="", after="time.sleep(60)"):
     folder = tmp_path / "folder"
     folder.mkdir()
     script = (
-        f"import os, time, threading\nfrom llamatelemetry import guard\n{before}\n"
+        f"import os, time, threading\nfrom llamatelemetry.server import guard\n{before}\n"
         f"log = open({str(folder / 'log')!r}, 'wb')\n"
         f"g, pid = guard.popen(['/bin/sleep', '60'], log, folder={str(folder)!r})\n"
         f"print(g.pid, pid, flush=True)\n{after}"
@@ -272,7 +269,6 @@ def test_cannot_execute(tmp_path):
 
 
 # ---- the real one
-# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -78,7 +78,6 @@ class ServerManager:
         self.sound = False  # whether its log-probabilities were seen to be numbers
 
     # ---- life
-    # -----------------------------------------------------------------------------------------------------
 
     def start_server(
         self,
@@ -326,7 +325,6 @@ class ServerManager:
         return ServerError(f"llama-server {when} ({how}). {tail}")
 
     # ---- requests
-    # -------------------------------------------------------------------------------------------------
 
     def post(self, path, body, stream=False):
         """POST `body` as JSON; returns the answer's JSON, or with stream=True the
