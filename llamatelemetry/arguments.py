@@ -81,7 +81,7 @@ def prompt(given, error=CaptureError):
     if isinstance(given, os.PathLike):
         raise error(
             f"{shown(given)!r} is a path, and a prompt is a text (str) or token ids: read the file "
-            "(llamatelemetry.files.texts.load_text does), or give the text as a str."
+            "(llamatelemetry.compare.texts.load_text does), or give the text as a str."
         )
     if isinstance(given, str):
         ids = writable(given, error)

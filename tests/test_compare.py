@@ -23,9 +23,11 @@ from llamatelemetry import (
 )
 from llamatelemetry.compare import comparison
 from llamatelemetry.compare.comparison import CompareError, compare_quantizations
+from llamatelemetry.compare.texts import TEXT, load_text
 from llamatelemetry.compare.worker import windows
-from llamatelemetry.files.quantize import QuantizeError, quantize, tool
-from llamatelemetry.files.texts import TEXT, load_text
+from llamatelemetry.convert.quantize import quantize
+from llamatelemetry.errors import QuantizeError
+from llamatelemetry.files.programs import tool
 
 N_CTX, WINDOWS = 128, 4
 NUMBER = r"\s*(-?[\d.]+)(?: ±\s*([\d.]+))?"

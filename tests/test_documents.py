@@ -362,8 +362,8 @@ def test_pictures_are_small_and_have_captions():
 @pytest.mark.parametrize(
     "before",
     [
-        "import llamatelemetry.files.quantize",
-        "from llamatelemetry.files.quantize import tool",
+        "import llamatelemetry.convert.quantize",
+        "from llamatelemetry.convert.quantize import needs_imatrix",
         "from llamatelemetry import quantize",
     ],
 )
@@ -377,7 +377,7 @@ def test_a_public_name_is_never_a_module(before):
     code = (
         f"{before}\n{modules}\nfrom llamatelemetry import quantize\n"
         "assert quantize.__name__ == 'quantize', quantize\n"
-        "import sys; assert p.quantize is quantize is sys.modules['llamatelemetry.files.quantize'].quantize\n"
+        "import sys; assert p.quantize is quantize is sys.modules['llamatelemetry.convert.quantize'].quantize\n"
         "assert all(not isinstance(getattr(p, name), type(sys)) for name in p.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,16 +11,12 @@ from models import tiny_model
 from llamatelemetry import CaptureError, LlamaTelemetryError
 from llamatelemetry.capture.data import Capture
 from llamatelemetry.cli import main
-from llamatelemetry.errors import CompareError, OutputError, shown
+from llamatelemetry.compare.texts import load_text
+from llamatelemetry.convert.expand import expand, make_reference
+from llamatelemetry.convert.importance import imatrix
+from llamatelemetry.convert.quantize import quantize
+from llamatelemetry.errors import CompareError, OutputError, QuantizeError, shown
 from llamatelemetry.files.outputs import labels, refuse_overwriting, written
-from llamatelemetry.files.quantize import (
-    QuantizeError,
-    expand,
-    imatrix,
-    make_reference,
-    quantize,
-)
-from llamatelemetry.files.texts import load_text
 from llamatelemetry.kaggle import stage
 from llamatelemetry.kaggle.push import StageError
 from llamatelemetry.tools.notebooks import run_notebook

@@ -15,7 +15,7 @@ from models import IDS, tiny_model
 
 from llamatelemetry import InferenceEngine, ablate_head, patch, scale
 from llamatelemetry.capture.session import CaptureSession
-from llamatelemetry.files.expand import expand
+from llamatelemetry.convert.expand import expand
 from llamatelemetry.gpus.devices import list_gpus, placement
 
 pytestmark = pytest.mark.gpu
@@ -219,7 +219,7 @@ def test_quantized_kernels_are_near_exact_arithmetic_and_each_other(
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0", "Q4_1"])
 def test_what_notebooks_allow_for_rounding_is_what_the_gpu_rounds(dequantized, tmp_path, kind):
     from llamatelemetry.attention import steps as attention_steps
-    from llamatelemetry.files.quantize import quantize
+    from llamatelemetry.convert.quantize import quantize
     from llamatelemetry.layers import lens
 
     path = dequantized

@@ -29,11 +29,12 @@ from llamatelemetry.capture.edits import EDITABLE
 from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.capture.tokenizer import NO_TOKENIZER, token_ids, token_piece
 from llamatelemetry.compare.comparison import compare_quantizations
+from llamatelemetry.compare.texts import load_text
+from llamatelemetry.convert.importance import imatrix
+from llamatelemetry.convert.quantize import quantize
 from llamatelemetry.errors import TemplateError
 from llamatelemetry.files.gguf import GGUFFile
 from llamatelemetry.files.models import list_models, resolve_model
-from llamatelemetry.files.quantize import imatrix, quantize
-from llamatelemetry.files.texts import load_text
 from llamatelemetry.graphs import Graph
 from llamatelemetry.server.completion import request_body
 

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from notebook_checks import figures_with_sentences
 
+from llamatelemetry.compare.texts import load_text
 from llamatelemetry.files.gguf import GGUFFile
-from llamatelemetry.files.texts import load_text
 from llamatelemetry.tools.notebooks import run_notebook
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "16-gguf-quantization-impact-analyzer.ipynb"

@@ -24,10 +24,10 @@ from llamatelemetry import (
 )
 from llamatelemetry.capture.names import STAGES
 from llamatelemetry.capture.session import CaptureSession
-from llamatelemetry.files.expand import _rewrite
+from llamatelemetry.compare.texts import load_text
+from llamatelemetry.convert.expand import _rewrite
+from llamatelemetry.convert.importance import imatrix
 from llamatelemetry.files.gguf import GGUFFile
-from llamatelemetry.files.quantize import imatrix
-from llamatelemetry.files.texts import load_text
 from llamatelemetry.options import (
     KIND,
     PARAMETERS,

@@ -5,7 +5,6 @@ import ast
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import models
@@ -50,8 +49,8 @@ def check_cell(number):
 
 
 def has_quantizer():
-    from llamatelemetry import LlamaTelemetryError, quantize  # noqa: F401  the function before its module
-    from llamatelemetry.files.quantize import tool
+    from llamatelemetry import LlamaTelemetryError
+    from llamatelemetry.files.programs import tool
 
     try:
         return tool("llama-quantize")
@@ -75,9 +74,9 @@ def run_check(tiny, tmp_path, monkeypatch):
         vectors, "word_table", lambda *_, **__: words
     )  # the tiny vocabulary has no words
     if not has_quantizer():
-        monkeypatch.setattr(
-            sys.modules["llamatelemetry.files.quantize"], "needs_imatrix", lambda *_: False
-        )
+        from llamatelemetry.convert import quantize
+
+        monkeypatch.setattr(quantize, "needs_imatrix", lambda *_: False)
 
     def run(number, **given):
         values = {}

@@ -15,18 +15,15 @@ from models import IDS, tiny_model
 
 from llamatelemetry import GGUFFile, ModelLoadError, ModelNotFoundError
 from llamatelemetry.capture.session import CaptureSession
+from llamatelemetry.compare.texts import load_text
+from llamatelemetry.convert import expand as module
+from llamatelemetry.convert import importance
+from llamatelemetry.convert.expand import expand, make_reference
+from llamatelemetry.convert.importance import imatrix
+from llamatelemetry.convert.quantize import fallbacks, quantizations, quantize
 from llamatelemetry.errors import QuantizeError
-from llamatelemetry.files import expand as module
-from llamatelemetry.files import importance, types
-from llamatelemetry.files.expand import expand, make_reference
-from llamatelemetry.files.quantize import (
-    fallbacks,
-    imatrix,
-    quantizations,
-    quantize,
-    tool,
-)
-from llamatelemetry.files.texts import load_text
+from llamatelemetry.files import types
+from llamatelemetry.files.programs import tool
 
 KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
@@ -177,7 +174,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path):
     source = write(tmp_path / "in.gguf", ["Q8_0"] * 40, width=4096)
     script = (
         "import resource, signal, sys\n"
-        "from llamatelemetry.files.expand import QuantizeError, expand\n"
+        "from llamatelemetry.convert.expand import QuantizeError, expand\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
         "try:\n    expand(sys.argv[1], sys.argv[2], progress=False)\n"

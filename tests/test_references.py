@@ -405,7 +405,7 @@ def test_another_token_changes_only_what_comes_after(tiny):
 def real(request, tmp_path_factory):
     """A real model in its own file and expanded to F32, captured, beside the reference."""
     from llamatelemetry import ModelNotFoundError, resolve_model
-    from llamatelemetry.files.expand import expand
+    from llamatelemetry.convert.expand import expand
 
     name = {"smollm2": "smollm2-135m-Q4_1", "gemma-3-270m": "gemma-3-270m-Q4_K_M"}[request.param]
     try:

@@ -13,7 +13,7 @@ import pandas as pd
 from .. import logs
 from ..errors import ModelLoadError, shown
 from ..files.outputs import labels
-from ..files.quantize import tool
+from ..files.programs import tool
 from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment
 

@@ -23,10 +23,10 @@ from ..errors import (
 )
 from ..files import hub
 from ..files.outputs import labels
-from ..files.texts import load_text
 from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment
 from .quality import summarize
+from .texts import load_text
 
 BUFFERS = (
     640 << 20
@@ -62,7 +62,7 @@ def compare_quantizations(
     a text.
 
     reference, candidates: paths or registry names. text: the text or a path to one, as load_text
-    takes it, or None for the public-domain text of this package (see data/text.md). n_ctx: tokens
+    takes it, or None for the public-domain text of this package (compare/text.md). n_ctx: tokens
     per window; the second half of each is scored, and a text that ends within a window loses that
     remainder. max_windows: use only the first so many. gpu_layers: None puts all layers on the
     visible GPU if the engine can use one. client: a dask.distributed Client (for one worker per

@@ -6,6 +6,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..errors import QuantizeError
+
 
 def engine_folder() -> Path | None:
     """The folder of the installed bindings, or None. Located, not imported: importing them loads
@@ -27,6 +29,16 @@ def find_program(name: str) -> Path | None:
             return (folder / name).resolve()
     found = shutil.which(name)
     return Path(found).resolve() if found else None
+
+
+def tool(name: str) -> str:
+    """Path of one of llama.cpp's programs, see find_program. QuantizeError where there is none."""
+    if found := find_program(name):
+        return str(found)
+    raise QuantizeError(
+        f"{name} is not on this machine (looked beside the engine, beside LLAMA_SERVER_PATH and on "
+        "PATH): install the engine's wheel, made by `llamatelemetry engine build`."
+    )
 
 
 def is_program(path: Path) -> bool:

@@ -15,11 +15,11 @@ import types
 from pathlib import Path
 from typing import get_args, get_origin
 
+from ..compare.texts import place
 from ..errors import LlamaTelemetryError, ParameterError
 from ..files.models import from_here
 from ..files.outputs import path_of
 from ..files.registry import TYPES
-from ..files.texts import place
 
 FILES = ("MODEL", "REFERENCE_MODEL", "OTHER_MODEL", "QUANTIZATIONS")  # names and files of models
 _NAMES = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)}

@@ -154,7 +154,7 @@ def quantization(value, model, values):
     if kind not in TYPES:
         return f"a type that llama-quantize makes is expected: {', '.join(TYPES)}"
     if kind.startswith(("IQ1", "IQ2", "IQ3", "Q2_K_S")) and not values.get("IMATRIX"):
-        from ..files.quantize import needs_imatrix
+        from ..convert.quantize import needs_imatrix
 
         if needs_imatrix(model.path, kind):
             return (
@@ -368,7 +368,7 @@ def check_texts(values, engine, room=None):
 
 
 def _check_text(value, least, engine):
-    from ..files.texts import load_text
+    from ..compare.texts import load_text
 
     try:
         found = len(engine.tokenize(load_text(value)[: 64 * least]))  # enough of a long one

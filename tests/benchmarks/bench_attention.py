@@ -15,9 +15,9 @@ from common import report
 
 from llamatelemetry import resolve_model
 from llamatelemetry.compare.quality import summarize
+from llamatelemetry.compare.texts import load_text
 from llamatelemetry.compare.worker import Model, compare, quiet, windows
-from llamatelemetry.files.expand import expand
-from llamatelemetry.files.texts import load_text
+from llamatelemetry.convert.expand import expand
 from llamatelemetry.gpus.cores import physical_cores
 
 APART, FUSED = {"flash_attn_type": 0}, {"flash_attn_type": 1}

@@ -15,8 +15,10 @@ from common import report
 
 from llamatelemetry import resolve_model
 from llamatelemetry.compare.comparison import compare_quantizations
-from llamatelemetry.files.quantize import make_reference, quantize, tool
-from llamatelemetry.files.texts import load_text
+from llamatelemetry.compare.texts import load_text
+from llamatelemetry.convert.expand import make_reference
+from llamatelemetry.convert.quantize import quantize
+from llamatelemetry.files.programs import tool
 
 
 def perplexity(model, text, base, n_ctx, windows, *options):

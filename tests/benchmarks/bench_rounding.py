@@ -29,8 +29,8 @@ def errors(source, kind, folder):
     """One row per stage for one type. source: F32 file; folder: for the files that are made, and
     removed again."""
     from llamatelemetry.capture.session import CaptureSession
-    from llamatelemetry.files.expand import expand
-    from llamatelemetry.files.quantize import quantize
+    from llamatelemetry.convert.expand import expand
+    from llamatelemetry.convert.quantize import quantize
 
     quantized, dequantized = folder / f"{kind}.gguf", folder / f"{kind}-F32.gguf"
     quantize(source, quantized, kind, progress=False, pure=True)
@@ -52,7 +52,7 @@ def errors(source, kind, folder):
 
 
 def main():
-    from llamatelemetry.files.expand import expand
+    from llamatelemetry.convert.expand import expand
     from llamatelemetry.files.models import resolve_model
     from llamatelemetry.gpus.devices import list_gpus
 

@@ -234,7 +234,8 @@ def compare(options):
     from llamatelemetry import resolve_model
     from llamatelemetry.backend.cluster import local_cluster
     from llamatelemetry.compare.comparison import compare_quantizations
-    from llamatelemetry.files.quantize import make_reference, quantize
+    from llamatelemetry.convert.expand import make_reference
+    from llamatelemetry.convert.quantize import quantize
 
     with tempfile.TemporaryDirectory() as folder:
         reference = make_reference(

@@ -2,17 +2,77 @@
 
 import math
 import re
+import shutil
 import struct
+import tempfile
 import warnings
 from pathlib import Path
 
-from ..errors import ModelLoadError, QuantizeError, shown
-from .header import Header
+from ..compare.texts import load_text, place
+from ..errors import ModelLoadError, ModelNotFoundError, QuantizeError, shown
+from ..files.header import Header
+from ..files.outputs import path_of, written
+from ..files.programs import tool
+from ..gpus.cores import physical_cores
+from .expand import SLACK, open_model
+from .run import run_tool
 
 SUMS = ".in_sum2"  # llama-imatrix: sums of squared activations, (matrices, width) per tensor
 # What llama-imatrix leaves out unless told otherwise: the output, and what is looked up and not
 # multiplied.
 APART = re.compile(r"^(output|token_embd|per_layer_token_embd|position_embd|token_types)\.")
+
+
+def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
+    """Compute an importance matrix (mean squared activation per input column) of a model on a text,
+    by llama-imatrix.
+
+    text: the text itself or a path, as load_text takes it. chunks: at most so many windows of n_ctx
+    tokens. Returns the path of `dst`. Raises QuantizeError, also for a text shorter than two
+    windows (llama-imatrix asks for that much) and for a `dst` that is the model or the text;
+    CompareError for a text that is not there."""
+    model, dst = path_of(model, ModelNotFoundError), path_of(dst, QuantizeError)
+    open_model(model)
+    file = place(text)
+    output = {
+        "inputs": [model, file],
+        "need": SLACK,
+        "model": is_one(dst),
+        "error": QuantizeError,
+    }
+    with tempfile.TemporaryDirectory() as folder, written(dst, **output) as temporary:
+        path = Path(folder) / "text.txt"
+        path.write_bytes(load_text(text).encode())  # line ends stay as they are
+        # llama-imatrix chooses its format by the file's ending.
+        out = Path(folder) / "imatrix.gguf"
+        options = {
+            "-m": model,
+            "-f": path,
+            "-o": out,
+            "-c": n_ctx,
+            "-b": n_ctx,
+            "-t": physical_cores(),
+        }
+        options |= {"--chunks": chunks} if chunks else {}
+        words = run_tool(
+            [
+                tool("llama-imatrix"),
+                "--no-ppl",
+                *(str(part) for option in options.items() for part in option),
+            ],
+            f"compute an importance matrix of {shown(model)}",
+            step=r"\[(\d+)\]",
+            total=r"over (\d+) chunks",
+            bar=shown(dst.name),
+            progress=progress,
+        )
+        if not out.is_file():
+            reason = re.search(r"you need at least.*", words)
+            raise QuantizeError(
+                f"llama-imatrix wrote nothing: {reason[0] if reason else words[-800:]}"
+            )
+        shutil.copy(out, temporary)
+    return dst
 
 
 def entries(path):

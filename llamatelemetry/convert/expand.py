@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import ModelLoadError, QuantizeError, shown
-from .gguf import GGUFFile, unreadable
-from .outputs import path_of, written
-from .types import TensorType, dequantize
+from ..files.gguf import GGUFFile, unreadable
+from ..files.outputs import path_of, written
+from ..files.types import TensorType, dequantize
 
 ROWS = 4096  # rows of a tensor that are dequantized at once: 4,096 x 4,096 float32 is 64 MiB
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes per weight
@@ -57,7 +57,7 @@ def make_reference(src, dst, seed=0, progress=True):
         rng = np.random.default_rng([seed, start, *tensor.name.encode()])
         return values + (rng.random(values.shape, dtype=np.float32) - np.float32(0.5)) * step
 
-    note = f"{_open(src).name} + uniform noise of one quantization step (seed {seed}), not the original"
+    note = f"{open_model(src).name} + uniform noise of one quantization step (seed {seed}), not the original"
     return _rewrite(src, dst, "F32", noisy, {"general.name": note}, progress)
 
 
@@ -106,7 +106,7 @@ def _rewrite(src, dst, type, change, metadata, progress):
     import gguf
     from tqdm.auto import tqdm
 
-    source, dst = _open(src), path_of(dst, QuantizeError)
+    source, dst = open_model(src), path_of(dst, QuantizeError)
     kinds = {
         name: type if len(shape) > 1 else "F32" for name, shape in source.tensors["shape"].items()
     }
@@ -176,7 +176,7 @@ def _copy_metadata(source, writer, metadata):
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
 
 
-def _open(path):
+def open_model(path):
     """The file as a GGUFFile, or a typed error."""
     try:
         return GGUFFile(path)

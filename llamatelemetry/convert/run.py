@@ -1,0 +1,61 @@
+"""One run of a program of llama.cpp's, with its progress and its last words."""
+
+import re
+import subprocess
+from collections import deque
+
+from .. import logs
+from ..errors import ModelLoadError, QuantizeError
+from ..options import environment
+
+
+def run_tool(command, what, step=None, total=None, bar="", progress=False):
+    """Run a tool, with a progress bar from its own output; returns that output.
+
+    step: a regular expression whose group 1 is the step reached, and group 2 the total unless
+    `total` finds it."""
+    from tqdm.auto import tqdm
+
+    tail = deque(maxlen=400)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment(),
+    )
+    try:
+        with tqdm(desc=bar, disable=not (progress and step)) as meter:
+            pending = ""
+            while chunk := process.stdout.read1(
+                4096
+            ):  # llama-imatrix reports its steps without ending the line
+                pending += chunk.decode("utf-8", "replace")
+                *lines, pending = pending.split("\n")
+                tail.extend(lines)
+                seen = "\n".join([*lines, pending])
+                if total and (found := re.search(total, seen)):
+                    meter.total = int(found[1])
+                for found in re.finditer(step, seen) if step else ():
+                    meter.total = int(found[2]) if found.re.groups > 1 else meter.total
+                    meter.update(max(0, int(found[1]) - meter.n))
+            tail.append(pending)
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        process.stdout.close()
+    words = "\n".join(tail)
+    if code:
+        ending = f"signal {-code}" if code < 0 else f"exit status {code}"
+        error = (
+            ModelLoadError
+            if "failed to load model" in words or "failed to read" in words
+            else QuantizeError
+        )
+        why = logs.reason(words, killed=code < 0)
+        tail = logs.last_words(words)[-1200:]
+        raise error(f"Could not {what} ({ending}{why and f': {why}'}). Its last words:\n{tail}")
+    return words
