@@ -201,30 +201,27 @@ def test_scores_streamed_equal_those_of_the_full_matrix(texts):
             np.testing.assert_allclose(stats[name] * stats["mass"] * n / rows, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["previous_token", "duplicate_token", "induction"])
-def test_detectors_are_transformerlens(name):
-    """Stored scores of transformer_lens 2.15.0's own functions
-    (tests/references/make_heads_reference.py)."""
-    streams = HeadStatistics(REFERENCE["tokens"].tolist(), {})
+@pytest.mark.parametrize(
+    "name, theirs",
+    [
+        ("previous token", "previous_token_head"),
+        ("duplicate", "duplicate_token_head"),
+        ("induction", "induction_head"),
+    ],
+)
+def test_pairs_and_their_share_are_transformerlens(name, theirs):
+    """Patterns and scores of transformer_lens 2.15.0's own functions
+    (tests/references/make_heads_reference.py). The notebook divides by the rows that have a pair
+    instead of by all."""
+    tokens = REFERENCE["tokens"].tolist()
+    pairs = heads_texts.token_pairs(tokens, np.arange(1, len(tokens)))[name]
+    mask = np.zeros((len(tokens), len(tokens)), int)
+    mask[tuple(pairs.T)] = 1
+    np.testing.assert_array_equal(mask, REFERENCE[f"{theirs}_pattern"])
+    streams = HeadStatistics(tokens, {name: pairs})
     for layer in (0, 1):
         streams.action(layer)(REFERENCE["attention"][layer], 0)
-    np.testing.assert_allclose(streams.table()[0][name], REFERENCE[f"{name}_head"], atol=1e-6)
-
-
-def test_random_pairs_are_transformerlens_patterns():
-    """The notebook's scores use the same pairs, divided by the rows that have one instead of
-    all."""
-    tokens = REFERENCE["tokens"]
-    pairs = heads_texts.token_pairs(tokens, np.arange(1, len(tokens)))
-    names = {
-        "previous token": "previous_token",
-        "duplicate": "duplicate_token",
-        "induction": "induction",
-    }
-    for ours, theirs in names.items():
-        mask = np.zeros((len(tokens), len(tokens)), int)
-        mask[tuple(pairs[ours].T)] = 1
-        np.testing.assert_array_equal(mask, REFERENCE[f"{theirs}_head_pattern"])
+    np.testing.assert_allclose(streams.table()[0][name], REFERENCE[theirs], atol=1e-6)
 
 
 def test_a_pattern_may_not_take_the_name_of_a_measure():

@@ -11,27 +11,23 @@ tensor that was asked for last is the current one, with streams of its own."""
 import numpy as np
 
 # One block per (query, head): everything about a row of attention in one pass over it. out: (head,
-# query, 9).
+# query, 6).
 _ROWS = r"""
-extern "C" __global__ void rows(const float* p, const int* token, float* out, int n_query, int n_key, long row_stride,
+extern "C" __global__ void rows(const float* p, float* out, int n_query, int n_key, long row_stride,
                                 long head_stride, int past) {
   const int q = blockIdx.x, h = blockIdx.y, position = past + q;
   const float* row = p + h * head_stride + q * row_stride;
-  float s[7] = {0, 0, 0, 0, 0, 0, 0};
-  const int own = token[position];
+  float s[4] = {0, 0, 0, 0};
   for (int k = threadIdx.x; k <= position && k < n_key; k += blockDim.x) {
     const float w = row[k];
     s[0] += w;
     if (w > 0) s[1] -= w * logf(w);
     s[2] += w * (position - k);
     s[3] = fmaxf(s[3], w);
-    if (k == position - 1) s[4] += w;
-    if (k < position && token[k] == own) s[5] += w;
-    if (k > 0 && token[k - 1] == own) s[6] += w;
   }
-  __shared__ float part[32][7];
+  __shared__ float part[32][4];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int m = 0; m < 7; m++) {
+  for (int m = 0; m < 4; m++) {
     float v = s[m];
     for (int o = 16; o; o >>= 1) {
       const float other = __shfl_down_sync(0xffffffffu, v, o);
@@ -41,28 +37,18 @@ extern "C" __global__ void rows(const float* p, const int* token, float* out, in
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    float* target = out + (h * (long)n_query + q) * 9;
-    for (int m = 0; m < 7; m++) {
+    float* target = out + (h * (long)n_query + q) * 6;
+    for (int m = 0; m < 4; m++) {
       float v = part[0][m];
       for (int w = 1; w < blockDim.x / 32; w++) v = m == 3 ? fmaxf(v, part[w][m]) : v + part[w][m];
       target[m] = v;
     }
-    target[7] = target[1] / logf(fmaxf(position, 1.f) + 1.f);
-    target[8] = row[0];
+    target[4] = target[1] / logf(fmaxf(position, 1.f) + 1.f);
+    target[5] = row[0];
   }
 }
 """
-MEASURES = (
-    "mass",
-    "entropy",
-    "distance",
-    "top",
-    "previous_token",
-    "duplicate_token",
-    "induction",
-    "normalized_entropy",
-    "sink",
-)
+MEASURES = ("mass", "entropy", "distance", "top", "normalized_entropy", "sink")
 
 
 def open_device():
@@ -189,7 +175,7 @@ class Device:
             for part, rows in zip(target, values):
                 self._copy(part, rows)
 
-    def row_sums(self, values, past, tokens):
+    def row_sums(self, values, past):
         """{measure: (head,) float64} sums over the query rows of attention (head, query, key) on
         the device."""
         cupy = self.cupy
@@ -203,7 +189,6 @@ class Device:
             (256,),
             (
                 values,
-                tokens,
                 out,
                 np.int32(n_query),
                 np.int32(n_key),

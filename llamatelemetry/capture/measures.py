@@ -11,17 +11,7 @@ from .finite import check_finite
 from .recorder import on_host
 
 ROWS = 64  # logits rows worked on at a time: bounded memory for vocabularies of 262 thousand
-NAMES = (
-    "entropy",
-    "normalized_entropy",
-    "distance",
-    "sink",
-    "top",
-    "previous_token",
-    "duplicate_token",
-    "induction",
-)
-DETECTED = NAMES[-3:]
+NAMES = ("entropy", "normalized_entropy", "distance", "sink", "top")
 KEEP_LIMIT = 4 * 2**30  # bytes of log-probabilities kept for KL divergences
 
 
@@ -135,7 +125,7 @@ class HeadStatistics:
             raise CaptureError(
                 f"pattern {sorted(taken)[0]!r} has the name of a measure: give it another one."
             )
-        self.n, self.tokens, self.device = len(tokens), np.asarray(tokens), device
+        self.n, self.device = len(tokens), device
         self.threads = min(threads, self.THREADS)
         self._pool = ThreadPoolExecutor(self.threads)
         rows = [np.asarray(value, int).reshape(-1, 2) for value in pairs.values()]
@@ -150,13 +140,9 @@ class HeadStatistics:
         )  # query, key, pattern
         # What this text has no pair of positions for: attention to nothing is no 0.
         self._absent = {name for name, some in zip(self.patterns, rows) if not len(some)}
-        self._absent |= {"previous_token", "normalized_entropy"} if self.n < 2 else set()
-        self._absent |= (
-            {"duplicate_token", "induction"} if len(set(self.tokens.tolist())) == self.n else set()
-        )
+        self._absent |= {"normalized_entropy"} if self.n < 2 else set()
         self.sums = {}  # layer -> {measure: (head,)}, "patterns": (head, pattern)
         self._on_device = {}  # layer -> [(head, measure), (head, pattern) if there are any], fetched once at the end
-        self._ids = {}  # CUDA device number -> the tokens there
 
     def restart(self):
         self.sums.clear()
@@ -167,9 +153,7 @@ class HeadStatistics:
             if isinstance(values, np.ndarray):
                 self._add(self.sums.setdefault(layer, {}), self._on_host(values, past))
                 return
-            if values.device.id not in self._ids:
-                self._ids[values.device.id] = self.device.cupy.asarray(self.tokens, np.int32)
-            found = [self.device.row_sums(values, past, self._ids[values.device.id])]
+            found = [self.device.row_sums(values, past)]
             if self.patterns:
                 found.append(
                     self.device.pair_sums(
@@ -223,11 +207,6 @@ class HeadStatistics:
         np.log(logs, out=logs)
         mass = p.sum(-1)  # (head, query): 1, or less with an attention sink
         entropy = -np.einsum("hqk,hqk->hq", p, logs)
-        earlier = query[query > 0]
-        same = (self.tokens[:n_key] == self.tokens[query][:, None]) & (
-            key < query[:, None]
-        )  # (query, key)
-        same = same.astype(np.float32)
         return {
             "mass": mass.sum(-1),
             "entropy": entropy.sum(-1),
@@ -235,11 +214,6 @@ class HeadStatistics:
             "distance": (query * mass - np.einsum("hqk,k->hq", p, key.astype(np.float32))).sum(-1),
             "sink": p[:, :, 0].sum(-1),
             "top": p.max(-1).sum(-1),
-            "previous_token": p[:, earlier - first, earlier - 1].sum(-1),
-            "duplicate_token": np.einsum("hqk,qk->h", p, same),
-            "induction": np.einsum(
-                "hqk,qk->h", p[:, :, 1:], same[:, :-1]
-            ),  # what followed the duplicate
             "patterns": np.stack(
                 [np.bincount(pattern, weights, len(self.patterns)) for weights in p[:, row, column]]
             ),
@@ -263,7 +237,7 @@ class HeadStatistics:
             check_finite(sums[layer]["mass"], "attention", layer)
             found = sums[layer] | dict(zip(self.patterns, sums[layer]["patterns"].T))
             for name, row in ((name, rows[place]) for name, rows in out.items()):
-                by_mass = name in DETECTED or name in self.patterns
                 if name not in self._absent:
-                    row[: len(found[name])] = found[name] / (found["mass"] if by_mass else self.n)
+                    whole = found["mass"] if name in self.patterns else self.n
+                    row[: len(found[name])] = found[name] / whole
         return out, layers
