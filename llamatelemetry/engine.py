@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from .arguments import whole, writable
 from .errors import (
@@ -32,6 +33,9 @@ from .server.completion import (  # noqa: F401  InferResult is public here
 )
 from .server.loading import settle
 from .server.manager import ServerManager, find_server
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class InferenceEngine:
@@ -407,6 +411,12 @@ class InferenceEngine:
         stages=("attention", "hidden"), layers=None, queries=None, edits=(), generate=0, seed=0,
         temperature=0.0."""
         return self._call("capture", text, **kwargs)
+
+    def stages(self) -> "pd.DataFrame":
+        """What this model's captures can hold, a DataFrame by stage: dims; there: whether the model
+        has it; layers: those that have it, () for a stage without layers; why it is not there, or
+        not in every layer. Decided from the model's graph, without a capture."""
+        return self._call("stages")
 
     def head_statistics(self, text, **kwargs):
         """Statistics of every head in bounded memory, a Dataset of (layer, head):

@@ -107,7 +107,6 @@ def make_models(program, folder, seed=0):
 def check(path):
     """Capture everything of one model and compare it with what its own graph implies."""
     from llamatelemetry.capture.names import STAGES
-    from llamatelemetry.capture.plan import missing
     from llamatelemetry.capture.runs import Runs
     from llamatelemetry.capture.runtime import Runtime
     from llamatelemetry.files.gguf import GGUFFile
@@ -136,7 +135,7 @@ def check(path):
         "architecture": facts.architecture,
         "n_layer": runtime.n_layer,
         "kinds": [layer["kind"] for layer in layers],
-        "missing": {stage: missing(plan, stage, runtime.n_layer) for stage in STAGES_SHOWN},
+        "missing": {stage: plan.missing(stage) for stage in STAGES_SHOWN},
         "predicts": vars(runtime.predicts),
         "why_not": plan.why_not,
         "sum": [bool(layer.get("sum")) for layer in layers],

@@ -3,6 +3,7 @@ something is wrong."""
 
 import glob
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from models import IDS, tiny_model
+from models import IDS, tiny_encoder, tiny_model
 
 from llamatelemetry import (
     Capture,
@@ -25,6 +26,7 @@ from llamatelemetry import (
     scale,
 )
 from llamatelemetry.capture.measures import HeadStatistics, Score
+from llamatelemetry.capture.names import STAGES
 from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.heads.texts import token_pairs
 from llamatelemetry.maths import log_softmax
@@ -103,6 +105,32 @@ def test_every_stage_follows_from_the_one_before(full):
             + full.ffn_out.sel(layer=layer)
         )
         np.testing.assert_allclose(full.hidden.sel(layer=layer + 1).values, after.values, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "lfm2", "bert"])
+def test_stages_are_those_that_can_be_captured(tmp_path, kind):
+    path = tiny_encoder(tmp_path) if kind == "bert" else tiny_model(kind, tmp_path)
+    with CaptureSession(path, threads=1) as session:
+        table = session.stages()
+        assert list(table.index) == list(STAGES)
+        for stage, row in table.iterrows():
+            if not row["there"]:
+                with pytest.raises(CaptureError, match=re.escape(row["why"])):
+                    session.capture([2, 3, 4, 5], stage)
+                continue
+            array = session.capture([2, 3, 4, 5], stage)[stage]
+            assert array.dims == row["dims"]
+            assert (
+                tuple(array.coords["layer"].values if "layer" in row["dims"] else ())
+                == row["layers"]
+            )
+            whole = "layer" not in row["dims"] or len(row["layers"]) >= session.model.n_layer
+            assert bool(row["why"]) != whole
+    if kind == "lfm2":  # layers 0 and 2 are convolutions
+        assert table.loc["attention", "layers"] == (1, 3)
+        assert table.loc["attention", "why"].startswith("not in layers 0, 2 (recurrent): ")
+    if kind == "bert":
+        assert "encoder" in table.loc["logits", "why"]
 
 
 def test_sliding_window_is_in_the_mask_of_its_layers_only(full):

@@ -135,9 +135,8 @@ def label(stage, array, layers, pieces, queries=None):
     positions beside."""
     import xarray as xr
 
-    facts = STAGES[stage]
-    dims = (("layer",) if facts.per_layer else ()) + facts.dims
-    coords = {"layer": list(layers)} if facts.per_layer else {}
+    dims = STAGES[stage].all_dims
+    coords = {"layer": list(layers)} if STAGES[stage].per_layer else {}
     labels = np.empty(len(pieces), object)  # text, or bytes where a piece is not UTF-8
     labels[:] = pieces
     for dim in dims:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import CaptureError
-from .names import STAGES
-
-EDITABLE = tuple(name for name, stage in STAGES.items() if stage.editable)
+from .names import EDITABLE, STAGES
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +31,7 @@ class Edit:
             raise CaptureError(
                 f"stage {self.stage!r} cannot be edited; these can: {', '.join(EDITABLE)}."
             )
-        if self.head is not None and "head" not in STAGES[self.stage].dims:
+        if self.head is not None and not STAGES[self.stage].by_head:
             raise CaptureError(f"stage {self.stage!r} has no heads: leave `head` out.")
 
 

@@ -1,59 +1,68 @@
-"""The stages of a capture: what each is, its dims, whether it can be edited; and the few names the
-graph cannot do without."""
+"""The stages of a capture: all that the package must know of each. A new one is an entry here and
+what finds its node, in `stages` or `residual`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Stage:
-    dims: tuple  # after `layer`, which leads where per_layer
+    """dims: of one layer's values.
+
+    embedding: there is one layer more than the model has: 0 is what enters layer 0, l + 1 what
+    leaves layer l. late: computed after attention, where the last layer goes on only with the
+    positions whose logits were asked for. cached: kept in the KV cache, in whose number format
+    attention sees it. masked: what the mask hides may be anything, also no number."""
+
+    dims: tuple
     per_layer: bool = True
+    embedding: bool = False
+    late: bool = False
     editable: bool = False
+    cached: bool = False
+    masked: bool = False
     dtype: str = "float32"
 
+    @property
+    def grid(self):
+        """Whether its values are a grid of positions, (..., query, key)."""
+        return "key" in self.dims
 
+    @property
+    def by_head(self):
+        return "head" in self.dims
+
+    @property
+    def all_dims(self):
+        """Of a captured array: `layer` leads wherever there is one."""
+        return ("layer", *self.dims) if self.per_layer else self.dims
+
+    def layers(self, n_layer):
+        """The layers that it has where it is everywhere; [None] for a stage without layers."""
+        return list(range(n_layer + self.embedding)) if self.per_layer else [None]
+
+
+_STREAM, _HEADS = ("token", "embd"), ("head", "token", "feature")
+_KV_HEADS, _GRID = ("kv_head", "token", "feature"), ("head", "query", "key")
 STAGES = {
-    "attn_norm": Stage(("token", "embd")),
-    "ffn_norm": Stage(("token", "embd")),
-    "q": Stage(("head", "token", "feature"), editable=True),
-    "k": Stage(("kv_head", "token", "feature")),
-    "v": Stage(("kv_head", "token", "feature")),
-    "q_pre": Stage(("head", "token", "feature")),
-    "k_pre": Stage(("kv_head", "token", "feature")),
-    "scores": Stage(("head", "query", "key")),
-    "attention": Stage(("head", "query", "key"), editable=True),
-    "mask": Stage(("query", "key")),
-    "attn_heads": Stage(("head", "token", "feature"), editable=True),
-    "attn_out": Stage(("token", "embd"), editable=True),
-    "ffn_out": Stage(("token", "embd"), editable=True),
-    "ffn_act": Stage(("token", "neuron")),
-    "hidden": Stage(("token", "embd"), editable=True),
-    "router": Stage(("token", "expert")),
-    "experts": Stage(("token", "slot"), dtype="int32"),
-    "expert_weights": Stage(("token", "slot")),
-    "final_norm": Stage(("token", "embd"), per_layer=False),
-    "logits": Stage(("token", "vocab"), per_layer=False),
+    "attn_norm": Stage(_STREAM),
+    "ffn_norm": Stage(_STREAM, late=True),
+    "q": Stage(_HEADS, editable=True),
+    "k": Stage(_KV_HEADS, cached=True),
+    "v": Stage(_KV_HEADS, cached=True),
+    "q_pre": Stage(_HEADS),
+    "k_pre": Stage(_KV_HEADS),
+    "scores": Stage(_GRID, masked=True),
+    "attention": Stage(_GRID, editable=True),
+    "mask": Stage(("query", "key"), masked=True),
+    "attn_heads": Stage(_HEADS, editable=True),
+    "attn_out": Stage(_STREAM, late=True, editable=True),
+    "ffn_out": Stage(_STREAM, late=True, editable=True),
+    "ffn_act": Stage(("token", "neuron"), late=True),
+    "hidden": Stage(_STREAM, embedding=True, late=True, editable=True),
+    "router": Stage(("token", "expert"), late=True),
+    "experts": Stage(("token", "slot"), late=True, dtype="int32"),
+    "expert_weights": Stage(("token", "slot"), late=True),
+    "final_norm": Stage(_STREAM, per_layer=False, late=True),
+    "logits": Stage(("token", "vocab"), per_layer=False, late=True),
 }
-GRIDS = {name for name, stage in STAGES.items() if "key" in stage.dims}
-
-# Operations that mix positions other than by softmax attention: convolutions over time, state-space
-# scans, linear attention. A layer whose block holds one of these and no softmax is recurrent.
-RECURRENT = {
-    "SSM_CONV",
-    "SSM_SCAN",
-    "RWKV_WKV6",
-    "RWKV_WKV7",
-    "GATED_LINEAR_ATTN",
-    "GATED_DELTA_NET",
-    "SOLVE_TRI",
-    "CUMSUM",
-}
-# The residual stream leaves a layer under this name wherever the graph has bypasses (per-layer
-# embeddings, several streams) that hide it from the paths.
-LAYER_OUTPUT = "l_out"
-NORMED, STATES, OUTPUT = (
-    "result_norm",
-    "result_embd",
-    "result_output",
-)  # the final norm, an encoder's states, logits
-OUTPUT_MATRICES = ("output.weight", "token_embd.weight")
+EDITABLE = tuple(name for name, stage in STAGES.items() if stage.editable)

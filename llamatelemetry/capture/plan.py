@@ -30,6 +30,7 @@ class Plan:
     of the graph."""
 
     n_nodes: int
+    n_layer: int
     taps: dict = field(default_factory=dict)
     layers: list = field(default_factory=list)
     why_not: dict = field(default_factory=dict)  # stage -> reason
@@ -42,17 +43,31 @@ class Plan:
         if taps and all(tap is not None for tap in taps):
             self.taps.setdefault(stage, {})[layer] = list(taps)
 
+    def found(self, stage):
+        """The layers that have a stage, in order; [None] for one without layers."""
+        return [layer for layer in STAGES[stage].layers(self.n_layer) if layer in self.of(stage)]
 
-def missing(plan, stage, n_layer):
-    """Layers for which a stage was not found."""
-    layers = (
-        range(n_layer + 1)
-        if stage == "hidden"
-        else range(n_layer)
-        if STAGES[stage].per_layer
-        else [None]
-    )
-    return [layer for layer in layers if layer not in plan.taps.get(stage, {})]
+    def missing(self, stage):
+        """The layers that have it not."""
+        return [
+            layer for layer in STAGES[stage].layers(self.n_layer) if layer not in self.of(stage)
+        ]
+
+    def of(self, stage):
+        """{layer: [Tap, ...]}"""
+        return self.taps.get(stage, {})
+
+    def why(self, stage):
+        """Why layers have it not, in words; "" where all have it."""
+        missing = self.missing(stage)
+        if not missing:
+            return ""
+        reason = self.why_not.get(stage) or "its graph has no node that computes it"
+        if not self.of(stage):
+            return reason
+        kinds = sorted({self.layers[layer]["kind"] for layer in missing if layer < self.n_layer})
+        where = ", ".join(map(str, missing))
+        return f"not in layers {where} ({', '.join(kinds) or 'the last'}): {reason}"
 
 
 def float_param(node, slot):

@@ -5,7 +5,7 @@ import numpy as np
 
 from ..errors import CaptureError
 from .ggml import Scratch, Tensor
-from .names import GRIDS, STAGES
+from .names import STAGES
 
 
 class PlanMismatch(Exception):
@@ -96,7 +96,7 @@ class Copy:
         self._device = device
 
     def __call__(self, values, past):
-        if self.stage in GRIDS:
+        if STAGES[self.stage].grid:
             return self._grid(values, past)
         place = self.target[past : past + len(values)]
         place = place[(slice(None), *(slice(size) for size in values.shape[1:]))]
@@ -148,7 +148,7 @@ class Apply:
 
     def __call__(self, values, past):
         edit = self.edit
-        target = values.swapaxes(0, 1) if edit.stage in GRIDS else values  # (token, ...)
+        target = values.swapaxes(0, 1) if STAGES[edit.stage].grid else values  # (token, ...)
         positions = (
             range(len(target)) if edit.positions is None else [p - past for p in edit.positions]
         )
@@ -173,7 +173,7 @@ class Apply:
             return old * np.float32(edit.factor) if edit.factor else np.zeros_like(old)
         if not self.first:
             return np.zeros_like(old)
-        given = edit.values.swapaxes(0, 1) if "head" in STAGES[edit.stage].dims else edit.values
+        given = edit.values.swapaxes(0, 1) if STAGES[edit.stage].by_head else edit.values
         if edit.head is not None:
             given = given[:, edit.head]
         if positions[-1] >= len(given):
@@ -183,7 +183,7 @@ class Apply:
             )
         given = given[positions]
         if (
-            edit.stage in GRIDS
+            STAGES[edit.stage].grid
         ):  # the cache is longer than the text, or holds only what came in this batch and before
             n_key = old.shape[-1]
             if given[..., n_key:].any():

@@ -5,11 +5,22 @@ block adds is what the sums between two of those nodes add. Where the stream is 
 (normalized between blocks, several strands), of two summands the one that the other was computed
 from is the stream."""
 
-from .graph import VIEWS, base, between, cone, cut_nodes
-from .names import LAYER_OUTPUT, NORMED, OUTPUT, OUTPUT_MATRICES, RECURRENT, STATES
+from .graph import (
+    LAYER_OUTPUT,
+    NORMED,
+    NORMS,
+    OUTPUT,
+    OUTPUT_MATRICES,
+    RECURRENT,
+    STATES,
+    VIEWS,
+    base,
+    between,
+    cone,
+    cut_nodes,
+)
 from .plan import float_param, node_tap
 
-NORMS = {"RMS_NORM", "NORM", "L2_NORM", "GROUP_NORM"}
 # The stream passes through these unchanged in meaning: rows picked (all of them here), views,
 # copies.
 PASSING = VIEWS | {"GET_ROWS", "CONT", "CPY"}

@@ -7,25 +7,13 @@ import numpy as np
 from ..errors import CaptureError, NotFiniteError
 from .finite import MISSING, check_finite
 from .ggml import DTYPES
-from .names import GRIDS, STAGES
+from .names import STAGES
 from .recorder import Apply, Copy, PlanMismatch, Recorder, on_host
 from .stages import find_stages
 
 PLAN_TOKENS = (
     3  # enough for the graph of a prompt; recurrent models have another graph for a single token
 )
-AFTER_LAST_ATTENTION = {
-    "hidden",
-    "attn_out",
-    "ffn_out",
-    "ffn_norm",
-    "ffn_act",
-    "final_norm",
-    "logits",
-    "router",
-    "experts",
-    "expert_weights",
-}
 
 
 class Runs:
@@ -51,30 +39,32 @@ class Runs:
     def taps(self, plan, stage, layer):
         """The Taps of a stage of a layer, in the order of evaluation; raises CaptureError where
         there is none."""
-        found = plan.taps.get(stage, {}).get(layer)
+        found = plan.of(stage).get(layer)
         if found is None:
-            reason = plan.why_not.get(stage) or "its graph has no node that computes it"
+            reason = plan.why(stage)
             where = "" if layer is None else f"layer {layer} of "
             raise CaptureError(
                 f"{where}architecture {self.architecture!r} gives no stage {stage!r}: {reason}."
             )
         return sorted(found, key=lambda tap: tap.index)
 
+    def stages(self):
+        """{stage: {"layers", "why"}}: which layers have it, and why the others have not; from the
+        graph of a prompt."""
+        plan = self.plan(list(range(min(PLAN_TOKENS, self.runtime.n_vocab))))
+        return {name: {"layers": plan.found(name), "why": plan.why(name)} for name in STAGES}
+
     def layers_of(self, plan, stage, wanted=None):
         """The layers that have a stage, [None] for one without layers; wanted: only these."""
         if not STAGES[stage].per_layer:
             self.taps(plan, stage, None)
             return [None]
-        count = self.n_layer + (stage == "hidden")
         for layer in () if wanted is None else wanted:
             if not 0 <= layer < self.n_layer + 1:
                 raise CaptureError(
                     f"layer {layer} is out of range: this model has layers 0 to {self.n_layer - 1}."
                 )
-        have = plan.taps.get(stage, {})
-        layers = [
-            layer for layer in range(count) if layer in have and (wanted is None or layer in wanted)
-        ]
+        layers = [layer for layer in plan.found(stage) if wanted is None or layer in wanted]
         if not layers:
             self.taps(plan, stage, next(iter(wanted)) if wanted else 0)
         return layers
@@ -119,10 +109,7 @@ class Runs:
         def watch_all(recorder, plan):
             if setup:
                 setup(recorder, plan)
-            for stage in plan.taps.keys() - {
-                "mask",
-                "scores",
-            }:  # what the mask hides may be anything
+            for stage in (name for name in plan.taps if not STAGES[name].masked):
                 for layer in plan.taps[stage]:
                     for tap in self.taps(plan, stage, layer):
                         recorder.on(tap, watch(stage, layer))
@@ -176,7 +163,7 @@ class Runs:
                 raise CaptureError(
                     f"an edit names position {max(edit.positions)}: the text has {total} tokens."
                 )
-            if not 0 <= edit.layer < self.n_layer + (edit.stage == "hidden"):
+            if edit.layer not in STAGES[edit.stage].layers(self.n_layer):
                 raise CaptureError(
                     f"an edit names layer {edit.layer} of {edit.stage!r}: there are layers 0 to {self.n_layer - 1}."
                 )
@@ -225,7 +212,7 @@ class Runs:
             kept = self.layers_of(plan, stage, layers)
             shapes = [self.taps(plan, stage, layer)[0].shape for layer in kept]
             widths = tuple(max(sizes) for sizes in zip(*shapes))
-            if stage in GRIDS:
+            if facts.grid:
                 shape = (*widths, total if rows is None else len(rows), total)
             elif len(widths) == 2:
                 shape = (widths[0], total, widths[1])
@@ -261,15 +248,15 @@ class Runs:
             for stage, array in arrays.items():
                 for place, layer in enumerate(layout[stage]["layers"]):
                     target = array[place] if STAGES[stage].per_layer else array
-                    if stage not in GRIDS and target.ndim == 3:
+                    if not STAGES[stage].grid and target.ndim == 3:
                         target = target.swapaxes(
                             0, 1
                         )  # (token, head, feature), as the graph has it
                     for number, tap in enumerate(self.taps(plan, stage, layer)):
-                        rounded = cache if stage in ("k", "v") else None
+                        rounded = cache if STAGES[stage].cached else None
                         recorder.on(tap, Copy(target, stage, number == 0, rows, rounded, device))
 
-        needs_all = bool(AFTER_LAST_ATTENTION & set(stages)) or bool(edits)
+        needs_all = any(STAGES[stage].late for stage in stages) or bool(edits)
         tokens = self.run(tokens, setup, all_logits=needs_all, sampler=sampler)
         return tokens, layout, layer_facts
 

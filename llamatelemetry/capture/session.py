@@ -23,7 +23,7 @@ from ..gpus.cores import physical_cores
 from ..server.loading import described, least_context
 from .data import Capture, token_table
 from .edits import flatten
-from .names import GRIDS, STAGES
+from .names import STAGES
 
 KEPT_ARENAS, KEPT_SHARE = (
     2,
@@ -114,6 +114,22 @@ class CaptureSession:
         self._say_two_starts(text, ids)
         return ids
 
+    def stages(self):
+        """DataFrame by stage, of all that a capture can name: dims; there: whether this model has
+        it; layers: which of its layers have it, () for a stage without layers; why: why it is not
+        there, or not in every layer, "" where it is. Decided from the graph of a prompt."""
+        rows = [
+            {
+                "stage": name,
+                "dims": STAGES[name].all_dims,
+                "there": bool(found["layers"]),
+                "layers": tuple(layer for layer in found["layers"] if layer is not None),
+                "why": found["why"],
+            }
+            for name, found in self._call("stages").items()
+        ]
+        return pd.DataFrame(rows).set_index("stage")
+
     def capture(
         self,
         text_or_ids,
@@ -133,7 +149,8 @@ class CaptureSession:
         one by one, greedily at temperature 0, else drawn with the seed; every stage then covers
         prompt and generated tokens (fewer when the model ends its text). Raises CaptureError for
         what cannot be done, WorkerCrashedError when llama.cpp ended."""
-        stages = (stages,) if isinstance(stages, str) else tuple(dict.fromkeys(stages or ()))
+        stages = [stages] if isinstance(stages, str) else () if stages is None else stages
+        stages = tuple(dict.fromkeys(stages))
         unknown = [stage for stage in stages if stage not in STAGES]
         if unknown or not stages:
             raise CaptureError(
@@ -172,14 +189,14 @@ class CaptureSession:
         for stage, part in answer["layout"].items():
             array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
             if (
-                stage in GRIDS and queries is not None
+                STAGES[stage].grid and queries is not None
             ):  # a text that ended early has fewer positions than asked for
                 array = array[..., : len(there), :]
             kept = None if part["layers"] == [None] else part["layers"]
             parts[stage] = (
                 _crop(stage, array, len(ids), queries),
                 kept,
-                there if stage in GRIDS else None,
+                there if STAGES[stage].grid else None,
             )
         generated = [position >= n_given for position in range(len(ids))]
         return Capture(
@@ -399,9 +416,10 @@ def _chosen(name, values):
 
 def _crop(stage, array, n_tokens, queries):
     """Cut off the positions kept free for tokens that were not generated because the text ended."""
-    dims = (("layer",) if STAGES[stage].per_layer else ()) + STAGES[stage].dims
     sized = {"token", "key"} | ({"query"} if queries is None else set())
-    return array[tuple(slice(n_tokens) if dim in sized else slice(None) for dim in dims)]
+    return array[
+        tuple(slice(n_tokens) if dim in sized else slice(None) for dim in STAGES[stage].all_dims)
+    ]
 
 
 def _environment(env):

@@ -5,9 +5,9 @@ the two products around it. `residual` finds the stream and the blocks. Names on
 and the stream where per-layer inputs bypass it."""
 
 from .ggml import DTYPES
-from .graph import VIEWS, base
+from .graph import NORMS, VIEWS, base
 from .plan import Plan, Tap, float_param, node_tap, view_tap
-from .residual import NORMS, find_block, find_ends, find_stream
+from .residual import find_block, find_ends, find_stream
 
 # Walking back from a query to its rotation: anything that keeps the shape.
 ELEMENTWISE = VIEWS | NORMS | {"SCALE", "MUL", "CONT", "CPY", "CLAMP"}
@@ -15,7 +15,7 @@ ELEMENTWISE = VIEWS | NORMS | {"SCALE", "MUL", "CONT", "CPY", "CLAMP"}
 
 def find_stages(graph, n_tokens, n_layer):
     """A Plan for a recorded Graph of n_tokens tokens."""
-    plan = Plan(len(graph.nodes))
+    plan = Plan(len(graph.nodes), n_layer)
     plan.layers = [
         {"kind": "none", "scale": None, "softcap": 0.0, "sliding": False} for _ in range(n_layer)
     ]

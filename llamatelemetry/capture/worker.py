@@ -72,6 +72,9 @@ class Worker:
     def tokenize(self, text, add_special=True):
         return {"tokens": self.runtime.tokenize(text, add_special)}
 
+    def stages(self):
+        return self.runs.stages()
+
     def tokens(self, prompt):
         tokens = (
             self.runtime.tokenize(prompt)
