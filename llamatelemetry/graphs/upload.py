@@ -7,6 +7,7 @@ import logging
 from ..errors import GraphistryError
 from ..files import places
 from ..views import theme
+from ..views.graph_page import categories, is_numbers
 from ..views.text import html
 
 KEY_ID = ("Graphistry_Personal_Key_ID", "GRAPHISTRY_PERSONAL_KEY_ID")
@@ -77,13 +78,11 @@ def bind_graph(client, graph):
 
 def _colors(values):
     """The arguments that give a column the colours it has on the offline page."""
-    from ..views.graph_page import MISSING, RAMP, categories, is_numbers
-
     if is_numbers(values):
-        return dict(palette=list(RAMP), as_continuous=True)
+        return dict(palette=list(theme.RAMP), as_continuous=True)
     names = categories(values)[0]
     mapping = {name: color for name, color in zip(names, theme.CATEGORIES[:-1])}  # as on the page
-    return dict(as_categorical=True, categorical_mapping=mapping, default_mapping=MISSING)
+    return dict(as_categorical=True, categorical_mapping=mapping, default_mapping=theme.MISSING)
 
 
 def upload_graph(graph, credentials, privacy, server, protocol, saved, height):

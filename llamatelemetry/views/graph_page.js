@@ -1,32 +1,25 @@
 // Data: nodes 0..N-1 with x, y; edges 0..M-1, the heaviest first. Screen = world * scale + offset, in CSS pixels.
-const $ = id => document.getElementById(id);
 const X = unpack(DATA.x), Y = unpack(DATA.y), SRC = unpack(DATA.source), DST = unpack(DATA.target);
 const N = X.length, M = SRC.length, WEIGHT = DATA.weight ? unpack(DATA.weight) : null;
 const KIND = DATA.kind ? unpack(DATA.kind.codes) : new Int32Array(N);
-const LABELS = DATA.labels, SHORT = DATA.short, LOWER = LABELS.map(text => text.toLowerCase());
+const LABELS = DATA.labels, SHORT = LABELS.map(text => short(text, 28)), LOWER = LABELS.map(text => text.toLowerCase());
 const canvas = $('canvas'), view = canvas.getContext('2d');
 const cache = document.createElement('canvas'), context = cache.getContext('2d');
-const BINS = 24, OWN = DATA.categories.length - 1;  // the last category colour is grey: everything without its own
+const CATEGORIES = Array.from({length: 7}, (_, i) => cssColor(`--c${i}`)), OTHER = cssColor('--missing'), BINS = 24;
 
 // Which paint each element has: an index into a list of colours.
-function ramp(share) {
-  const at = Math.max(0, Math.min(1, share)) * (DATA.ramp.length - 1);
-  const low = Math.min(Math.floor(at), DATA.ramp.length - 2);
-  const part = at - low, channel = (hex, i) => parseInt(hex.slice(1 + 2 * i, 3 + 2 * i), 16);
-  const mixed = i => Math.round(channel(DATA.ramp[low], i) * (1 - part) + channel(DATA.ramp[low + 1], i) * part);
-  return `rgb(${[0, 1, 2].map(mixed)})`;
-}
 function paints(encoding, count) {
   const index = new Uint8Array(count);
-  if (!encoding) return {index, colors: [DATA.categories[0]]};
+  if (!encoding) return {index, colors: [CATEGORIES[0]]};
   if (encoding.names) {
     const codes = unpack(encoding.codes);
-    for (let i = 0; i < count; i++) index[i] = codes[i] < 0 || codes[i] >= OWN ? OWN : codes[i];
-    return {index, colors: [...DATA.categories.slice(0, OWN), DATA.missing]};
+    for (let i = 0; i < count; i++) index[i] = codes[i] in CATEGORIES ? codes[i] : CATEGORIES.length;
+    return {index, colors: [...CATEGORIES, OTHER]};
   }
   const share = unpack(encoding.share);
   for (let i = 0; i < count; i++) index[i] = share[i] < 0 ? BINS : Math.min(BINS - 1, Math.floor(share[i] * BINS));
-  return {index, colors: [...Array.from({length: BINS}, (_, bin) => ramp((bin + 0.5) / BINS)), DATA.missing]};
+  const ramp = Array.from({length: BINS}, (_, bin) => `rgb(${viridis((bin + 0.5) / BINS).map(Math.round)})`);
+  return {index, colors: [...ramp, OTHER]};
 }
 const NODE = paints(DATA.color, N), EDGE = DATA.edgeColor ? paints(DATA.edgeColor, M) : null;
 const BASE = Math.max(1.6, Math.min(4.5, 55 / Math.sqrt(N)));  // CSS pixels
@@ -158,7 +151,7 @@ function liveEdges(i) {
   }
   return edges;
 }
-function dot(to, i, extra) {
+function disc(to, i, extra) {
   const x = X[i] * graph.scale + graph.dx, y = Y[i] * graph.scale + graph.dy;
   const r = RADIUS[i] * grow() + extra, edge = r + margin;
   if (x < -edge || y < -edge || x > width + edge || y > height + edge) return false;
@@ -172,7 +165,7 @@ function paintNodes(focus) {
       context.fillStyle = NODE.colors[paint]; context.globalAlpha = pass ? 1 : 0.18; context.beginPath();
       let inPath = 0;
       for (const i of members) {
-        if (!graph.shown[i] || (focus && near.has(i) !== !!pass) || !dot(context, i, 0) || ++inPath < 16) continue;
+        if (!graph.shown[i] || (focus && near.has(i) !== !!pass) || !disc(context, i, 0) || ++inPath < 16) continue;
         context.fill(); context.beginPath(); inPath = 0;
       }
       context.fill();
@@ -182,10 +175,10 @@ function paintNodes(focus) {
 }
 function marks() {
   view.lineWidth = 2; view.strokeStyle = colors.accent; view.beginPath();
-  for (const i of graph.matches) dot(view, i, 3);
+  for (const i of graph.matches) disc(view, i, 3);
   view.stroke();
   view.strokeStyle = colors.fg; view.beginPath();
-  for (const i of [graph.selected, graph.hovered, graph.match]) if (i >= 0) dot(view, i, 2);
+  for (const i of [graph.selected, graph.hovered, graph.match]) if (i >= 0) disc(view, i, 2);
   view.stroke();
 }
 // Labels: what is pointed at, selected or found first, then the largest nodes, none over another.
@@ -216,7 +209,6 @@ function paintNames() {
 }
 function status() {
   const of = (some, all, what) => `${some.toLocaleString('en')} of ${all.toLocaleString('en')} ${what}`;
-  const text = `${of(graph.shownNodes, N, 'nodes')}, ${of(graph.shownEdges, M, 'edges')}; ${DATA.note}. ` +
-    'Wheel: zoom; drag: move; click: neighbours; Escape: clear.';
+  const text = `${of(graph.shownNodes, N, 'nodes')}, ${of(graph.shownEdges, M, 'edges')}`;
   if ($('status').textContent !== text) $('status').textContent = text;
 }

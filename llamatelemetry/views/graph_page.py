@@ -4,45 +4,12 @@ edge weight.
 The script is graph_page.js and graph_page_ui.js; `window.graph` in the page is its state, for tests
 and for whoever opens the console."""
 
-from importlib import resources
-
 import numpy as np
 import pandas as pd
 
-from . import theme
 from .packing import pack
 from .page import Page
-from .text import seen, shorten
-
-# Viridis (van der Walt and Smith 2015) at 9 even steps: numeric colours; both ends differ from
-# white and from black.
-RAMP = (
-    "#440154",
-    "#472d7b",
-    "#3b528b",
-    "#2c728e",
-    "#21918c",
-    "#28ae80",
-    "#5ec962",
-    "#addc30",
-    "#fde725",
-)
-MISSING = "#9a9a9a"  # rows without a value, and categories beyond those with a colour of their own
-_BODY = """
-<h1 id="title"></h1>
-<div class="controls">
-  <input id="search" type="search" placeholder="search label" aria-label="search label" autocomplete="off">
-  <span id="found" class="note" role="status"></span>
-  <label id="weightbox"><span id="weightname"></span> <input id="weight" type="range" min="0" max="1000" value="0">
-  <output id="weightvalue"></output></label>
-  <label><input id="names" type="checkbox" checked> labels</label>
-  <button id="fit" type="button">fit</button>
-</div>
-<div id="frame"><canvas id="canvas" tabindex="0" aria-label="graph"></canvas><div id="tip" class="mono" hidden></div>
-<aside id="side" hidden></aside></div>
-<div id="legend" class="controls"></div>
-<p class="note" id="status"></p>
-"""
+from .text import seen
 
 
 def is_numbers(values):
@@ -113,48 +80,30 @@ def graph_page(
     positions = np.asarray(positions, dtype=np.float32).reshape(-1, 2)
     pairs = np.asarray(pairs, dtype=np.int32).reshape(-1, 2)
     strength = np.ones(len(pairs)) if weight is None else np.asarray(weight, dtype=np.float64)
-    order = np.argsort(
-        -strength, kind="stable"
-    )  # the strongest first: while moving, they are the ones drawn
-    edge_values = (
-        None if edge_color is None else pd.Series(edge_color).reset_index(drop=True).iloc[order]
-    )
+    order = np.argsort(-strength, kind="stable")  # the strongest first, as the page's filter wants
+    if edge_color is not None:
+        edge_color = pd.Series(edge_color).reset_index(drop=True).iloc[order]
+    if edge_labels is not None:
+        edge_labels = [_cell(text) for text in np.asarray(edge_labels, object)[order]]
     details = pd.DataFrame() if details is None else details
-    labels = [seen(text) for text in labels]
     data = {
-        "title": title,
-        "note": note,
         "x": pack(positions[:, 0]),
         "y": pack(positions[:, 1]),
         "source": pack(pairs[order, 0]),
         "target": pack(pairs[order, 1]),
         "weight": None if weight is None else pack(strength[order]),
         "weightName": "weight" if getattr(weight, "name", None) is None else str(weight.name),
-        "labels": labels,
-        "short": [shorten(label, 28) for label in labels],
+        "labels": [seen(text) for text in labels],
         "color": _encode(color),
         "kind": None if kind is None else _encode(kind.astype(object).map(str, na_action="ignore")),
         "size": _encode(size),
-        "edgeColor": _encode(edge_values),
-        "edgeLabels": None
-        if edge_labels is None
-        else [_cell(text) for text in np.asarray(edge_labels, object)[order]],
+        "edgeColor": _encode(edge_color),
+        "edgeLabels": edge_labels,
         "details": {
             str(column): [_cell(value) for value in details[column].tolist()] for column in details
         },
-        "categories": list(theme.CATEGORIES),
-        "missing": MISSING,
-        "ramp": list(RAMP),
     }
-    files = resources.files(__package__)
-    return Page(
-        title,
-        _BODY,
-        "".join(
-            files.joinpath(name).read_text(encoding="utf-8")
-            for name in ("graph_page.js", "graph_page_ui.js")
-        ),
-        data,
-        style=files.joinpath("graph_page.css").read_text(encoding="utf-8"),
-        height=height,
+    scripts = ("graph_page", "graph_page_ui")
+    return Page.of(
+        __package__, "graph_page", data, title=title, about=note, scripts=scripts, height=height
     )

@@ -28,16 +28,15 @@ function select(i) {
   graph.selected = i; near = new Set(i < 0 ? [] : [i]);
   const side = $('side'); side.hidden = i < 0; side.replaceChildren();
   if (i >= 0) {
-    const edges = liveEdges(i).sort((a, b) => a - b), head = document.createElement('h2');
-    head.textContent = `${LABELS[i]}: ${edges.length} edge${edges.length === 1 ? '' : 's'}`; side.append(head);
+    const edges = liveEdges(i).sort((a, b) => a - b);
+    side.append(el('h2', {}, `${LABELS[i]}: ${edges.length} edge${edges.length === 1 ? '' : 's'}`));
     for (const e of edges) {
       const other = SRC[e] === i ? DST[e] : SRC[e]; near.add(other);
       if (side.children.length > 40) continue;
-      const [row, name, value] = ['button', 'span', 'span'].map(tag => document.createElement(tag));
-      name.textContent = (SRC[e] === i ? '→ ' : '← ') + LABELS[other];
-      const said = [DATA.edgeLabels && DATA.edgeLabels[e], WEIGHT && format(WEIGHT[e])];
-      value.textContent = said.filter(Boolean).join(' ');
-      row.append(name, value); row.onclick = () => { select(other); centre(other); }; side.append(row);
+      const said = [DATA.edgeLabels && DATA.edgeLabels[e], WEIGHT && format(WEIGHT[e])].filter(Boolean).join(' ');
+      const name = (SRC[e] === i ? '→ ' : '← ') + LABELS[other];
+      const row = el('button', {}, el('span', {}, name), el('span', {}, said));
+      row.onclick = () => { select(other); centre(other); }; side.append(row);
     }
   }
   dirty = true; draw();
@@ -53,6 +52,7 @@ function search() {
   $('found').textContent = text ? `${graph.matches.length} found` + (graph.matches.length ? ', Enter: next' : '') : '';
   draw();
 }
+// The shortest text of a number in four digits: weights are often whole.
 const format = value => Number(value.toPrecision(4)).toString();
 
 function zoom(factor, px, py) {
@@ -107,32 +107,26 @@ $('fit').addEventListener('click', fit);
 
 function legend() {
   const box = $('legend');
-  const item = (color, text, edge) => {
-    const label = document.createElement('label'), swatch = document.createElement('span');
-    swatch.className = edge ? 'swatch edge' : 'swatch'; swatch.style.background = color;
-    label.append(swatch, text); return label;
-  };
-  const scale = encoding => {
-    const label = document.createElement('span'), bar = document.createElement('span');
-    bar.className = 'ramp'; bar.style.background = `linear-gradient(to right, ${DATA.ramp.join(',')})`;
-    label.append(`${encoding.name} ${format(encoding.range[0])} `, bar, ` ${format(encoding.range[1])}`);
-    box.append(label);
-  };
+  const name = encoding => box.append(el('strong', {}, encoding.name));
+  const item = (color, text, edge) => el(
+    'label', {}, el('span', {class: edge ? 'swatch edge' : 'swatch', style: `background:${color}`}), text);
+  const scale = ({name, range}) => box.append(
+    el('span', {}, `${name} ${format(range[0])} `, el('span', {class: 'ramp'}), ` ${format(range[1])}`));
   const listed = (encoding, edge) => {
-    box.append(Object.assign(document.createElement('strong'), {textContent: encoding.name}));
-    encoding.names.slice(0, OWN).forEach((name, i) => box.append(item(DATA.categories[i], name, edge)));
-    if (encoding.names.length > OWN) box.append(item(DATA.missing, `${encoding.names.length - OWN} others`, edge));
+    name(encoding);
+    encoding.names.slice(0, CATEGORIES.length).forEach((text, i) => box.append(item(CATEGORIES[i], text, edge)));
+    const others = encoding.names.length - CATEGORIES.length;
+    if (others > 0) box.append(item(OTHER, `${others} others`, edge));
   };
   const same = DATA.kind && DATA.color && DATA.color.names && DATA.color.name === DATA.kind.name;
   if (DATA.kind) {
-    box.append(Object.assign(document.createElement('strong'), {textContent: DATA.kind.name}));
+    name(DATA.kind);
     const counts = new Map(); for (const code of KIND) counts.set(code, (counts.get(code) || 0) + 1);
-    [...DATA.kind.names, ...(counts.has(-1) ? ['none'] : [])].forEach((name, at) => {
-      const code = at < DATA.kind.names.length ? at : -1, tick = document.createElement('input');
-      const text = `${name} (${counts.get(code)})`;
-      const color = code >= 0 && code < OWN ? DATA.categories[code] : DATA.missing;
-      const label = same ? item(color, text) : Object.assign(document.createElement('label'), {textContent: text});
-      tick.type = 'checkbox'; tick.checked = true; tick.dataset.kind = name;
+    [...DATA.kind.names, ...(counts.has(-1) ? ['none'] : [])].forEach((kind, at) => {
+      const code = at < DATA.kind.names.length ? at : -1, text = `${kind} (${counts.get(code)})`;
+      const tick = el('input', {type: 'checkbox', 'data-kind': kind});
+      const label = same ? item(CATEGORIES[code] || OTHER, text) : el('label', {}, text);
+      tick.checked = true;
       tick.onchange = () => { if (tick.checked) graph.kinds.add(code); else graph.kinds.delete(code); filter(); };
       label.prepend(tick); box.append(label);
     });
@@ -141,7 +135,7 @@ function legend() {
   if (DATA.size) box.append(`area: ${DATA.size.name} ${format(DATA.size.range[0])} to ${format(DATA.size.range[1])}`);
   if (DATA.edgeColor) { if (DATA.edgeColor.names) listed(DATA.edgeColor, true); else scale(DATA.edgeColor); }
 }
-$('title').textContent = DATA.title; $('weightname').textContent = `${DATA.weightName} ≥`;
+$('weightname').textContent = `${DATA.weightName} ≥`;
 if (WEIGHT && M && WEIGHT[0] > WEIGHT[M - 1]) {
   // The slider runs over ranks, so that each step removes as many edges whatever the weights' distribution.
   $('weight').addEventListener('input', event => {

@@ -1,4 +1,4 @@
-// Shared by the attention pages: elements, numbers, colours, and weights stored as lower triangles.
+// Shared by all pages: elements, numbers, colours; by those of attention: weights stored as lower triangles.
 const $ = id => document.getElementById(id);
 const SVG = 'http://www.w3.org/2000/svg';
 function el(tag, attributes = {}, ...children) {
@@ -20,26 +20,24 @@ function short(text, n) {
   return all.length <= n ? text : all.slice(0, n - 1).join('') + '…' + (text.includes('\u2068') ? '\u2069' : '');
 }
 
-// Viridis, sampled; between samples linear. Signed values run from blue over the page's background to red.
-const VIRIDIS = ['440154', '482878', '3e4989', '31688e', '26828e', '1f9e89', '35b779', '6ece58', 'b5de2b', 'fde725']
-  .map(hex => [0, 2, 4].map(i => parseInt(hex.slice(i, i + 2), 16)));
+// Magnitudes in the theme's ramp, between its samples linear. Signed values run over the page's background.
+const rgb = color => [1, 3, 5].map(i => parseInt(color.slice(i, i + 2), 16));
+const between = (a, b, share) => a.map((from, c) => from + share * (b[c] - from));
+const RAMP = cssColor('--ramp').split(',').map(rgb);
 function viridis(t) {
-  const x = Math.min(Math.max(t, 0), 1) * (VIRIDIS.length - 1), i = Math.min(Math.floor(x), VIRIDIS.length - 2);
-  return VIRIDIS[i].map((a, c) => a + (x - i) * (VIRIDIS[i + 1][c] - a));
+  const x = Math.min(Math.max(t, 0), 1) * (RAMP.length - 1), i = Math.min(Math.floor(x), RAMP.length - 2);
+  return between(RAMP[i], RAMP[i + 1], x - i);
 }
-function background() {
-  const hex = cssColor('--bg').slice(1); return [0, 2, 4].map(i => parseInt(hex.slice(i, i + 2), 16));
-}
-function signed(t, bg = background()) {
-  const dark = bg[0] < 128, s = Math.min(Math.abs(t), 1);
-  const end = t < 0 ? (dark ? [86, 180, 233] : [33, 102, 172]) : (dark ? [244, 109, 67] : [178, 24, 43]);
-  return bg.map((a, c) => a + s * (end[c] - a));
+const background = () => rgb(cssColor('--bg'));
+const diverging = () => ['--bg', '--less', '--more'].map(name => rgb(cssColor(name)));
+function signed(t, [middle, less, more] = diverging()) {
+  return between(middle, t < 0 ? less : more, Math.min(Math.abs(t), 1));
 }
 // One row of cells for a vector, signed around zero; limit: the value with full colour. Exact values on hover.
 function strip(values, limit, name) {
   const canvas = el('canvas', {width: values.length, height: 1, class: 'strip', role: 'img', 'aria-label': name || ''});
-  const ctx = canvas.getContext('2d'), image = ctx.createImageData(values.length, 1), bg = background();
-  for (let i = 0; i < values.length; i++) image.data.set([...signed(values[i] / (limit || 1), bg), 255], 4 * i);
+  const ctx = canvas.getContext('2d'), image = ctx.createImageData(values.length, 1), ends = diverging();
+  for (let i = 0; i < values.length; i++) image.data.set([...signed(values[i] / (limit || 1), ends), 255], 4 * i);
   ctx.putImageData(image, 0, 0);
   canvas.addEventListener('mousemove', event => {
     const i = Math.min(values.length - 1, Math.floor(event.offsetX / canvas.clientWidth * values.length));

@@ -10,17 +10,13 @@ from string import Template
 
 from ..errors import OutputError
 from ..files.outputs import path_of, written
+from . import theme
 from .text import html
 
-# Colours as CSS variables so that every page follows the reader's light or dark setting.
-# --c0..--c7: theme.CATEGORIES.
 _STYLE = """
-:root { --bg:#ffffff; --panel:#f5f5f5; --fg:#1b1b1b; --muted:#5f5f5f; --line:#cccccc; --accent:#0072B2;
-  --c0:#0072B2; --c1:#E69F00; --c2:#009E73; --c3:#CC79A7; --c4:#56B4E9; --c5:#D55E00; --c6:#F0E442; --c7:#7F7F7F; }
-@media (prefers-color-scheme: dark) { :root { --bg:#141414; --panel:#1f1f1f; --fg:#ececec; --muted:#a8a8a8;
-  --line:#444444; --accent:#56B4E9; } }
 * { box-sizing:border-box; }
-body { margin:0; padding:12px; background:var(--bg); color:var(--fg); font:14px/1.45 system-ui,'DejaVu Sans',sans-serif; }
+body { margin:0; padding:12px; background:var(--bg); color:var(--fg);
+  font:14px/1.45 system-ui,'DejaVu Sans',sans-serif; }
 h1 { font-size:16px; margin:0 0 8px; } h2 { font-size:14px; margin:12px 0 6px; }
 button,select,input { font:inherit; color:var(--fg); background:var(--panel); border:1px solid var(--line);
   border-radius:4px; padding:2px 6px; }
@@ -56,9 +52,10 @@ class Page:
         self.height = height
         self.html = (
             f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html(title)}</title>"
-            "<meta name='viewport' content='width=device-width'><meta http-equiv='Content-Security-Policy' "
-            "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:\">"
-            f"<style>{_STYLE}{style}</style></head><body>{body}"
+            "<meta name='viewport' content='width=device-width'>"
+            "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; "
+            "style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:\">"
+            f"<style>{theme.css_variables()}{_STYLE}{style}</style></head><body>{body}"
             f"<script type='application/json' id='data'>{payload}</script>"
             f"<script>'use strict';{_SCRIPT}{script}</script></body></html>"
         )

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
+from plotly.colors import sequential
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
@@ -20,9 +21,11 @@ from .text import (  # noqa: F401
     token_text,
 )
 
-# Magnitudes: perceptually even. Signed values: diverging, always centred on zero. Categories: Okabe
-# and Ito (2008), distinguishable with every common colour-vision deficiency.
+# Magnitudes: perceptually even (van der Walt and Smith 2015). Signed values: diverging, always
+# centred on zero. Categories: Okabe and Ito (2008), distinguishable with every common colour-vision
+# deficiency. Pages have all of these as CSS variables.
 MAGNITUDE = "Viridis"
+RAMP = tuple(getattr(sequential, MAGNITUDE))  # samples; between them linear
 SIGNED = "RdBu_r"
 CATEGORIES = (
     "#0072B2",
@@ -34,6 +37,7 @@ CATEGORIES = (
     "#F0E442",
     "#7F7F7F",
 )
+MISSING = "#9a9a9a"  # what has no value, and categories beyond those with a colour of their own
 # The same thing has the same colour everywhere.
 COLOR = {
     "attention": CATEGORIES[0],
@@ -47,6 +51,30 @@ COLOR = {
     "baseline": CATEGORIES[7],
     "cpu": CATEGORIES[0],
     "gpu": CATEGORIES[2],
+}
+# What pages draw with, light and dark. "less" and "more": the ends of signed values, whose middle is
+# the page's background.
+PAGE = {
+    "light": {
+        "bg": "#ffffff",
+        "panel": "#f5f5f5",
+        "fg": "#1b1b1b",
+        "muted": "#5f5f5f",
+        "line": "#cccccc",
+        "accent": CATEGORIES[0],
+        "less": "#2166ac",
+        "more": "#b2182b",
+    },
+    "dark": {
+        "bg": "#141414",
+        "panel": "#1f1f1f",
+        "fg": "#ececec",
+        "muted": "#a8a8a8",
+        "line": "#444444",
+        "accent": CATEGORIES[4],
+        "less": "#56b4e9",
+        "more": "#f46d43",
+    },
 }
 WIDTH = 900  # Kaggle's output column, pixels
 TICK = 18  # characters of a tick label
@@ -162,6 +190,18 @@ def setup():
         return
     if get_ipython() is not None:
         display(HTML(plotly_script()))
+
+
+def css_variables():
+    """The palette as a style sheet: --bg, --fg, ... by the reader's light or dark setting, --c0 to
+    --c7 the categories, --missing, --ramp the samples of magnitudes."""
+    every = {f"c{number}": color for number, color in enumerate(CATEGORIES)}
+    every |= {"missing": MISSING, "ramp": ",".join(RAMP)}
+    light, dark = (
+        ":root {" + "".join(f"--{name}:{color};" for name, color in colors.items()) + "}"
+        for colors in (PAGE["light"] | every, PAGE["dark"])
+    )
+    return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n"
 
 
 def titled(title):
