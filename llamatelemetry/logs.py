@@ -33,9 +33,8 @@ def reason(log, killed=False):
             return found[-1].strip()
     for form in () if killed else _TROUBLE:
         if found := [line for line in lines[-_FEW:] if form.search(line)]:
-            return _PREFIX.sub(
-                "", found[0]
-            ).strip()  # the cause comes before those that it brought down
+            # The cause comes before those that it brought down
+            return _PREFIX.sub("", found[0]).strip()
     return ""
 
 

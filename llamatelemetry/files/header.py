@@ -115,10 +115,8 @@ class Header:
     def _read_header(self):
         n_tensors, n_keys = struct.unpack_from("<QQ", self.buffer, 8)
         at = 24
-        self.metadata, self.kinds = (
-            {},
-            {},
-        )  # kinds: key -> its GGUFValueType, or (ARRAY, that of the values)
+        # kinds: key -> its GGUFValueType, or (ARRAY, that of the values)
+        self.metadata, self.kinds = ({}, {})
         for _ in range(n_keys):
             key, at = self._name(at)
             kind, at = self._u32(at)

@@ -71,9 +71,8 @@ def all_cached():
     files = []
     cache = Path(constants.HF_HUB_CACHE)
     for path in model_files(sorted(cache.glob("models--*/snapshots/*/**/*.gguf"))):
-        parts = path.relative_to(
-            cache
-        ).parts  # models--OWNER--NAME, snapshots, revision, the file's path
+        # models--OWNER--NAME, snapshots, revision, the file's path
+        parts = path.relative_to(cache).parts
         files.append(
             (
                 f"{parts[0].removeprefix('models--').replace('--', '/', 1)}:{'/'.join(parts[3:])}",
@@ -130,12 +129,7 @@ def download(repo, file, progress=True):
 
 def _check_room(repo, parts):
     """Refused where the disk has no room for the parts that are still to be fetched."""
-    from huggingface_hub import (
-        constants,
-        get_hf_file_metadata,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     from .places import free_bytes
 

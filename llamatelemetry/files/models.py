@@ -119,9 +119,8 @@ def _from_path(path):
             f"{path.name} is part of a split model and its first part, {first.name}, is not "
             "beside it. Fetch all parts into one folder."
         )
-    return (
-        first.absolute()
-    )  # links stay: the parts of a split model lie beside each other under their names
+    # Links stay: the parts of a split model lie beside each other under their names
+    return first.absolute()
 
 
 # Names

@@ -117,9 +117,8 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
     model: a GGUF file is what is written; nothing else takes the place of one. Raises `error` for
     what the file system refuses, too."""
     dst = check_output(dst, inputs, model, error)
-    temporary = dst.with_name(
-        f".{secrets.token_hex(8)}.partial"
-    )  # another one each time, and shorter than any limit
+    # Another one each time, and shorter than any limit
+    temporary = dst.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(dst.parent).free
@@ -147,9 +146,8 @@ def _is_model(path):
     try:
         with open(path, "rb") as file:
             head = file.read(9)
-            size = int.from_bytes(
-                head[:8], "little"
-            )  # safetensors: the bytes of the JSON that follows
+            # Safetensors: the bytes of the JSON that follows
+            size = int.from_bytes(head[:8], "little")
             foreign = (
                 head[8:] == b"{" and size < 10**8 and b'"llamatelemetry"' not in file.read(size)
             )

@@ -77,9 +77,8 @@ def _attached_secret(label):
             from kaggle_secrets import UserSecretsClient
 
             answers.append(UserSecretsClient().get_secret(label))
-        except (
-            Exception
-        ) as error:  # not on Kaggle, nothing attached, no connection: each a type of its own
+        # Not on Kaggle, nothing attached, no connection: each a type of its own
+        except Exception as error:
             answers.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)

@@ -17,13 +17,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from .programs import engine_folder
 
-_PLAIN = {
-    "F64": "<f8",
-    "I8": "<i1",
-    "I16": "<i2",
-    "I32": "<i4",
-    "I64": "<i8",
-}  # types that are NumPy's own
+# Types that are NumPy's own
+_PLAIN = {"F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 _LIMIT = 1024  # llama.cpp numbers its types without gaps, 43 by now: a larger number is damage
 
 

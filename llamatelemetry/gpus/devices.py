@@ -41,9 +41,8 @@ def _nvml():
         import pynvml
 
         pynvml.nvmlInit()
-    except (
-        Exception
-    ):  # not installed, no driver, driver and library of different versions: no GPU to be had
+    # Not installed, no driver, driver and library of different versions: no GPU to be had
+    except Exception:
         return None
     return pynvml
 

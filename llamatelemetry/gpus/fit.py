@@ -27,9 +27,8 @@ _PERIOD = {
 
 def sliding_layers(gguf):
     """One bool per layer: does it keep only a sliding window of keys and values?"""
-    if (
-        not gguf.sliding_window or gguf.architecture == "phi3"
-    ):  # llama.cpp runs Phi 3 without its window
+    # llama.cpp runs Phi 3 without its window
+    if not gguf.sliding_window or gguf.architecture == "phi3":
         return [False] * gguf.n_layer
     pattern = gguf.metadata.get(f"{gguf.architecture}.attention.sliding_window_pattern")
     if isinstance(pattern, (list, tuple)):

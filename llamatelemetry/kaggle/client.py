@@ -21,12 +21,8 @@ from ..errors import StageError
 
 SILENCE_S = 300  # of a connection, before a request counts as failed
 PATIENCE_S = 5 * 60  # with failures that may pass
-RUNNING = (
-    "QUEUED",
-    "RUNNING",
-    "NEW_SCRIPT",
-    "CANCEL_REQUESTED",
-)  # of kagglesdk's KernelWorkerStatus
+# Of kagglesdk's KernelWorkerStatus
+RUNNING = ("QUEUED", "RUNNING", "NEW_SCRIPT", "CANCEL_REQUESTED")
 TOKEN = (
     "Kaggle: Settings, API, Generate New Token, kept in ~/.kaggle/access_token or KAGGLE_API_TOKEN; "
     "~/.kaggle/kaggle.json and `kaggle auth login` work, too."
@@ -169,9 +165,7 @@ class Kaggle:
 
     def log(self, name):
         """The lines that a kernel's last run printed; [] where Kaggle has none (yet)."""
-        from kagglesdk.kernels.types.kernels_api_service import (
-            ApiListKernelSessionOutputRequest,
-        )
+        from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
 
         request = ApiListKernelSessionOutputRequest()
         request.user_name, request.kernel_slug = name.split("/")
@@ -205,9 +199,8 @@ def _authenticated():
     upload = api._upload_file
 
     def upload_or_raise(name, *rest, **options):
-        if (
-            file := upload(name, *rest, **options)
-        ) is None:  # 1.8 goes on, and the dataset lacks it
+        # 1.8 goes on, and the dataset lacks it
+        if (file := upload(name, *rest, **options)) is None:
             raise ValueError(f"Upload unsuccessful: {name}")
         return file
 

@@ -47,9 +47,8 @@ _NO_ENGINE = (
     "Attach the output of the engine kernel (Add Input, Your Work, Notebooks), or the wheel that "
     "`llamatelemetry engine build --portable --out DIR` makes."
 )
-_SILENT = re.compile(
-    r"connection broken by[\s\S]*from versions: none"
-)  # pip, of an index that it cannot reach
+# pip, of an index that it cannot reach
+_SILENT = re.compile(r"connection broken by[\s\S]*from versions: none")
 
 
 # Packages
@@ -167,9 +166,8 @@ def install_missing(extras=EXTRAS):
         absent = [name for name in wanted if versions[name] is None]
         ask = [name for name in absent if not _is_protected(name)]
         attached = [name for name in ask if name in wheels]
-        if attached and _pip(
-            "--no-index", *(wheels[name] for name in attached)
-        ):  # one that is damaged stops all
+        # One that is damaged stops all
+        if attached and _pip("--no-index", *(wheels[name] for name in attached)):
             lost |= {
                 name: f"{wheels[name]}: {error}"
                 for name in attached

@@ -26,9 +26,8 @@ from .sessions import Sessions
 STATE = "push.json"
 DATASET_S = 45 * 60  # until a dataset is ready
 ATTEMPTS = 4  # of what fails in passing
-BUILDERS = tuple(
-    f"llamatelemetry/{name}.py" for name in ("build", "slim", "needs")
-)  # decide what an engine wheel holds
+# Decide what an engine wheel holds
+BUILDERS = tuple(f"llamatelemetry/{name}.py" for name in ("build", "slim", "needs"))
 
 
 def push(folder="staged", names=(), wait=True, again=False, poll_s=30):
@@ -189,9 +188,8 @@ def _push_dataset(kaggle, state, path, name):
     if step == "done":
         print(f"{path.name}: version {version} is there, unchanged")
         return
-    if (
-        state.step(name) == "sent"
-    ):  # also where other content follows: a new dataset has no version to build on yet
+    # Also where other content follows: a new dataset has no version to build on yet
+    if state.step(name) == "sent":
         _wait_for_dataset(kaggle, path, name, state.version(name))
     there = _version(kaggle, name)
     if not step or there < version:
@@ -229,9 +227,8 @@ def _send_dataset(kaggle, state, path, name, content, there):
         except StageError as error:
             if there or "already in use" not in str(error):
                 raise StageError(f"{path.name}: Kaggle refuses the dataset: {error}") from None
-            _wait_for_dataset(
-                kaggle, path, name, 1
-            )  # it is there; its account is told 403 until it is processed
+            # It is there; its account is told 403 until it is processed
+            _wait_for_dataset(kaggle, path, name, 1)
             there = _version(kaggle, name)
     raise StageError(f"{path.name}: Kaggle neither makes the dataset nor a version of it.")
 

@@ -111,9 +111,8 @@ def notebook_problems(path):
     if (notebook.nbformat, notebook.nbformat_minor) < (4, 5):
         yield f"{Path(path).name} is nbformat {notebook.nbformat}.{notebook.nbformat_minor}, 4.5 is expected"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    code = [
-        cell for cell in code if "package" not in cell.metadata.get("tags", [])
-    ]  # of a staged one: not for readers
+    # Of a staged one: not for readers
+    code = [cell for cell in code if "package" not in cell.metadata.get("tags", [])]
     tags = [set(cell.metadata.get("tags", [])) for cell in code]
     if [tag & {"parameters", "setup"} for tag in tags[:2]] != [{"parameters"}, {"setup"}]:
         yield "the first two code cells must be tagged `parameters` and `setup`"

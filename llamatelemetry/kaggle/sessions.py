@@ -48,9 +48,8 @@ class Sessions:
         self.kaggle, self.state, self.jobs = kaggle, state, jobs
         self.waiting, self.running, self.failed = [], {}, {}
         self.changed = time.monotonic()  # when a session was started or ended
-        self.settled = (
-            self.changed + state.ended() + SETTLE_S - time.time()
-        )  # until when one that ended counts
+        # Until when one that ended counts
+        self.settled = self.changed + state.ended() + SETTLE_S - time.time()
         self.others, self.refusal = 0, ""
 
     def run(self, wait=True, poll_s=30):
@@ -206,9 +205,8 @@ class Sessions:
         good = session.status == "COMPLETE"
         self._put(name, self.state.version(name), "done" if good else "failed", ended=time.time())
         lines = self._log(name)
-        hint = _hint(
-            self.jobs[name][0], lines
-        )  # also where it ended well: the engine's kernel makes do with the CPU
+        # Also where it ended well: the engine's kernel makes do with the CPU
+        hint = _hint(self.jobs[name][0], lines)
         self._say(
             name, session.status.lower().replace("_", " ") + (f"\n{hint}" if good and hint else "")
         )

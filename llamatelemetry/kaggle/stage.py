@@ -266,9 +266,8 @@ def _wheels(templates, folder, user, checkout, engine, progress):
 
     _fresh(folder)
     _write(folder / DATASET, templates / "wheels" / DATASET, user)
-    with (
-        tempfile.TemporaryDirectory() as scratch
-    ):  # setuptools leaves its build folder beside the sources
+    # Setuptools leaves its build folder beside the sources
+    with tempfile.TemporaryDirectory() as scratch:
         for name in ("pyproject.toml", "README.md", "LICENSE", "llamatelemetry"):
             source = checkout / name
             copy = shutil.copytree if source.is_dir() else shutil.copy2

@@ -169,9 +169,8 @@ def every_token(answer, body, post, model):
         if [tokens[place] for place in whole] == [row["id"] for row in given]
         else {}
     )
-    for place in reversed(
-        range(len(tokens))
-    ):  # backwards, so that the server's cache always holds what comes before
+    # Backwards, so that the server's cache always holds what comes before
+    for place in reversed(range(len(tokens))):
         if place not in rows:
             rows[place] = _asked_again(tokens[:place], tokens[place], body, post, model)
     return answer | {"completion_probabilities": [rows[place] for place in range(len(tokens))]}
@@ -182,9 +181,8 @@ def _held_back(tokens, model):
     llama-server."""
     text, held = b"", []
     for token in tokens:
-        piece = (
-            b"" if model.token_types[token] == 3 else model.pieces[token]
-        )  # control tokens are not written
+        # Control tokens are not written
+        piece = b"" if model.token_types[token] == 3 else model.pieces[token]
         text = (text + (piece.encode() if isinstance(piece, str) else piece))[-8:]
         starts = [text[-back] for back in range(1, min(4, len(text)) + 1)]
         held.append(
@@ -218,14 +216,11 @@ def _asked_again(before, token, body, post, model):
         "logit_bias": [[word, FORCED]],
         "cache_prompt": bool(before),
     }
-    for n_probs in (
-        body["n_probs"],
-        model.n_vocab,
-    ):  # the second where the token is not among the most probable
+    # The second where the token is not among the most probable
+    for n_probs in (body["n_probs"], model.n_vocab):
         rows = post("/completion", request | {"n_probs": n_probs}).get("completion_probabilities")
-        tops = (
-            rows[0]["top_logprobs"] if rows else ()
-        )  # logits beyond FORCED: it chose another token
+        # Logits beyond FORCED: it chose another token
+        tops = rows[0]["top_logprobs"] if rows else ()
         if found := next((top for top in tops if top["id"] == token), None):
             return found | {"top_logprobs": tops[: body["n_probs"]]}
     raise ServerError(f"llama-server gave no probability of its own token {token}.")
@@ -255,9 +250,8 @@ def check_sound(server, body):
     matrix leaves the tokens that are drawn from numbers, and only the sum over the whole vocabulary
     shows it."""
     if not server.sound:
-        few = body["prompt"][
-            -8:
-        ]  # the end of the user's own prompt: what is asked about must be there to tokenize
+        # The end of the user's own prompt: what is asked about must be there to tokenize
+        few = body["prompt"][-8:]
         asked = {
             "prompt": few,
             "n_predict": 1,
@@ -296,9 +290,9 @@ def _probabilities(tokens, pieces=None):
     if not tokens:
         return None
 
-    def piece(
-        top,
-    ):  # llama-server writes no special tokens, and with a character's last token all that was held back
+    # llama-server writes no special tokens, and with a character's last token all that was held
+    # back
+    def piece(top):
         return pieces[top["id"]] if pieces else _piece(top)
 
     rows = []
@@ -308,9 +302,8 @@ def _probabilities(tokens, pieces=None):
             raise NotFiniteError(NOT_SOUND)
         rows += [(position, rank, top, top["id"] == token["id"]) for rank, top in enumerate(tops)]
         if not any(top["id"] == token["id"] for top in tops):
-            rows.append(
-                (position, None, token, True)
-            )  # sampled from further down: its rank is not reported
+            # Sampled from further down: its rank is not reported
+            rows.append((position, None, token, True))
     table = [
         (position, rank, top["id"], piece(top), math.exp(top["logprob"]), top["logprob"], chosen)
         for position, rank, top, chosen in rows

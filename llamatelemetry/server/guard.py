@@ -21,6 +21,7 @@ def popen(command, log, *, env=None, grace=3.0, folder=""):
 
     log: an open file for its stdout and stderr. folder: removed if this process dies without
     stopping the command. Raises OSError if the command cannot be executed."""
+    # A Ctrl-C meant for the notebook's cell is not meant for it
     guard = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, str(grace), str(folder), *map(str, command)],
         stdin=subprocess.PIPE,
@@ -28,7 +29,7 @@ def popen(command, log, *, env=None, grace=3.0, folder=""):
         stderr=log,
         env=env,
         start_new_session=True,
-    )  # a Ctrl-C meant for the notebook's cell is not meant for it
+    )
     line = guard.stdout.readline().split()
     guard.stdout.close()
     if len(line) != 2 or line[0] != b"pid":
@@ -99,9 +100,8 @@ def _main(grace, folder, command):
         readable, _, _ = select.select([woken] if asked else [0, woken], [], [], 0.5)
         if woken in readable:
             os.read(woken, 64)
-        gone = (
-            os.getppid() != parent
-        )  # the pipe may be held open by a fork of the parent; this cannot
+        # The pipe may be held open by a fork of the parent; this cannot
+        gone = os.getppid() != parent
         if 0 in readable:
             gone = gone or not os.read(0, 1)
             if not gone:

@@ -14,13 +14,7 @@ import weakref
 from pathlib import Path
 
 from .. import logs
-from ..errors import (
-    ModelLoadError,
-    ModelNotFoundError,
-    ServerError,
-    TemplateError,
-    shown,
-)
+from ..errors import ModelLoadError, ModelNotFoundError, ServerError, TemplateError, shown
 from ..files.outputs import path_of
 from ..files.programs import find_program, is_program
 from ..gpus.cores import physical_cores
@@ -149,9 +143,8 @@ class ServerManager:
         }
         if embeddings:
             options |= {"embeddings": True, "pooling": pooling}
-        if shown(model_path) != str(
-            model_path
-        ):  # it answers with its model's name, in JSON, which is UTF-8
+        # It answers with its model's name, in JSON, which is UTF-8
+        if shown(model_path) != str(model_path):
             options["alias"] = shown(model_path.stem)
         started = time.monotonic()
         try:
@@ -243,9 +236,8 @@ class ServerManager:
 
         def status(key):
             headers = {"Authorization": f"Bearer {key}"} if key else {}
-            with (
-                requests.Session() as session
-            ):  # one connection each: llama-server shares its port (SO_REUSEPORT)
+            # One connection each: llama-server shares its port (SO_REUSEPORT)
+            with requests.Session() as session:
                 session.trust_env = False  # 127.0.0.1 is not behind the proxy of the environment
                 return session.get(f"{self.url}/v1/models", headers=headers, timeout=5).status_code
 
@@ -259,9 +251,8 @@ class ServerManager:
     def stop_server(self):
         """Stop the server, wait for its end and remove its log; nothing to do is no error. True if
         one was running."""
-        if (
-            self._guard is None or self._owner != os.getpid()
-        ):  # a forked child does not stop its parent's server
+        # A forked child does not stop its parent's server
+        if self._guard is None or self._owner != os.getpid():
             return False
         was_running = self._guard.poll() is None
         guard.stop(self._guard)
@@ -415,9 +406,8 @@ def _refuse_port_in_use(host, port):
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # closed connections do not count
+            # Closed connections do not count
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)
     except (OSError, OverflowError) as error:

@@ -168,9 +168,8 @@ def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
     }
     for name in ("FORCE_CMAKE", "SKBUILD_CMAKE_ARGS"):
         env.pop(name, None)
-    if "GGML_CUDA" in flags and (
-        nvcc := _nvcc()
-    ):  # CMake before 3.29 looks for the toolkit on PATH only
+    # CMake before 3.29 looks for the toolkit on PATH only
+    if "GGML_CUDA" in flags and (nvcc := _nvcc()):
         env |= {
             "CUDACXX": nvcc,
             "PATH": os.pathsep.join((str(Path(nvcc).parent), env.get("PATH", os.defpath))),

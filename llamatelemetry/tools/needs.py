@@ -77,9 +77,8 @@ def of(files):
         return {}
     newest = {}
     for version in {version for found in every for version in found["versions"]}:
-        version = version.replace(
-            "GLIBC_ABI_DT_RELR", "GLIBC_2.36"
-        )  # that is how glibc says that it can do RELR
+        # That is how glibc says that it can do RELR
+        version = version.replace("GLIBC_ABI_DT_RELR", "GLIBC_2.36")
         if match := re.fullmatch(r"(GLIBC|GLIBCXX)_([\d.]+)", version):
             newest[match[1]] = max(newest.get(match[1], "0"), match[2], key=_number)
     folders = (folder for found in every for folder in found["folders"] if folder.startswith("/"))

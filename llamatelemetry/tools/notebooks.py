@@ -71,13 +71,13 @@ def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress
     logging.getLogger("papermill").addFilter(_unless_unknown)
     executed = folder_of(out) / path.name
     refuse_overwriting(executed, [path])
-    os.environ.setdefault(
-        "PYDEVD_DISABLE_FILE_VALIDATION", "1"
-    )  # else the kernel warns about a debugger
+    # Else the kernel warns about a debugger
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
     if progress is True:
         progress = {"desc": path.stem, "mininterval": 0.1 if sys.stderr.isatty() else 10}
     try:
+        # No open port
         papermill.execute_notebook(
             path,
             executed,
@@ -87,7 +87,7 @@ def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress
             cwd=out,
             progress_bar=progress,
             config=Config({"KernelManager": {"transport": "ipc"}}),
-        )  # no open port
+        )
     except papermill.exceptions.PapermillExecutionError as error:
         trace = _COLOUR.sub("", "\n".join(error.traceback)).strip().splitlines()
         first = next((line for line in error.source.splitlines() if line.strip()), "")

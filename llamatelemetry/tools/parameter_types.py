@@ -110,9 +110,8 @@ def words(kind, names=_WORDS):
 
 def _annotated(node):
     try:
-        return eval(
-            ast.unparse(node), {"__builtins__": {}}, _NAMES
-        )  # an expression of type names, no code
+        # An expression of type names, no code
+        return eval(ast.unparse(node), {"__builtins__": {}}, _NAMES)
     except Exception:  # a name of the notebook's own
         return None
 

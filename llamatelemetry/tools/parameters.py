@@ -16,14 +16,8 @@ from ..files.gguf import GGUFFile
 from ..files.models import resolve_model
 from ..files.registry import TYPES
 
-METRICS = (
-    "cosine",
-    "correlation",
-    "euclidean",
-    "manhattan",
-    "chebyshev",
-    "canberra",
-)  # umap-learn's and cuML's, of floats
+# Umap-learn's and cuML's, of floats
+METRICS = ("cosine", "correlation", "euclidean", "manhattan", "chebyshev", "canberra")
 VOCABULARY = ("n_vocab", "pieces")
 SHAPE = ("architecture", "n_layer", "n_head", "n_kv_head", "n_embd")
 
@@ -266,6 +260,7 @@ def _range(least, most):
 
 # What a name means is the same in every notebook; what only one of them knows is given to check()
 # there.
+# The sentences from templates are made 16 tokens shorter
 RULES = {
     "REFERENCE_MODEL": optional(same_model),
     "OTHER_MODEL": optional(same_model),
@@ -280,9 +275,7 @@ RULES = {
     "GENERATE": whole(1),
     "ALIGN": one_of(("position", "token")),
     "TEXT_TOKENS": whole(3, "n_ctx_train"),
-    "MAX_TOKENS": whole(
-        17, "n_ctx_train"
-    ),  # the sentences from templates are made 16 tokens shorter
+    "MAX_TOKENS": whole(17, "n_ctx_train"),
     "PATCH_EVERY": whole(1),
     "PATCH_POSITIONS": whole(1),
     "WINDOWS": optional(whole(1)),
