@@ -187,6 +187,7 @@ def test_generated_tokens_are_captured_as_they_come(session):
     cap = session.capture(IDS[:10], stages=("attention", "hidden", "logits"), generate=6)
     ids = list(cap.tokens["id"])
     assert len(ids) <= 16 and cap.tokens["generated"].sum() == len(ids) - 10 > 0
+    assert cap.n_prompt == 10
     assert [int(row.argmax()) for row in cap.logits.values[9:-1]] == ids[10:]  # greedy
     whole = session.capture(ids, stages=("attention", "hidden", "logits"))
     for stage in ("attention", "hidden", "logits"):
@@ -196,6 +197,15 @@ def test_generated_tokens_are_captured_as_they_come(session):
         for s in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_text_says_where_it_ended(session, tmp_path):
+    """Also where the model puts a token before it, and after a detour through a file."""
+    given = session.tokenize("the cat")
+    cap = session.capture("the cat", stages="hidden", generate=3)
+    assert cap.n_prompt == len(given) < len(cap.tokens)
+    assert list(cap.tokens["id"])[: cap.n_prompt] == given
+    assert Capture.load(cap.save(tmp_path / "x.safetensors")).n_prompt == cap.n_prompt
 
 
 def test_zeroed_head_leaves_the_rest_of_the_layer(session, full):
@@ -330,7 +340,7 @@ def test_saved_and_loaded(full, tmp_path):
     assert loaded.stages == full.stages and vars(loaded.model) == vars(full.model)
     for stage in ALL:
         assert loaded[stage].equals(full[stage]), stage
-    assert loaded.tokens.equals(full.tokens)
+    assert loaded.tokens.equals(full.tokens) and loaded.n_prompt == full.n_prompt == len(IDS)
     (tmp_path / "bad.safetensors").write_bytes(b"not a capture")
     with pytest.raises(CaptureError):
         Capture.load(tmp_path / "bad.safetensors")

@@ -16,7 +16,8 @@ class Capture:
     """Stages of one run as xarray.DataArrays (float32; `experts` int32), by attribute or index:
     `cap.q`, `cap["q"]`.
 
-    stages: the names that are there. tokens: DataFrame (position, id, piece, generated). layers:
+    stages: the names that are there. tokens: DataFrame (position, id, piece, generated). n_prompt:
+    how many of them were given, with what the model puts first; the others were generated. layers:
     DataFrame of facts per layer (kind, scale, softcap; sliding: its mask hid earlier positions in
     this run). model: architecture, n_layer, n_head, n_kv_head, n_embd, n_vocab, name, file (its
     name), gpu (whether a GPU took part)."""
@@ -29,6 +30,7 @@ class Capture:
         self._tokens, self._layers = tokens, layers
         self.model = SimpleNamespace(**model)
         self.stages = tuple(parts)
+        self.n_prompt = len(tokens[2]) - sum(tokens[2])
 
     @cached_property
     def tokens(self):

@@ -147,7 +147,7 @@ class CaptureSession:
         these layers of stages that have layers. queries: only these query positions of attention,
         scores and mask. edits: changes made while it runs. generate: decode this many more tokens
         one by one, greedily at temperature 0, else drawn with the seed; every stage then covers
-        prompt and generated tokens (fewer when the model ends its text). Raises CaptureError for
+        prompt and generated tokens, the former up to the Capture's n_prompt (fewer when the model ends its text). Raises CaptureError for
         what cannot be done, WorkerCrashedError when llama.cpp ended."""
         stages = [stages] if isinstance(stages, str) else () if stages is None else stages
         stages = tuple(dict.fromkeys(stages))
@@ -183,7 +183,6 @@ class CaptureSession:
         weakref.finalize(memory, self._release, self._free, arena)
         ids = answer["tokens"]
         self._say_two_starts(text_or_ids, ids)
-        n_given = self._n_given(text_or_ids) if generate else len(ids)
         there = None if queries is None else [query for query in queries if query < len(ids)]
         parts = {}
         for stage, part in answer["layout"].items():
@@ -198,7 +197,7 @@ class CaptureSession:
                 kept,
                 there if STAGES[stage].grid else None,
             )
-        generated = [position >= n_given for position in range(len(ids))]
+        generated = [position >= answer["n_prompt"] for position in range(len(ids))]
         return Capture(
             parts, (ids, self._pieces(ids), generated), self.model_facts(), answer["layers"]
         )
@@ -304,11 +303,6 @@ class CaptureSession:
 
     def _pieces(self, ids):
         return named(self.model.pieces, ids)
-
-    def _n_given(self, text_or_ids):
-        if isinstance(text_or_ids, str):
-            return len(self._call("tokenize", text=text_or_ids)["tokens"])
-        return len(np.asarray(text_or_ids).ravel())
 
     def _say_two_starts(self, text_or_ids, ids):
         if isinstance(text_or_ids, str):

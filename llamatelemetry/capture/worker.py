@@ -102,10 +102,11 @@ class Worker:
         seed=0,
     ):
         tokens = self.tokens(prompt)
+        n_prompt = len(tokens)
         for position in queries or ():
-            if not 0 <= position < len(tokens) + generate:
+            if not 0 <= position < n_prompt + generate:
                 raise CaptureError(
-                    f"query position {position} is out of range: the text has {len(tokens)} tokens."
+                    f"query position {position} is out of range: the text has {n_prompt} tokens."
                 )
         sampler = Sampler(generate, temperature, seed, self.runtime.is_end) if generate else None
 
@@ -115,7 +116,7 @@ class Worker:
         tokens, layout, facts = self.runs.capture(
             tokens, stages, arena, layers=layers, queries=queries, edits=edits, sampler=sampler
         )
-        return {"tokens": tokens, "layout": layout, "layers": facts}
+        return {"tokens": tokens, "n_prompt": n_prompt, "layout": layout, "layers": facts}
 
     def _arena(self, path, n_bytes):
         """The file's memory, at least n_bytes. Pages that were used before are not cleared: they
