@@ -122,8 +122,8 @@ def _attention():
             nats(exact, ", fused", " as F32, fused"),
         ),
         (
-            "A cache of the sliding window's size (llama-server's default) and a full one (captures), 1,536 tokens, CPU, "
-            "mean KL divergence",
+            "A cache of the sliding window's size (llama-server's default) and a full one (captures), "
+            "1,536 tokens, CPU, mean KL divergence",
             "measured",
             nats(exact, ", a cache", " as F32, a cache"),
         ),
@@ -316,13 +316,17 @@ def _machine(stored):
 
 def speed():
     """What a user waits for, in one paragraph for the README."""
+    cpu, gpu = (
+        f"{_value(name, 'all', 'seconds', '{:,.0f} s')} ({_machine(_row(name, 'all'))})"
+        for name in ("notebooks", "gpu_notebooks")
+    )
+    statistics = _value("gpu", "head_statistics, 8B shape", "ratio", "{:.2f} x")
     return (
-        f"All five run in {_value('notebooks', 'all', 'seconds', '{:,.0f} s')} ({_machine(_row('notebooks', 'all'))}) or "
-        f"{_value('gpu_notebooks', 'all', 'seconds', '{:,.0f} s')} ({_machine(_row('gpu_notebooks', 'all'))}) with that "
-        f"model and the parameters as they are. On the CPU a capture of attention, q, k, v and hidden states takes "
+        f"All five run in {cpu} or {gpu} with that model and the parameters as they are. On the CPU a "
+        f"capture of attention, q, k, v and hidden states takes "
         f"{_value('capture', 'capture / plain', 'value', '{:.2f} x')} the time of the decode alone. On the GPU the "
-        f"statistics of 1,024 heads at 4,096 tokens take {_value('gpu', 'head_statistics, 8B shape', 'ratio', '{:.2f} x')} "
-        f"the decode of a model with the shape of Llama 3.1 8B, and 64 tokens of one with that of Llama 3.2 1B come after "
+        f"statistics of 1,024 heads at 4,096 tokens take {statistics} the decode of a model with the "
+        f"shape of Llama 3.1 8B, and 64 tokens of one with that of Llama 3.2 1B come after "
         f"{_value('gpu', '64 tokens through infer', 'ours_ms', '{:.0f} ms')}. Inference and analytics at once take "
         f"{_at_once(2)} the time of one after the other on two GPUs, {_at_once(1)} on one "
         f"({_machine(_row('two_gpus', 'inference beside'))}). [SUMMARY.md](SUMMARY.md) has every figure."
@@ -398,16 +402,14 @@ def _t4_notebooks(stored):
         rows.setdefault(row["what"].rpartition(", ")[2], []).append(row)
     for model, runs in rows.items():
         good = [row for row in runs if "failed" not in row]
-        yield (
-            f"{len(good)} of {len(runs)} notebooks with {model} run to their end"
-            + (
+        what = f"{len(good)} of {len(runs)} notebooks with {model} run to their end"
+        if good:
+            gpu_mib = max(max(row["gpu_mib"]) for row in good)
+            what += (
                 f", in {sum(row['seconds'] for row in good):,.0f} s together, with at most "
-                f"{max(row['peak_mib'] for row in good):,} MiB of memory and {max(max(row['gpu_mib']) for row in good):,} "
-                "MiB of a GPU."
-                if good
-                else "."
+                f"{max(row['peak_mib'] for row in good):,} MiB of memory and {gpu_mib:,} MiB of a GPU"
             )
-        )
+        yield what + "."
 
 
 def _t4_wheel(stored):

@@ -397,10 +397,11 @@ def markdown(rows, seed):
     lines = [
         "# Architectures",
         "",
-        f"Made by `make architectures` (seed {seed}) from the tiny random models of llama.cpp's own generator: {held} of "
-        f"{len(rows)} captured. A number is the largest error, relative to the largest value; `yes` means the same bits; "
-        "`-` means that the graph has no such thing. Random weights show that the arrays are the right ones, not what "
-        "they mean; `tests/test_references.py` compares sixteen families with transformers.",
+        f"Made by `make architectures` (seed {seed}) from the tiny random models of llama.cpp's own generator: "
+        f"{held} of {len(rows)} captured. A number is the largest error, relative to the largest value; "
+        "`yes` means the same bits; `-` means that the graph has no such thing. Random weights show "
+        "that the arrays are the right ones, not what they mean; `tests/test_references.py` "
+        "compares sixteen families with transformers.",
         "",
         "| architecture | layers | " + " | ".join(HELD) + " | note |",
         "|---" * (len(HELD) + 3) + "|",

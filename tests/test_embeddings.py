@@ -27,8 +27,7 @@ def planted():
     return points.astype(np.float32), np.array(["a", "b", "c", "d"])[labels]
 
 
-# ---- the matrix
-# ---------------------------------------------------------------------------------------------------
+# The matrix
 
 
 @pytest.mark.parametrize(
@@ -148,8 +147,7 @@ def test_no_unused_token_without_anything_to_compare_with():
     assert len(table) == 0 and "Nothing here tells" in say.unused_sentence(table, np.ones(3))
 
 
-# ---- words
-# --------------------------------------------------------------------------------------------------------
+# Words
 
 PIECES = [
     " cat",
@@ -255,8 +253,7 @@ def test_analogy_ranks_count_all_better_tokens():
         vectors.analogies(rows, [" a", " b", " c", " d", " e", " f"], [("a", "b", "c", "zebra")])
 
 
-# ---- groups
-# -------------------------------------------------------------------------------------------------------
+# Groups
 
 
 def test_planted_clusters_are_found_and_shuffled_labels_are_not(cpu, planted):
@@ -391,8 +388,7 @@ def test_more_neighbours_than_tokens_is_refused(cpu):
         cpu.neighbors(GAUSS[:10], 10)
 
 
-# ---- contexts
-# -----------------------------------------------------------------------------------------------------
+# Contexts
 
 
 @pytest.fixture(scope="module")
@@ -471,8 +467,7 @@ def test_principal_plane_holds_planar_points_and_survives_equal_ones():
     assert not context.principal_plane(np.ones((5, 3)))[0].any()
 
 
-# ---- figures
-# ------------------------------------------------------------------------------------------------------
+# Figures
 
 
 def test_projection_figure_carries_every_token_once_per_view_and_escapes_it(planted):

@@ -122,8 +122,7 @@ def test_a_crashed_worker_is_replaced(smollm2, monkeypatch):
     assert Session.made[1].closed
 
 
-# ---- loading
-# ------------------------------------------------------------------------------------------------------
+# Loading
 
 
 def bad_files(folder, good):
@@ -203,8 +202,7 @@ def test_load_prints_two_lines_and_loading_again_closes(smollm2, llama_server, c
     assert not psutil.pid_exists(pid) and engine.model is None
 
 
-# ---- text
-# ---------------------------------------------------------------------------------------------------------
+# Text
 
 
 @pytest.mark.slow
@@ -357,8 +355,7 @@ def test_tokenize_agrees_with_the_server(served):
         assert whole.decode() == text
 
 
-# ---- a server of its own for what breaks it
-# -----------------------------------------------------------------------
+# A server of its own for what breaks it
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def test_cuda_visible_devices_is_respected(machine, monkeypatch, shown, indices)
         assert "hides every GPU" in devices.plan().line
 
 
-# ---- analytics
+# Analytics
 
 
 def test_assign_analytics(machine, monkeypatch):
@@ -239,7 +239,7 @@ def test_cuda_is_asked_without_being_started():
     assert devices._cuda_uuids() is None  # nothing in the tests has started CUDA
 
 
-# ---- placement
+# Placement
 
 
 def test_placement(machine):
@@ -281,7 +281,7 @@ def test_placement_that_the_driver_does_not_tell(machine, count, processes, erro
     )
 
 
-# ---- what fits
+# What fits
 
 
 @dataclass

@@ -63,8 +63,7 @@ def header(monkeypatch):
     return change
 
 
-# ---- tokens
-# -------------------------------------------------------------------------------------------------------
+# Tokens
 
 
 class Vocabulary:
@@ -305,8 +304,7 @@ def test_a_tilde_of_nobody_is_a_name(tmp_path, monkeypatch):
     assert resolve_model("~/~x.gguf") == tmp_path / "~x.gguf"
 
 
-# ---- templates
-# ----------------------------------------------------------------------------------------------------
+# Templates
 
 
 @pytest.mark.parametrize(
@@ -336,8 +334,7 @@ def test_a_template_that_is_none_leaves_infer(template, tmp_path, header, llama_
             engine.load_model(path, silent=True, threads=1, chat_template="{% for m in messages %}")
 
 
-# ---- patches
-# ------------------------------------------------------------------------------------------------------
+# Patches
 
 
 @pytest.mark.parametrize(
@@ -382,8 +379,7 @@ def test_a_patch_moves_what_it_should_in_the_second_batch(tmp_path):
             session.capture(ids, edits=[patch("attention", 1, uniform)])
 
 
-# ---- what llama.cpp says
-# ------------------------------------------------------------------------------------------
+# What llama.cpp says
 
 GDB = """[New LWP 12]
 warning: could not find '.gnu_debugaltlink' file
@@ -450,8 +446,7 @@ def test_a_file_that_llama_cpp_refuses_has_its_reason(tmp_path):
         CaptureSession(path, threads=1)
 
 
-# ---- names
-# --------------------------------------------------------------------------------------------------------
+# Names
 
 
 def test_a_path_that_is_not_utf_8_works_to_the_end(

@@ -669,7 +669,8 @@ def test_a_damaged_wheel_leaves_the_others_and_is_named(pip, monkeypatch):
     "says, asked",
     [
         (
-            "WARNING: Retrying (Retry(total=0)) after connection broken by 'ReadTimeoutError(\"Read timed out.\")': /simple/gguf/\n"
+            "WARNING: Retrying (Retry(total=0)) after connection broken by "
+            "'ReadTimeoutError(\"Read timed out.\")': /simple/gguf/\n"
             "ERROR: Could not find a version that satisfies the requirement gguf>=0.17 (from versions: none)",
             1,
         ),
@@ -678,7 +679,8 @@ def test_a_damaged_wheel_leaves_the_others_and_is_named(pip, monkeypatch):
             3,
         ),  # not there
         (
-            "WARNING: Retrying after connection broken by 'ReadTimeoutError'\nERROR: THESE PACKAGES DO NOT MATCH THE HASHES",
+            "WARNING: Retrying after connection broken by 'ReadTimeoutError'\n"
+            "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES",
             3,
         ),
     ],

@@ -48,7 +48,7 @@ EXACT = {"flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}
 NEAR, FAR = 1e-4, 0.05  # nats: the same model; another one
 
 
-# ---- sorting them
+# Sorting them
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_llama_servers_own_list(llama_server):
     assert not [name for name in taken if name.replace("_", "-") not in names]
 
 
-# ---- what they do
+# What they do
 
 
 def write_gguf(path, architecture, keys, tensors):
@@ -461,7 +461,7 @@ def test_overrides_reach_what_is_read_from_the_file(files):
     assert GGUFFile(files["llama"]).rope_freq_base == 10000
 
 
-# ---- the context
+# The context
 
 
 def test_a_changed_model_is_called_so(tmp_path):

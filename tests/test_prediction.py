@@ -106,8 +106,7 @@ def test_the_states_of_an_encoder_are_those_that_its_embeddings_are_made_of(tmp_
         )
 
 
-# ---- values that are no numbers
-# --------------------------------------------------------------------------------------
+# Values that are no numbers
 
 
 @pytest.fixture(scope="module", params=[np.nan, np.inf], ids=["NaN", "infinity"])

@@ -112,8 +112,7 @@ def close(actual, desired, atol=ATOL):
     np.testing.assert_allclose(np.asarray(actual), desired, rtol=0, atol=atol)
 
 
-# ---- transformers
-# ---------------------------------------------------------------------------------------------------
+# Transformers
 
 
 @pytest.mark.parametrize("stage", ["attention", "hidden", "attn_out", "final_norm", "logits"])
@@ -144,8 +143,7 @@ def test_ablated_ffn_equals_zeroed_mlp(tiny):
     assert np.abs(tiny.reference["no_ffn"] - tiny.reference["logits"][-8:]).max() > 100 * ATOL
 
 
-# ---- shapes
-# ---------------------------------------------------------------------------------------------------------
+# Shapes
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -198,8 +196,7 @@ def test_layers_without_attention_are_named(tiny):
     assert all(kinds[i] == "recurrent" for i in tiny.conv_layers)
 
 
-# ---- what the stages are to one another
-# -----------------------------------------------------------------------------
+# What the stages are to one another
 
 
 def test_residual_stream_adds_up(tiny):
@@ -376,8 +373,7 @@ def test_queries_keys_and_values_are_projections_of_the_normalized_input(tiny):
             close(tiny.cap["v" if name == "v" else name + before].sel(layer=layer), out, atol=2e-5)
 
 
-# ---- capturing changes nothing
-# --------------------------------------------------------------------------------------
+# Capturing changes nothing
 
 
 def test_logits_are_those_of_a_plain_decode_to_the_bit(tiny):
@@ -397,8 +393,7 @@ def test_another_token_changes_only_what_comes_after(tiny):
     assert (np.abs(hidden - tiny.cap.hidden.values)[-1, 10:].max(-1) > ATOL).all()
 
 
-# ---- real files
-# -----------------------------------------------------------------------------------------------------
+# Real files
 
 
 @pytest.fixture(scope="module", params=["smollm2", "gemma-3-270m"])
@@ -471,8 +466,7 @@ def test_real_model_quantized_is_near_its_dequantized_self(real):
     assert np.corrcoef(top.ravel(), reference["top_logit"].ravel())[0, 1] > 0.98
 
 
-# ---- helpers
-# --------------------------------------------------------------------------------------------------------
+# Helpers
 
 
 def visible(architecture, layer):

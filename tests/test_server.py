@@ -50,7 +50,7 @@ def stand_in(tmp_path, script):
     return path
 
 
-# ---- finding it
+# Finding it
 
 
 def test_nowhere_says_what_to_do(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_physical_cores():
     assert 1 <= physical_cores() <= os.cpu_count()
 
 
-# ---- starting it
+# Starting it
 
 
 def test_no_model(tmp_path):
@@ -199,7 +199,7 @@ def test_requests_without_a_server():
     assert ServerManager().stop_server() is False and ServerManager().check_server_health() is False
 
 
-# ---- it dies with its parent
+# It dies with its parent
 
 
 def guarded(tmp_path, before="", after="time.sleep(60)"):
@@ -268,7 +268,7 @@ def test_cannot_execute(tmp_path):
         guard.popen([tmp_path / "none"], log)
 
 
-# ---- the real one
+# The real one
 
 
 @pytest.mark.slow

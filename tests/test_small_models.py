@@ -40,8 +40,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NO_NUMBER = re.compile(r"(?<![\w.])[-+±]?(nan|inf)(?![\w])", re.IGNORECASE)
 
 
-# ---- quotients
-# -----------------------------------------------------------------------------------------------------
+# Quotients
 
 
 def test_a_ratio_is_given_where_its_whole_stands_out_of_its_noise():
@@ -154,8 +153,7 @@ def test_four_heads_are_too_few_for_an_interval_of_their_ranks():
     assert "No relation can be seen" in heads_sentences.relation_sentence(found)
 
 
-# ---- no variety
-# -----------------------------------------------------------------------------------------------------
+# No variety
 
 
 def distance_of(n, seed=0):
@@ -364,8 +362,7 @@ def test_two_tokens_and_a_constant_rank():
     assert not NO_NUMBER.search(flow) and "too little to rank" in flow
 
 
-# ---- the notebooks
-# ---------------------------------------------------------------------------------------------------
+# The notebooks
 
 PARAMETERS = {
     "12": {"LAYER": 0, "HEAD": 0},

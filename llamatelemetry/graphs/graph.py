@@ -53,27 +53,14 @@ class Graph:
     ):
         self.title, self.seed = title, seed
         self._given = None if position is None else tuple(map(str, position))
-        columns = (
-            None if name is None else str(name)
-            for name in (node, source, target, kind, size, weight)
-        )
-        self.node, self.source, self.target, self.kind, self.size, self.weight = columns
-        columns = (
-            None if name is None else str(name) for name in (color, label, edge_color, edge_label)
-        )
-        self.color, self.label, self.edge_color, self.edge_label = columns
-        self.color, self.label = self.color or self.kind, self.label or self.node
-        self.nodes = _plain(
-            nodes,
-            "nodes",
-            [self.node, self.color, self.size, self.label, self.kind, *(self._given or ())],
-        )
-        self.edges = _plain(
-            edges,
-            "edges",
-            [self.source, self.target, self.weight, self.edge_color, self.edge_label],
-        )
+        of_nodes = [_named(name) for name in (node, kind, size, color or kind, label or node)]
+        of_edges = [_named(name) for name in (source, target, weight, edge_color, edge_label)]
+        self.node, self.kind, self.size, self.color, self.label = of_nodes
+        self.source, self.target, self.weight, self.edge_color, self.edge_label = of_edges
+        self.nodes = _plain(nodes, "nodes", [*of_nodes, *(self._given or ())])
+        self.edges = _plain(edges, "edges", of_edges)
         self._check()
+        self._check_numbers()
 
     def _check(self):
         ids = self.nodes[self.node]
@@ -102,27 +89,20 @@ class Graph:
                 f"{unknown.sum()} of {len(self.edges)} edges name an id that is not in nodes[{self.node!r}] (type "
                 f"{ids.dtype}), the first {first}: add those nodes or drop those edges"
             )
-        numbers = [
-            ("nodes", self.size),
-            ("edges", self.weight),
-            *(("nodes", column) for column in self._given or ()),
-        ]
-        for table, column in numbers:
+
+    def _check_numbers(self):
+        positions = [("nodes", column) for column in self._given or ()]
+        for table, column in [("nodes", self.size), ("edges", self.weight), *positions]:
             if column is not None and not is_numbers(getattr(self, table)[column]):
                 raise ValueError(
                     f"{table}[{column!r}] must be numbers, not {getattr(self, table)[column].dtype}"
                 )
-        if (
-            self.weight is not None
-            and not np.isfinite(self.edges[self.weight].to_numpy(dtype=float)).all()
-        ):
+        if self.weight is not None and not _finite(self.edges[self.weight]):
             raise ValueError(f"edges[{self.weight!r}] holds NaN or infinity: drop those edges")
         if self._given is not None:
             if len(self._given) != 2:
                 raise ValueError(f"position is two columns of nodes, not {self._given!r}")
-            if not np.isfinite(
-                self.nodes[list(self._given)].to_numpy(dtype=float, na_value=np.nan)
-            ).all():
+            if not _finite(self.nodes[list(self._given)]):
                 raise ValueError(
                     f"nodes{list(self._given)} hold NaN or infinity: every node needs a position"
                 )
@@ -142,9 +122,7 @@ class Graph:
         if self._given is not None:
             return self.nodes[list(self._given)].to_numpy(dtype=np.float32)
         backend = getattr(self, "_backend", None) or get_backend("auto")
-        weights = (
-            None if self.weight is None else self.edges[self.weight].to_numpy(dtype=np.float64)
-        )
+        weights = None if self.weight is None else self.edges[self.weight].to_numpy(np.float64)
         return backend.layout(self.pairs, len(self.nodes), weights, 2, self.seed)
 
     @cached_property
@@ -153,40 +131,30 @@ class Graph:
         included."""
         if self._given is not None:
             return self.nodes, self.edges, tuple(self._given)
-        own = (
-            "",
-            "layout_",
-            *(f"layout_{number}_" for number in range(2, len(self.nodes.columns) + 3)),
-        )
-        pairs = ((f"{prefix}x", f"{prefix}y") for prefix in own)
+        numbered = (f"layout_{number}_" for number in range(2, len(self.nodes.columns) + 3))
+        pairs = ((f"{prefix}x", f"{prefix}y") for prefix in ("", "layout_", *numbered))
         names = next(pair for pair in pairs if not set(pair) & set(self.nodes.columns))
         return self.nodes.assign(**dict(zip(names, self.positions.T))), self.edges, names
 
     def page(self, height=720):
         """The offline page: zoom, pan, hover, search, filters; one self-contained HTML document."""
-        shown, ids = {self.label, self.node}, self.nodes[self.node].astype(object)
-        positions = self.positions
-        how = (
-            "positions given by columns " + ", ".join(self._given)
-            if self._given
-            else "layout computed by force"
-        )
+        names, ids = self.nodes[self.label].astype(object), self.nodes[self.node].astype(object)
+        given = self._given and "positions given by columns " + ", ".join(self._given)
+        of_nodes = {"color": self.color, "size": self.size, "kind": self.kind}
+        of_edges = {
+            "weight": self.weight,
+            "edge_color": self.edge_color,
+            "edge_labels": self.edge_label,
+        }
         return graph_page(
-            positions,
+            self.positions,
             self.pairs,
             title=self.title,
-            labels=self.nodes[self.label]
-            .astype(object)
-            .where(self.nodes[self.label].notna(), ids)
-            .map(str),
-            color=None if self.color is None else self.nodes[self.color],
-            size=None if self.size is None else self.nodes[self.size],
-            kind=None if self.kind is None else self.nodes[self.kind],
-            weight=None if self.weight is None else self.edges[self.weight],
-            edge_color=None if self.edge_color is None else self.edges[self.edge_color],
-            edge_labels=None if self.edge_label is None else self.edges[self.edge_label],
-            details=self.nodes[[c for c in self.nodes.columns if c not in shown]],
-            note=how,
+            labels=names.where(names.notna(), ids).map(str),
+            **{key: self.nodes[column] for key, column in of_nodes.items() if column is not None},
+            **{key: self.edges[column] for key, column in of_edges.items() if column is not None},
+            details=self.nodes.drop(columns=[*{self.label, self.node}]),
+            note=given or "layout computed by force",
             height=height,
         )
 
@@ -199,10 +167,8 @@ class Graph:
         nodes, edges, _ = self.tables
         paths = {part: folder / f"{name}.{part}.parquet" for part in ("nodes", "edges")}
         for what, table in (("nodes", nodes), ("edges", edges)):
-            with (
-                written(paths[what]) as temporary,
-                open(temporary, "wb") as file,
-            ):  # Arrow's own paths are UTF-8
+            # Arrow's own paths are UTF-8: it gets an open file.
+            with written(paths[what]) as temporary, open(temporary, "wb") as file:
                 _write(table, what, file)
         return {**paths, "page": self.page().save(folder / f"{name}.html")}
 
@@ -234,6 +200,15 @@ class Graph:
         return upload_graph(self, credentials, privacy, server, protocol, saved, height)
 
 
+def _named(column):
+    """A column's name as the tables have it: text; None stays None."""
+    return None if column is None else str(column)
+
+
+def _finite(values):
+    return np.isfinite(values.to_numpy(dtype=float, na_value=np.nan)).all()
+
+
 def _plain(frame, what, columns):
     """A pandas copy with a fresh index, the named columns there, and cells that Arrow can hold."""
     frame = frame.to_pandas() if hasattr(frame, "to_pandas") else frame
@@ -254,8 +229,9 @@ def _plain(frame, what, columns):
         raise ValueError(
             f"{what} has the column {frame.columns[frame.columns.duplicated()][0]!r} twice: rename one"
         )
-    for column in frame.columns[frame.dtypes == object]:
-        values = frame[column]
+    for column, values in frame.items():
+        if not pd.api.types.is_object_dtype(values):
+            continue
         if not values.map(lambda v: isinstance(v, str) or v is None).all():
             # Pieces that are bytes, mixed types, lists: as text, one way for Parquet, Arrow and the
             # page.

@@ -1,5 +1,5 @@
-"""What the sentences under figures are made of: lists, spans, counts, quoted pieces, and what to say where there is
-not enough to say."""
+"""What the sentences under figures are made of: lists, spans, counts, quoted pieces, and what to
+say where there is not enough to say."""
 
 import functools
 import textwrap

@@ -52,8 +52,8 @@ COLOR = {
     "cpu": CATEGORIES[0],
     "gpu": CATEGORIES[2],
 }
-# What pages draw with, light and dark. "less" and "more": the ends of signed values, whose middle is
-# the page's background.
+# What pages draw with, light and dark. "less" and "more": the ends of signed values, whose middle
+# is the page's background.
 PAGE = {
     "light": {
         "bg": "#ffffff",

@@ -1,8 +1,8 @@
 """Whole-vocabulary UMAP, neighbours, clusters, layouts: RAPIDS against scikit-learn, umap-learn,
 igraph on one host.
 
-    python tests/benchmarks/bench_rapids.py                    # the embedded model; without RAPIDS 10,000 rows
-    python tests/benchmarks/bench_rapids.py --gguf model.gguf  # its token embedding, dequantized
+    python tests/benchmarks/bench_rapids.py              # the embedded model
+    python tests/benchmarks/bench_rapids.py --gguf FILE  # its token embedding, dequantized
     python tests/benchmarks/bench_rapids.py --npy matrix.npy --rows 50000 --out results/
 
 Each library is warmed on a few rows first (imports, compilers, CUDA start), and that time is

@@ -1,14 +1,17 @@
 """Why the CPU's and the GPU's quantized kernels differ: the model computed in NumPy with either
 kind of rounding.
 
-    python tests/benchmarks/bench_rounding_cause.py [--types Q8_0 Q5_0 Q4_0 Q4_1 Q5_1] [--results
-    FILE]
+    python tests/benchmarks/bench_rounding_cause.py [--types Q8_0 Q5_0 Q4_0 Q4_1 Q5_1]
+        [--results FILE]
 
 Needs no GPU. Both kinds of kernel round the activations of a block of 32 to 8 bits, x ~ d * q. A
 quantized weight is scale * code + minimum (Q4_1, Q5_1; Q4_0 on CUDA: code from 0 to 15, minimum -8
 * scale), and
-    "sum after"  multiplies the minimum by the sum of the rounded activations  (ggml-cpu/arch/x86/quants.c)
-    "sum before" multiplies it by their sum before rounding                    (ggml-cuda/quantize.cu, mmq.cuh)
+
+    "sum after"   multiplies the minimum by the sum of the rounded activations
+                  (ggml-cpu/arch/x86/quants.c)
+    "sum before"  multiplies it by their sum before rounding (ggml-cuda/quantize.cu, mmq.cuh)
+
 so that the rounding error meets weights around 0 in the first and codes from 0 up in the second.
 Nothing else differs between the two columns. llama.cpp on the CPU is measured beside them,
 bench_rounding.py measures the GPU's kernels.

@@ -2,19 +2,22 @@
 four cores, on a GPU host.
 
     python tests/benchmarks/rehearse_t4.py --sources LLAMA_CPP [--parts PART ...] [--model FILE]
-    [--results FILE]
+        [--results FILE]
 
 An engine for compute capability 7.5 carries PTX beside its code, and a newer GPU compiles and runs
 that: the kernels are the T4's, the memory is what --keep leaves of each GPU; times are this host's,
 not a T4's. Parts:
 
-    kernels    builds ggml-cuda for 7.5 (--sources: llama.cpp's folder) and lays it over the engine that is installed
+    kernels    builds ggml-cuda for 7.5 (--sources: llama.cpp's folder) and lays it over the engine
+               that is installed
     tests      tests/test_gpu.py on it
-    notebooks  the notebooks on it, with --model or the embedded one (shapes of 1B and 8B: make_shapes.py)
-    wheel      `engine build --cuda 75 --portable`, the driver's library hidden from CMake; offline with --links, a folder
-               with llama-cpp-python's source distribution and the wheels of scikit-build-core,
-               CMake and ninja
-    no_driver  that wheel where no driver can be loaded: llama-server's version, and a capture on the CPU
+    notebooks  the notebooks on it, with --model or the embedded one (shapes of 1B and 8B:
+               make_shapes.py)
+    wheel      `engine build --cuda 75 --portable`, the driver's library hidden from CMake; offline
+               with --links, a folder with llama-cpp-python's source distribution and the wheels of
+               scikit-build-core, CMake and ninja
+    no_driver  that wheel where no driver can be loaded: llama-server's version, and a capture on
+               the CPU
 
 Each result is stored as soon as it is there. A part begins only where --until (minutes from now)
 leaves time, and is stopped there; run it again with what is left (--names)."""
