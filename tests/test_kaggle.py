@@ -747,20 +747,17 @@ def test_the_image_s_own_is_protected(name):
 # Staging and Kaggle's rules
 
 
+def wheels_without_pip(*arguments, **variables):
+    """What stands in for stage._pip."""
+    target = arguments[arguments.index("--dest" if "--dest" in arguments else "--wheel-dir") + 1]
+    name = "llamatelemetry" if arguments[0] == "wheel" else "gguf"
+    wheel(Path(target) / f"{name}-1.0-py3-none-any.whl")
+
+
 @pytest.fixture
 def staged(tmp_path, monkeypatch):
     """The suite staged for the account `someone`, without pip."""
-
-    def pip(*arguments, **variables):
-        target = Path(
-            arguments[arguments.index("--dest" if "--dest" in arguments else "--wheel-dir") + 1]
-        )
-        wheel(
-            target
-            / f"{'llamatelemetry' if arguments[0] == 'wheel' else 'gguf'}-1.0-py3-none-any.whl"
-        )
-
-    monkeypatch.setattr(stage, "_pip", pip)
+    monkeypatch.setattr(stage, "_pip", wheels_without_pip)
     return lambda **options: stage.stage(
         "someone", tmp_path / "staged", CHECKOUT, progress=False, **options
     )

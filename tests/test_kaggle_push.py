@@ -4,15 +4,16 @@ to do."""
 import importlib
 import json
 import re
+import shutil
 
 import kaggle_standin
 import pytest
 import requests
-from test_kaggle import CHECKOUT, NOTEBOOKS, staged, wheel  # noqa: F401 (a fixture)
+from test_kaggle import CHECKOUT, NOTEBOOKS, wheel, wheels_without_pip
 
 from llamatelemetry import cli
 from llamatelemetry.errors import StageError
-from llamatelemetry.kaggle import push, sessions
+from llamatelemetry.kaggle import push, sessions, stage
 
 pytest.importorskip("kagglesdk", reason="the kaggle client is not installed")
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -21,10 +22,25 @@ GONE = requests.exceptions.ConnectionError(
 )
 
 
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """The suite staged for `someone`, once: no test changes this folder."""
+    out = tmp_path_factory.mktemp("suite") / "staged"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stage, "_pip", wheels_without_pip)
+        stage.stage("someone", out, CHECKOUT, progress=False)
+    return out
+
+
 @pytest.fixture
-def kaggle(staged, tmp_path, monkeypatch):  # noqa: F811
-    """The suite staged for `someone`, and the stand-in that answers the client."""
-    staged()
+def staged(suite, tmp_path):
+    """A copy of the staged suite."""
+    return shutil.copytree(suite, tmp_path / "staged")
+
+
+@pytest.fixture
+def kaggle(staged, tmp_path, monkeypatch):
+    """The staged suite, and the stand-in that answers the client."""
     return kaggle_standin.install(monkeypatch, tmp_path / "home")
 
 
@@ -480,7 +496,7 @@ def test_a_token_of_another_account(kaggle, send, monkeypatch):
     ],
 )
 def test_a_token_that_is_missing_or_refused_is_an_error_and_no_exit(
-    staged,  # noqa: F811
+    staged,
     tmp_path,
     monkeypatch,
     send,
@@ -488,7 +504,6 @@ def test_a_token_that_is_missing_or_refused_is_an_error_and_no_exit(
     content,
     message,
 ):
-    staged()
     kaggle_standin.install(monkeypatch, tmp_path / "home", key=key)
     if content:
         (tmp_path / "home" / ".kaggle" / key).write_text(content)
@@ -496,8 +511,7 @@ def test_a_token_that_is_missing_or_refused_is_an_error_and_no_exit(
         send()
 
 
-def test_the_new_kind_of_token(staged, tmp_path, monkeypatch, send):  # noqa: F811
-    staged()
+def test_the_new_kind_of_token(staged, tmp_path, monkeypatch, send):
     standin = kaggle_standin.install(monkeypatch, tmp_path / "home", key="access_token")
     send("wheels")
     assert standin.datasets

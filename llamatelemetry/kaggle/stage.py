@@ -65,7 +65,10 @@ def package_cell(wheel):
     with zipfile.ZipFile(wheel) as packed, zipfile.ZipFile(flat, "w") as stored:
         for entry in packed.infolist():
             stored.writestr(zipfile.ZipInfo(entry.filename, entry.date_time), packed.read(entry))
-    text = base64.b85encode(lzma.compress(flat.getvalue(), preset=9 | lzma.PRESET_EXTREME)).decode()
+    # A dictionary of the text's size: the preset's own takes 700 MB of memory for nothing more.
+    smallest = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
+    smallest["dict_size"] = max(4096, flat.tell())
+    text = base64.b85encode(lzma.compress(flat.getvalue(), filters=[smallest])).decode()
     return (
         f"# llamatelemetry itself, as text, so that this file is all that a session needs. Nothing to read or change.\n"
         f"import base64, importlib.util, lzma, os, pathlib\n"
@@ -143,7 +146,7 @@ def stage(user, out="staged", checkout=".", models=(), engine=(), progress=True)
         raise StageError(
             f"--user {user}: the name in the address of your Kaggle profile is expected (lower case)."
         )
-    stems = [path.stem for path in (checkout / "notebooks").glob("*.ipynb")]
+    stems = sorted(path.stem for path in (checkout / "notebooks").glob("*.ipynb"))
     _check_folders(
         out, templates, ["wheels", *["engine"] * (not engine), *["models"] * bool(models), *stems]
     )
@@ -156,17 +159,17 @@ def stage(user, out="staged", checkout=".", models=(), engine=(), progress=True)
     if models:
         made["models"] = _models(templates, out / "models", user, models)
     wheel = next(made["wheels"].glob("llamatelemetry-*.whl"))
-    for path in sorted((checkout / "notebooks").glob("*.ipynb")):
-        folder = made[path.stem] = _fresh(out / path.stem)
-        shutil.copy(path, folder)
-        write_setup_cell([folder / path.name], checkout, wheel)
+    for stem in stems:
+        folder = made[stem] = _fresh(out / stem)
+        shutil.copy(checkout / "notebooks" / f"{stem}.ipynb", folder)
         meta = _write(folder / KERNEL, templates / "notebook.json", user)
-        meta |= {"id": f"{user}/{path.stem}", "title": title_of(path.stem), "code_file": path.name}
+        meta |= {"id": f"{user}/{stem}", "title": title_of(stem), "code_file": f"{stem}.ipynb"}
         if engine:
             meta["kernel_sources"] = []
         if models:
             meta["dataset_sources"].append(f"{user}/llamatelemetry-models")
         (folder / KERNEL).write_text(json.dumps(meta, indent=1))
+    write_setup_cell([made[stem] / f"{stem}.ipynb" for stem in stems], checkout, wheel)
     for folder in made.values():
         check(folder)
     return made
