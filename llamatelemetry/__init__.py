@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "InferenceEngine": "engine",
-    "InferResult": "engine",
+    "InferResult": "server.completion",
     "ServerManager": "server.manager",
     "list_models": "files.models",
     "resolve_model": "files.models",

@@ -17,22 +17,15 @@ from .errors import (
     TemplateError,
     WorkerCrashedError,
 )
+from .files.programs import find_server
 from .gpus import devices
 from .gpus.cores import physical_cores
 from .gpus.fit import fit, spread
 from .options import check_pooling, pooling_of
-from .server.completion import (  # noqa: F401  InferResult is public here
-    InferResult,
-    as_result,
-    check_sound,
-    check_start,
-    drawn,
-    every_token,
-    request_body,
-    watched,
-)
+from .server.completion import as_result, check_start, request_body
 from .server.loading import settle
-from .server.manager import ServerManager, find_server
+from .server.manager import ServerManager
+from .server.probabilities import check_sound, drawn, every_token, watched
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +34,7 @@ if TYPE_CHECKING:
 class InferenceEngine:
     """One model: generated text, embeddings, tokens, and captures of what happens inside.
 
-    server_path: llama-server, else found by llamatelemetry.server.manager.find_server(). Also a
+    server_path: llama-server, else found by llamatelemetry.files.programs.find_server(). Also a
     context manager. Attributes: model (the GGUFFile, None before load_model), server (the
     ServerManager), plan (who gets which GPU)."""
 

@@ -38,7 +38,7 @@ def smollm2():
 def llama_server():
     """Path of llama-server; skips where the engine is not built."""
     from llamatelemetry import ServerError
-    from llamatelemetry.server.manager import find_server
+    from llamatelemetry.files.programs import find_server
 
     try:
         return find_server()

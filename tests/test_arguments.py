@@ -17,14 +17,9 @@ from llamatelemetry.errors import (
     ServerError,
 )
 from llamatelemetry.files.gguf import GGUFFile
-from llamatelemetry.server.completion import (
-    OFF,
-    OPTIONS,
-    REFUSED,
-    request_body,
-    watched,
-)
+from llamatelemetry.server.completion import OFF, OPTIONS, REFUSED, request_body
 from llamatelemetry.server.loading import settle
+from llamatelemetry.server.probabilities import watched
 
 ARGUMENTS = dict(
     max_tokens=1, temperature=0.7, top_p=0.9, top_k=40, seed=0, stop_sequences=None, n_probs=0
@@ -186,13 +181,7 @@ def test_an_embedding_of_zeros_has_no_direction(tmp_path, llama_server):
         assert not engine.embed("the cat", normalize=False).any()
 
 
-@pytest.mark.parametrize(
-    "ids, absent",
-    [
-        ([5], {"normalized_entropy"}),
-        ([5, 6], set()),
-    ],
-)
+@pytest.mark.parametrize("ids, absent", [([5], {"normalized_entropy"}), ([5, 6], set())])
 def test_attention_to_pairs_that_a_text_does_not_have_is_not_measured(ids, absent, tmp_path):
     with InferenceEngine() as engine:
         engine.load_model(tiny_model("llama", tmp_path), auto_start=False, silent=True, threads=1)

@@ -6,7 +6,8 @@ import pytest
 from models import IDS, N_VOCAB, tiny_model
 
 from llamatelemetry import InferenceEngine, ServerError
-from llamatelemetry.server.completion import OFF, _held_back, every_token, request_body
+from llamatelemetry.server.completion import OFF, request_body
+from llamatelemetry.server.probabilities import _held_back, every_token
 
 EXACT = {"flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}
 

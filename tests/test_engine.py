@@ -20,6 +20,7 @@ from llamatelemetry import (
 )
 from llamatelemetry import engine as module
 from llamatelemetry.server import completion
+from llamatelemetry.server.probabilities import probability_table
 
 PROMPT = "The capital of France is"
 
@@ -64,7 +65,7 @@ def test_probabilities_keep_the_sampled_token():
     def token(i, logprob, raw):
         return {"id": i, "logprob": logprob, "bytes": list(raw)}
 
-    table = completion._probabilities(
+    table = probability_table(
         [token(7, -3.0, b" z") | {"top_logprobs": [token(1, -0.5, b"\xf0\x9f")]}]
     )
     assert table["id"].tolist() == [1, 7] and table["chosen"].tolist() == [False, True]

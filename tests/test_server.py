@@ -22,10 +22,10 @@ from llamatelemetry import (
     ServerManager,
 )
 from llamatelemetry.files import programs
+from llamatelemetry.files.programs import find_server
 from llamatelemetry.gpus.cores import physical_cores
 from llamatelemetry.server import guard
 from llamatelemetry.server import manager as module
-from llamatelemetry.server.manager import find_server
 
 
 @pytest.fixture

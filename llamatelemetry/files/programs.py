@@ -6,7 +6,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import QuantizeError
+from ..errors import QuantizeError, ServerError
+from .outputs import path_of
+
+ENGINE_MEND = (
+    "`llamatelemetry engine build` makes an engine wheel with llama-server in it; "
+    "or set LLAMA_SERVER_PATH to a llama-server of your own."
+)
 
 
 def engine_folder() -> Path | None:
@@ -29,6 +35,30 @@ def find_program(name: str) -> Path | None:
             return (folder / name).resolve()
     found = shutil.which(name)
     return Path(found).resolve() if found else None
+
+
+def find_server(path: str | os.PathLike | None = None) -> Path:
+    """Path of llama-server: the argument, LLAMA_SERVER_PATH, beside the installed engine, PATH;
+    ServerError if none.
+
+    A path that was given but is not an executable file is an error, never passed over.
+    """
+    named = {"server_path": path, "LLAMA_SERVER_PATH": os.environ.get("LLAMA_SERVER_PATH")}
+    for whose, given in named.items():
+        if given:
+            file = path_of(given, ServerError)
+            file = file / "llama-server" if file.is_dir() else file
+            if not is_program(file):
+                raise ServerError(
+                    f"{whose} says {given}, but there is no executable llama-server. {ENGINE_MEND}"
+                )
+            return file.resolve()
+    if found := find_program("llama-server"):
+        return found
+    raise ServerError(
+        "No llama-server: not in LLAMA_SERVER_PATH, not beside the installed engine, not on PATH. "
+        + ENGINE_MEND
+    )
 
 
 def tool(name: str) -> str:

@@ -367,7 +367,7 @@ def _rank(manifest, capability):
 
 
 def _engine_line(where):
-    from ..server.manager import find_server
+    from ..files.programs import find_server
 
     engine = build.installed()
     archs = ", ".join(f"{arch / 10}" for arch in _archs(engine))

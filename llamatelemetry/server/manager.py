@@ -1,4 +1,4 @@
-"""llama-server: find it, start it, watch it, stop it. It listens on this machine only, with a key
+"""llama-server: start it, watch it, stop it. It listens on this machine only, with a key
 of its own."""
 
 import atexit
@@ -6,51 +6,23 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import tempfile
 import time
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from .. import logs
-from ..errors import ModelLoadError, ModelNotFoundError, ServerError, TemplateError, shown
+from ..errors import ModelLoadError, ModelNotFoundError, ServerError, shown
+from ..files.gguf import GGUFFile
 from ..files.outputs import path_of
-from ..files.programs import find_program, is_program
+from ..files.programs import ENGINE_MEND, find_server
+from ..gpus import devices
 from ..gpus.cores import physical_cores
 from ..options import environment, flags, pooling_of
 from . import guard
-
-_MEND = (
-    "`llamatelemetry engine build` makes an engine wheel with llama-server in it; "
-    "or set LLAMA_SERVER_PATH to a llama-server of your own."
-)
-
-
-def find_server(path=None):
-    """Path of llama-server: the argument, LLAMA_SERVER_PATH, beside the installed engine, PATH;
-    ServerError if none.
-
-    A path that was given but is not an executable file is an error, never passed over.
-    """
-    for given, whose in (
-        (path, "server_path"),
-        (os.environ.get("LLAMA_SERVER_PATH"), "LLAMA_SERVER_PATH"),
-    ):
-        if given:
-            file = path_of(given, ServerError)
-            file = file / "llama-server" if file.is_dir() else file
-            if not is_program(file):
-                raise ServerError(
-                    f"{whose} says {given}, but there is no executable llama-server. {_MEND}"
-                )
-            return file.resolve()
-    if found := find_program("llama-server"):
-        return found
-    raise ServerError(
-        "No llama-server: not in LLAMA_SERVER_PATH, not beside the installed engine, not on PATH. "
-        + _MEND
-    )
+from .failures import death, refusal
 
 
 class ServerManager:
@@ -60,7 +32,7 @@ class ServerManager:
     once started: url, host, port, pid, model_path, log (its log file), offload (what its log says
     about layers on the GPU, "" where it says nothing)."""
 
-    def __init__(self, server_path=None):
+    def __init__(self, server_path: str | os.PathLike | None = None) -> None:
         self.server_path = find_server(server_path) if server_path else None
         self._api_key = secrets.token_urlsafe(24)
         self._guard = self._session = None
@@ -75,21 +47,21 @@ class ServerManager:
 
     def start_server(
         self,
-        model_path,
-        host="127.0.0.1",
-        port=None,
-        gpu_layers=None,
-        ctx_size=None,
-        n_parallel=1,
-        tensor_split=None,
-        threads=None,
-        embeddings=False,
-        timeout=600.0,
-        verbose=True,
-        silent=False,
-        env=None,
-        **server_kwargs,
-    ):
+        model_path: str | os.PathLike,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        gpu_layers: int | None = None,
+        ctx_size: int | None = None,
+        n_parallel: int = 1,
+        tensor_split: str | Sequence[float] | None = None,
+        threads: int | None = None,
+        embeddings: bool = False,
+        timeout: float = 600.0,
+        verbose: bool = True,
+        silent: bool = False,
+        env: Mapping[str, str] | None = None,
+        **server_kwargs: Any,
+    ) -> "ServerManager":
         """Start llama-server and wait until it answers; a server that this object already runs is
         stopped first.
 
@@ -105,56 +77,45 @@ class ServerManager:
 
         Raises ServerError (no llama-server, port in use, it ended or did not answer in time),
         ModelNotFoundError and ModelLoadError (llama.cpp cannot load that file)."""
-        from ..files.gguf import GGUFFile
-
         model_path = path_of(model_path, ModelNotFoundError)
+        if model_path.is_dir():
+            raise ModelLoadError(f"{model_path} is a folder, not a GGUF file.")
         if not model_path.is_file():
-            kind = "is a folder, not" if model_path.is_dir() else "is not"
-            raise (ModelLoadError if model_path.is_dir() else ModelNotFoundError)(
-                f"{model_path} {kind} a GGUF file."
-            )
+            raise ModelNotFoundError(f"{model_path} is not a GGUF file.")
         self.stop_server()
         binary = self.server_path = self.server_path or find_server()
         if port:
             _refuse_port_in_use(host, port)
-        pooling = server_kwargs.pop("pooling", None) or (
-            embeddings and pooling_of(GGUFFile(model_path))
-        )
         variables, split = self._environment(env, tensor_split)
-        folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-server-"))
-        self.log = folder / "llama-server.log"
-        command = [
-            binary,
-            "--model",
-            model_path,
-            "--host",
-            host,
-            "--port",
-            port or 0,
-            "--parallel",
-            n_parallel,
-            "--threads",
-            threads or physical_cores(),
-        ]
+        pooling = server_kwargs.pop("pooling", None)
         options = {
+            "model": model_path,
+            "host": host,
+            "port": port or 0,
+            "parallel": n_parallel,
+            "threads": threads or physical_cores(),
             "ctx_size": ctx_size and ctx_size * n_parallel,
             "tensor_split": split,
             "n_gpu_layers": "all" if gpu_layers is not None and gpu_layers < 0 else gpu_layers,
-        }
+        } | server_kwargs
         if embeddings:
+            pooling = pooling or pooling_of(GGUFFile(model_path))
             options |= {"embeddings": True, "pooling": pooling}
         # It answers with its model's name, in JSON, which is UTF-8
         if shown(model_path) != str(model_path):
-            options["alias"] = shown(model_path.stem)
+            options.setdefault("alias", shown(model_path.stem))
+        folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-server-"))
+        self.log = folder / "llama-server.log"
         started = time.monotonic()
         try:
             with open(self.log, "wb") as log:
-                self._guard, self.pid = guard.popen(
-                    [*command, *flags(options | server_kwargs)], log, env=variables, folder=folder
-                )
+                command = [binary, *flags(options)]
+                self._guard, self.pid = guard.popen(command, log, env=variables, folder=folder)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise ServerError(f"{binary} cannot be executed: {error.strerror}. {_MEND}") from error
+            raise ServerError(
+                f"{binary} cannot be executed: {error.strerror}. {ENGINE_MEND}"
+            ) from error
         self._owner = os.getpid()
         _running.add(self)
         self.host, self.model_path = host, model_path
@@ -174,8 +135,6 @@ class ServerManager:
         return self
 
     def _environment(self, env, tensor_split):
-        from ..gpus import devices
-
         split = None
         if tensor_split is not None:
             plan = devices.plan(tensor_split)
@@ -196,14 +155,9 @@ class ServerManager:
         from tqdm.auto import tqdm
 
         size = self.model_path.stat().st_size / 1e9
+        what = f"llama-server loads {shown(self.model_path.name)} ({size:.2g} GB)"
         # Nothing is drawn in the first second: small models are there by then.
-        bar = tqdm(
-            desc=f"llama-server loads {shown(self.model_path.name)} ({size:.2g} GB)",
-            delay=1,
-            disable=silent,
-            bar_format="{desc}: {elapsed}",
-            leave=False,
-        )
+        bar = tqdm(desc=what, delay=1, disable=silent, bar_format="{desc}: {elapsed}", leave=False)
         deadline, pause = time.monotonic() + timeout, 0.01
         with bar:
             while True:
@@ -211,9 +165,7 @@ class ServerManager:
                     raise self._death("ended while it loaded the model")
                 self.port = port or self._port_from_log()
                 if self.port:
-                    host = f"[{self.host}]" if ":" in self.host else self.host
-                    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-                    self.url = f"http://{host}:{self.port}"
+                    self.url = f"http://{_reached(self.host)}:{self.port}"
                     if self._answers():
                         return
                 if time.monotonic() > deadline:
@@ -242,16 +194,14 @@ class ServerManager:
                 return session.get(f"{self.url}/v1/models", headers=headers, timeout=5).status_code
 
         try:
-            return (
-                status(self._api_key) == 200 and status(None) == 401 and self._guard.poll() is None
-            )
+            return status(self._api_key) == 200 and status(None) == 401 and self.is_running()
         except requests.RequestException:
             return False
 
-    def stop_server(self):
+    def stop_server(self) -> bool:
         """Stop the server, wait for its end and remove its log; nothing to do is no error. True if
         one was running."""
-        # A forked child does not stop its parent's server
+        # A forked child does not stop its parent's server.
         if self._guard is None or self._owner != os.getpid():
             return False
         was_running = self._guard.poll() is None
@@ -266,14 +216,14 @@ class ServerManager:
         self._reset()
         return was_running
 
-    def check_server_health(self):
+    def check_server_health(self) -> bool:
         """True if our own process lives and answers to our key."""
         return self.is_running() and self._answers()
 
-    def is_running(self):
+    def is_running(self) -> bool:
         return self._guard is not None and self._guard.poll() is None
 
-    def log_tail(self, characters=3000):
+    def log_tail(self, characters: int = 3000) -> str:
         """The end of the server's log, also after it was stopped; "" if there is none."""
         try:
             return self.log.read_bytes()[-characters:].decode(errors="replace").strip()
@@ -281,43 +231,11 @@ class ServerManager:
             return getattr(self, "_last_log", "")
 
     def _death(self, when):
-        code = self._guard.poll()
-        log = self.log_tail(20000)
-        how = (
-            f"signal {signal.Signals(code - 128).name}"
-            if code and 128 < code < 160
-            else f"exit code {code}"
-        )
-        why = logs.reason(log, killed=bool(code and code > 128))
-        tail = f"{why and f'It says: {why}. '}Its log ends:\n{logs.last_words(log, 40)[-3000:]}"
-        if "couldn't bind HTTP server socket" in log:
-            return ServerError(
-                f"llama-server cannot listen there: the port is in use or the host is not this "
-                f"machine's. Leave port=None for a free one. {tail}"
-            )
-        if (
-            "chat template parsing error" in log
-            or "the supplied chat template is not supported" in log
-        ):
-            return _template_error(log, self.model_path)
-        unknown = re.search(r"unknown model architecture: '([^']*)'", log)
-        if unknown:
-            return ModelLoadError(
-                f"This llama.cpp does not know the architecture {unknown[1]!r} of {self.model_path}. "
-                "A newer engine may; else choose another model."
-            )
-        if re.search(r"out of memory|failed to allocate|unable to allocate|cudaMalloc failed", log):
-            return ModelLoadError(
-                f"{self.model_path.name} does not fit in memory. Choose a smaller quantization, a "
-                f"smaller ctx_size, fewer gpu_layers, or auto_start=False. {tail}"
-            )
-        if "failed to load model" in log or "error loading model" in log:
-            return ModelLoadError(f"llama.cpp cannot load {self.model_path} ({how}). {tail}")
-        return ServerError(f"llama-server {when} ({how}). {tail}")
+        return death(when, self._guard.poll(), self.log_tail(20000), self.model_path)
 
     # ---- requests
 
-    def post(self, path, body, stream=False):
+    def post(self, path: str, body: Mapping[str, Any], stream: bool = False) -> Any:
         """POST `body` as JSON; returns the answer's JSON, or with stream=True the
         requests.Response.
 
@@ -338,12 +256,12 @@ class ServerManager:
                 self.url + path, json=body, stream=stream, timeout=(10, None)
             )
             if response.status_code >= 400:
-                raise self._refusal(response)
+                raise refusal(response)
             return response if stream else response.json()
         except requests.RequestException as error:
             raise self.lost(error) from error
 
-    def lost(self, error):
+    def lost(self, error: Exception) -> ServerError:
         """The ServerError for a connection that broke: dead, with its log, or alive and silent."""
         deadline = time.monotonic() + 2
         while self.is_running() and time.monotonic() < deadline:
@@ -353,51 +271,17 @@ class ServerManager:
             return ServerError(f"{death}\nload_model(...) starts it again.")
         return ServerError(f"llama-server (process {self.pid}) did not answer: {error}")
 
-    @staticmethod
-    def _refusal(response):
-        try:
-            error = response.json()["error"]
-        except (ValueError, KeyError, TypeError):
-            error = {"message": response.text[:500]}
-        if error.get("type") == "exceed_context_size_error":
-            counts = ""
-            if "n_prompt_tokens" in error:
-                counts = (
-                    f" ({error['n_prompt_tokens']} tokens, the context holds {error.get('n_ctx')})"
-                )
-            return ServerError(
-                f"The prompt is longer than the context{counts}. Shorten it, or load the model with a "
-                "larger ctx_size."
-            )
-        mend = ""
-        if "physical batch size" in str(error.get("message")):
-            mend = " Shorten the text, or load the model with larger ubatch_size and batch_size."
-        return ServerError(
-            f"llama-server refused the request ({response.status_code}): {error.get('message')}.{mend}"
-        )
-
-    def __enter__(self):
+    def __enter__(self) -> "ServerManager":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.stop_server()
 
 
-def _template_error(log, model_path):
-    given = "the supplied chat template" in log
-    whose = "chat template that was given" if given else f"chat template of {shown(model_path)}"
-    forms = (
-        r"_init: error: (.*)",
-        r"chat template parsing error: (.*)",
-        r"failed to apply template: (.*)",
-    )
-    found = filter(None, (re.search(form, log) for form in forms))
-    why = next((f" ({said[1].strip().rstrip(':')})" for said in found), "")
-    return TemplateError(
-        f"llama-server cannot parse the {whose}{why}. Give one with load_model(..., "
-        'chat_template="chatml"), the name of another that llama.cpp knows or a text in Jinja; infer '
-        "uses none."
-    )
+def _reached(host):
+    """The host in an address: brackets around IPv6, this machine for all of its addresses."""
+    host = f"[{host}]" if ":" in host else host
+    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
 
 
 def _refuse_port_in_use(host, port):
@@ -406,7 +290,7 @@ def _refuse_port_in_use(host, port):
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
-            # Closed connections do not count
+            # Closed connections do not count.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)

@@ -86,7 +86,7 @@ def _engine():
 
 
 def _server():
-    from ..server.manager import find_server
+    from ..files.programs import find_server
 
     try:
         path = find_server()
