@@ -39,9 +39,9 @@ from llamatelemetry.server.loading import (
     described,
     least_context,
     settle,
-    sort_options,
     trained_context,
 )
+from llamatelemetry.server.settings import sort_options
 
 # With these llama-server computes as captures of an F32 file do: what is left is the order of sums.
 EXACT = {"flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}

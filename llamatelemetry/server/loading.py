@@ -1,36 +1,18 @@
 """What load_model asked for, settled once for both processes: options, context and the numbers that
 depend on them."""
 
-import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ..arguments import finite, whole
-from ..errors import ModelLoadError, ModelNotFoundError, OptionError
-from ..files.outputs import path_of
-from ..options import (
-    CACHE_TYPES,
-    KIND,
-    NUMBERS,
-    PARAMETERS,
-    SCALINGS,
-    SHARED,
-    canonical,
-    check_pooling,
-    pooling_of,
-    refusal,
-)
+from ..arguments import whole
+from ..errors import ModelLoadError
+from ..options import SCALINGS, pooling_of
+from .settings import both, sort_options
 
-_CHECKS = {
-    "pooling": check_pooling,
-    "threads": lambda value: whole("threads", value, 1),
-    "port": lambda value: whole("port", value, 0, 65535),
-    "timeout": lambda value: finite("timeout", value, 0),
-}
-DEFAULT_CTX = 4096  # tokens, where the model was trained for more: a KV cache for 128k tokens does not fit a T4
+# Tokens, where the model was trained for more: a KV cache for 128k tokens does not fit a T4.
+DEFAULT_CTX = 4096
 
 
 @dataclass(frozen=True)
@@ -67,10 +49,14 @@ def settle(gguf, ctx_size, options):
             says += "What comes after those, in answers and captures, it has never learned."
             variant["overrides"] = _longer(gguf, size, variant.get("overrides", []))
     session = {"longest": longest, "cache_type": variant.pop("cache_type", None)}
-    # llama.cpp makes contexts in steps of 256, and llama-server ends a request at what the model
-    # was trained for.
-    size = min(-(-size // 256) * 256, max(trained, size)) if trained else -(-size // 256) * 256
+    # llama-server ends a request at what the model was trained for.
+    size = min(in_steps(size), max(trained, size)) if trained else in_steps(size)
     return Setup(size, server | both(variant), session | {"variant": variant}, says)
+
+
+def in_steps(size):
+    """Tokens of a context: llama.cpp makes them in steps of 256."""
+    return -(-size // 256) * 256
 
 
 def _no_model(gguf):
@@ -82,34 +68,25 @@ def _no_model(gguf):
         return "a control vector, not a model: load the model that it was made for, with control_vector=... for it"
     if kind in ("mmproj", "imatrix") or architecture == "clip":
         return f"a part beside a model ({kind or architecture}), not the model: give the model's own file"
-    return (
-        None
-        if gguf.has_tensor("")
-        else "a vocabulary without weights: give a file of the whole model"
-    )
+    if not gguf.has_tensor(""):
+        return "a vocabulary without weights: give a file of the whole model"
+    return None
 
 
 def described(variant):
     """What a variant changes, for a capture's label: " with lora a.gguf x 0.5, rope_freq_base 500";
     "" for nothing."""
-    files = [
-        (name, Path(path).name, scale)
-        for name, key in (("lora", "loras"), ("control vector", "controls"))
-        for path, scale in variant.get(key, ())
-    ]
-    said = [
-        f"{name} {file}" + (f" x {scale:g}" if scale != 1 else "") for name, file, scale in files
-    ]
-    said += [
-        f"{key} {value}"
-        for key, _, value in variant.get("overrides", ())
-        if not key.endswith("context_length")
-    ]
+    said = []
+    for name, key in (("lora", "loras"), ("control vector", "controls")):
+        for path, scale in variant.get(key, ()):
+            said.append(f"{name} {Path(path).name}" + (f" x {scale:g}" if scale != 1 else ""))
+    for key, _, value in variant.get("overrides", ()):
+        if not key.endswith("context_length"):
+            said.append(f"{key} {value}")
     scalings = {number: name for name, number in SCALINGS.items()}
-    said += [
-        f"rope_scaling {scalings[value]}" if name == "rope_scaling_type" else f"{name} {value:g}"
-        for name, value in variant.get("context", {}).items()
-    ]
+    for name, value in variant.get("context", {}).items():
+        scaling = name == "rope_scaling_type"
+        said.append(f"rope_scaling {scalings[value]}" if scaling else f"{name} {value:g}")
     return f" with {', '.join(said)}" if said else ""
 
 
@@ -157,166 +134,4 @@ def least_context(gguf, size):
     original = gguf.metadata.get(
         f"{gguf.architecture}.rope.scaling.original_context_length", gguf.n_ctx_train
     )
-    return original + 1 if -(-size // 256) * 256 > original else 0
-
-
-def sort_options(options):
-    """load_model's options -> (arguments of start_server, the variant of the model that both
-    processes compute).
-
-    A variant, for the worker (capture/variants.py) and for `both`, has those that were asked for
-    of: context ({field of llama_context_params: number}), overrides ([key, type, value]), loras and
-    controls ([path, scale]), control_layers (first, last), cache_type. Raises OptionError,
-    ModelNotFoundError."""
-    server, variant, seen = {}, {}, {}
-    for given, value in options.items():
-        if value is None:
-            continue
-        name, value = canonical(given, value)
-        if seen.setdefault(name, given) != given:
-            raise OptionError(
-                f"{given!r} and {seen[name]!r} are the same option of llama-server. Give one of them."
-            )
-        if name in PARAMETERS:
-            server[name] = _CHECKS[name](value) if name in _CHECKS else value
-        elif name in SHARED:
-            value = _shared(name, value, variant)
-            if value is not None:
-                server[name] = value
-        elif name in KIND:
-            server[name] = _plain(name, value, KIND[name])
-        else:
-            raise OptionError(refusal(given, name))
-    if server.get("cache_type_k", "f16") != server.get("cache_type_v", "f16"):
-        raise OptionError(
-            "cache_type_k and cache_type_v: captures keep keys and values in one type. Give both, alike."
-        )
-    return server, variant
-
-
-def both(variant):
-    """The options of llama-server that say what a variant's files and overrides say."""
-    named = {"lora_scaled": variant.get("loras"), "control_vector_scaled": variant.get("controls")}
-    options = {
-        name: ",".join(_quoted(f"{path}:{scale!r}") for path, scale in files)
-        for name, files in named.items()
-        if files
-    }
-    if overrides := variant.get("overrides"):
-        options["override_kv"] = ",".join(
-            _quoted(f"{key}={kind}:{str(value).lower() if kind == 'bool' else value}")
-            for key, kind, value in overrides
-        )
-    return options
-
-
-def _plain(name, value, kind):
-    if name in ("flash_attn", "fit", "reasoning") and isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, dict):
-        return json.dumps(value)  # chat_template_kwargs
-    if kind == "value" and (isinstance(value, bool) or value == ""):
-        raise OptionError(f"{name}={value!r}: it takes a value.")
-    if kind != "value" and not isinstance(value, bool):
-        raise OptionError(f"{name}={value!r}: it is True or False.")
-    return None if kind == "switch" and value is False else value
-
-
-def _shared(name, value, variant):
-    """Puts an option into what the worker gets; returns what llama-server gets."""
-    context = (
-        variant.setdefault("context", {}) if name in NUMBERS or name.startswith("rope_") else None
-    )
-    if name in NUMBERS:
-        context[name] = value = _number(name, value, NUMBERS[name])
-    elif name == "rope_scale":
-        value = _number(name, value, float)
-        if not value > 0:
-            raise OptionError(f"rope_scale={value:g}: it is more than 0.")
-        context["rope_freq_scale"] = float(1 / np.float32(value))  # as llama-server rounds it
-    elif name == "rope_scaling":
-        if value not in SCALINGS:
-            raise OptionError(f"rope_scaling={value!r}: it is one of {', '.join(SCALINGS)}.")
-        context["rope_scaling_type"] = SCALINGS[value]
-    elif name == "override_kv":
-        variant["overrides"] = [_override(item) for item in _items(value)]
-        return None
-    elif name.startswith("cache_type_"):
-        if value not in CACHE_TYPES:
-            raise OptionError(
-                f"{name}={value!r}: captures keep {' or '.join(CACHE_TYPES)}. llama.cpp has quantized "
-                "values only with fused attention, which never makes what a capture shows."
-            )
-        variant["cache_type"] = value
-    elif name == "control_vector_layer_range":
-        layers = value.split() if isinstance(value, str) else np.ravel(value).tolist()
-        if len(layers) != 2:
-            raise OptionError(f"{name}={value!r}: it is the first and the last layer, (1, 12).")
-        variant["control_layers"] = value = [_number(name, layer, int) for layer in layers]
-    else:
-        files = variant.setdefault("loras" if name.startswith("lora") else "controls", [])
-        files += [_file(name, item, scaled=name.endswith("_scaled")) for item in _items(value)]
-        return None
-    return value
-
-
-def _number(name, value, kind):
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError):
-        raise OptionError(f"{name}={value!r}: it is a number.") from None
-
-
-def _items(value):
-    """One value, a list of them, or llama-server's own list with commas."""
-    if isinstance(value, str) and not Path(value).is_file():
-        return [item for item in value.split(",") if item]
-    return [value] if isinstance(value, (str, Path)) or _is_pair(value) else list(value)
-
-
-def _is_pair(value):
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], (int, float))
-
-
-def _file(name, item, scaled):
-    path, scale = item if _is_pair(item) else (item, 1.0)
-    if scaled and not _is_pair(item):
-        path, _, scale = str(item).rpartition(":")
-        if not path:
-            raise OptionError(f"{name}={str(item)!r}: it is FILE:SCALE.")
-    path = path_of(path, ModelNotFoundError)
-    if not path.is_file():
-        raise ModelNotFoundError(f"{name}: {path} is not a file.")
-    if ":" in str(path) or '"' in str(path):
-        raise OptionError(
-            f"{name}: llama-server cannot read a path with a colon or a quotation mark: {path}. "
-            "Make a link to it of another name."
-        )
-    return [str(path), _number(name, scale, float)]
-
-
-def _override(item):
-    found = re.fullmatch(r"([^=]{1,127})=(int|float|bool|str):(.*)", str(item), re.S)
-    kinds = {
-        "int": int,
-        "float": float,
-        "str": str,
-        "bool": {"true": True, "false": False}.__getitem__,
-    }
-    try:
-        key, kind, text = found.groups()
-        value = kinds[kind](text)
-        if kind == "str" and len(text.encode()) > 127:
-            raise ValueError
-    except (AttributeError, KeyError, ValueError):
-        raise OptionError(
-            f"override_kv={str(item)!r}: it is KEY=TYPE:VALUE, the type one of int, float, bool, str "
-            "(at most 127 bytes)."
-        ) from None
-    return [key, kind, value]
-
-
-def _quoted(text):
-    return '"' + text.replace('"', '""') + '"' if "," in text else text
+    return original + 1 if in_steps(size) > original else 0
