@@ -357,10 +357,11 @@ def test_no_tokenizer(tmp_path):
 
 @pytest.fixture(scope="module", params=["smollm2-135m-Q4_1", "gemma-3-270m-Q4_K_M"])
 def real(request, tmp_path_factory):
-    from llamatelemetry.files.models import _package_parts, resolve_model
+    from llamatelemetry.files.models import resolve_model
+    from llamatelemetry.files.packages import package_parts
     from llamatelemetry.files.registry import REGISTRY
 
-    if not _package_parts(REGISTRY[request.param])[0]:
+    if not package_parts(REGISTRY[request.param])[0]:
         pytest.skip(f"the package of {request.param} is not installed")
     return GGUFFile(resolve_model(request.param, progress=False))
 

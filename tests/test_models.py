@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llamatelemetry.errors import ModelLoadError, ModelNotFoundError
-from llamatelemetry.files import models
+from llamatelemetry.files import packages
 from llamatelemetry.files.hub import quantization
 from llamatelemetry.files.models import DEFAULT_MODEL, list_models, resolve_model
 from llamatelemetry.files.registry import PACKAGES, REGISTRY
@@ -33,7 +33,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     point_to(monkeypatch, "http://127.0.0.1:9")  # the discard port: refused at once
-    monkeypatch.setattr(models, "_folder_of", lambda module: None)
+    monkeypatch.setattr(packages, "_folder_of", lambda module: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -205,7 +205,7 @@ def test_quantization_of_a_file_name(file, expected):
 
 
 def install(monkeypatch, folders):
-    monkeypatch.setattr(models, "_folder_of", folders.get)
+    monkeypatch.setattr(packages, "_folder_of", folders.get)
 
 
 def test_package_with_a_whole_file(machine, monkeypatch):
@@ -547,7 +547,7 @@ def test_list_models():
 def test_real_packages(machine, monkeypatch, name, digest):
     monkeypatch.undo()  # the packages of this environment
     monkeypatch.setenv("LLAMATELEMETRY_CACHE", str(machine / "cache"))
-    if models._folder_of(PACKAGES[name].module) is None:
+    if packages._folder_of(PACKAGES[name].module) is None:
         pytest.skip(f"the package of {name} is not installed")
     path = Path(resolve_model(name, progress=False))
     assert hashlib.sha256(path.read_bytes()).hexdigest() == digest

@@ -1,17 +1,18 @@
 """The Hugging Face hub: what its cache holds, downloads with progress, resume and checksum, and why
 one failed."""
 
-import hashlib
 import os
 import re
 from pathlib import Path
 
 from ..errors import ModelLoadError
+from .checksums import sha256
 from .header import split_parts
 
 
 class Refused(Exception):
-    """Nothing could be fetched: the text is why, `do` what to do next."""
+    """Nothing could be fetched: the text is why, `do` what to do next. Nobody but this room sees
+    it: resolve_model makes a ModelNotFoundError of it."""
 
     def __init__(self, why, do):
         super().__init__(why)
@@ -48,11 +49,8 @@ def cached(repo, file):
     from huggingface_hub import errors, try_to_load_from_cache
 
     if not file.lower().endswith(".gguf"):
-        file = _one(
-            repo,
-            file,
-            [name.partition(":")[2] for name, _ in all_cached() if name.startswith(f"{repo}:")],
-        )
+        here = [name.partition(":")[2] for name, _ in all_cached() if name.startswith(f"{repo}:")]
+        file = _one(repo, file, here)
         if file is None:
             return None
     try:
@@ -68,17 +66,12 @@ def all_cached():
     """("repo:file", path) of every model in the cache."""
     from huggingface_hub import constants
 
-    files = []
-    cache = Path(constants.HF_HUB_CACHE)
+    files, cache = [], Path(constants.HF_HUB_CACHE)
     for path in model_files(sorted(cache.glob("models--*/snapshots/*/**/*.gguf"))):
         # models--OWNER--NAME, snapshots, revision, the file's path
-        parts = path.relative_to(cache).parts
-        files.append(
-            (
-                f"{parts[0].removeprefix('models--').replace('--', '/', 1)}:{'/'.join(parts[3:])}",
-                path,
-            )
-        )
+        folder, _, _, *name = path.relative_to(cache).parts
+        repo = folder.removeprefix("models--").replace("--", "/", 1)
+        files.append((f"{repo}:{'/'.join(name)}", path))
     return files
 
 
@@ -133,13 +126,10 @@ def _check_room(repo, parts):
 
     from .places import free_bytes
 
-    absent = [
-        str(part) for part in parts if not isinstance(try_to_load_from_cache(repo, str(part)), str)
-    ]
-    need = sum(
-        _ask(lambda part=part: get_hf_file_metadata(hf_hub_url(repo, part))).size or 0
-        for part in absent
-    )
+    parts = map(str, parts)
+    absent = [part for part in parts if not isinstance(try_to_load_from_cache(repo, part), str)]
+    urls = [hf_hub_url(repo, part) for part in absent]
+    need = sum(_ask(lambda url=url: get_hf_file_metadata(url)).size or 0 for url in urls)
     if need > (free := free_bytes(constants.HF_HUB_CACHE)):
         raise Refused(
             f"it needs {need / 1e9:,.1f} GB and {constants.HF_HUB_CACHE} has {free / 1e9:,.1f} GB free",
@@ -150,27 +140,10 @@ def _check_room(repo, parts):
 
 def _verify(path, progress):
     """The cache keeps large files under their SHA-256: checked once, after the download."""
-    from tqdm.auto import tqdm
-
     blob = path.resolve()
     if not re.fullmatch("[0-9a-f]{64}", blob.name):
         return
-    digest = hashlib.sha256()
-    with (
-        open(blob, "rb") as file,
-        tqdm(
-            total=blob.stat().st_size,
-            unit="B",
-            unit_scale=True,
-            disable=not progress,
-            desc=f"checking {path.name}",
-            leave=False,
-        ) as bar,
-    ):
-        while block := file.read(1 << 22):
-            digest.update(block)
-            bar.update(len(block))
-    if digest.hexdigest() != blob.name:
+    if sha256([blob], f"checking {path.name}", progress) != blob.name:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise ModelLoadError(
@@ -184,12 +157,8 @@ def _reach_hub():
 
     local = "put the file under /kaggle/input, or give its path"
     # huggingface_hub reads the variable once, at its import; a user sets it when they think of it
-    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in (
-        "1",
-        "ON",
-        "YES",
-        "TRUE",
-    ):
+    said = os.environ.get("HF_HUB_OFFLINE", "").upper()
+    if constants.HF_HUB_OFFLINE or said in ("1", "ON", "YES", "TRUE"):
         raise Refused("HF_HUB_OFFLINE is set", f"unset it, {local}")
     try:  # without this, huggingface_hub retries for 24 s where there is no network
         requests.head(constants.ENDPOINT, timeout=5)
@@ -200,26 +169,32 @@ def _reach_hub():
         ) from None
 
 
+_AGAIN = "run it again, the download goes on where it stopped"
+# Errors of huggingface_hub, each before those that it is one of: why, and what to do.
+_ANSWERS = {
+    "GatedRepoError": (
+        "its licence must be accepted first",
+        "accept it on its page on the hub and set HF_TOKEN",
+    ),
+    "RepositoryNotFoundError": (
+        "the hub has no such repository, or it is private",
+        "check its name, or set HF_TOKEN",
+    ),
+    "LocalEntryNotFoundError": ("the connection broke ({cause})", _AGAIN),
+    "EntryNotFoundError": (
+        "the repository has no such file",
+        "check the file's name on its page on the hub",
+    ),
+}
+
+
 def _ask(request):
     from huggingface_hub import errors
 
-    again = "run it again, the download goes on where it stopped"
     try:
         return request()
-    except errors.GatedRepoError:
-        why, do = (
-            "its licence must be accepted first",
-            "accept it on its page on the hub and set HF_TOKEN",
-        )
-    except errors.RepositoryNotFoundError:
-        why, do = (
-            "the hub has no such repository, or it is private",
-            "check its name, or set HF_TOKEN",
-        )
-    except errors.LocalEntryNotFoundError as error:
-        why, do = f"the connection broke ({error.__cause__ or error})", again
-    except errors.EntryNotFoundError:
-        why, do = "the repository has no such file", "check the file's name on its page on the hub"
-    except Exception as error:  # the network's and the disk's, from whichever HTTP library the installed version uses
-        why, do = f"{type(error).__name__}: {error}", again
-    raise Refused(why, do)
+    except Exception as error:  # the network's and the disk's too, from any HTTP library
+        for name, (why, do) in _ANSWERS.items():
+            if isinstance(error, getattr(errors, name)):
+                raise Refused(why.format(cause=error.__cause__ or error), do) from None
+        raise Refused(f"{type(error).__name__}: {error}", _AGAIN) from None

