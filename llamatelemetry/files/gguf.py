@@ -13,8 +13,8 @@ import numpy as np
 from gguf import LlamaFileType
 
 from ..errors import ModelLoadError, ModelNotFoundError, shown
-from .header import Header, split_parts
-from .outputs import path_of
+from .header import Header
+from .outputs import path_of, split_parts
 from .types import dequantize
 from .vocabulary import decode_pieces
 

@@ -8,9 +8,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
 
 import math
 import mmap
-import re
 import struct
-from pathlib import Path
 
 import numpy as np
 from gguf import GGUFValueType
@@ -32,20 +30,6 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "<f8",
 }
 _U64 = struct.Struct("<Q").unpack_from
-_SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
-
-
-def split_parts(path):
-    """All parts of the split GGUF that `path` belongs to, in order; [path] if its name is not that
-    of a part."""
-    path = Path(path)
-    found = _SPLIT.match(path.name)
-    if not found:
-        return [path]
-    prefix, _, count = found.groups()
-    return [
-        path.with_name(f"{prefix}-{part:05d}-of-{count}.gguf") for part in range(1, int(count) + 1)
-    ]
 
 
 class Header:

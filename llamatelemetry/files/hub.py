@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import ModelLoadError
 from .checksums import sha256
-from .header import split_parts
+from .outputs import split_parts
 
 
 class Refused(Exception):

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelLoadError, ModelNotFoundError, shown
 from . import hub
-from .header import split_parts
-from .outputs import path_of
+from .outputs import path_of, split_parts
 from .packages import assembled, from_package, package_parts
 from .places import input_dir
 from .registry import PACKAGES, REGISTRY

@@ -3,12 +3,15 @@ made from."""
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import LlamaTelemetryError, OutputError, shown
+
+_SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 
 def path_of(given, error=LlamaTelemetryError):
@@ -27,6 +30,19 @@ def path_of(given, error=LlamaTelemetryError):
         if why.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise error(f"{shown(given)[:80]} is no name of a file here: {why.strerror}.") from None
     return path
+
+
+def split_parts(path):
+    """All parts of the split GGUF that `path` belongs to, in order; [path] if its name is not that
+    of a part."""
+    path = Path(path)
+    found = _SPLIT.match(path.name)
+    if not found:
+        return [path]
+    prefix, _, count = found.groups()
+    return [
+        path.with_name(f"{prefix}-{part:05d}-of-{count}.gguf") for part in range(1, int(count) + 1)
+    ]
 
 
 def labels(paths):
@@ -61,8 +77,6 @@ def refuse_overwriting(dst, inputs, error=OutputError):
 
     inputs: paths; of a split model all parts count. None among them is left out.
     """
-    from .header import split_parts
-
     dst = path_of(dst, error)
     for given in inputs:
         for path in split_parts(path_of(given, error)) if given is not None else ():

@@ -203,8 +203,8 @@ def _may_go(folder):
 def _check_inputs(out, models, engine):
     """The staged folders are made afresh, and a dataset is one folder: no input may lie in them or
     share a name."""
-    from ..files.header import split_parts
     from ..files.models import resolve_model
+    from ..files.outputs import split_parts
 
     parts = [part for model in dict.fromkeys(models) for part in split_parts(resolve_model(model))]
     for path in [*parts, *map(Path, engine)]:
@@ -320,8 +320,8 @@ def _wheels(templates, folder, user, checkout, engine, progress):
 
 def _models(templates, folder, user, models):
     from ..files.gguf import GGUFFile
-    from ..files.header import split_parts
     from ..files.models import resolve_model
+    from ..files.outputs import split_parts
     from ..gpus.fit import fit
 
     _fresh(folder)
