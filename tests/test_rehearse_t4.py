@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import bench_scale
 import common
 import pytest
 import rehearse_t4
@@ -141,3 +142,26 @@ def test_memory_is_held_down_to_what_a_t4_has(monkeypatch, capsys):
     rehearse_t4.hold(14913)
     left = json.loads(capsys.readouterr().out)
     assert all(14913 <= mib <= 14915 for mib in left) and len(left) == 2
+
+
+def test_the_first_figure_and_slow_cells_are_read_from_an_executed_notebook(tmp_path):
+    def cell(source, begin, end, html=None):
+        ran = {
+            f"{name}_time": f"2026-01-01T00:00:{at:02d}.5+00:00"
+            for name, at in (("start", begin), ("end", end))
+        }
+        outputs = [{"data": {"text/html": html}}] if html else []
+        return {
+            "cell_type": "code",
+            "source": [source],
+            "outputs": outputs,
+            "metadata": {"papermill": ran | {"duration": end - begin}},
+        }
+
+    path = tmp_path / "a.ipynb"
+    begun = [cell("import a", 1, 3), cell("a.table()", 3, 4, "<table>"), cell("load()", 4, 15)]
+    drawn = [cell("draw()", 15, 17, '<div class="plotly-graph-div">'), cell("more()", 17, 25)]
+    path.write_text(json.dumps({"cells": [{"cell_type": "markdown"}, *begun, *drawn]}))
+    assert bench_scale.cells(path) == (16.0, {"load()": 11, "more()": 8})
+    path.write_text(json.dumps({"cells": begun}))
+    assert bench_scale.cells(path) == (None, {"load()": 11})

@@ -463,7 +463,7 @@ PARTS = {
 # Results
 
 
-def store(part, row, path):
+def store(part, row, path, benchmark="t4_kernels"):
     """Put a row in the place of the one that it repeats; parts that run at the same time take
     turns."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -473,7 +473,7 @@ def store(part, row, path):
         stored = json.loads(path.read_text()) if path.is_file() else None
         rows = stored["rows"] if stored and same_machine(stored["hardware"]) else []
         report(
-            "t4_kernels",
+            benchmark,
             [other for other in rows if other["what"] != row["what"]] + [{"part": part, **row}],
             path,
         )
