@@ -461,7 +461,7 @@ def test_missing_stage_is_an_error_not_an_empty_array(session):
 
 def test_killed_worker_is_reported_and_leaves_nothing(tmp_path):
     session = CaptureSession(tiny_model("llama", tmp_path), threads=1)
-    folder = session._folder
+    folder = session.child.folder
     os.kill(session.pid, signal.SIGKILL)
     with pytest.raises(WorkerCrashedError, match="SIGKILL"):
         session.capture(IDS)
@@ -476,7 +476,7 @@ def test_engine_starts_a_new_worker_after_one_died(tmp_path):
         engine.load_model(tiny_model("llama", tmp_path), auto_start=False, silent=True)
         before = engine.capture(IDS, stages="logits").logits.values.copy()
         os.kill(engine._session.pid, signal.SIGKILL)
-        engine._session._process.wait()
+        engine._session.child.process.wait()
         np.testing.assert_array_equal(engine.capture(IDS, stages="logits").logits.values, before)
         with pytest.raises(ModelNotFoundError):
             engine.load_model("no-such-model-at-all", silent=True)
@@ -500,9 +500,9 @@ def test_captures_leave_at_most_the_arenas_that_are_used_again(tmp_path):
             np.testing.assert_array_equal(cap.hidden.values, before)
         del kept, cap
         session.capture(IDS, stages="attention")
-        names = sorted(path.name.split("-")[0] for path in session._folder.iterdir())
+        names = sorted(path.name.split("-")[0] for path in session.child.folder.iterdir())
         assert names.count("arena") <= 2 and set(names) <= {"arena", "worker.log"}
-        folder = session._folder
+        folder = session.child.folder
     assert not folder.exists()
 
 

@@ -425,10 +425,10 @@ def test_the_reason_is_llama_cpps_sentence(log, sentence):
 def test_a_crash_says_the_assertion_not_the_debuggers_frames(tmp_path):
     with CaptureSession(tiny_model("llama", tmp_path), threads=1) as session:
         assert b"GGML_NO_BACKTRACE=1" in Path(f"/proc/{session.pid}/environ").read_bytes()
-        with open(session._log, "a") as log:
+        with open(session.child.log_path, "a") as log:
             log.write(f"{ABORT}\n{GDB}")
-        session._process.kill()
-        session._process.wait()
+        session.child.process.kill()
+        session.child.process.wait()
         with pytest.raises(
             LlamaTelemetryError, match=r"SIGKILL: /build/ggml.* GGML_ASSERT"
         ) as crashed:

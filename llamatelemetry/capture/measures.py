@@ -104,7 +104,7 @@ def sweep(runs, tokens, variants, progress):
     rows = {}
     for number, (name, edits) in enumerate(variants.items()):
         rows[name] = score(runs, tokens, edits, reference=base.kept, means=means).summary(base)
-        progress(number + 1, len(variants))
+        progress(number + 1)
     return base.summary(), rows
 
 

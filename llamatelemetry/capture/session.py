@@ -1,22 +1,16 @@
-"""The parent's end of the capture worker: starts it, talks to it, turns its files into arrays, and
-cleans up."""
+"""The parent's end of the capture worker: what it is asked, and its files as arrays."""
 
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .. import errors, logs
+from .. import logs
 from ..arguments import finite, prompt, say_two_starts, whole, writable
-from ..errors import CaptureError, WorkerCrashedError
+from ..child import Child
+from ..errors import CaptureError, ModelLoadError, WorkerCrashedError
 from ..files.gguf import GGUFFile
 from ..files.vocabulary import named
 from ..gpus.cores import physical_cores
@@ -25,10 +19,11 @@ from .data import Capture, token_table
 from .edits import flatten
 from .names import STAGES
 
-KEPT_ARENAS, KEPT_SHARE = (
-    2,
-    8,
-)  # arenas kept between captures, each at most 1/8 of what its folder has free
+# Arenas kept between captures, each at most 1/8 of what its folder has free.
+KEPT_ARENAS, KEPT_SHARE = 2, 8
+# CUDA kernels are fused where nobody stops between them, and a fused kernel rounds differently in
+# the last bits: without fusion what is computed does not depend on what is looked at.
+UNFUSED = {"GGML_CUDA_DISABLE_FUSION": "1"}
 
 
 class CaptureSession:
@@ -49,7 +44,6 @@ class CaptureSession:
         gpu_layers=None,
         threads=None,
         env=None,
-        verbose=False,
         cache_type=None,
         n_ubatch=512,
         tensor_split=None,
@@ -60,25 +54,15 @@ class CaptureSession:
         if cache_type is None:
             matrices = self.model.tensors[self.model.tensors["shape"].map(len) > 1]
             cache_type = "f32" if (matrices["type"] == "F32").all() else "f16"
-        self.cache_type, self._verbose, self._variant = (
-            cache_type,
-            verbose,
-            described(variant or {}),
-        )
-        self._folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-", dir=_roomy_folder()))
-        self._log = self._folder / "worker.log"
+        self.cache_type, self._variant = cache_type, described(variant or {})
         self._count, self._free = 0, []
-        with open(self._log, "wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "llamatelemetry.capture.worker", str(self._folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=_environment(env),
-                start_new_session=True,  # Ctrl-C is ours to handle
-            )
-        self.pid = self._process.pid
+        self.child = Child(
+            "llamatelemetry.capture.worker",
+            "the capture worker",
+            UNFUSED | logs.ENVIRONMENT | os.environ | (env or {}),
+            then="The next capture starts a new one.",
+        )
+        self.pid = self.child.pid
         try:
             self.facts = self._call(
                 "load",
@@ -95,16 +79,14 @@ class CaptureSession:
                 variant=variant,
             )
         except BaseException as error:
-            log = self._read_log()
+            log = self.child.log()
             self.close()
             if isinstance(error, WorkerCrashedError):  # it has the log in it
-                raise errors.ModelLoadError(str(error)) from None
-            if isinstance(error, errors.ModelLoadError):
-                why = logs.reason(log)
-                raise errors.ModelLoadError(
-                    f"{error}{why and f' It says: {why}'}\nEnd of llama.cpp's log:\n"
-                    f"{logs.last_words(log)}"
-                ) from None
+                raise ModelLoadError(str(error)) from None
+            if isinstance(error, ModelLoadError):
+                why, end = logs.reason(log), logs.last_words(log)
+                says = f"{error}{why and f' It says: {why}'}\nEnd of llama.cpp's log:\n{end}"
+                raise ModelLoadError(says) from None
             raise
 
     def tokenize(self, text, add_special=True):
@@ -221,12 +203,15 @@ class CaptureSession:
         if not isinstance(variants, dict):
             raise CaptureError(f"variants are {{name: edits}}, not {type(variants).__name__}.")
         packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
-        answer = self._call(
-            "sweep",
-            prompt=prompt(text_or_ids),
-            variants=packed,
-            progress="ablations" if progress else None,
-        )
+        from tqdm.auto import tqdm
+
+        with tqdm(total=len(variants), desc="ablations", disable=not progress) as bar:
+            answer = self._call(
+                "sweep",
+                lambda done: bar.update(done - bar.n),
+                prompt=prompt(text_or_ids),
+                variants=packed,
+            )
         self._say_two_starts(text_or_ids, answer["tokens"])
         names = pd.Index(list(variants), name="name", tupleize_cols=False)
         table = pd.DataFrame(list(answer["rows"].values()), index=names)
@@ -275,28 +260,20 @@ class CaptureSession:
             )
         } | {"file": model.path.name + self._variant, "gpu": self.facts["gpu"]}
 
+    @property
+    def alive(self):
+        """Whether the worker runs."""
+        return self.child.alive
+
     def close(self):
         """End the worker and remove its files. Safe to call twice."""
-        process = self._process
-        if process.poll() is None:
-            process.stdin.close()
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        process.stdout.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self.child.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
-
-    def __del__(self):
-        if getattr(self, "_process", None) is not None and not sys.is_finalizing():
-            self.close()
 
     def _tokens(self, ids):
         return token_table(ids, self._pieces(ids), [False] * len(ids))
@@ -321,7 +298,7 @@ class CaptureSession:
 
     def _file(self, kind, suffix=""):
         self._count += 1
-        path = self._folder / f"{kind}-{self._count}{suffix}"
+        path = self.child.folder / f"{kind}-{self._count}{suffix}"
         path.touch()
         return path
 
@@ -339,61 +316,12 @@ class CaptureSession:
             rows.append(row)
         return rows
 
-    def _call(self, command, progress=None, **arguments):
-        if self._process.poll() is not None:
-            raise self._crashed()
-        bar = None
+    def _call(self, command, hear=None, **arguments):
         try:
-            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-            self._process.stdin.flush()
-            while True:
-                line = self._process.stdout.readline()
-                if not line:
-                    raise self._crashed()
-                answer = json.loads(line)
-                if "progress" not in answer:
-                    break
-                if progress:
-                    bar = bar or _bar(progress, answer["progress"][1])
-                    bar.update(answer["progress"][0] - bar.n)
-        except (BrokenPipeError, ValueError) as error:
-            raise self._crashed() from error
-        except KeyboardInterrupt:
-            self._process.kill()  # its answer must not be taken for the next command's
-            self._process.wait()
-            raise
+            return self.child.call(command, hear, **arguments)
         finally:
-            if bar is not None:
-                bar.close()
-            for path in self._folder.glob("patch-*"):
+            for path in self.child.folder.glob("patch-*"):
                 path.unlink()
-        if "error" in answer:
-            raise getattr(errors, answer["error"], CaptureError)(answer["message"])
-        return answer["ok"]
-
-    @property
-    def alive(self):
-        """Whether the worker runs."""
-        return self._process.poll() is None
-
-    def _crashed(self):
-        try:
-            self._process.wait(timeout=2)
-        except subprocess.TimeoutExpired:  # it answered what no worker says
-            self._process.kill()
-            self._process.wait()
-        code = self._process.returncode
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        log = self._read_log()
-        why = logs.reason(log, killed=code < 0)
-        message = f"the capture worker ended ({how}{why and f': {why}'}). The next capture starts a new one."
-        return WorkerCrashedError(f"{message} End of its log:\n{logs.last_words(log)}")
-
-    def _read_log(self):
-        try:
-            return self._log.read_text(errors="replace")
-        except OSError:
-            return "(no log)"
 
 
 def _chosen(name, values):
@@ -414,33 +342,3 @@ def _crop(stage, array, n_tokens, queries):
     return array[
         tuple(slice(n_tokens) if dim in sized else slice(None) for dim in STAGES[stage].all_dims)
     ]
-
-
-def _environment(env):
-    # CUDA kernels are fused where nobody stops between them, and a fused kernel rounds differently
-    # in the last bits: without fusion what is computed does not depend on what is looked at.
-    environment = {"GGML_CUDA_DISABLE_FUSION": "1", **logs.ENVIRONMENT, **os.environ, **(env or {})}
-    package = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [package, environment.get("PYTHONPATH")])
-    )
-    return environment
-
-
-def _roomy_folder():
-    """Shared memory where it has at least 4 GiB (containers often give 64 MiB), else the temporary
-    folder."""
-    shared = Path("/dev/shm")
-    if (
-        shared.is_dir()
-        and os.access(shared, os.W_OK)
-        and shutil.disk_usage(shared).free >= 4 * 2**30
-    ):
-        return str(shared)
-    return None
-
-
-def _bar(title, total):
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=title)

@@ -1,19 +1,14 @@
-"""The child process that owns libllama. Commands come as JSON lines on stdin, answers go out as
-JSON lines; arrays cross as memory-mapped files. It ends when its parent does, and takes llama.cpp's
-aborts alone."""
+"""The child process that owns libllama: what a CaptureSession asks of it. Arrays cross as
+memory-mapped files."""
 
 import errno
-import json
 import mmap
 import os
-import queue
-import shutil
-import sys
-import threading
 
 import numpy as np
 
-from ..errors import CaptureError, LlamaTelemetryError, ModelLoadError, NotFiniteError
+from ..child import serve
+from ..errors import CaptureError, NotFiniteError
 from .device import open_device
 from .edits import Edit
 from .measures import HeadStatistics, score, sweep
@@ -47,8 +42,8 @@ class Sampler:
 
 
 class Worker:
-    def __init__(self, answer):
-        self.answer = answer
+    def __init__(self, tell):
+        self.tell = tell
         self.runs = self.runtime = None
         self._arenas = {}  # path -> mapped memory, kept while its file is used again
 
@@ -114,7 +109,13 @@ class Worker:
             return self._arena(path, max(n_bytes, 1))
 
         tokens, layout, facts = self.runs.capture(
-            tokens, stages, arena, layers=layers, queries=queries, edits=edits, sampler=sampler
+            tokens,
+            stages,
+            arena,
+            layers=layers,
+            queries=queries,
+            edits=_edits(edits),
+            sampler=sampler,
         )
         return {"tokens": tokens, "n_prompt": n_prompt, "layout": layout, "layers": facts}
 
@@ -127,11 +128,15 @@ class Worker:
         memory = self._arenas.get(path)
         if memory is None or len(memory) < n_bytes:
             self._drop(path)
-            with open(path, "r+b") as file:
-                os.posix_fallocate(
-                    file.fileno(), 0, n_bytes
-                )  # no space is an error now, not a crash later
-                memory = mmap.mmap(file.fileno(), n_bytes)
+            try:
+                with open(path, "r+b") as file:
+                    # no space is an error now, not a crash later
+                    os.posix_fallocate(file.fileno(), 0, n_bytes)
+                    memory = mmap.mmap(file.fileno(), n_bytes)
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+                what = "no room for the captured tensors: " if full else ""
+                raise CaptureError(f"{what}{error}") from error
             self._arenas[path] = memory
             if device:
                 device.pin(np.frombuffer(memory, np.uint8).ctypes.data, n_bytes)
@@ -144,13 +149,12 @@ class Worker:
 
     def score(self, prompt, edits=()):
         tokens = self.tokens(prompt)
-        return {"tokens": tokens, "table": score(self.runs, tokens, edits).table()}
+        return {"tokens": tokens, "table": score(self.runs, tokens, _edits(edits)).table()}
 
     def sweep(self, prompt, variants):
         tokens = self.tokens(prompt)
-        base, rows = sweep(
-            self.runs, tokens, variants, lambda i, n: self.answer({"progress": [i, n]})
-        )
+        variants = {name: _edits(rows) for name, rows in variants.items()}
+        base, rows = sweep(self.runs, tokens, variants, lambda done: self.tell(done=done))
         return {"tokens": tokens, "base": base, "rows": rows}
 
     def head_statistics(self, prompt, layers=None, patterns=None):
@@ -208,53 +212,5 @@ def _edits(rows):
     ]
 
 
-def _commands(pipe, folder):
-    """Lines of stdin through a thread, so that the parent's end is noticed during a long
-    computation too; then the session's folder goes as well: it may lie in memory."""
-    lines = queue.Queue()
-
-    def read():
-        for line in pipe:
-            lines.put(line)
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield json.loads(lines.get())
-
-
-def main():
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to the log, not between the answers
-
-    def answer(message):
-        out.write(json.dumps(message) + "\n")
-        out.flush()
-
-    worker = Worker(answer)
-    for command in _commands(sys.stdin, sys.argv[1]):
-        name = command.pop("command")
-        try:
-            if "edits" in command:
-                command["edits"] = _edits(command["edits"])
-            if "variants" in command:
-                command["variants"] = {
-                    name: _edits(rows) for name, rows in command["variants"].items()
-                }
-            answer({"ok": getattr(worker, name)(**command)})
-        except (LlamaTelemetryError, ModelLoadError) as error:
-            answer({"error": type(error).__name__, "message": str(error)})
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-            what = "no room for the captured tensors: " if full else ""
-            answer({"error": "CaptureError", "message": f"{what}{error}"})
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            answer({"error": "CaptureError", "message": f"{type(error).__name__}: {error}"})
-
-
 if __name__ == "__main__":
-    main()
+    serve(Worker)

@@ -1,0 +1,167 @@
+"""One way to have a child process of ours: Python that speaks JSON lines, whose death costs its
+parent nothing, and which dies with its parent, whatever ends that.
+
+The parent makes a Child of a module that runs `serve`. The child's stdin is a pipe that only the
+parent holds; where it ends, so does the child, in the middle of a computation too. What anything
+in the child prints goes to a log. Files cross in the child's folder, which goes when it ends."""
+
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from . import errors, logs
+from .errors import CaptureError, LlamaTelemetryError, WorkerCrashedError
+
+
+class Child:
+    """A process of `python -m module`. Attributes: pid, folder, process. Also a context manager."""
+
+    def __init__(self, module, name, env, then=""):
+        """name: what errors call it; env: its whole environment; then: a sentence for the error of
+        its death."""
+        self.name, self._then = name, then
+        self.folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-", dir=_roomy_folder()))
+        self.log_path = self.folder / "worker.log"
+        package = str(Path(__file__).resolve().parents[1])
+        paths = [package, env["PYTHONPATH"]] if env.get("PYTHONPATH") else [package]
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, str(self.folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=env | {"PYTHONPATH": os.pathsep.join(paths)},
+                start_new_session=True,  # Ctrl-C is ours to handle
+            )
+        self.pid = self.process.pid
+
+    @property
+    def alive(self):
+        """Whether it runs."""
+        return self.process.poll() is None
+
+    def call(self, command, hear=None, **arguments):
+        """The child's answer to a command, a method of what it serves.
+
+        hear(**said): called with what it tells before it answers. Raises the error that the method
+        raised, by the name of its class; WorkerCrashedError, with the tail of its log, where the
+        child has ended."""
+        if not self.alive:
+            raise self._crashed()
+        try:
+            self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+            self.process.stdin.flush()
+            while line := self.process.stdout.readline():
+                answer = json.loads(line)
+                if "said" not in answer:
+                    break
+                if hear:
+                    hear(**answer["said"])
+            else:
+                raise self._crashed()
+        except (BrokenPipeError, ValueError) as error:
+            raise self._crashed() from error
+        except BaseException:
+            self.kill()  # its answer must not be taken for the next command's
+            raise
+        if "error" in answer:
+            raise getattr(errors, answer["error"], CaptureError)(answer["message"])
+        return answer["ok"]
+
+    def log(self):
+        try:
+            return self.log_path.read_text(errors="replace")
+        except OSError:
+            return "(no log)"
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        """End the process and remove its folder. Safe to call twice."""
+        if self.alive:
+            self.process.stdin.close()
+            try:
+                self.process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self.process.stdout.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        if hasattr(self, "pid") and not sys.is_finalizing():
+            self.close()
+
+    def _crashed(self):
+        try:
+            self.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:  # it answered what no child says
+            self.kill()
+        code, log = self.process.returncode, self.log()
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        why = logs.reason(log, killed=code < 0)
+        message = f"{self.name} ended ({how}{why and f': {why}'}).{self._then and f' {self._then}'}"
+        return WorkerCrashedError(f"{message} End of its log:\n{logs.last_words(log)}")
+
+
+def _roomy_folder():
+    """Shared memory where it has at least 4 GiB (containers often give 64 MiB), else the temporary
+    folder."""
+    shared = "/dev/shm"
+    writable = os.path.isdir(shared) and os.access(shared, os.W_OK)
+    return shared if writable and shutil.disk_usage(shared).free >= 4 * 2**30 else None
+
+
+def serve(make):
+    """The child's side, to its end: commands from stdin become calls of methods of make(tell).
+
+    tell(**said): what the parent's `hear` gets before the answer."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to the log, not between the answers
+
+    def answer(**message):
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    worker = make(lambda **said: answer(said=said))
+    for command in _commands(sys.stdin, sys.argv[1]):
+        try:
+            answer(ok=getattr(worker, command.pop("command"))(**command))
+        except LlamaTelemetryError as error:
+            answer(error=type(error).__name__, message=str(error))
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            answer(error="CaptureError", message=f"{type(error).__name__}: {error}")
+
+
+def _commands(pipe, folder):
+    """Lines of stdin through a thread, so that the parent's end is noticed during a long
+    computation too; then the folder goes as well: it may lie in memory."""
+    lines = queue.Queue()
+
+    def read():
+        for line in pipe:
+            lines.put(line)
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield json.loads(lines.get())
