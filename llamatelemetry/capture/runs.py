@@ -136,7 +136,8 @@ class Runs:
         def decode(piece, past):
             recorder = recorders[len(piece) == 1]
             recorder.start(past, len(piece))
-            self.runtime.decode(piece, past, all_logits, recorder.observe)
+            first = 0 if all_logits else past + len(piece) - 1
+            self.runtime.decode(piece, past, first, recorder.observe)
             recorder.finish()
             if not on_logits and not sampler:
                 return None

@@ -14,21 +14,21 @@ from . import prediction
 from .finite import check_finite
 from .ggml import TYPE_BY_NAME, Ggml
 from .graph import Graph
-from .tokenizer import token_ids
+from .tokenizer import token_ids, token_piece
 from .variants import Variant
 
 MIN_CTX = 512
+WARNING, ERROR = 3, 4  # enum ggml_log_level; 1 is debug
+_KEPT = []  # llama.cpp calls it until the process ends: it must outlive every Runtime
 
 
-DEBUG = 1
-_KEPT = []
-
-
-def _log(level, text, _):
-    """llama.cpp's log without its debug lines: with a callback in place CUDA writes some at every
-    node."""
-    if level != DEBUG:
-        os.write(2, text)
+def log_levels(api, wanted):
+    """Which lines of llama.cpp's log go to stderr: wanted(level). The first call counts."""
+    if not _KEPT:
+        _KEPT.append(
+            api.llama_log_callback(lambda level, text, _: wanted(level) and os.write(2, text))
+        )
+        api.llama_log_set(_KEPT[0], None)
 
 
 class Runtime:
@@ -52,9 +52,8 @@ class Runtime:
         import llama_cpp
 
         self.path, self.api, self.ggml = path, llama_cpp, Ggml()
-        if not _KEPT:  # llama.cpp calls it until the process ends: it must outlive every Runtime
-            _KEPT.append(llama_cpp.llama_log_callback(_log))
-        llama_cpp.llama_log_set(_KEPT[0], None)
+        # With a callback in place CUDA writes debug lines at every node.
+        log_levels(llama_cpp, lambda level: level != 1)
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
@@ -65,7 +64,7 @@ class Runtime:
         self.variant.set_model(params)
         self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
-            raise ModelLoadError(f"llama.cpp could not load {path}; the end of its log says why.")
+            raise ModelLoadError(f"llama.cpp cannot load {path}.")
         self.variant.load(self.model)
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
@@ -82,10 +81,13 @@ class Runtime:
         self._observe, self._failure, self._checked = None, None, False
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
 
-    def tokenize(self, text, add_special=True):
-        """Token ids of a text; special tokens written out in it are parsed, as llama-server
-        does."""
-        return token_ids(self.api, self.vocab, text, add_special)
+    def tokenize(self, text, add_special=True, parse_special=True):
+        """Token ids of a text; parse_special: special tokens written out in it are those tokens, as
+        llama-server has it."""
+        return token_ids(self.api, self.vocab, text, add_special, parse_special)
+
+    def piece(self, token):
+        return token_piece(self.api, self.vocab, token)
 
     def is_end(self, token):
         return self.api.llama_vocab_is_eog(self.vocab, token)
@@ -98,7 +100,11 @@ class Runtime:
     @property
     def name(self):
         """The model in an error: its file and architecture."""
-        return f"{Path(self.path).name} (architecture {prediction.architecture(self.api, self.model)!r})"
+        return f"{Path(self.path).name} (architecture {self.architecture!r})"
+
+    @property
+    def architecture(self):
+        return prediction.architecture(self.api, self.model)
 
     def check_predicts(self):
         """CaptureError, by name, where the model does not say what comes next."""
@@ -128,32 +134,46 @@ class Runtime:
         """An empty context that holds n_tokens, made anew when the present one is too small."""
         self.check_length(n_tokens)
         if self.context and n_tokens <= self.n_ctx:
-            self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
-            return
+            return self.clear()
+        n_ctx = self._context_size(n_tokens)
+        self.make_context(
+            n_ctx=n_ctx,
+            n_batch=min(self.n_ubatch, n_ctx),
+            n_ubatch=min(self.n_ubatch, n_ctx),
+            n_seq_max=1,
+            # The fused kernel never makes the probabilities that we are here for.
+            flash_attn_type=0,
+            type_k=self.cache_type,
+            type_v=self.cache_type,
+            # One cell per position, also in sliding-window layers. llama-server has a window's
+            # cells there, used in turn: the same terms, but summed in another order, which rounding
+            # to 8 bits then magnifies (bench_attention.py).
+            swa_full=True,
+            no_perf=True,
+            cb_eval=self._callback,
+        )
+
+    def make_context(self, **settings):
+        """An empty context in place of the present one. settings: fields of llama_context_params;
+        the others are llama.cpp's defaults, automatic flash attention among them."""
         self.close_context()
         params = self.api.llama_context_default_params()
-        params.n_ctx = self._context_size(n_tokens)
-        params.n_batch = params.n_ubatch = min(self.n_ubatch, params.n_ctx)
-        params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = self.threads
-        params.flash_attn_type = (
-            0  # the fused kernel never makes the probabilities that we are here for
-        )
-        params.type_k = params.type_v = self.cache_type
-        # One cell per position, also in sliding-window layers. llama-server has a window's cells
-        # there, used in turn: the same terms, but summed in another order, which rounding to 8 bits
-        # then magnifies (bench_attention.py).
-        params.swa_full = True
-        params.no_perf = True
-        params.cb_eval = self._callback
+        for name, value in settings.items():
+            setattr(params, name, value)
         self.variant.set_context(params)
         self.context = self.api.llama_init_from_model(self.model, params)
         if not self.context:
             raise ModelLoadError(
-                f"llama.cpp could not make a context of {params.n_ctx} tokens; see its log."
+                f"llama.cpp cannot make a context of {params.n_ctx} tokens for {self.path}: out of "
+                "memory?"
             )
         self.variant.apply(self.context)
         self.n_ctx, self.n_batch = params.n_ctx, params.n_batch
+
+    def clear(self):
+        """Forget every token in the context."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
 
     def _on_node(self, address, ask, _):
         """ctypes swallows exceptions in callbacks: keep it, stop the computation, raise in
@@ -170,17 +190,18 @@ class Runtime:
             self._failure = failure
             return ask  # asked: take the node so that the next call can stop the run
 
-    def decode(self, tokens, past=0, all_logits=True, observe=None):
-        """Decode tokens (at most one batch) after `past` others; observe(address, ask) sees every
-        graph node."""
-        count = len(tokens)
-        batch = self.api.llama_batch_init(count, 0, 1)
+    def decode(self, tokens, past=0, first=0, observe=None):
+        """Decode tokens, (n,) or (sequence, n), at most one batch, after `past` others of each
+        sequence; positions from `first` on give logits. observe(address, ask) sees every graph
+        node."""
+        rows = np.atleast_2d(tokens)
+        batch = self.api.llama_batch_init(rows.size, 0, 1)
         try:
-            batch.n_tokens = count
-            for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i] = token, past + i
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = all_logits or i == count - 1
+            batch.n_tokens = rows.size
+            for i, ((sequence, place), token) in enumerate(np.ndenumerate(rows)):
+                batch.token[i], batch.pos[i] = int(token), past + place
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+                batch.logits[i] = past + place >= first
             self._observe, self._failure = observe, None
             run = self.api.llama_encode if self.has_encoder else self.api.llama_decode
             status = run(self.context, batch)
@@ -192,7 +213,7 @@ class Runtime:
             raise failure
         if status != 0:
             raise CaptureError(
-                f"llama.cpp stopped while decoding (status {status}); the worker's log says why."
+                f"llama.cpp stopped while decoding {self.path} (status {status}); its log says why."
             )
 
     def logits(self, count):

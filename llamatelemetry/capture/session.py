@@ -128,9 +128,10 @@ class CaptureSession:
         text_or_ids: a text (tokenized with the model's special tokens) or token ids. layers: only
         these layers of stages that have layers. queries: only these query positions of attention,
         scores and mask. edits: changes made while it runs. generate: decode this many more tokens
-        one by one, greedily at temperature 0, else drawn with the seed; every stage then covers
-        prompt and generated tokens, the former up to the Capture's n_prompt (fewer when the model ends its text). Raises CaptureError for
-        what cannot be done, WorkerCrashedError when llama.cpp ended."""
+        one by one (fewer when the model ends its text), greedily at temperature 0, else drawn with
+        the seed; every stage then covers prompt and generated tokens, the former up to the
+        Capture's n_prompt. Raises CaptureError for what cannot be done, WorkerCrashedError when
+        llama.cpp ended."""
         stages = [stages] if isinstance(stages, str) else () if stages is None else stages
         stages = tuple(dict.fromkeys(stages))
         unknown = [stage for stage in stages if stage not in STAGES]

@@ -199,7 +199,7 @@ class Worker:
             started = time.perf_counter()
             self.runtime.open(len(tokens))
             for past, piece in self.runtime.pieces(tokens, len(tokens)):
-                self.runtime.decode(piece, past, all_logits)
+                self.runtime.decode(piece, past, 0 if all_logits else past + len(piece) - 1)
             seconds.append(time.perf_counter() - started)
         return {"seconds": seconds}
 

@@ -86,10 +86,10 @@ def bench_all(paths, progress=True, **options):
 
 _LOAD = """
 import json, sys, time
-from llamatelemetry.compare.worker import Model
+from llamatelemetry.compare.worker import open_model
 import llama_cpp
 start = time.perf_counter()
-Model(sys.argv[1], 512, 1, int(sys.argv[2]), int(sys.argv[3]))
+open_model(sys.argv[1], 512, 1, int(sys.argv[2]), int(sys.argv[3]))
 print(json.dumps(time.perf_counter() - start))
 """
 

@@ -1,11 +1,7 @@
 """What a quantization costs in output quality, measured against its reference in step, with no file
 of logits."""
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -14,7 +10,9 @@ import pandas as pd
 
 from .. import logs
 from ..arguments import whole
+from ..child import Child
 from ..errors import (
+    CaptureError,
     CompareError,
     LlamaTelemetryError,
     ModelLoadError,
@@ -157,64 +155,32 @@ def measure(job, progress=False):
 
 
 def _child(job, progress):
+    """({path: result} of the candidates that are done with, why the process ended or None)."""
     from tqdm.auto import tqdm
 
-    results, pieces = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        job = _settings(job) | {"folder": folder}
-        path = Path(folder) / "job.json"
-        path.write_text(json.dumps(job), encoding="utf-8")
-        log = Path(folder) / "log"
-        with open(
-            log, "wb"
-        ) as err:  # stdin stays open as long as this process lives: the child ends with it
-            process = subprocess.Popen(
-                [sys.executable, "-m", "llamatelemetry.compare.worker", str(path)],
-                env=inference_environment(),
-                stdout=subprocess.PIPE,
-                stderr=err,
-                stdin=subprocess.PIPE,
-            )
+    results = {}
+
+    def hear(windows=None, of=None, failed=None, why=None, kind=None):
+        if failed:
+            results[failed] = {"error": _reason(why, child), "kind": kind}
+        else:
+            meter.total = of
+            meter.update(windows - meter.n)
+
+    child = Child("llamatelemetry.compare.worker", "llama.cpp", inference_environment())
+    with child, tqdm(desc="compare", unit="window", disable=not progress) as meter:
         try:
-            with tqdm(desc="compare", unit="window", disable=not progress) as meter:
-                for line in process.stdout:
-                    said = json.loads(line)
-                    if "fatal" in said:
-                        _fatal(said, log)
-                    elif "windows" in said:
-                        meter.total = said["of"]
-                        meter.update(said["windows"] - meter.n)
-                    elif "failed" in said:
-                        results[said["failed"]] = {
-                            "error": _reason(said["why"], log),
-                            "kind": said["kind"],
-                        }
-                    elif "done" in said:
-                        results[said["done"]] = {
-                            "columns": _load(said["file"]),
-                            "error": None,
-                            "kind": None,
-                        }
-                    elif "pieces" in said:
-                        pieces = {
-                            int(token): _text(bytes.fromhex(piece))
-                            for token, piece in said["pieces"].items()
-                        }
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            process.stdin.close()
-            process.stdout.close()
-        said = log.read_text("utf-8", "replace")
-    for path, result in results.items():
-        if result["error"] is None:
-            result["columns"]["piece"] = [pieces[i] for i in result["columns"]["id"]]
-    ending = f"signal {-code}" if code < 0 else f"exit status {code}"
-    why, tail = logs.reason(said, killed=code < 0), logs.last_words(said)[-1500:]
-    return results, f"llama.cpp ended with {ending}{why and f': {why}'}. Its last words:\n{tail}"
+            found = child.call("compare", hear, **_settings(job), folder=str(child.folder))
+        except ModelLoadError as error:
+            why = f"{_reason(error, child)} It is the reference: download or make it again."
+            raise ModelLoadError(why) from None
+        except (WorkerCrashedError, CaptureError) as error:  # the latter: what it did not foresee
+            return results, str(error)
+        for path, file in found["files"].items():
+            columns = _load(file)
+            columns["piece"] = [_text(found["pieces"][str(i)]) for i in columns["id"]]
+            results[path] = {"columns": columns, "error": None, "kind": None}
+    return results, None
 
 
 def _settings(job):
@@ -225,20 +191,10 @@ def _settings(job):
     }
 
 
-def _fatal(said, log):
-    if said["fatal"] == "text":
-        raise CompareError(f"{said['why']}: pass a longer text, or a smaller n_ctx.")
-    if said["fatal"] == "prediction":
-        raise CompareError(f"Nothing can be compared with this reference: {said['why']}")
-    raise ModelLoadError(
-        f"{_reason(said['why'], log)}: it is the reference. Download or make it again."
-    )
-
-
-def _reason(why, log):
+def _reason(why, child):
     """The worker's reason with what llama.cpp logged last about it."""
-    words = logs.reason(log.read_text("utf-8", "replace"))
-    return f"{why} ({words})" if words else why
+    words = logs.reason(child.log())
+    return f"{why} It says: {words}" if words else str(why)
 
 
 def _load(path):
@@ -247,6 +203,8 @@ def _load(path):
 
 
 def _text(piece):
+    """A piece's bytes, in hexadecimal, as text; as bytes where they are none."""
+    piece = bytes.fromhex(piece)
     try:
         return piece.decode()
     except UnicodeDecodeError:

@@ -16,7 +16,7 @@ from common import report
 from llamatelemetry import resolve_model
 from llamatelemetry.compare.quality import summarize
 from llamatelemetry.compare.texts import load_text
-from llamatelemetry.compare.worker import Model, compare, quiet, windows
+from llamatelemetry.compare.worker import compare, open_model, token_ids, windows
 from llamatelemetry.convert.expand import expand
 from llamatelemetry.gpus.cores import physical_cores
 
@@ -27,16 +27,15 @@ EXACT = {"type_k": 0, "type_v": 0}  # keys and values in 32 bits, for weights in
 def divergence(what, one, other, n_ctx, n_windows):
     """The row of two (path, context settings): the second's divergence from the first."""
     made = [
-        Model(str(path), n_ctx, max(1, 512 // n_ctx), physical_cores(), 0, **settings)
+        open_model(str(path), n_ctx, max(1, 512 // n_ctx), physical_cores(), 0, **settings)
         for path, settings in (one, other)
     ]
-    texts = windows(made[0].tokenize(load_text()), n_ctx, n_windows)
+    texts = windows(token_ids(made[0], load_text()), n_ctx, n_windows)
     columns, failed = compare(made[0], made[1:], texts, lambda **_: None, physical_cores())
     assert not failed, failed
     found = summarize(pd.DataFrame(columns[made[1].path]))
     for model in made:
-        model.lib.llama_free(model.context)
-        model.lib.llama_model_free(model.model)
+        model.close()
     return {"what": what, "tokens": n_ctx, "windows": len(texts)} | {
         name: float(found[name])
         for name in ("kld_mean", "kld_mean_err", "kld_max", "same_top", "ppl_ratio")
@@ -44,7 +43,6 @@ def divergence(what, one, other, n_ctx, n_windows):
 
 
 def main(n_windows):
-    quiet()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in ("smollm2-135m-Q4_1", "gemma-3-270m-Q4_K_M"):
