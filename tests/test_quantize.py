@@ -359,16 +359,15 @@ def test_a_type_that_nobody_knows_is_read_as_far_as_it_can_be(tiny, tmp_path):
 )
 def test_the_engine_reads_blocks_as_the_gguf_package_does(number, monkeypatch):
     pytest.importorskip("llama_cpp")
-
-    def refuse(*_):
-        raise NotImplementedError
-
     kind = types.tensor_type(number)
-    raw = np.random.default_rng(number).integers(0, 100, (4, 2 * kind.size)).astype(np.uint8)
+    raw = np.random.default_rng(number).integers(0, 100, (5, 2 * kind.size)).astype(np.uint8)
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(number))
+    monkeypatch.setattr(types, "_PART", 1)  # a thread for every row
     ours = types.dequantize(raw, kind)
-    assert ours.shape == (4, 2 * kind.block)
-    monkeypatch.setattr(types.quants, "dequantize", refuse)
-    np.testing.assert_array_equal(types.dequantize(raw, kind), ours)
+    assert ours.shape == (5, 2 * kind.block) and ours.flags.writeable
+    np.testing.assert_array_equal(ours, expected)
+    monkeypatch.setattr(types, "_traits", lambda number: None)  # no engine here
+    np.testing.assert_array_equal(types.dequantize(raw, kind), expected)
 
 
 def test_all_parts_of_a_split_model_are_expanded(tiny, tmp_path):

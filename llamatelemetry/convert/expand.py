@@ -1,6 +1,9 @@
 """Rewriting a GGUF file tensor by tensor: expanded to floats, or made into a stand-in for a
 full-precision model."""
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +12,10 @@ from ..errors import ModelLoadError, QuantizeError, shown
 from ..files.gguf import GGUFFile, unreadable
 from ..files.outputs import path_of, written
 from ..files.types import TensorType, dequantize
+from ..gpus.cores import physical_cores
 
 ROWS = 4096  # rows of a tensor that are dequantized at once: 4,096 x 4,096 float32 is 64 MiB
+WORKERS = 4  # blocks under way at a time
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes per weight
 SLACK = 64 << 20  # metadata, tokenizer and padding, in bytes
 
@@ -133,25 +138,44 @@ def _rewrite(src, dst, type, change, metadata, progress):
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             file = writer.fout[0]
-            for name in tqdm(
+            names = tqdm(
                 source.tensors.index, desc=shown(dst.name), unit="tensor", disable=not progress
-            ):
-                writer.write_padding(file, file.tell())
-                tensor = Tensor(name, *source.raw(name))
-                for start in range(0, len(tensor.data), ROWS):
-                    values = dequantize(tensor.data[start : start + ROWS], tensor.tensor_type)
-                    values = change(tensor, start, values)
-                    file.write(
-                        gguf.quants.quantize(
-                            values, gguf.GGMLQuantizationType[kinds[name]]
-                        ).tobytes()
-                    )
-                writer.write_padding(file, file.tell())
+            )
+            with ThreadPoolExecutor(min(WORKERS, physical_cores())) as pool:
+                for name in names:
+                    writer.write_padding(file, file.tell())
+                    tensor = Tensor(name, *source.raw(name))
+                    blocks = range(0, len(tensor.data), ROWS)
+                    job = partial(_block, tensor, change, gguf.GGMLQuantizationType[kinds[name]])
+                    for done in in_order(pool, job, blocks, WORKERS):
+                        file.write(done)
+                    writer.write_padding(file, file.tell())
         except NotImplementedError:
             raise unreadable(name, source.tensors["type"][name]) from None
         finally:
             writer.close()
     return dst
+
+
+def _block(tensor, change, kind, start):
+    """One block of rows as it is written: bytes of the given float type."""
+    import gguf
+
+    values = dequantize(tensor.data[start : start + ROWS], tensor.tensor_type)
+    values = change(tensor, start, values)
+    return gguf.quants.quantize(values, kind).data
+
+
+def in_order(pool, job, items, ahead):
+    """job(item) of every item, in their order, at most `ahead` of them done or under way before one
+    is taken: memory for that many."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(job, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _copy_metadata(source, writer, metadata):

@@ -9,16 +9,20 @@ import ctypes
 import os
 import struct
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
+from ..gpus.cores import physical_cores
 from .programs import engine_folder
 
 # Types that are NumPy's own
 _PLAIN = {"F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+_PART = 1 << 20  # weights that a thread turns into floats at a time
+_CONVERT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 _LIMIT = 1024  # llama.cpp numbers its types without gaps, 43 by now: a larger number is damage
 
 
@@ -68,35 +72,37 @@ def dequantize(raw, kind):
     """Rows of blocks -> float32. raw: (n, bytes of a row) uint8; kind: a TensorType. Returns (n,
     width), writable.
 
-    Raises NotImplementedError for a type that neither the gguf package nor the engine can read.
-    """
+    The engine's own code does it where it is installed, on all cores: the same values to the bit as
+    the gguf package's, in a fraction of the time. Raises NotImplementedError for a type that
+    neither can read."""
     raw = np.ascontiguousarray(raw)
     if kind.name in _PLAIN:
         return raw.view(_PLAIN[kind.name]).astype(np.float32)
     if kind.block is None:
         raise NotImplementedError(kind.name)
+    if kind.name == "F32":
+        return raw.view(np.float32).copy()  # else a view of the read-only file
     n, width = raw.shape
-    shape = n, width // kind.size * kind.block
-    if n == 0:
-        return np.zeros(shape, np.float32)
-    # quants works through 16 rows at a time; wider rows of whole blocks are up to 5 times faster.
-    join = next(
-        k for k in (64, 32, 16, 8, 4, 2, 1) if n % k == 0 and (k == 1 or k * width <= 1 << 16)
-    )
-    try:
-        out = quants.dequantize(
-            raw.reshape(n // join, join * width), GGMLQuantizationType(kind.number)
-        ).reshape(shape)
-    except (NotImplementedError, ValueError):
-        traits = _traits(kind.number)
-        if traits is None or not traits.to_float:
+    out = np.empty((n, width // kind.size * kind.block), np.float32)
+    traits = _traits(kind.number)
+    if traits is None or not traits.to_float:
+        try:
+            return quants.dequantize(raw, GGMLQuantizationType(kind.number)).reshape(out.shape)
+        except ValueError:
             raise NotImplementedError(kind.name) from None
-        out = np.empty(shape, np.float32)
-        convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
-            traits.to_float
-        )
-        convert(raw.ctypes.data, out.ctypes.data, out.size)
-    return out if out.flags.writeable else out.copy()  # F32 would be a view of the read-only file
+    convert = _CONVERT(traits.to_float)
+
+    def part(rows):
+        convert(raw[rows].ctypes.data, out[rows].ctypes.data, out[rows].size)
+
+    step = max(1, min(n, _PART // max(1, out.shape[1])))
+    parts = [slice(start, start + step) for start in range(0, n, step)]
+    if len(parts) < 2:
+        part(slice(None))
+    else:  # ctypes releases the interpreter's lock
+        with ThreadPoolExecutor(physical_cores()) as pool:
+            list(pool.map(part, parts))
+    return out
 
 
 @lru_cache(maxsize=1)
@@ -129,9 +135,15 @@ def _engine():
 def _traits(number):
     """The engine's _Traits of a type, or None where it does not know that number."""
     library = _engine()
-    if library is None or not _accepted(library, number):
+    known = number in GGMLQuantizationType._value2member_map_  # else the engine may end before it
+    if library is None or not (known or _accepted(library, number)):
         return None
-    return library.ggml_get_type_traits(number).contents
+    traits = library.ggml_get_type_traits(number).contents
+    if known:
+        kind = GGMLQuantizationType(number)
+        if (traits.block, traits.size) != GGML_QUANT_SIZES[kind]:
+            return None  # an engine that numbers its types otherwise
+    return traits
 
 
 def _accepted(library, number):
