@@ -1,13 +1,16 @@
 """What a GGUF file says: architecture facts, tensors with their real precision, token pieces,
 dequantized weights.
 
-The header is read by gguf_header; types and dequantization are the gguf package's or the engine's
-(ggml_types)."""
+The header is read by `header`; types and dequantization are the gguf package's or the engine's
+(`types`)."""
 
 import difflib
 import math
+import os
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import LlamaFileType
@@ -15,8 +18,11 @@ from gguf import LlamaFileType
 from ..errors import ModelLoadError, ModelNotFoundError, shown
 from .header import Header
 from .outputs import path_of, split_parts
-from .types import dequantize
+from .types import TensorType, dequantize
 from .vocabulary import decode_pieces
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class GGUFFile:
@@ -37,7 +43,7 @@ class GGUFFile:
     Raises ModelNotFoundError where there is no file, ModelLoadError where it is not a complete
     GGUF."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = path_of(path, ModelNotFoundError)
         first = Header(self.path)
         self.metadata, self.kinds = first.metadata, first.kinds
@@ -91,11 +97,9 @@ class GGUFFile:
                 "model's GGUF, perhaps an importance matrix or an adapter. Give the model's own file."
             )
         self.name = shown(meta.get("general.name") or self.path.stem)
-        file_type = meta.get("general.file_type")
-        known = file_type in list(LlamaFileType)
-        self.file_type = (
-            re.sub("^(ALL|MOSTLY)_", "", LlamaFileType(file_type).name) if known else None
-        )
+        file_type, self.file_type = meta.get("general.file_type"), None
+        if file_type in list(LlamaFileType):
+            self.file_type = re.sub("^(ALL|MOSTLY)_", "", LlamaFileType(file_type).name)
 
         def get(key, default=None):
             return meta.get(f"{self.architecture}.{key}", default)
@@ -106,9 +110,8 @@ class GGUFFile:
         self.n_embd = get("embedding_length", 0)
         self.n_ctx_train = get("context_length", 0)
         self.n_head_per_layer = self._per_layer(get("attention.head_count", 0))
-        self.n_kv_head_per_layer = self._per_layer(
-            get("attention.head_count_kv", self.n_head_per_layer)
-        )
+        n_kv_head = get("attention.head_count_kv", self.n_head_per_layer)
+        self.n_kv_head_per_layer = self._per_layer(n_kv_head)
         self.n_ff_per_layer = self._per_layer(get("feed_forward_length", 0))
         self.n_head = max(self.n_head_per_layer, default=0)
         self.n_kv_head = max(self.n_kv_head_per_layer, default=0)
@@ -127,77 +130,61 @@ class GGUFFile:
         embedding = self._infos.get("token_embd.weight")
         tokens, types = meta.get("tokenizer.ggml.tokens", []), meta.get("tokenizer.ggml.token_type")
         self.n_vocab = len(tokens) or get("vocab_size", embedding[2][0] if embedding else 0)
-        if not all(isinstance(token, str | bytes) for token in tokens) or (
-            types and len(types) != len(tokens)
-        ):
+        texts = all(isinstance(token, str | bytes) for token in tokens)
+        if not texts or (types and len(types) != len(tokens)):
             raise ValueError("the vocabulary is no list of texts, each with its type")
         # Without an output matrix llama.cpp uses the token embedding for the logits: tied.
-        self.output_name = (
-            "output.weight" if "output.weight" in self._infos else "token_embd.weight"
-        )
+        tied = "output.weight" not in self._infos
+        self.output_name = "token_embd.weight" if tied else "output.weight"
 
     def _per_layer(self, value):
         return [int(v) for v in value] if isinstance(value, list) else [int(value)] * self.n_layer
 
-    def override(self, metadata):
+    def override(self, metadata: Mapping[str, Any]) -> None:
         """Go on as if the file said this: {key: value}, as llama.cpp's override_kv does."""
         if metadata:
             self.metadata = self.metadata | metadata
             self._facts()
 
-    def has_tensor(self, end):
+    def has_tensor(self, end: str) -> bool:
         """Whether a tensor's name is this, or ends so behind its layer ("blk.3.")."""
         return any(name.endswith(end) for name in self._infos)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"GGUFFile({self.name!r}, {self.architecture}, {self.n_layer} layers, {self.n_head} heads, "
             f"{self.n_embd} wide, {self.n_vocab} tokens, {self.bits_per_weight:.2f} bits per weight)"
         )
 
     @cached_property
-    def tensors(self):
+    def tensors(self) -> "pd.DataFrame":
         """DataFrame indexed by tensor name: type, shape (rows first), n_elements, size_bytes,
         bits_per_weight, layer (NA outside the layers), group (embedding, attn_q, attn_k, attn_v,
         attn_qkv, attn_output, ffn_gate, ffn_up, ffn_down, experts, norm, output, other)."""
         import pandas as pd
 
-        rows = []
-        for name, (_, kind, shape, _, size) in self._infos.items():
-            n = math.prod(shape)
-            layer = re.match(r"blk\.(\d+)\.", name)
-            rows.append(
-                (
-                    name,
-                    kind.name,
-                    shape,
-                    n,
-                    size,
-                    8 * size / n,
-                    int(layer[1]) if layer else None,
-                    _group(name),
-                )
-            )
-        columns = [
-            "name",
-            "type",
-            "shape",
-            "n_elements",
-            "size_bytes",
-            "bits_per_weight",
-            "layer",
-            "group",
-        ]
-        return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"}).set_index("name")
+        infos = self._infos.items()
+        columns = {
+            "name": [name for name, _ in infos],
+            "type": [kind.name for _, (_, kind, *_) in infos],
+            "shape": [shape for _, (_, _, shape, *_) in infos],
+            "n_elements": [math.prod(shape) for _, (_, _, shape, *_) in infos],
+            "size_bytes": [size for _, (*_, size) in infos],
+        }
+        table = pd.DataFrame(columns)
+        table["bits_per_weight"] = 8 * table["size_bytes"] / table["n_elements"]
+        table["layer"] = pd.array([_layer(name) for name in columns["name"]], "Int64")
+        table["group"] = [_group(name) for name in columns["name"]]
+        return table.set_index("name")
 
     @cached_property
-    def bits_per_weight(self):
+    def bits_per_weight(self) -> float:
         elements = sum(math.prod(shape) for _, _, shape, _, _ in self._infos.values())
         size = sum(size for *_, size in self._infos.values())
         return 8 * size / elements if elements else 0.0
 
     @cached_property
-    def token_types(self):
+    def token_types(self) -> np.ndarray:
         """(n_vocab,) int32: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
         tokens = self.metadata.get("tokenizer.ggml.tokens", ())
         return np.asarray(
@@ -205,7 +192,7 @@ class GGUFFile:
         )
 
     @cached_property
-    def pieces(self):
+    def pieces(self) -> list[str | bytes]:
         """The text of every token, as llama.cpp writes it: ' the', '\\n'; bytes where a piece is
         not valid UTF-8; special tokens by name ('<|im_end|>'). Empty where the file has no
         tokenizer."""
@@ -215,15 +202,14 @@ class GGUFFile:
             self.token_types,
         )
 
-    def raw(self, name):
+    def raw(self, name: str) -> tuple[np.ndarray, TensorType, tuple[int, ...]]:
         """A tensor as it is stored: (rows, bytes of a row) uint8, its TensorType, its shape (rows
         first)."""
         if name not in self._infos:
             near = difflib.get_close_matches(name, self._infos, 3)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
             raise ModelLoadError(
-                f"{self.path.name} has no tensor {name!r}"
-                + (f"; nearest: {', '.join(near)}" if near else "")
-                + ". GGUFFile.tensors lists them."
+                f"{self.path.name} has no tensor {name!r}{hint}. GGUFFile.tensors lists them."
             )
         part, kind, shape, offset, size = self._infos[name]
         if kind.block is None:
@@ -231,7 +217,7 @@ class GGUFFile:
         raw = np.frombuffer(part.buffer, np.uint8, size, part.data + offset)
         return raw.reshape(math.prod(shape[:-1]), -1), kind, shape
 
-    def rows(self, name, ids=slice(None)):
+    def rows(self, name: str, ids: int | Sequence[int] | slice = slice(None)) -> np.ndarray:
         """Rows of a tensor, dequantized; only their bytes are read.
 
         ids: a row number, a sequence of them or a slice; a tensor of 3 dims is seen as (first *
@@ -246,12 +232,12 @@ class GGUFFile:
                 )
         return _dequantize(raw[ids], kind, name)
 
-    def tensor(self, name):
+    def tensor(self, name: str) -> np.ndarray:
         """The whole tensor, dequantized: float32, shape as in `tensors` (rows first)."""
         raw, kind, shape = self.raw(name)
         return _dequantize(raw, kind, name).reshape(shape)
 
-    def iter_rows(self, name, block=4096):
+    def iter_rows(self, name: str, block: int = 4096) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (first row number, (<= block, width) float32), over all rows of a tensor in
         bounded memory."""
         raw, kind, _ = self.raw(name)
@@ -266,7 +252,7 @@ def _dequantize(raw, kind, name):
         raise unreadable(name, kind.name) from None
 
 
-def unreadable(name, kind):
+def unreadable(name: str, kind: str) -> ModelLoadError:
     return ModelLoadError(
         f"{name} is {kind}, which neither the installed gguf package nor the installed engine turns "
         "into floats. Upgrade them (pip install -U gguf, `llamatelemetry engine build`) or use "
@@ -274,29 +260,24 @@ def unreadable(name, kind):
     )
 
 
+_NAMED = "attn_q attn_k attn_v attn_qkv attn_output ffn_gate ffn_up ffn_down".split()
+
+
+def _layer(name):
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
 def _group(name):
     if name.startswith(("token_embd.", "per_layer_token_embd.", "position_embd.", "token_types.")):
         return "embedding"
     if name.startswith("output."):
         return "output"
-    part = (
-        name.split(".")[2]
-        if name.startswith("blk.") and name.count(".") > 2
-        else name.rsplit(".", 1)[0]
-    )
+    in_layer = name.startswith("blk.") and name.count(".") > 2
+    part = name.split(".")[2] if in_layer else name.rsplit(".", 1)[0]
     if "norm" in part:
         return "norm"
     if part.endswith("_exps") or re.match(r"ffn_(gate|up|down)\.\d+", name.split(".", 2)[-1]):
         return "experts"
     part = re.sub("_(a|b|shexp)$", "", part)
-    named = {
-        "attn_q",
-        "attn_k",
-        "attn_v",
-        "attn_qkv",
-        "attn_output",
-        "ffn_gate",
-        "ffn_up",
-        "ffn_down",
-    }
-    return part if part in named else "other"
+    return part if part in _NAMED else "other"

@@ -12,7 +12,9 @@ def named(pieces: Sequence[str | bytes], ids: Iterable[int]) -> list[str | bytes
     return [pieces[i] if i < len(pieces) else f"<{i}>" for i in ids]
 
 
-def decode_pieces(model, tokens, types):
+def decode_pieces(
+    model: str | None, tokens: Sequence[str | bytes], types: Sequence[int] | np.ndarray
+) -> list[str | bytes]:
     """Token texts as they are stored -> as they are written, for the tokenizer models of llama.cpp.
 
     Byte-level BPE (Radford et al. 2019, GPT-2) stores each byte as a printable character;
@@ -29,14 +31,10 @@ def decode_pieces(model, tokens, types):
     for token, kind in zip(tokens, np.asarray(types).tolist()):
         if isinstance(token, bytes):
             pieces.append(token)
-        elif kind == 6:
-            pieces.append(
-                _text_or_bytes(bytes([int(token[3:-1], 16)]))
-                if _BYTE.match(token)
-                else decode(token)
-            )
+        elif kind == 6 and _BYTE.match(token):
+            pieces.append(_text_or_bytes(bytes([int(token[3:-1], 16)])))
         else:
-            pieces.append(decode(token) if kind == 1 else token)
+            pieces.append(decode(token) if kind in (1, 6) else token)
     return pieces
 
 
@@ -48,10 +46,7 @@ def _byte_characters():
     order."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in own]
-    return {
-        **{chr(byte): byte for byte in own},
-        **{chr(256 + i): byte for i, byte in enumerate(others)},
-    }
+    return {chr(byte): byte for byte in own} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 _BYTE_OF = _byte_characters()
