@@ -21,6 +21,7 @@ from .files.programs import find_server
 from .gpus import devices
 from .gpus.cores import physical_cores
 from .gpus.fit import fit, spread
+from .gpus.placement import placement, proof
 from .options import check_pooling, pooling_of
 from .server.completion import as_result, check_start, request_body
 from .server.loading import settle
@@ -438,13 +439,13 @@ class InferenceEngine:
     def placement(self):
         """Which process sits on which GPU with how much memory, as the driver reports it: see
         gpus.placement."""
-        return devices.placement(self._processes())
+        return placement(self._processes())
 
     def _prove(self):
         """Say where a process that was just started sits, by the driver; nothing on a machine
         without GPUs."""
         if self._says and self.plan.inference:
-            print(devices.proof(self._processes()))
+            print(proof(self._processes()))
 
     def fit(self, ctx_size=None, **kwargs):
         """Does the loaded model fit, as server and capture worker together: see

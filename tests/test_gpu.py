@@ -16,7 +16,8 @@ from models import IDS, tiny_model
 from llamatelemetry import InferenceEngine, ablate_head, patch, scale
 from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.convert.expand import expand
-from llamatelemetry.gpus.devices import list_gpus, placement
+from llamatelemetry.gpus.devices import list_gpus
+from llamatelemetry.gpus.placement import placement
 
 pytestmark = pytest.mark.gpu
 STAGES = (

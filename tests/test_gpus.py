@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from llamatelemetry import GpuError
-from llamatelemetry.gpus import devices
+from llamatelemetry.gpus import devices, placement
 from llamatelemetry.gpus.fit import (
     compute_bytes,
     fit,
@@ -135,16 +135,16 @@ def test_proof_is_what_the_driver_says(machine):
     machine(2, {0: [(os.getpid(), 500 * 2**20)]})
     used = f"GPU 0 {15360 - 14913} MiB in use; GPU 1 {15360 - 14913} MiB in use"
     assert (
-        devices.proof({"llama-server": os.getpid()})
+        placement.proof({"llama-server": os.getpid()})
         == f"The driver reports: {used}; llama-server on GPU 0."
     )
-    assert devices.proof({"notebook": os.getppid()}) == f"The driver reports: {used}."
+    assert placement.proof({"notebook": os.getppid()}) == f"The driver reports: {used}."
     machine(2, error="Not Supported")
-    assert devices.proof({"llama-server": 1}).endswith(
+    assert placement.proof({"llama-server": 1}).endswith(
         f"{used}; where llama-server sits it does not say."
     )
     machine(0)
-    assert devices.proof({"llama-server": 1}) == ""
+    assert placement.proof({"llama-server": 1}) == ""
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "0,0", "-1,2", "nan", 5, "inf"])
@@ -245,7 +245,7 @@ def test_cuda_is_asked_without_being_started():
 def test_placement(machine):
     me, parent = os.getpid(), os.getppid()
     machine(2, {0: [(parent, 1200 * 2**20)], 1: [(me, None)]})
-    table = devices.placement({"notebook": me, "llama-server": parent, "capture worker": 1})
+    table = placement.placement({"notebook": me, "llama-server": parent, "capture worker": 1})
     assert table["gpu"].tolist()[:2] == [1, 0] and table["gpu"].isna().tolist() == [
         False,
         False,
@@ -260,7 +260,7 @@ def test_placement(machine):
 
 def test_placement_across_two_gpus(machine):
     machine(2, {0: [(1, 100 * 2**20)], 1: [(1, 200 * 2**20)]})
-    assert devices.placement({"llama-server": 1})["memory_mib"].tolist() == [100, 200]
+    assert placement.placement({"llama-server": 1})["memory_mib"].tolist() == [100, 200]
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_placement_across_two_gpus(machine):
 )
 def test_placement_that_the_driver_does_not_tell(machine, count, processes, error, note):
     machine(count, processes, error)
-    table = devices.placement({"notebook": os.getpid()})
+    table = placement.placement({"notebook": os.getpid()})
     assert (
         re.search(note, table["note"][0])
         and table["gpu"].isna().all()

@@ -136,7 +136,8 @@ def _watch(process):
 def _gpu_bytes(pid):
     """Bytes on GPUs as NVML reports them: 0 without a GPU, NaN where the driver keeps it to
     itself."""
-    from ..gpus.devices import list_gpus, placement
+    from ..gpus.devices import list_gpus
+    from ..gpus.placement import placement
 
     memory = placement({"bench": pid})["memory_mib"] if list_gpus() else pd.Series(0.0)
     return float(memory.astype("float64").sum(min_count=1)) * 2**20

@@ -1,5 +1,4 @@
-"""Which GPUs are here, who gets which, and proof of where each process sits. All of it from NVML,
-the driver's library.
+"""Which GPUs are here, and who gets which. All of it from NVML, the driver's library.
 
 Inference (llama-server and the capture worker) gets the first visible GPU, analytics (this process:
 RAPIDS, Graphistry) the second. With one GPU they share it, with none everything runs on the CPU. A
@@ -8,12 +7,15 @@ still opens a context on the other one."""
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import logs
 from ..errors import GpuError
 
-_before = None  # CUDA_VISIBLE_DEVICES as it was before assign_analytics() narrowed it: (was, set)
+USERS = "cudf cuml cugraph cupy rmm torch numba.cuda tensorflow jax".split()  # of CUDA, in Python
+# CUDA_VISIBLE_DEVICES as it was before assign_analytics() narrowed it: (was, set)
+_before = None
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,10 @@ class Gpu:
     free_bytes: int
 
     @property
-    def used_bytes(self):
+    def used_bytes(self) -> int:
         return self.memory_bytes - self.free_bytes
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"GPU {self.index} ({self.name}, {self.memory_bytes / 2**20:,.0f} MiB)"
 
 
@@ -51,26 +53,19 @@ def _text(value):
     return value.decode() if isinstance(value, bytes) else value
 
 
-def list_gpus():
+def list_gpus() -> list[Gpu]:
     """Every GPU that the driver knows, in PCI order: list of Gpu; [] without a driver."""
     nvml = _nvml()
     found = []
     for index in range(nvml.nvmlDeviceGetCount() if nvml else 0):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        found.append(
-            Gpu(
-                index,
-                _text(nvml.nvmlDeviceGetUUID(handle)),
-                _text(nvml.nvmlDeviceGetName(handle)),
-                memory.total,
-                memory.free,
-            )
-        )
+        uuid, name = nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)
+        found.append(Gpu(index, _text(uuid), _text(name), memory.total, memory.free))
     return found
 
 
-def visible_gpus():
+def visible_gpus() -> list[Gpu]:
     """The GPUs that CUDA_VISIBLE_DEVICES (as it was before assign_analytics) leaves to us, in its
     order.
 
@@ -84,18 +79,18 @@ def visible_gpus():
         return gpus
     chosen = []
     for entry in filter(None, map(str.strip, shown.split(","))):
-        match = [
-            gpu
-            for gpu in gpus
-            if entry == str(gpu.index) or (len(entry) > 4 and gpu.uuid.startswith(entry))
-        ]
+        match = [gpu for gpu in gpus if _is_named(gpu, entry)]
         if len(match) != 1 or match[0] in chosen:
             break
         chosen += match
     return chosen
 
 
-def inference_environment():
+def _is_named(gpu, entry):
+    return entry == str(gpu.index) or (len(entry) > 4 and gpu.uuid.startswith(entry))
+
+
+def inference_environment() -> dict[str, str]:
     """This process's environment with only the inference GPU visible: for children that run
     llama.cpp."""
     return logs.ENVIRONMENT | os.environ | plan().inference_env()
@@ -106,27 +101,25 @@ class Plan:
     """Who gets which GPU. inference: tuple of Gpu; analytics: Gpu or None; split: for
     --tensor-split, or None; line: one sentence that says which of the cases holds."""
 
-    inference: tuple
+    inference: tuple[Gpu, ...]
     analytics: Gpu | None
     split: str | None
     line: str
 
     @property
-    def shares(self):
+    def shares(self) -> tuple[float, ...]:
         """How much of the layers each inference GPU holds: tuple, sum 1; () without GPUs."""
         given = parse_split(self.split) if self.split else [1.0] * len(self.inference)
         return tuple(share / sum(given) for share in given)
 
-    def inference_env(self):
+    def inference_env(self) -> dict[str, str]:
         """Environment of llama-server and of the capture worker."""
-        return (
-            {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in self.inference)}
-            if self.inference
-            else {}
-        )
+        if not self.inference:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in self.inference)}
 
 
-def parse_split(tensor_split):
+def parse_split(tensor_split: str | Sequence[float]) -> list[float]:
     """ "1.0,0.0" or [1, 0] -> [1.0, 0.0]; GpuError if it is not a list of shares with at least one
     above zero."""
     parts = tensor_split.split(",") if isinstance(tensor_split, str) else tensor_split
@@ -142,7 +135,7 @@ def parse_split(tensor_split):
     return shares
 
 
-def plan(tensor_split=None):
+def plan(tensor_split: str | Sequence[float] | None = None) -> Plan:
     """Assign the visible GPUs. tensor_split: a share of the weights per visible GPU; a GPU with 0
     is hidden.
 
@@ -151,11 +144,8 @@ def plan(tensor_split=None):
     shares = [1.0] if tensor_split is None else parse_split(tensor_split)
     gpus = visible_gpus()
     if not gpus:
-        why = (
-            "CUDA_VISIBLE_DEVICES hides every GPU"
-            if list_gpus()
-            else "no NVIDIA GPU that the driver reports"
-        )
+        hidden = "CUDA_VISIBLE_DEVICES hides every GPU"
+        why = hidden if list_gpus() else "no NVIDIA GPU that the driver reports"
         return Plan((), None, None, f"GPUs: none ({why}). Inference and analytics run on the CPU.")
     wanted = [position for position, share in enumerate(shares) if share > 0]
     if wanted[-1] >= len(gpus):
@@ -203,7 +193,7 @@ def _cuda_uuids():
     return uuids
 
 
-def assign_analytics(chosen=None):
+def assign_analytics(chosen: Plan | None = None) -> Gpu | None:
     """Show this process only the analytics GPU. Call it before RAPIDS, CuPy or torch touches CUDA.
     Returns that Gpu, or None without GPUs.
 
@@ -217,28 +207,19 @@ def assign_analytics(chosen=None):
         return None
     seen = _cuda_uuids()
     # With several GPUs in view libraries take the first, whatever is wanted.
-    others = (
-        [] if seen is None or seen[:1] == [gpu.uuid] else [g for g in list_gpus() if g.uuid in seen]
-    )
-    others = others or [
-        g for g in list_gpus() if g.uuid != gpu.uuid and os.getpid() in _processes(g)[0]
-    ]
+    wrong = seen is not None and seen[:1] != [gpu.uuid]
+    others = [other for other in list_gpus() if wrong and other.uuid in seen]
+    if not others:
+        others = [
+            other
+            for other in list_gpus()
+            if other.uuid != gpu.uuid and os.getpid() in processes_on(other)[0]
+        ]
     if others:
-        users = (
-            "cudf",
-            "cuml",
-            "cugraph",
-            "cupy",
-            "rmm",
-            "torch",
-            "numba.cuda",
-            "tensorflow",
-            "jax",
-        )
-        guilty = [name for name in users if name in sys.modules]
+        guilty = [name for name in USERS if name in sys.modules]
+        imported = f" (imported: {', '.join(guilty)})" if guilty else ""
         raise GpuError(
-            f"CUDA was started in this process before the GPUs were assigned"
-            f"{' (imported: ' + ', '.join(guilty) + ')' if guilty else ''}: it sits on "
+            f"CUDA was started in this process before the GPUs were assigned{imported}: it sits on "
             f"{' and '.join(map(str, others))}, analytics belongs on {gpu}. Restart the kernel and make "
             "llamatelemetry.gpus.devices.assign_analytics() (or get_backend) the first cell, before those imports."
         )
@@ -249,7 +230,7 @@ def assign_analytics(chosen=None):
     return gpu
 
 
-def _processes(gpu):
+def processes_on(gpu: Gpu) -> tuple[dict[int, int | None], str]:
     """({pid: bytes or None}, note) of the processes with a context on `gpu`, as the driver reports
     them."""
     nvml = _nvml()
@@ -259,60 +240,3 @@ def _processes(gpu):
     except nvml.NVMLError as error:
         return {}, f"the driver does not list processes: {error}"
     return {process.pid: process.usedGpuMemory for process in running}, ""
-
-
-def placement(processes):
-    """Where processes sit, as the driver reports it.
-
-    processes: {name: pid}. DataFrame, one row per process and GPU: process, pid, gpu (index),
-    gpu_name, memory_mib (both NA where the process is on no GPU, or the driver does not say), note
-    (what the driver left out, and why)."""
-    import pandas as pd
-
-    gpus = list_gpus()
-    reported = [(gpu, *_processes(gpu)) for gpu in gpus]
-    notes = [note for *_, note in reported if note]
-    # In a container the driver may count processes of another namespace: its numbers then exist
-    # nowhere here.
-    strangers = [
-        pid for _, found, _ in reported for pid in found if not os.path.exists(f"/proc/{pid}")
-    ]
-    rows = []
-    for name, pid in processes.items():
-        here = [(gpu, found[pid]) for gpu, found, _ in reported if pid in found]
-        for gpu, memory in here:
-            note = "" if memory is not None else "the driver does not report memory per process"
-            rows.append(
-                (name, pid, gpu.index, gpu.name, None if memory is None else memory / 2**20, note)
-            )
-        if not here:
-            if not gpus:
-                note = "no GPU: on the CPU"
-            elif notes:
-                note = notes[0]
-            elif strangers:
-                note = (
-                    f"not proven: the driver reports processes {', '.join(map(str, strangers[:4]))} that this "
-                    "container cannot see, so this one may be among them"
-                )
-            else:
-                note = "no context on a GPU"
-            rows.append((name, pid, None, None, None, note))
-    table = pd.DataFrame(rows, columns=["process", "pid", "gpu", "gpu_name", "memory_mib", "note"])
-    return table.astype({"pid": "Int64", "gpu": "Int64", "memory_mib": "Float64"})
-
-
-def proof(processes):
-    """Where things are now, as the driver reports it, in one sentence: memory in use per GPU, and
-    each process's GPU where the driver lists it (in a container, as on Kaggle, it may not).
-    processes: {name: pid}. "" without GPUs."""
-    gpus = list_gpus()
-    if not gpus:
-        return ""
-    table = placement(processes)
-    used = "; ".join(f"GPU {gpu.index} {gpu.used_bytes / 2**20:,.0f} MiB in use" for gpu in gpus)
-    known = table.dropna(subset=["gpu"])
-    where = "".join(f"; {row.process} on GPU {row.gpu}" for row in known.itertuples())
-    silent = table["process"][table["gpu"].isna() & (table["note"] != "no context on a GPU")]
-    where += f"; where {', '.join(silent)} sits it does not say" if len(silent) else ""
-    return f"The driver reports: {used}{where}."

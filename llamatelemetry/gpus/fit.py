@@ -1,7 +1,15 @@
 """What a model needs before it is loaded, computed from its file: weights, KV cache, compute
 buffers, per process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from . import devices
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..files.gguf import GGUFFile
 
 MIB = 2**20
 # CUDA's own share per process (context, kernels, cuBLAS workspace) is not in the file: 589 MiB for
@@ -25,7 +33,7 @@ _PERIOD = {
 }
 
 
-def sliding_layers(gguf):
+def sliding_layers(gguf: "GGUFFile") -> list[bool]:
     """One bool per layer: does it keep only a sliding window of keys and values?"""
     # llama.cpp runs Phi 3 without its window
     if not gguf.sliding_window or gguf.architecture == "phi3":
@@ -97,59 +105,65 @@ class Fit:
     in MiB; need_bytes, memory_bytes; fits; sentence: that, and what would fit if it does not (also
     str())."""
 
-    table: object
+    table: "pd.DataFrame"
     need_bytes: int
     memory_bytes: int
     fits: bool
     sentence: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.sentence
 
 
-def _needs(gguf, ctx_size, n_parallel, server, capture, gpu, share, output, scale=1.0):
-    """{process: (weights, kv, compute, context)} in bytes, on a GPU with `share` of the layers."""
-    context = CONTEXT_BYTES if gpu else 0
-    weights = int(weight_bytes(gguf, gpu, share, output) * scale)
+@dataclass(frozen=True)
+class _Asked:
+    """What is to fit: a model as two processes, on a GPU with `share` of the layers (and the
+    output) or in the machine's memory. scale: of the weights, for another quantization."""
 
-    def cache(**options):
-        return int(kv_bytes(gguf, ctx_size, **options) * share)
+    gguf: "GGUFFile"
+    ctx_size: int
+    n_parallel: int
+    server: bool
+    capture: bool
+    gpu: bool
+    share: float
+    output: bool
+    scale: float = 1.0
 
-    needs = {}
-    if server:
-        needs["llama-server"] = (
-            weights,
-            cache(n_parallel=n_parallel),
-            compute_bytes(gguf, ctx_size),
-            context,
-        )
-    if capture:
-        # Without a GPU both processes map the same pages of the file: one copy.
-        shared = 0 if server and not gpu else weights
-        needs["capture worker"] = (
-            shared,
-            cache(swa_full=True),
-            compute_bytes(gguf, ctx_size, n_outputs=min(512, ctx_size) * output, flash=False),
-            context,
-        )
-    return needs
+    def needs(self):
+        """{process: (weights, kv, compute, context)} in bytes."""
+        gguf, ctx_size = self.gguf, self.ctx_size
+        context = CONTEXT_BYTES if self.gpu else 0
+        weights = int(weight_bytes(gguf, self.gpu, self.share, self.output) * self.scale)
+        found = {}
+        if self.server:
+            cache = int(kv_bytes(gguf, ctx_size, n_parallel=self.n_parallel) * self.share)
+            found["llama-server"] = weights, cache, compute_bytes(gguf, ctx_size), context
+        if self.capture:
+            # Without a GPU both processes map the same pages of the file: one copy.
+            weights = 0 if self.server and not self.gpu else weights
+            cache = int(kv_bytes(gguf, ctx_size, swa_full=True) * self.share)
+            n_outputs = min(512, ctx_size) * self.output
+            compute = compute_bytes(gguf, ctx_size, n_outputs=n_outputs, flash=False)
+            found["capture worker"] = weights, cache, compute, context
+        return found
 
-
-def _total(needs):
-    return sum(map(sum, needs.values()))
+    def total(self, **changes):
+        """Bytes of all processes together, with these fields changed."""
+        return sum(map(sum, replace(self, **changes).needs().values()))
 
 
 def fit(
-    gguf,
-    ctx_size=4096,
-    n_parallel=1,
-    memory_bytes=None,
-    capture=True,
-    server=True,
-    gpu=None,
-    share=1.0,
-    output=True,
-):
+    gguf: "GGUFFile",
+    ctx_size: int = 4096,
+    n_parallel: int = 1,
+    memory_bytes: int | None = None,
+    capture: bool = True,
+    server: bool = True,
+    gpu: bool | None = None,
+    share: float = 1.0,
+    output: bool = True,
+) -> Fit:
     """Does the model of `gguf` (a GGUFFile) fit, as llama-server and capture worker together?
 
     ctx_size: tokens per request; memory_bytes: what there is, None: free on the inference GPU, or
@@ -160,29 +174,19 @@ def fit(
     CUDA's own share per process is an allowance."""
     import pandas as pd
 
-    from . import devices
-
     chosen = devices.plan().inference if memory_bytes is None or gpu is None else ()
     gpu = bool(chosen) if gpu is None else gpu
     if memory_bytes is None:
         import psutil
 
-        memory_bytes = (
-            min(g.free_bytes for g in chosen)
-            if chosen and gpu
-            else psutil.virtual_memory().available
-        )
-    ask = dict(
-        n_parallel=n_parallel, server=server, capture=capture, gpu=gpu, share=share, output=output
-    )
-    needs = _needs(gguf, ctx_size, **ask)
-    need = _total(needs)
-    rows = [
-        (name, *(part / MIB for part in parts), sum(parts) / MIB) for name, parts in needs.items()
-    ]
-    table = pd.DataFrame(
-        rows, columns=["process", "weights", "kv_cache", "compute", "context", "total"]
-    )
+        memory_bytes = psutil.virtual_memory().available
+        if gpu and chosen:
+            memory_bytes = min(each.free_bytes for each in chosen)
+    asked = _Asked(gguf, ctx_size, n_parallel, server, capture, gpu, share, output)
+    needs, need = asked.needs(), asked.total()
+    rows = [(name, *parts, sum(parts)) for name, parts in needs.items()]
+    columns = ["process", "weights", "kv_cache", "compute", "context", "total"]
+    table = pd.DataFrame(rows, columns=columns).set_index("process").div(MIB).reset_index()
     part = "" if share == 1 else f" on the GPU with {share:.0%} of the layers"
     have = (
         f"{need / MIB:,.0f} MiB needed by {' and '.join(needs)} at {ctx_size:,} tokens{part}, "
@@ -190,50 +194,32 @@ def fit(
     )
     if need <= memory_bytes:
         return Fit(table, need, memory_bytes, True, f"{gguf.name} fits: {have}.")
-    ways = _ways(gguf, ctx_size, memory_bytes, ask)
-    mend = (
-        f" What would fit: {'; '.join(ways)}."
-        if ways
-        else " Nothing smaller of this model would: choose a smaller one."
-    )
-    return Fit(table, need, memory_bytes, False, f"{gguf.name} does not fit: {have}.{mend}")
+    ways = list(_ways(asked, memory_bytes))
+    mend = "Nothing smaller of this model would: choose a smaller one."
+    if ways:
+        mend = f"What would fit: {'; '.join(ways)}."
+    return Fit(table, need, memory_bytes, False, f"{gguf.name} does not fit: {have}. {mend}")
 
 
-def _gpus_for(ask):
-    """How many GPUs could share a model that is meant for one; 0 where there is no second."""
-    from . import devices
-
-    count = len(devices.visible_gpus()) if ask["gpu"] and ask["share"] == 1 else 0
-    return count if count > 1 else 0
-
-
-def _ways(gguf, ctx_size, memory_bytes, ask):
-    ways = []
-    shorter = ctx_size // 2
-    while shorter >= 256 and _total(_needs(gguf, shorter, **ask)) > memory_bytes:
+def _ways(asked, memory_bytes):
+    """What of the same model would fit, as parts of a sentence."""
+    gguf, shorter = asked.gguf, asked.ctx_size // 2
+    while shorter >= 256 and asked.total(ctx_size=shorter) > memory_bytes:
         shorter //= 2
     if shorter >= 256:
-        ways.append(f"a context of {shorter:,} tokens (ctx_size={shorter})")
-    if ask["server"] and ask["capture"]:
-        alone = _total(_needs(gguf, ctx_size, **(ask | {"server": False})))
+        yield f"a context of {shorter:,} tokens (ctx_size={shorter})"
+    if asked.server and asked.capture:
+        alone = asked.total(server=False)
         if alone <= memory_bytes:
-            ways.append(f"captures without the server, {alone / MIB:,.0f} MiB (auto_start=False)")
-    count = _gpus_for(ask)
-    parts = (
-        [dict(zip(("share", "output"), part)) for part in spread(gguf.n_layer, [1] * count)]
-        if count
-        else []
-    )
-    if (
-        parts
-        and max(_total(_needs(gguf, ctx_size, **(ask | part))) for part in parts) <= memory_bytes
-    ):
-        ways.append(
-            f'{count} GPUs together (tensor_split="{",".join([f"{1 / count:g}"] * count)}")'
-        )
+            yield f"captures without the server, {alone / MIB:,.0f} MiB (auto_start=False)"
+    count = len(devices.visible_gpus()) if asked.gpu and asked.share == 1 else 0
+    if count > 1:
+        parts = spread(gguf.n_layer, [1] * count)
+        if max(asked.total(share=share, output=last) for share, last in parts) <= memory_bytes:
+            shares = ",".join([f"{1 / count:g}"] * count)
+            yield f'{count} GPUs together (tensor_split="{shares}")'
     for name, bits in SMALLER.items():
-        need = _total(_needs(gguf, ctx_size, **ask, scale=bits / gguf.bits_per_weight))
+        need = asked.total(scale=bits / gguf.bits_per_weight)
         if bits < gguf.bits_per_weight and need <= memory_bytes:
-            ways.append(f"the {name} quantization, about {need / MIB:,.0f} MiB")
+            yield f"the {name} quantization, about {need / MIB:,.0f} MiB"
             break
-    return ways
