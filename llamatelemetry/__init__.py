@@ -14,7 +14,7 @@ _WHERE = {
     "list_models": "files.models",
     "resolve_model": "files.models",
     "GGUFFile": "files.gguf",
-    "Capture": "capture.session",
+    "Capture": "capture.data",
     "ablate_head": "capture.edits",
     "ablate_layer": "capture.edits",
     "scale": "capture.edits",
