@@ -4,25 +4,13 @@ farther inside."""
 import math
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from .errors import CaptureError, OptionError, shown
 
-Error = type[Exception]
 
-
-def whole(
-    name: str,
-    value: Any,
-    least: int | None = None,
-    most: int | None = None,
-    *,
-    error: Error = OptionError,
-    none: bool = False,
-) -> Any:
+def whole(name, value, least=None, most=None, *, error=OptionError, none=False):
     """`value` as an int; `error`, a class, where it is no whole number from `least` to `most`.
     none: or None."""
     if none and value is None:
@@ -40,7 +28,7 @@ def whole(
     raise error(f"{name}={value!r}: it is {'None or ' if none else ''}a whole number{ends}.")
 
 
-def finite(name: str, value: Any, least: float = -math.inf, *, error: Error = OptionError) -> float:
+def finite(name, value, least=-math.inf, *, error=OptionError):
     """`value` as a float; `error` where it is no number, not finite, or less than `least`."""
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if number and math.isfinite(value) and value >= least:
@@ -50,7 +38,7 @@ def finite(name: str, value: Any, least: float = -math.inf, *, error: Error = Op
     )
 
 
-def one_sequence(ids: Any, error: Error) -> list[int]:
+def one_sequence(ids, error):
     """A list of token ids from a list or an array of them; `error` where they are not one sequence
     of whole numbers."""
     try:
@@ -66,10 +54,10 @@ def one_sequence(ids: Any, error: Error) -> list[int]:
         raise error(
             f"a prompt is a text, or one sequence of token ids (whole numbers); not {ids!r:.80}."
         )
-    return [int(token) for token in array]
+    return array.tolist()
 
 
-def writable(text: str, error: Error = CaptureError) -> str:
+def writable(text, error=CaptureError):
     """`text`, a str that UTF-8 can hold; `error` where it is none: half a character, as of a cut
     emoji, is no text."""
     if not isinstance(text, str):
@@ -84,7 +72,7 @@ def writable(text: str, error: Error = CaptureError) -> str:
     return text
 
 
-def prompt(given: Any, error: Error = CaptureError) -> str | list[int]:
+def prompt(given, error=CaptureError):
     """A prompt as both processes take it: a str, or a list of token ids. Raises `error` for
     anything else, or none.
 
@@ -104,7 +92,7 @@ def prompt(given: Any, error: Error = CaptureError) -> str | list[int]:
     return ids
 
 
-def say_two_starts(ids: Sequence[int], start: int, piece: str) -> None:
+def say_two_starts(ids, start, piece):
     """Warn where a text's ids begin with the start token twice: written out in the text, and put
     there by the model."""
     if len(ids) > 1 and ids[0] == ids[1] == start:

@@ -7,7 +7,8 @@ class LlamaTelemetryError(RuntimeError):
     """Base class of every error that this package raises on purpose. Its message can be printed
     whatever it names."""
 
-    def __init__(self, *args: object) -> None:
+    def __init__(self, *args):
+
         super().__init__(*(shown(arg) if isinstance(arg, str) else arg for arg in args))
 
 
@@ -67,14 +68,13 @@ class OutputError(LlamaTelemetryError, OSError):
     from."""
 
 
-def shown(text: str | bytes | os.PathLike) -> str:
+def shown(text):
     """A name that can be printed and drawn anywhere: bytes that are not UTF-8 are \\xff. text: str,
     bytes or a path."""
     try:
-        name = os.fsencode(text)
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half a character, which no name of a file has
-        name = str(text).encode("utf-8", "backslashreplace")
-    return name.decode("utf-8", "backslashreplace")
+        return os.fspath(text).encode("utf-8", "backslashreplace").decode()
 
 
 class EngineBuildError(LlamaTelemetryError):

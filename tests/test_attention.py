@@ -1,7 +1,5 @@
 """Attention analysis on arrays made by hand, whose answers are known."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -64,12 +62,6 @@ class FakeGGUF:
 
     def rows(self, name, ids):
         return self._tensors[name][ids]
-
-
-class FakeCapture(dict):
-    """Stages of a run on a CPU, by name."""
-
-    model = SimpleNamespace(gpu=False)
 
 
 def test_query_heads_map_to_consecutive_kv_heads():
@@ -202,7 +194,8 @@ def test_js_distance_and_moved_targets():
         1,
     ]
     assert table.loc[1, "top_moved"] == 0 and np.isnan(table.loc[1, "top_shift"])
-    moves = compare.moved_targets(a[0, 0], b[0, 0], ["a", "b", "c"])
+    moves = compare.moved_targets(a, b, ["a", "b", "c"], table)
+    assert moves[["layer", "head"]].drop_duplicates().values.tolist() == [[0, 0]]
     assert moves[["query", "from_piece", "to_piece"]].values.tolist() == [
         [1, "b", "a"],
         [2, "c", "b"],
@@ -220,15 +213,6 @@ def test_js_distance_of_a_half_step():
 def test_captures_of_different_texts_are_refused():
     with pytest.raises(ValueError, match="same text"):
         compare.js_distance(maps([identity(3)]), maps([identity(4)]))
-
-
-def test_norms():
-    gguf = FakeGGUF({"n.weight": np.array([1.0, 2.0])}, 1, 1, 2)
-    np.testing.assert_allclose(
-        weights.norm([[3.0, 4.0]], gguf, "n"), [[3 / 12.5**0.5, 8 / 12.5**0.5]]
-    )
-    gguf = FakeGGUF({"n.weight": np.ones(2), "n.bias": np.array([0.0, 5.0])}, 1, 1, 2, metadata={})
-    np.testing.assert_allclose(weights.norm([[3.0, 7.0]], gguf, "n"), [[-1, 6]])
 
 
 @pytest.mark.parametrize(
@@ -282,51 +266,45 @@ def test_output_projection_is_the_sum_of_heads():
     np.testing.assert_allclose(norms[0, :, 0], [5, np.hypot(6, 12)])
     weighted = output.norm_weighted(maps([[[0.5]], [[1.0]]]), norms)
     np.testing.assert_allclose(weighted[0, :, 0, 0], [2.5, np.hypot(6, 12)])
+    assert output.moved_shares(maps([[[3.0, 1.0], [0, 0]]]))[0, 0].values.tolist() == [
+        [0.75, 0.25],
+        [0, 0],
+    ]
 
 
-def test_residual_shares_sum_to_one():
-    rng = np.random.default_rng(0)
-    a, f = rng.normal(size=(2, 3, 4, 5))
-    h = np.concatenate([rng.normal(size=(1, 4, 5)), np.zeros((3, 4, 5))])
-    for layer in range(3):
-        h[layer + 1] = h[layer] + a[layer] + f[layer]
-    dims = ("layer", "token", "embd")
-    shares = output.residual_shares(*(xr.DataArray(x, dims=dims) for x in (h, a, f)))
-    total = (
-        shares["attention_direct"].sum("layer")
-        + shares["ffn_direct"].sum("layer")
-        + shares["embedding_direct"]
+def test_share_of_attention_in_what_layers_write():
+    nan = np.nan  # a layer without such a block
+    norm = [[[9.0, 3, 1], [9, nan, nan]], [[9.0, 1, 3], [9, 2, 2]], [[0.0, 0, 0], [0, 0, 0]]]
+    norm = xr.DataArray(
+        norm, dims=("layer", "part", "token"), coords={"part": ["attention", "ffn"]}
     )
-    np.testing.assert_allclose(total, 1)
-    assert float(shares["attention_share"][1, 2]) == pytest.approx(
-        np.linalg.norm(a[1, 2]) / (np.linalg.norm(a[1, 2]) + np.linalg.norm(f[1, 2]))
-    )
+    shares = output.attention_share(norm)
+    np.testing.assert_allclose(shares, [1, (1 / 3 + 3 / 5) / 2, np.nan])
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0])
-def test_logit_parts_add_up_to_the_logit(softcap):
-    rng = np.random.default_rng(0)
-    a, f = rng.normal(size=(2, 2, 1, 4))
-    h = np.stack([np.ones((1, 4)), 1 + a[0] + f[0], 1 + a[0] + f[0] + a[1] + f[1]])
-    unembed, norm = rng.normal(size=(7, 4)), rng.normal(size=4)
-    gguf = FakeGGUF(
-        {"output.weight": unembed, "output_norm.weight": norm}, 1, 1, 4, final_logit_softcap=softcap
-    )
-    logits = weights.rms_norm(h[-1], norm, 0) @ unembed.T
-    logits = logits if not softcap else softcap * np.tanh(logits / softcap)
-    stages = {"hidden": h, "attn_out": a, "ffn_out": f}
-    captured = FakeCapture(
-        {k: xr.DataArray(x, dims=("layer", "token", "embd")) for k, x in stages.items()}
-    )
-    captured["logits"] = xr.DataArray(logits, dims=("token", "vocab"))
-    table = output.logit_parts(captured, gguf, [2, 5])
-    np.testing.assert_allclose(table["total"], table["captured"])
-    largest = table["captured"].abs().max()
-    assert (
-        table["tolerance"].between(1e-4 * largest, 1.1e-4 * largest).all()
-    )  # floats: hardly more than the slack
-    np.testing.assert_allclose(
-        table["by_layer"][0].sum(0), table.loc[0, ["attention", "ffn"]].astype(float)
+def lead(total, layers=2):
+    """A table as layers.lens.logit_attribution makes it."""
+    rows = [("embedding", -1, 1.0)]
+    rows += [(part, layer, 1.0 + layer) for part in ("attention", "ffn") for layer in range(layers)]
+    rows += [("other", -1, 0.25), ("bias", -1, 0.0)]
+    table = pd.DataFrame(rows, columns=["component", "layer", "value"])
+    table.attrs.update(total=total, captured=total + 0.01)
+    return table
+
+
+def test_leads():
+    table = output.lead_table([lead(7.25), lead(8.0)], ["a", "b"])
+    assert table["over"].tolist() == ["a", "b"] and table["total"].tolist() == [7.25, 8.0]
+    assert table.loc[0, ["embedding", "attention", "ffn", "other", "bias"]].tolist() == [
+        *(1, 3, 3, 0.25, 0)
+    ]
+    line = figures.logit_build_up([lead(7.25)], ["x"], title="t").data[0]
+    assert list(line.y) == [1, 2, 3, 5, 7, 7.25] and line.name == "over x"
+    assert list(line.x) == [-0.5, 0, 0.5, 1, 1.5, 2] and line.text[-2] == "layer 1 ffn"
+    sentence = said(say.logit_build_up(lead(7.25), ["x", "y"]))
+    assert sentence == (
+        "'x' leads 'y' by 7.26 in logit: +3.00 from attention, +1.00 from embedding, +3.00 from ffn and +0.25 "
+        "from other. The largest addition is +4.00, of layer 1."
     )
 
 
@@ -351,35 +329,32 @@ def said(sentence):
 
 
 def test_findings_say_what_the_numbers_say():
-    sentence = said(say.head_finding(maps([previous(4)])[0, 0], list("abcd")))
+    sentence = said(say.token_map(maps([previous(4)])[0, 0], list("abcd")))
     assert sentence.startswith(
         "100% of the 3 queries that have a choice attend most to the token before"
     )
     assert "1.000, from 'c' (position 2) to 'b' (position 1)" in sentence
+    part = said(say.token_map(maps([previous(4)])[0, 0, 2:], list("abcd")))
+    assert part.startswith("100% of the 2 queries") and "from 'c' (position 2)" in part
     a = maps([uniform(4), identity(4)], [to_first(4), to_first(4)])
     table = patterns.head_table(a)
-    sentence = said(say.sink_finding(table))
-    assert (
-        sentence.startswith("3 of 4 heads (75%)")
-        and "in 1 of 2 layers, the first of them layer 1" in sentence
+    sentence = said(say.sinks(table))
+    assert sentence.startswith("3 of 4 heads (75%)") and "in 1 of 2 layers" in sentence
+    assert "2.0 tokens, of layer 1, head 0" in said(say.depth_profile(table))
+    raw, moved = maps([to_first(3), uniform(3)]), maps([identity(3), 0 * identity(3)])
+    assert said(say.norm_weighted(raw, moved, 0, 1)) == (
+        "The first token gets 42% of this head's weight and none of the length that it moves; over all heads 71% "
+        "of the weight and 0% of the length."
     )
-    assert "layer 1, head 0: 2.0 tokens" in said(say.depth_finding(table))
-    raw, moved = maps([to_first(3)]), maps([identity(3)])
-    assert "100% of the attention and 0% of the moved length" in said(
-        say.weighted_layers_finding(raw, moved)
-    )
-    sentence = said(
-        say.compare_finding(compare.compare_heads(a, a[::-1].assign_coords(layer=[0, 1])))
-    )
-    assert "largest difference of a single weight is 1.0000" in sentence
+    table = compare.compare_heads(a, a[::-1])
+    assert "largest difference of a single weight is 1.0000" in said(say.changes(table, "a", "b"))
     rolled = flow.rollout(maps(*[[to_first(4)]] * 4))[:, -1]
-    assert "passes one half after layer 1 and ends at 0.938" in said(
-        say.rollout_finding(rolled, list("abcd"))
-    )
+    sentence = said(say.rollout(rolled, list("abcd")))
+    assert "passes one half after layer 1 and ends at 0.938" in sentence
 
 
 def test_sentences_fit_a_page():
-    sentence = say.head_finding(maps([previous(4)])[0, 0], ["x" * 30] * 4)
+    sentence = say.token_map(maps([previous(4)])[0, 0], ["x" * 30] * 4)
     assert max(map(len, sentence.splitlines())) <= 100
 
 
@@ -405,9 +380,6 @@ def test_figures_leave_the_future_blank_and_escape_tokens():
     assert (
         longer.layout.height - 8 * 18 - 120 >= 12 * 16
     )  # beside title and labels, 12 rows that can be told apart
-    parts = pd.DataFrame({"embedding": [1.0], "by_layer": [np.array([[1.0, 2.0], [3.0, 4.0]])]})
-    line = figures.logit_build_up(parts, ["x"], title="t").data[0]
-    assert list(line.y) == [1, 2, 4, 7, 11] and line.text[-1] == "layer 1 ffn"
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from llamatelemetry.attention import arcs
 from llamatelemetry.attention import page as pages
 from llamatelemetry.attention.output import sampled_probabilities
 from llamatelemetry.attention.patterns import attend
@@ -54,25 +53,26 @@ def made(
     }
 
 
-def views(data, **options):
-    return pages.attention_page(
-        data["attention"],
-        PIECES[: data["attention"].shape[-1]],
-        model="M",
-        scales=0.5,
-        q=data["q"],
-        k=data["k"],
-        **options,
-    )
+def plain(n_layer, softcap=None, window=None):
+    """Facts of every layer's softmax."""
+    return [(0.5, softcap, window)] * n_layer
 
 
-def steps_page(data, **options):
+def views(data, softcap=None, **options):
+    attention = data["attention"]
+    vectors = {"q": data["q"], "k": data["k"]}
+    pieces, facts = PIECES[: attention.shape[-1]], plain(len(attention), softcap)
+    return pages.views(attention, pieces, facts, model="M", **vectors, **options)
+
+
+def steps_page(data, facts=plain(N_LAYER), **options):
     tokens = pd.DataFrame({"id": range(10, 10 + len(PIECES)), "piece": PIECES})
-    writes = {
+    written = {
         "written": np.ones((N_LAYER, N_HEAD, N_EMBD), np.float32),
         "difference": np.zeros(N_LAYER),
+        "type": np.array(["F32"] * N_LAYER),
     }
-    return pages.steps_page(data, writes, tokens, model="M", position=-1, scales=0.5, **options)
+    return pages.steps(data, written, tokens, facts, model="M", **options)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_size_of_a_30_by_9_page_at_64_tokens():
         rng.random((30, 9, 64, 64), dtype=np.float32), dims=("layer", "head", "query", "key")
     )
     q, k = rng.normal(size=(30, 9, 64, 64)), rng.normal(size=(30, 3, 64, 64))
-    page = pages.attention_page(a, ["x"] * 64, model="M", scales=0.1, q=q, k=k)
+    page = pages.views(a, ["x"] * 64, plain(30), model="M", q=q, k=k)
     assert len(page.html.encode()) < 5_000_000
     assert "steps of 1/65535, q and k within 1/254 of each vector" in page.html
 
@@ -241,9 +241,8 @@ def test_a_32_by_32_page_draws_all_heads_and_answers_meanwhile(opened):
     rng = np.random.default_rng(0)
     a = np.tril(rng.random((32, 32, 64, 64), dtype=np.float32))
     q, k = rng.normal(size=(32, 32, 64, 8)), rng.normal(size=(32, 8, 64, 8))
-    page = pages.attention_page(
-        a / a.sum(-1, keepdims=True), ["x"] * 64, model="M", scales=1, q=q, k=k
-    )
+    a /= a.sum(-1, keepdims=True)
+    page = pages.views(a, ["x"] * 64, plain(32), model="M", q=q, k=k)
     tab = opened(page)
     done = tab.evaluate("state.thumbnails")
     tab.select_option("#head", "31")
@@ -256,7 +255,7 @@ def test_a_32_by_32_page_draws_all_heads_and_answers_meanwhile(opened):
 @pytest.mark.parametrize("window, softcap", [(None, None), (3, 1.5)])
 def test_the_step_view_recomputes_what_was_captured(opened, window, softcap):
     data = made(window=window, softcap=softcap)
-    tab = opened(steps_page(data, windows=[window] * N_LAYER, softcap=softcap, layer=1, head=1))
+    tab = opened(steps_page(data, plain(N_LAYER, softcap, window), layer=1, head=1))
     for layer, head in ((1, 1), (2, 3)):
         tab.select_option("#layer", str(layer))
         tab.click(f"[data-head='{head}']")
@@ -292,7 +291,7 @@ SETTINGS = [
 def test_next_token_page_samples_as_the_chain_does(opened):
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32) * 3
     vocabulary = [f"t{i}" for i in range(300)]
-    tab = opened(pages.next_token_page(logits, vocabulary, model="M"))
+    tab = opened(pages.next_token(logits, vocabulary, model="M"))
     order = np.argsort(-logits)
     for settings in SETTINGS:
         for name, value in settings.items():
@@ -335,7 +334,7 @@ def test_arcs_are_filtered_by_layer_head_and_weight(opened):
     nodes = pd.DataFrame(
         {"piece": PIECES[:4], "received": [0.9, 0.1, 0.2, 0.0], "pagerank": [0.4, 0.2, 0.2, 0.2]}
     )
-    tab = opened(arcs.arcs_page(nodes, edges, model="M", n_layer=2, n_head=2))
+    tab = opened(pages.arcs(nodes, edges, model="M", n_layer=2, n_head=2))
     assert (tab.evaluate("state.edges"), tab.evaluate("state.arcs")) == (
         4,
         3,

@@ -8,9 +8,8 @@ import pytest
 import xarray as xr
 from hostile import NAME, PIECES
 
-from llamatelemetry.attention import arcs as attention_arcs
 from llamatelemetry.attention import figures as attention
-from llamatelemetry.attention.page import attention_page, next_token_page
+from llamatelemetry.attention import page as attention_pages
 from llamatelemetry.embeddings import figures
 from llamatelemetry.graphs import Graph
 from llamatelemetry.heads import figures as heads
@@ -192,6 +191,11 @@ def analogies():
     )
 
 
+def lead_table():
+    parts = ["embedding", "attention", "ffn", "other", "bias"]
+    return pd.DataFrame({"component": parts, "layer": [-1, 0, 0, -1, -1], "value": 1.0})
+
+
 # Each with what its ticks show and what its hovers hold: one text per token.
 FIGURES = {
     "token map": (
@@ -205,34 +209,26 @@ FIGURES = {
         LABELS,
     ),
     "rollout": (
-        lambda: attention.rollout_map(np.ones((3, N)), PIECES, title=NAME),
+        lambda: attention.rollout(np.ones((3, N)), PIECES, title=NAME),
         "xtick",
         LABELS,
     ),
     "bars": (
-        lambda: attention.token_bars({NAME: np.ones(N)}, PIECES, title=NAME, unit=NAME),
+        lambda: attention.token_bars(np.ones(N), np.ones(N), PIECES, title=NAME),
         "xtick",
         LABELS,
     ),
     "stack": (
-        lambda: attention.stacked_bars(
-            pd.DataFrame({NAME: np.ones(N)}),
-            title=NAME,
-            x_title="token",
-            unit="share",
-            labels=LABELS,
-        ),
+        lambda: attention.generated(pd.DataFrame({"first token": np.ones(N)}), PIECES, title=NAME),
         "xtick",
         LABELS,
     ),
     "build-up": (
-        lambda: attention.logit_build_up(
-            pd.DataFrame({"embedding": 0.1, "by_layer": [np.ones((2, 2))] * N}), PIECES, title=NAME
-        ),
+        lambda: attention.logit_build_up([lead_table()] * N, PIECES, title=NAME),
         None,
-        TEXTS,
+        [f"over {text}" for text in TEXTS],
     ),
-    "central": (lambda: attention.centrality_scatter(position_table(), title=NAME), None, LABELS),
+    "central": (lambda: attention.centrality(position_table(), title=NAME), None, LABELS),
     "lens": (
         lambda: layers.lens_table(lens_data(), PIECES, PIECES, title=NAME, last=N),
         "xtick",
@@ -408,7 +404,7 @@ def arcs():
         {"src": range(1, N), "dst": range(N - 1), "layer": 0, "head": 0, "weight": 0.5}
     )
     edges["kind"] = "head"
-    return attention_arcs.arcs_page(nodes, edges, model=NAME, n_layer=2, n_head=2)
+    return attention_pages.arcs(nodes, edges, model=NAME, n_layer=2, n_head=2)
 
 
 def all_heads():
@@ -431,6 +427,9 @@ def graph():
     return Graph(nodes, edges, label="label", kind="kind", edge_label="said", title=NAME).page()
 
 
+FACTS = [(0.5, None, None)] * 2  # scale, soft-cap and window of both layers
+
+
 def vectors():
     return dict(q=np.ones((2, 2, N, 4), "f4"), k=np.ones((2, 1, N, 4), "f4"))
 
@@ -444,17 +443,17 @@ def maps(n=N):
 # Each with a script that gives one text per piece.
 PAGES = {
     "views": (
-        lambda: attention_page(maps(), PIECES, model=NAME, scales=0.5, **vectors()),
+        lambda: attention_pages.views(maps(), PIECES, FACTS, model=NAME, **vectors()),
         "[...document.querySelectorAll('#query option')].map(o => o.textContent)",
         LABELS,
     ),
     "views without q": (
-        lambda: attention_page(maps(), PIECES, model=NAME, scales=0.5),
+        lambda: attention_pages.views(maps(), PIECES, FACTS, model=NAME),
         "[...document.querySelectorAll('#query option')].map(o => o.textContent)",
         LABELS,
     ),
     "next": (
-        lambda: next_token_page(np.arange(N, 0, -1.0), PIECES, model=NAME, context=NAME),
+        lambda: attention_pages.next_token(np.arange(N, 0, -1.0), PIECES, model=NAME, context=NAME),
         "[...document.querySelectorAll('#bars .row .mono')].map(o => o.textContent)",
         TEXTS[:25],
     ),
@@ -538,7 +537,7 @@ def test_a_notebook_s_mathjax_leaves_figures_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [64, 65, 130])
 def test_a_page_without_q_and_k_opens_at_any_length(page, tmp_path, n):
-    made = attention_page(maps(n), [" w"] * n, model="m", scales=0.5, max_bytes=1000)
+    made = attention_pages.views(maps(n), [" w"] * n, FACTS, model="m", max_bytes=1000)
     problems = opened(page, tmp_path, made.html)
     assert "steps of 1/65535." in page.text_content("p.note")
     assert (
@@ -562,9 +561,8 @@ def order_on_screen(page, selector, marks):
 @pytest.mark.parametrize("pieces", [["The", " cat"], ["ال", "سلام"], ["של", "ום"], ["١", "٢"]])
 def test_numbers_beside_right_to_left_text_keep_their_place(page, tmp_path, pieces):
     q = np.ones((1, 1, 2, 4), "f4")
-    made = attention_page(
-        maps(2).isel(layer=[0], head=[0]), pieces, model="m", scales=0.5, q=q, k=q
-    )
+    one = maps(2).isel(layer=[0], head=[0])
+    made = attention_pages.views(one, pieces, FACTS[:1], model="m", q=q, k=q)
     opened(page, tmp_path, made.html)
     left = order_on_screen(page, "#dot", ["1", "·", "0", "=", "scaled", "weight"])
     assert left == sorted(left)

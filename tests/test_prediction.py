@@ -214,7 +214,6 @@ LAYERS = [
     lambda h: compare.divergence(h, h, PAIRS),
     lambda h: compare.changed_positions(h, h),
     lambda h: inside.hidden_drift(h, h),
-    lambda h: output.residual_shares(h, h[1:] * 0, h[1:] * 0),
 ]
 ATTENTION = [
     patterns.head_table,
@@ -229,7 +228,7 @@ ATTENTION = [
     flow.head_edges,
     lambda a: flow.token_nodes(a, "abc", None),
     lambda a: attention_compare.compare_heads(a, a),
-    lambda a: say.head_finding(a[1, 1], "abc"),
+    lambda a: say.token_map(a[1, 1], "abc"),
     lambda a: output.first_shares(a, a),
     lambda a: inside.attention_divergence(a, a),
     lambda a: similarity.js_sums(a, [0, 1, 2]),

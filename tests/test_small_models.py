@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 from models import tiny_model
 
-from llamatelemetry.attention import say as attention_findings
+from llamatelemetry.attention import say as attention_says
 from llamatelemetry.backend import get_backend
 from llamatelemetry.embeddings import groups
 from llamatelemetry.embeddings import say as embeddings_sentences
@@ -243,7 +243,7 @@ def test_sentences_of_one_layer():
     correlations = pd.DataFrame(np.nan, *[["weight_error", "drift_added", "cost", "fall"]] * 2)
     said = [
         heads_sentences.depth_sentence(depth, None),
-        attention_findings.depth_finding(heads),
+        attention_says.depth_profile(heads),
         say.graph_sentence(nodes, edges),
         say.importance_sentence(importance),
         quantization_words.together(correlations, 1),
@@ -253,10 +253,11 @@ def test_sentences_of_one_layer():
     assert not re.search("broadest|farthest|costs most|rises most", " ".join(said))
 
 
-def test_rollout_that_does_not_drain_is_not_explained():
-    said = attention_findings.rollout_finding([[0.1, 0.2, 0.7]], ["a", "b", "c"])
+def test_rollout_may_never_pass_one_half():
+    said = attention_says.rollout([[0.1, 0.2, 0.7]], ["a", "b", "c"])
     assert "never passes one half and ends at 0.100. After" in " ".join(said.split())
-    assert "drains" in attention_findings.rollout_finding([[0.1, 0.9], [0.6, 0.4]], ["a", "b"])
+    said = attention_says.rollout([[0.1, 0.9], [0.6, 0.4]], ["a", "b"])
+    assert "passes one half after layer 1 and ends" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("n, step", [(1, 1), (2, 1), (7, 1), (8, None), (30, None)])
@@ -328,7 +329,7 @@ def test_files_that_do_not_differ():
             "top_shift": [np.nan],
         }
     )
-    assert "no weight of any head differs" in attention_findings.compare_finding(same).replace(
+    assert "no weight of any head differs" in attention_says.changes(same, "a", "b").replace(
         "\n", " "
     )
     before = pd.Series({"kld_mean": 0.1, "size_bytes": 2**20})
@@ -356,10 +357,10 @@ def test_two_tokens_and_a_constant_rank():
             "betweenness": [0.0, 0.0],
         }
     )
-    said = " ".join(attention_findings.centrality_finding(table).split())
-    assert not NO_NUMBER.search(said) and "no shortest path passes a third position" in said
-    flow = " ".join(attention_findings.flow_finding([0.5, 0.5], [0.5, 0.5], ["a", "b"]).split())
-    assert not NO_NUMBER.search(flow) and "too little to rank" in flow
+    said = " ".join(attention_says.centrality(table).split())
+    assert not NO_NUMBER.search(said) and said.count("not to be had") == 2
+    flow = " ".join(attention_says.token_bars([0.5, 0.5], [0.5, 0.5], ["a", "b"]).split())
+    assert not NO_NUMBER.search(flow) and "mean attention: not to be had" in flow
 
 
 # The notebooks

@@ -5,14 +5,15 @@ import pandas as pd
 import xarray as xr
 
 from ..capture.finite import measured
-from ..maths import jensen_shannon
+from ..maths import jensen_shannon, ratio
 from .patterns import per_head, query_positions
 
 
-def js_distance(a, b):
+def js_distance(a: xr.DataArray, b: xr.DataArray) -> xr.DataArray:
     """Jensen-Shannon distance between the weights of two captures: square root of the divergence in
-    bits, 0 to 1 (Endres and Schindelin 2003). a, b: (..., query, key); returns their dims without
-    key."""
+    bits, 0 to 1 (Endres and Schindelin 2003).
+
+    a, b: (..., query, key); returns their dims without key. ValueError for different shapes."""
     p, q = measured(a, np.float64), measured(b.transpose(*a.dims), np.float64)
     if p.shape != q.shape:
         raise ValueError(
@@ -21,13 +22,13 @@ def js_distance(a, b):
     return per_head(a, np.sqrt(jensen_shannon(p, q)))
 
 
-def compare_heads(a, b):
+def compare_heads(a: xr.DataArray, b: xr.DataArray) -> pd.DataFrame:
     """One row per layer and head: js_distance (mean over queries), max_difference (of single
     weights), top_moved (the fraction of queries whose most attended key changed), top_shift (mean
     positions that such keys moved, nan if none).
 
     Queries that see a single key are left out: they cannot differ. Sorted by js_distance, largest
-    first."""
+    first. ValueError where no other query is there, or the shapes differ."""
     queries = np.flatnonzero(query_positions(a) >= 1)
     if not len(queries):
         raise ValueError("a prompt of one token has nothing to compare: its only weight is 1")
@@ -35,40 +36,49 @@ def compare_heads(a, b):
     distance = js_distance(a, b).mean("query")
     first, second = np.asarray(a), np.asarray(b.transpose(*a.dims))
     shift = np.abs(first.argmax(-1) - second.argmax(-1))  # (layer, head, query)
-    moved = (shift > 0).sum(-1)
-    table = xr.Dataset(
-        {
-            "js_distance": distance,
-            "max_difference": (distance.dims, np.abs(first - second).max((-2, -1))),
-            "top_moved": (distance.dims, (shift > 0).mean(-1)),
-            "top_shift": (
-                distance.dims,
-                np.where(moved > 0, shift.sum(-1) / np.maximum(moved, 1), np.nan),
-            ),
-        }
-    )
-    table = table.to_dataframe()[list(table.data_vars)].reset_index()
+    moved = shift > 0
+    measures = {
+        "js_distance": distance,
+        "max_difference": (distance.dims, np.abs(first - second).max((-2, -1))),
+        "top_moved": (distance.dims, moved.mean(-1)),
+        "top_shift": (distance.dims, ratio(shift.sum(-1), moved.sum(-1))),
+    }
+    table = xr.Dataset(measures).to_dataframe()[list(measures)].reset_index()
     return table.sort_values("js_distance", ascending=False, ignore_index=True)
 
 
-def moved_targets(a, b, pieces):
-    """The queries of one head whose most attended key changed. a, b: (query, key).
+def moved_targets(
+    a: xr.DataArray, b: xr.DataArray, pieces: list, heads: pd.DataFrame
+) -> pd.DataFrame:
+    """The queries of some heads whose most attended key changed. a, b: (layer, head, query, key);
+    heads: rows with layer and head.
 
     DataFrame: query, piece, from_key, from_piece, to_key, to_piece, weight_before and weight_after
-    of the new key."""
-    first, second = measured(a), measured(b)
-    before, after = first.argmax(-1), second.argmax(-1)
-    rows = np.flatnonzero(before != after)
-    positions = query_positions(a)[rows]
-    return pd.DataFrame(
-        {
-            "query": positions,
-            "piece": [pieces[i] for i in positions],
-            "from_key": before[rows],
-            "from_piece": [pieces[i] for i in before[rows]],
-            "to_key": after[rows],
-            "to_piece": [pieces[i] for i in after[rows]],
-            "weight_before": first[rows, after[rows]],
-            "weight_after": second[rows, after[rows]],
+    of the new key, layer, head."""
+    tables = []
+    for layer, head in heads[["layer", "head"]].to_numpy():
+        first, second = (measured(x.sel(layer=layer, head=head)) for x in (a, b))
+        before, after = first.argmax(-1), second.argmax(-1)
+        rows = np.flatnonzero(before != after)
+        query, old, new = query_positions(a)[rows], before[rows], after[rows]
+        columns = {
+            "query": query,
+            "piece": [pieces[i] for i in query],
+            "from_key": old,
+            "from_piece": [pieces[i] for i in old],
+            "to_key": new,
+            "to_piece": [pieces[i] for i in new],
+            "weight_before": first[rows, new],
+            "weight_after": second[rows, new],
         }
-    )
+        tables.append(pd.DataFrame(columns).assign(layer=layer, head=head))
+    return pd.concat(tables, ignore_index=True)
+
+
+def head_maps(
+    a: xr.DataArray, b: xr.DataArray, layer: int, head: int, name: str
+) -> dict[str, xr.DataArray]:
+    """One head as llama.cpp runs it (a), in another file (b, under its name), and their difference:
+    {panel title: (query, key)}. a, b: (layer, head, query, key)."""
+    ours, theirs = (x.sel(layer=layer, head=head) for x in (a, b))
+    return {"as llama.cpp runs it": ours, name: theirs, "difference": abs(ours - theirs.values)}

@@ -5,10 +5,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..backend.base import CpuBackend
 from ..capture.finite import measured
 
 
-def with_residual(attention):
+def with_residual(attention: xr.DataArray) -> np.ndarray:
     """Mean over heads, half of it replaced by the identity for the residual connection: rows still
     sum to 1.
 
@@ -23,7 +24,7 @@ def with_residual(attention):
     return mixed / mixed.sum(-1, keepdims=True)
 
 
-def rollout(attention):
+def rollout(attention: xr.DataArray) -> xr.DataArray:
     """Attention rollout (Abnar and Zuidema 2020, section 3): the product of the layers'
     head-averaged attention.
 
@@ -38,7 +39,7 @@ def rollout(attention):
     return xr.DataArray(np.stack(out), dims=("layer", "query", "key"), coords=coords)
 
 
-def flow(attention, query=-1, progress=False):
+def flow(attention: xr.DataArray, *, query: int = -1, progress: bool = False) -> xr.DataArray:
     """Attention flow (Abnar and Zuidema 2020): the maximum flow from one query after the last layer
     to each input token, with attention as capacities. One max-flow per token: seconds for 30 layers
     and 32 tokens.
@@ -53,24 +54,19 @@ def flow(attention, query=-1, progress=False):
     query = query % n_token
     node = np.arange((n_layer + 1) * n_token).reshape(n_layer + 1, n_token)  # row 0: input tokens
     layer, upper, lower = np.nonzero(mixed[:, : query + 1, : query + 1])
-    graph = igraph.Graph(
-        n=node.size,
-        edges=np.column_stack([node[layer + 1, upper], node[layer, lower]]).tolist(),
-        directed=True,
-    )
+    edges = np.column_stack([node[layer + 1, upper], node[layer, lower]]).tolist()
+    graph = igraph.Graph(n=node.size, edges=edges, directed=True)
     capacity = mixed[layer, upper, lower].tolist()
     values = np.zeros(n_token)
-    for key in tqdm(
-        range(query + 1), desc="attention flow", unit="token", disable=not progress, leave=False
-    ):
-        values[key] = graph.maxflow_value(
-            int(node[n_layer, query]), int(node[0, key]), capacity=capacity
-        )
+    source, sinks = int(node[n_layer, query]), node[0, : query + 1].tolist()
+    bar = tqdm(sinks, desc="attention flow", unit="token", disable=not progress, leave=False)
+    for key, sink in enumerate(bar):
+        values[key] = graph.maxflow_value(source, sink, capacity=capacity)
     coords = {"key": attention.coords["key"]} if "key" in attention.coords else {}
     return xr.DataArray(values / values.sum(), dims=("key",), coords=coords)
 
 
-def head_edges(attention, threshold=0.2):
+def head_edges(attention: xr.DataArray, threshold: float = 0.2) -> pd.DataFrame:
     """Every weight above threshold between two different tokens, as edges query -> key.
 
     DataFrame: src, dst (positions), layer, head, weight, kind "head". The weight of a token on
@@ -91,7 +87,7 @@ def head_edges(attention, threshold=0.2):
     )
 
 
-def rollout_edges(rolled, threshold=0.05):
+def rollout_edges(rolled: xr.DataArray, threshold: float = 0.05) -> pd.DataFrame:
     """Rollout after the last layer given, above threshold, as edges query -> key: columns as
     head_edges, kind "rollout", head -1. In a causal model the last of many layers has little but
     the first token: take earlier ones."""
@@ -109,7 +105,7 @@ def rollout_edges(rolled, threshold=0.05):
     )
 
 
-def token_nodes(attention, pieces, backend):
+def token_nodes(attention: xr.DataArray, pieces: list, backend: CpuBackend) -> pd.DataFrame:
     """One row per token position, for graphs: position, piece, received (mean weight from the later
     tokens that may see it, over all heads), pagerank (weighted) and betweenness of the directed
     graph of edges query -> key whose mean weight is above 1 / n_token, more than an even share.

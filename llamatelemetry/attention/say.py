@@ -1,275 +1,156 @@
-"""One or two sentences under each figure of notebook 12, computed from the numbers that the figure
-shows."""
-
-import functools
-import textwrap
+"""One or two sentences under each figure of attention, computed from the numbers that it shows."""
 
 import numpy as np
+import pandas as pd
+import xarray as xr
 
 from ..capture.finite import measured
-from ..maths import rank_correlation, ratio
-from ..views.sentences import some
-from ..views.text import counted, quoted
-from .output import first_shares
-from .patterns import SINK_THRESHOLD
+from ..maths import rank_correlation
+from ..views.sentences import counted, listed, quoted, sentence, some
+from .output import attention_share, first_shares
+from .patterns import SINK_THRESHOLD, query_positions
 
 
-def _wrapped(function):
-    """Lines of at most 100 characters, so that no viewer breaks a word or a number."""
-
-    @functools.wraps(function)
-    def finding(*args, **kwargs):
-        return textwrap.fill(
-            function(*args, **kwargs), 100, break_long_words=False, break_on_hyphens=False
-        )
-
-    return finding
-
-
-@_wrapped
-def head_finding(attention, pieces):
-    """Where one head looks. attention: (query, key) of all tokens."""
-    a = measured(attention)[1:]  # the first token has no choice
-    targets = a.argmax(-1)
-    where = np.arange(1, len(a) + 1)
-    shares = {
-        "the first token": (targets == 0).mean(),
-        "the token before": (targets == where - 1).mean(),
-        "the token itself": (targets == where).mean(),
-    }
+@sentence
+def token_map(attention: xr.DataArray, pieces: list) -> str:
+    """Where one head looks. attention: (query, key), of all tokens or some."""
+    query = query_positions(attention)
+    a, query = measured(attention)[query > 0], query[query > 0]  # the first token has no choice
+    places = {"the first token": 0, "the token before": query - 1, "the token itself": query}
+    shares = {name: (a.argmax(-1) == key).mean() for name, key in places.items()}
     best = max(shares, key=shares.get)
-    q, k = np.unravel_index(np.argmax(a[:, 1:]), a[:, 1:].shape)
+    row, key = np.unravel_index(a[:, 1:].argmax(), a[:, 1:].shape)
     return (
         f"{shares[best]:.0%} of the {len(a)} queries that have a choice attend most to {best}. The largest weight on "
-        f"any other token than the first is {a[q, k + 1]:.3f}, from {quoted(pieces[q + 1])} (position {q + 1}) to "
-        f"{quoted(pieces[k + 1])} (position {k + 1})."
+        f"any other token than the first is {a[row, key + 1]:.3f}, from {quoted(pieces[query[row]])} (position "
+        f"{query[row]}) to {quoted(pieces[key + 1])} (position {key + 1})."
     )
 
 
-@_wrapped
-def depth_finding(table):
-    """How entropy and distance change over depth. table: head_table."""
-    layers = table.groupby("layer")[["entropy_normalised", "distance"]].mean()
-    low, high = layers["entropy_normalised"].idxmin(), layers["entropy_normalised"].idxmax()
-    far = table.loc[table["distance"].idxmax()]
-    broad = (
-        f"Attention is broadest in layer {high} (mean normalised entropy "
-        f"{layers.loc[high, 'entropy_normalised']:.2f}) and "
-        f"most concentrated in layer {low} ({layers.loc[low, 'entropy_normalised']:.2f})."
-        if low != high
-        else f"Attention has a mean normalised entropy of {layers.loc[low, 'entropy_normalised']:.2f} in "
-        f"{'the only' if len(layers) == 1 else 'every'} layer."
-    )
-    if len(table) == 1:
-        return f"{broad} The only head looks {far['distance']:.1f} tokens back on average."
+@sentence
+def depth_profile(table: pd.DataFrame) -> str:
+    """How entropy and distance change over depth. table: patterns.head_table."""
+    spread, far = table.groupby("layer")["entropy_normalised"].mean(), table["distance"].idxmax()
+    low, high = (f"{spread[i]:.2f} (layer {i})" for i in (spread.idxmin(), spread.idxmax()))
+    said = f"is {low} in the only layer" if len(spread) == 1 else f"runs from {low} to {high}"
     return (
-        f"{broad} The head that looks farthest "
-        f"back is layer {int(far['layer'])}, head {int(far['head'])}: {far['distance']:.1f} tokens on average."
+        f"The mean normalised entropy of a layer {said}. The longest mean look back is {table['distance'][far]:.1f} "
+        f"tokens, of layer {table['layer'][far]}, head {table['head'][far]}."
     )
 
 
-@_wrapped
-def sink_finding(table):
-    """How many heads are sinks. table: head_table."""
-    rate, by_layer = table["sink"].mean(), table.groupby("layer")["sink"].mean()
-    most = by_layer[by_layer > 0.5].index
-    where = f"more than half of a layer's heads in {len(most)} of {counted(len(by_layer), 'layer')}"
-    where += f", the first of them layer {most[0]}" if len(most) else ""
+@sentence
+def sinks(table: pd.DataFrame) -> str:
+    """How many heads are sinks, and where. table: patterns.head_table."""
+    rate = table.groupby("layer")["sink"].mean()
     return (
-        f"{table['sink'].sum()} of {counted(len(table), 'head')} ({rate:.0%}) give the first token more than "
-        f"{SINK_THRESHOLD} on average (Gu et al. 2024): {where}. Later tokens give it "
-        f"{table['sink_mass'].mean():.0%} of their attention, mean over heads."
+        f"{table['sink'].sum()} of {counted(len(table), 'head')} ({table['sink'].mean():.0%}) give the first token "
+        f"more than {SINK_THRESHOLD} on average: more than half of a layer's heads in {(rate > 0.5).sum()} of "
+        f"{counted(len(rate), 'layer')}."
     )
 
 
-@_wrapped
-def weighted_finding(raw, weighted, norms, pieces):
-    """Raw against norm-weighted attention of one head. raw, weighted: (query, key); norms: (key,),
-    |W_O v|."""
-    norms, later = np.asarray(norms), slice(1, None)
-    if not norms.any():
-        return "Every value of this head is 0 through W_O: whatever it looks at, it moves nothing."
-    shares = ratio(weighted, np.asarray(weighted).sum(-1, keepdims=True))
+@sentence
+def norm_weighted(attention: xr.DataArray, weighted: xr.DataArray, layer: int, head: int) -> str:
+    """Raw against norm-weighted attention of one head and of all: (layer, head, query, key)."""
+    one = first_shares(attention.sel(layer=layer, head=head), weighted.sel(layer=layer, head=head))
+    (raw, moved), (all_raw, all_moved) = one, first_shares(attention, weighted)
     return (
-        f"The first token gets {np.asarray(raw)[later, 0].mean():.0%} of this head's weight, and "
-        f"{np.nanmean(shares[later, 0]):.0%} of the length that the head moves: its value is {norms[0]:.3g} long "
-        "through W_O, "
-        f"against {np.median(norms[later]):.3g} for the median of the others. The longest is "
-        f"{quoted(pieces[norms.argmax()])}"
-        f" (position {norms.argmax()}, {norms.max():.3g})."
+        f"The first token gets {raw:.0%} of this head's weight and {some(moved, '{:.0%}', 'none')} of the length that "
+        f"it moves; over all heads {all_raw:.0%} of the weight and {some(all_moved, '{:.0%}', 'none')} of the length."
     )
 
 
-@_wrapped
-def weighted_layers_finding(attention, weighted):
-    """The same over all heads: (layer, head, query, key)."""
-    raw, moved = first_shares(attention, weighted)
+@sentence
+def rollout(rolled: xr.DataArray, pieces: list) -> str:
+    """How the rollout of one query changes over the layers. rolled: (layer, key)."""
+    r, quarter = np.asarray(rolled), len(rolled) // 4
+    half, best = np.flatnonzero(r[:, 0] > 0.5), 1 + int(r[quarter, 1:].argmax())
+    passes = f"passes one half after layer {half[0]}" if len(half) else "never passes one half"
     return (
-        f"Over all heads the first token receives {raw:.0%} of the attention and "
-        f"{some(moved, '{:.0%}', 'no')} of the moved length: raw weights "
-        + (
-            "match"
-            if not abs(raw - moved) > 0.005
-            else "overstate"
-            if raw > moved
-            else "understate"
-        )
-        + " its part in what heads write."
+        f"The first token's rollout {passes} and ends at {r[-1, 0]:.3f}. After layer {quarter} the largest other token "
+        f"is {quoted(pieces[best])} (position {best}, {r[quarter, best]:.2f})."
     )
 
 
-@_wrapped
-def rollout_finding(rolled, pieces):
-    """How rollout of one query changes over the layers. rolled: (layer, key)."""
-    r = np.asarray(rolled)
-    half = np.flatnonzero(r[:, 0] > 0.5)
-    where = f"passes one half after layer {half[0]}" if len(half) else "never passes one half"
-    drains = (
-        ": in a causal model the first token sees only itself, so a product of many maps drains into it"
-        if len(half)
-        else ""
-    )
-    middle = r[len(r) // 4]
-    best = 1 + int(middle[1:].argmax())
+@sentence
+def token_bars(flow: xr.DataArray, mean: xr.DataArray, pieces: list) -> str:
+    """Flow to, and mean attention on, every token from the last query: (key,) each, sums 1."""
+    best, order = int(np.argmax(flow)), some(rank_correlation(flow, mean), "{:.2f}")
     return (
-        f"The first token's rollout {where} and ends at {r[-1, 0]:.3f}{drains}. "
-        f"After layer {len(r) // 4} the largest other token is {quoted(pieces[best])} (position {best}, "
-        f"{middle[best]:.2f})."
+        f"Flow is largest from {quoted(pieces[best])} (position {best}): {float(flow[best]):.3f}, against "
+        f"{1 / len(flow):.3f} for an even share. Spearman's correlation with mean attention: {order}."
     )
 
 
-@_wrapped
-def flow_finding(flow, mean, pieces):
-    """Flow and mean attention of the last query: (key,) each, sums 1."""
-    flow, mean = np.asarray(flow), np.asarray(mean)
-    best = int(flow.argmax())
-    order = some(
-        rank_correlation(flow, mean),
-        "The two rank tokens with a correlation of {:.2f}.",
-        "There is too little to rank for a correlation of the two.",
-    )
-    other = 1 + int(mean[1:].argmax())
+@sentence
+def generated(split: pd.DataFrame) -> str:
+    """Where generated tokens look. split: patterns.generated_split."""
+    first, prompt, before, itself = split.mean()
     return (
-        f"Flow is largest from {quoted(pieces[best])} (position {best}): {flow[best]:.3f}, against "
-        f"{1 / len(flow):.3f} for an "
-        f"even share. Mean attention gives the first token {mean[0]:.2f} and among the others most to "
-        f"{quoted(pieces[other])} "
-        f"(position {other}, {mean[other]:.2f}). {order}"
+        f"Generated tokens give {first:.0%} of their attention to the first token, {prompt:.0%} to the rest of the "
+        f"prompt, {before:.0%} to generated ones before and {itself:.0%} to themselves, mean over layers and heads."
     )
 
 
-@_wrapped
-def generated_finding(split):
-    """Where generated tokens look. split: attention.generated_split."""
-    mean = split.mean()
+@sentence
+def residual(added: xr.Dataset, shares: pd.DataFrame) -> str:
+    """Attention against feed-forward. added: states.contributions; shares: states.projection."""
+    mean = float(attention_share(added["norm"]).mean())
+    parts = (shares["attention"].sum(), shares["ffn"].sum(), shares.attrs["embedding"])
+    attention, ffn, embedding = (f"{round(value, 2) + 0.0:.0%}" for value in parts)
     return (
-        f"The {len(split)} generated tokens give {mean['first token']:.0%} of their attention to the first token, "
-        f"{mean['rest of prompt']:.0%} to the rest of the prompt, {mean['generated']:.0%} to generated tokens "
-        "before them "
-        f"and {mean['itself']:.0%} to themselves, mean over all layers and heads; the last one gives the prompt "
-        "after its "
-        f"first token {split['rest of prompt'].iloc[-1]:.0%}."
+        f"Attention writes {mean:.0%} of the length that the blocks add, mean over layers and tokens after the first. "
+        f"Along the last token's final stream the shares are {attention} attention, {ffn} feed-forward blocks, "
+        f"{embedding} embedding; negative means against it."
     )
 
 
-@_wrapped
-def residual_finding(shares, position=-1):
-    """Attention against feed-forward in the residual stream. shares: residual_shares."""
-    by_layer = shares["attention_share"].isel(token=slice(1, None)).mean("token")
-    strongest = int(np.argmax(by_layer.values))
-    most = (
-        f", most in layer {strongest} ({float(by_layer[strongest]):.0%})"
-        if by_layer.size > 1
-        else ""
+@sentence
+def logit_build_up(lead: pd.DataFrame, pieces: list) -> str:
+    """What separates pieces[0] from pieces[1]. lead: lens.logit_attribution of the two."""
+    sums, blocks = lead.groupby("component")["value"].sum(), lead[lead["layer"] >= 0]
+    said = listed(
+        f"{value:+.2f} from {name}" for name, value in sums.items() if abs(value) >= 0.005
     )
-    direct = {
-        "attention": float(shares["attention_direct"].isel(token=position).sum()),
-        "feed-forward blocks": float(shares["ffn_direct"].isel(token=position).sum()),
-        "embedding": float(shares["embedding_direct"].isel(token=position)),
-    }
-    said = ", ".join(f"{round(value, 2) + 0.0:.0%} {name}" for name, value in direct.items())
+    most = blocks.groupby("layer")["value"].sum()
     return (
-        f"Attention writes {float(by_layer.mean()):.0%} of the length that the blocks add, mean over layers and tokens "
-        f"after the first{most}. Along the direction of "
-        "the last "
-        f"token's final stream the shares are {said}; negative means against it."
+        f"{quoted(pieces[0])} leads {quoted(pieces[1])} by {lead.attrs['captured']:.2f} in logit: {said}. "
+        f"The largest addition is {most.max():+.2f}, of layer {most.idxmax()}."
     )
 
 
-@_wrapped
-def logit_finding(parts, pieces):
-    """What separates the first chosen token from the second. parts: logit_parts of two or more
-    tokens."""
-    first, second = parts.iloc[0], parts.iloc[1]
-    gap = {name: first[name] - second[name] for name in ("embedding", "attention", "ffn")}
-    layers = np.asarray(first["by_layer"]).sum(-1) - np.asarray(second["by_layer"]).sum(-1)
-    return (
-        f"{quoted(pieces[0])} leads {quoted(pieces[1])} by {first['captured'] - second['captured']:.2f} in logit: "
-        f"{gap['attention']:+.2f} from attention, {gap['ffn']:+.2f} from the feed-forward blocks, "
-        f"{gap['embedding']:+.2f} from the embedding."
-        + (
-            f" Layer {layers.argmax()} adds most to the lead ({layers.max():+.2f})."
-            if len(layers) > 1
-            else ""
-        )
-    )
-
-
-@_wrapped
-def compare_finding(table, a="the quantized file", b="the reference"):
-    """How far two precisions' attention is apart. table: compare_heads."""
-    top, moved = table.iloc[0], table["top_moved"].mean()
+@sentence
+def changes(table: pd.DataFrame, a: str, b: str) -> str:
+    """How far two precisions' attention is apart. table: compare_heads; a, b: their names."""
     if not table["max_difference"].max() > 0:
         return f"Between {a} and {b} no weight of any head differs."
+    top, median = table.iloc[0], table["js_distance"].median()
     return (
-        f"Between {a} and {b} a head's attention differs by a Jensen-Shannon distance of "
-        f"{table['js_distance'].median():.4f} (median over heads), most in layer {int(top['layer'])}, head "
-        f"{int(top['head'])}: {top['js_distance']:.4f}. The largest difference of a single weight is "
-        f"{table['max_difference'].max():.4f}; {moved:.1%} of the most attended keys are other ones."
+        f"Between {a} and {b} a head's attention differs by a Jensen-Shannon distance of {median:.4f} (median over "
+        f"heads), most in layer {int(top['layer'])}, head {int(top['head'])}: {top['js_distance']:.4f}. The largest "
+        f"difference of a single weight is {table['max_difference'].max():.4f}."
     )
 
 
-@_wrapped
-def moved_finding(table, moved, n_token):
-    """How far the most attended keys move. table: compare_heads; moved: moved_targets of the heads
-    shown."""
-    shift = table["top_shift"].mean()
-    text = (
-        f"In the heads shown {counted(len(moved), 'query attends', 'queries attend')} most to another token; over all "
-        f"heads {table['top_moved'].mean():.1%} of {n_token - 1} queries do"
-    )
-    return text + (
-        f", and the target is then {shift:.1f} positions away on average."
-        if shift == shift
-        else "."
-    )
-
-
-@_wrapped
-def centrality_finding(table):
-    """PageRank and betweenness against received attention. table: as
-    attention.figures.centrality_scatter."""
-    order = {
-        name: rank_correlation(table["received"], table[name])
-        for name in ("pagerank", "betweenness")
-    }
-    top = table.loc[table["pagerank"].idxmax()]
-    between = table.loc[table["betweenness"].idxmax()]
-    others = table["received"].iloc[1:]
+@sentence
+def moved(table: pd.DataFrame, moved: pd.DataFrame, n_token: int) -> str:
+    """How far the most attended keys move. table: compare_heads; moved: of the heads shown."""
+    queries = counted(len(moved), "query attends", "queries attend")
+    away = ", and the target is then {:.1f} positions away on average"
     return (
-        f"Later tokens give the first {table['received'].iloc[0]:.2f} of their attention, its sink mass, and any "
-        "other at "
-        f"most {others.max():.2f} (position {others.idxmax()}). "
-        + some(
-            order["pagerank"],
-            "PageRank ranks positions with a Spearman correlation of {:.2f} to what they receive",
-            "PageRank gives no order to compare with what positions receive",
-        )
-        + some(order["betweenness"], ", betweenness with {:.2f}", "")
-        + f". The highest PageRank is {quoted(top['piece'])} (position {int(top['position'])}, {top['pagerank']:.2f}); "
-        + (
-            f"most shortest paths pass {quoted(between['piece'])} (position {int(between['position'])})."
-            if between["betweenness"] > 0
-            else "no shortest path passes a third position."
-        )
+        f"In the heads shown {queries} most to another token; over all heads {table['top_moved'].mean():.1%} of "
+        f"{n_token - 1} queries do{some(table['top_shift'].mean(), away, '')}."
+    )
+
+
+@sentence
+def centrality(table: pd.DataFrame) -> str:
+    """PageRank and betweenness against the attention received. table: flow.token_nodes."""
+    rank = rank_correlation(table["received"], table["pagerank"])
+    between = rank_correlation(table["received"], table["betweenness"])
+    top, piece = table["pagerank"].max(), table["piece"][table["pagerank"].idxmax()]
+    return (
+        f"Spearman's correlation with the attention that positions receive: PageRank {some(rank, '{:.2f}')}, "
+        f"betweenness {some(between, '{:.2f}')}. PageRank is highest for {quoted(piece)} ({top:.2f})."
     )

@@ -1,11 +1,17 @@
 """Recompute one layer's attention from captured inputs and compare it with the captured outputs,
 step by step."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 
 from ..capture import rounding
+from ..capture.data import Capture
 from ..errors import CaptureError
+from ..files.gguf import GGUFFile
+from ..maths import softmax
+from ..norms import normalized
 from . import patterns, weights
 
 STAGES = (
@@ -30,7 +36,137 @@ STAGES = (
 TOLERANCE = {"float": 1e-5, "16-bit cache": 2e-3, "16-bit weights": 1e-2, "TF32": 1e-2}
 
 
-def _projection(gguf, layer, part, x, weight, bias, gpu):
+class Softmax(NamedTuple):
+    """What a layer's softmax does to q·k, as llama.cpp's graph has it; None where there is no such
+    thing."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+class Step(NamedTuple):
+    """One step, recomputed: `mine` is compared with the captured `stage`."""
+
+    name: str
+    inputs: str
+    mine: np.ndarray
+    stage: str
+    kind: str
+    tolerance: float | None = None  # None: of the kind
+
+
+def layer_facts(captured: Capture, gguf: GGUFFile, layer: int) -> Softmax:
+    """Scale, soft-cap and window of a layer's softmax.
+
+    captured: a Capture, whose `layers` table says kind, scale, softcap, sliding. Raises
+    CaptureError for a layer that is not softmax attention over q and k alone."""
+    facts = captured.layers.loc[layer]
+    found = {
+        "no softmax attention": facts["kind"] != "attention",
+        "position biases (ALiBi)": facts["max_bias"],
+        "learned sink logits": facts["sinks"],
+    }
+    odd = next((name for name, there in found.items() if there), None)
+    if odd:
+        raise CaptureError(
+            f"LAYER = {layer} of this {gguf.architecture} model has {odd}: its weights cannot be recomputed from q "
+            "and k. Choose another LAYER, or another MODEL."
+        )
+    window = gguf.sliding_window if facts["sliding"] else None
+    return Softmax(float(facts["scale"]), float(facts["softcap"]) or None, window)
+
+
+def check_steps(captured: Capture, gguf: GGUFFile, layer: int) -> pd.DataFrame:
+    """Every step of a layer's attention, recomputed from the captured input of that step alone.
+
+    captured: a Capture of the whole prompt with STAGES. Returns a DataFrame, one row per step:
+    step, inputs, shape, max_difference, relative_difference (L2), kind (the rounding that applies),
+    tolerance, agrees. Nothing is raised: the caller asserts."""
+    at = {stage: np.asarray(captured[stage].sel(layer=layer)) for stage in STAGES}
+    at["embedding"] = np.asarray(captured["hidden"].sel(layer=0))
+    gpu, facts = captured.model.gpu, layer_facts(captured, gguf, layer)
+    steps = [
+        *_inputs(at, captured.tokens["id"], gguf, layer),
+        *_projections(at, gguf, layer, gpu),
+        *_rotations(at, gguf),
+        *_weights(at, facts),
+        *_outputs(at, gguf, layer, gpu),
+    ]
+    return pd.DataFrame([_compared(step, at[step.stage]) for step in steps])
+
+
+def _compared(step, theirs):
+    theirs = theirs.astype(np.float64)
+    difference = np.asarray(step.mine) - theirs
+    relative = float(np.linalg.norm(difference) / (np.linalg.norm(theirs) or 1.0))
+    tolerance = TOLERANCE[step.kind] if step.tolerance is None else step.tolerance
+    return {
+        "step": step.name,
+        "inputs": step.inputs,
+        "shape": " x ".join(map(str, theirs.shape)),
+        "max_difference": float(np.abs(difference).max()),
+        "relative_difference": relative,
+        "kind": step.kind,
+        "tolerance": tolerance,
+        "agrees": relative <= tolerance,
+    }
+
+
+def _inputs(at, ids, gguf, layer):
+    if not {"token_embd_norm.weight", "position_embd.weight"} & set(gguf.tensors.index):
+        rows = gguf.rows("token_embd.weight", ids)
+        # Gemma scales its embeddings; a factor for all is allowed for, a change of direction is
+        # not.
+        rows = rows * (np.linalg.norm(at["embedding"]) / np.linalg.norm(rows))
+        yield Step("embedding rows", "token ids", rows, "embedding", "float")
+    normed = normalized(at["hidden"], gguf, f"blk.{layer}.attn_norm")
+    yield Step("norm", "hidden", normed, "attn_norm", "float")
+
+
+def _projections(at, gguf, layer, gpu):
+    matrices = weights.projection_weights(gguf, layer)
+    normed = at["attn_norm"].astype(np.float64)
+    parts = weights.project_qkv(normed, gguf, layer)
+    for name, stage in (("q", "q_pre"), ("k", "k_pre"), ("v", "v")):
+        rounds = _rounding(gguf, layer, name, normed, *matrices[name], gpu)
+        yield Step(f"project to {name}", "attn_norm", parts[name], stage, *rounds)
+
+
+def _rotations(at, gguf):
+    if gguf.metadata.get(f"{gguf.architecture}.rope.scaling.type") == "yarn":
+        return  # it mixes two rotations: not recomputed, no row
+    for name, kind in (("q", "float"), ("k", "16-bit cache")):
+        turned = weights.fitted_rope(at[f"{name}_pre"], at[name], gguf)[2]
+        yield Step(f"RoPE on {name}", f"{name}_pre", turned, name, kind)
+
+
+def _weights(at, facts):
+    steps = patterns.attend(at["q"], at["k"], at["v"], **facts._asdict())
+    # What lies behind the mask never reaches the softmax: the runtime's scores there are not
+    # compared.
+    allowed = np.isfinite(steps["masked"].values)
+    scores = np.where(allowed, steps["scores"], at["scores"])
+    yield Step("scores q·k", "q, k", scores, "scores", "16-bit cache")
+    scaled = patterns.softcapped(at["scores"].astype(np.float64), facts.softcap) * facts.scale
+    mine = softmax(np.where(allowed, scaled, -np.inf))
+    yield Step("scale, mask, softmax", "scores", mine, "attention", "float")
+    yield Step("q and k to attention", "q, k", steps["attention"], "attention", "16-bit cache")
+
+
+def _outputs(at, gguf, layer, gpu):
+    group = [patterns.kv_head(h, gguf.n_head, gguf.n_kv_head) for h in range(gguf.n_head)]
+    mixed = np.einsum("hqk,hkd->hqd", at["attention"], at["v"][group])
+    yield Step("weighted values", "attention, v", mixed, "attn_heads", "16-bit cache")
+    heads = at["attn_heads"].astype(np.float64)
+    joined = heads.transpose(1, 0, 2).reshape(heads.shape[1], -1)  # (token, head * feature)
+    output = weights.project_output(heads, gguf, layer)
+    matrix = weights.projection(gguf, layer, "output")
+    rounds = _rounding(gguf, layer, "output", joined, *matrix, gpu)
+    yield Step("output projection", "attn_heads", output, "attn_out", *rounds)
+
+
+def _rounding(gguf, layer, part, x, weight, bias, gpu):
     """(kind of rounding, tolerance) of a layer's projection `part`, one of q, k, v, output.
 
     x: (token, in), what it multiplies. For a quantized matrix the tolerance is twice the relative
@@ -40,159 +176,17 @@ def _projection(gguf, layer, part, x, weight, bias, gpu):
     name = f"{prefix}attn_{part}.weight"
     file_type = types[name if name in types.index else f"{prefix}attn_qkv.weight"]
     floats = {"F32": "TF32" if gpu else "float", "F16": "16-bit weights", "BF16": "16-bit weights"}
-    kind = floats.get(file_type, "quantized")
-    if kind != "quantized":
-        return kind, TOLERANCE[kind]
+    if file_type in floats:
+        return floats[file_type], TOLERANCE[floats[file_type]]
     exact = x @ weight.T.astype(np.float64) + (0.0 if bias is None else bias)
     off = rounding.deviation(x, weight, file_type, gpu)
-    norm, size = (
-        ("post_attention_norm", len(weight))
-        if part == "output"
-        else (f"attn_{part}_norm", gguf.head_dim)
-    )
-    if (
-        f"{prefix}{norm}.weight" in types.index
-    ):  # a norm after the product scales rows, and with them their errors
+    norm, size = f"attn_{part}_norm", gguf.head_dim
+    if part == "output":
+        norm, size = "post_attention_norm", len(weight)
+    # A norm after the product scales rows, and with them their errors.
+    if f"{prefix}{norm}.weight" in types.index:
         rows = exact.reshape(-1, size)
-        factor = gguf.tensor(f"{prefix}{norm}.weight") / np.sqrt(
-            np.mean(rows**2, axis=1, keepdims=True)
-        )
+        length = np.sqrt(np.mean(rows**2, axis=1, keepdims=True))
+        factor = gguf.tensor(f"{prefix}{norm}.weight") / length
         off, exact = off.reshape(-1, size) * factor, rows * factor
-    return kind, 2 * float(np.linalg.norm(off) / np.linalg.norm(exact)) + 1e-3
-
-
-def layer_facts(captured, gguf, layer):
-    """(scale, softcap, window) of a layer's softmax, as llama.cpp's graph has them; softcap and
-    window None if absent.
-
-    captured: a Capture, whose `layers` table says kind, scale, softcap, sliding. Raises
-    CaptureError for a layer that is not softmax attention over q and k alone."""
-    facts = captured.layers.loc[layer]
-    odd = "no softmax attention" if facts["kind"] != "attention" else ""
-    odd = odd or (
-        "position biases (ALiBi)"
-        if facts["max_bias"]
-        else "learned sink logits"
-        if facts["sinks"]
-        else ""
-    )
-    if odd:
-        raise CaptureError(
-            f"LAYER = {layer} of this {gguf.architecture} model has {odd}: its weights cannot be recomputed from q "
-            "and k. "
-            "Choose another LAYER, or another MODEL."
-        )
-    return (
-        float(facts["scale"]),
-        float(facts["softcap"]) or None,
-        gguf.sliding_window if facts["sliding"] else None,
-    )
-
-
-def check_steps(captured, gguf, layer):
-    """Every step of a layer's attention, recomputed from the captured input of that step alone.
-
-    captured: a Capture of the whole prompt with STAGES; gguf: its GGUFFile. Returns a DataFrame,
-    one row per step: step, inputs, shape, max_difference, relative_difference (L2), kind (the
-    rounding that applies), tolerance, agrees. Nothing is raised: the caller asserts."""
-    at = {stage: captured[stage].sel(layer=layer) for stage in STAGES}
-    scale, softcap, window = layer_facts(captured, gguf, layer)
-    rows = []
-
-    def compare(step, inputs, mine, stage, kind, tolerance=None):
-        theirs = np.asarray(at[stage], dtype=np.float64)
-        difference = np.asarray(mine) - theirs
-        relative = float(np.linalg.norm(difference) / (np.linalg.norm(theirs) or 1.0))
-        shape = " x ".join(map(str, theirs.shape))
-        rows.append(
-            (
-                step,
-                inputs,
-                shape,
-                float(np.abs(difference).max()),
-                relative,
-                kind,
-                TOLERANCE[kind] if tolerance is None else tolerance,
-            )
-        )
-
-    if not {"token_embd_norm.weight", "position_embd.weight"} & set(gguf.tensors.index):
-        at["embedding"] = captured["hidden"].sel(layer=0)
-        embedded = gguf.rows("token_embd.weight", captured.tokens["id"])
-        # Gemma scales its embeddings; a factor for all is allowed for, a change of direction is
-        # not.
-        factor = np.linalg.norm(at["embedding"]) / np.linalg.norm(embedded)
-        compare("embedding rows", "token ids", embedded * factor, "embedding", "float")
-    compare(
-        "norm",
-        "hidden",
-        weights.norm(at["hidden"], gguf, f"blk.{layer}.attn_norm"),
-        "attn_norm",
-        "float",
-    )
-    matrices, gpu = weights.projection_weights(gguf, layer), captured.model.gpu
-    parts, normed = (
-        weights.project_qkv(at["attn_norm"], gguf, layer),
-        np.asarray(at["attn_norm"], dtype=np.float64),
-    )
-    for name, stage in (("q", "q_pre"), ("k", "k_pre"), ("v", "v")):
-        rounds = _projection(gguf, layer, name, normed, *matrices[name], gpu)
-        compare(f"project to {name}", "attn_norm", parts[name], stage, *rounds)
-    # YaRN mixes two rotations: not recomputed, no row.
-    for name in (
-        ("q", "k") if gguf.metadata.get(f"{gguf.architecture}.rope.scaling.type") != "yarn" else ()
-    ):
-        turned = weights.fitted_rope(at[f"{name}_pre"], at[name], gguf)[2]
-        compare(
-            f"RoPE on {name}",
-            f"{name}_pre",
-            turned,
-            name,
-            "float" if name == "q" else "16-bit cache",
-        )
-    steps = patterns.attend(at["q"], at["k"], at["v"], scale=scale, softcap=softcap, window=window)
-    # What lies behind the mask never reaches the softmax: the runtime's scores there are not
-    # compared.
-    allowed = np.isfinite(steps["masked"].values)
-    compare(
-        "scores q·k",
-        "q, k",
-        np.where(allowed, steps["scores"], at["scores"]),
-        "scores",
-        "16-bit cache",
-    )
-    scaled = patterns.softcapped(np.asarray(at["scores"], dtype=np.float64), softcap) * scale
-    compare(
-        "scale, mask, softmax",
-        "scores",
-        patterns.softmax(np.where(allowed, scaled, -np.inf)),
-        "attention",
-        "float",
-    )
-    compare("q and k to attention", "q, k", steps["attention"], "attention", "16-bit cache")
-    group = [patterns.kv_head(h, gguf.n_head, gguf.n_kv_head) for h in range(gguf.n_head)]
-    mixed = np.einsum("hqk,hkd->hqd", at["attention"], np.asarray(at["v"])[group])
-    compare("weighted values", "attention, v", mixed, "attn_heads", "16-bit cache")
-    heads = np.asarray(at["attn_heads"], dtype=np.float64)
-    joined = heads.transpose(1, 0, 2).reshape(heads.shape[1], -1)  # (token, head * feature)
-    rounds = _projection(
-        gguf, layer, "output", joined, *weights.projection(gguf, layer, "output"), gpu
-    )
-    compare(
-        "output projection",
-        "attn_heads",
-        weights.project_output(heads, gguf, layer),
-        "attn_out",
-        *rounds,
-    )
-    columns = [
-        "step",
-        "inputs",
-        "shape",
-        "max_difference",
-        "relative_difference",
-        "kind",
-        "tolerance",
-    ]
-    table = pd.DataFrame(rows, columns=columns)
-    return table.assign(agrees=table["relative_difference"] <= table["tolerance"])
+    return "quantized", 2 * float(np.linalg.norm(off) / np.linalg.norm(exact)) + 1e-3
