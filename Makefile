@@ -41,7 +41,7 @@ documents: $(VENV)/.test
 	@$(BIN)/python docs/make_documents.py
 
 clean:
-	rm -rf executed outputs build dist .pytest_cache
+	rm -rf executed outputs build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean

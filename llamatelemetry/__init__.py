@@ -1,40 +1,19 @@
 """llamatelemetry: see inside a quantized language model while llama.cpp runs it.
 
 Public names are imported on first use, so that `import llamatelemetry` loads no GPU library and
-costs nothing."""
+costs nothing. They and their modules are in __init__.pyi, which editors and type checkers read."""
 
+import ast
 from importlib import import_module
+from pathlib import Path
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "InferenceEngine": "engine",
-    "InferResult": "server.completion",
-    "ServerManager": "server.manager",
-    "list_models": "files.models",
-    "resolve_model": "files.models",
-    "GGUFFile": "files.gguf",
-    "Capture": "capture.session",
-    "ablate_head": "capture.edits",
-    "ablate_layer": "capture.edits",
-    "scale": "capture.edits",
-    "patch": "capture.edits",
-    "quantize": "convert.quantize",
-    "compare_quantizations": "compare.comparison",
-    "load_text": "compare.texts",
-    "LlamaTelemetryError": "errors",
-    "ModelNotFoundError": "errors",
-    "ModelLoadError": "errors",
-    "OptionError": "errors",
-    "ServerError": "errors",
-    "CaptureError": "errors",
-    "WorkerCrashedError": "errors",
-    "GpuError": "errors",
-    "GraphistryError": "errors",
-    "OutputError": "errors",
-    "EngineBuildError": "errors",
-    "NotebookError": "errors",
-    "ParameterError": "errors",
+    alias.name: statement.module
+    for statement in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(statement, ast.ImportFrom)
+    for alias in statement.names
 }
 __all__ = ["__version__", *_WHERE]
 

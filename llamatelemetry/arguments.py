@@ -4,13 +4,25 @@ farther inside."""
 import math
 import os
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from .errors import CaptureError, OptionError, shown
 
+Error = type[Exception]
 
-def whole(name, value, least=None, most=None, *, error=OptionError, none=False):
+
+def whole(
+    name: str,
+    value: Any,
+    least: int | None = None,
+    most: int | None = None,
+    *,
+    error: Error = OptionError,
+    none: bool = False,
+) -> Any:
     """`value` as an int; `error`, a class, where it is no whole number from `least` to `most`.
     none: or None."""
     if none and value is None:
@@ -28,7 +40,7 @@ def whole(name, value, least=None, most=None, *, error=OptionError, none=False):
     raise error(f"{name}={value!r}: it is {'None or ' if none else ''}a whole number{ends}.")
 
 
-def finite(name, value, least=-math.inf, *, error=OptionError):
+def finite(name: str, value: Any, least: float = -math.inf, *, error: Error = OptionError) -> float:
     """`value` as a float; `error` where it is no number, not finite, or less than `least`."""
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if number and math.isfinite(value) and value >= least:
@@ -38,7 +50,7 @@ def finite(name, value, least=-math.inf, *, error=OptionError):
     )
 
 
-def one_sequence(ids, error):
+def one_sequence(ids: Any, error: Error) -> list[int]:
     """A list of token ids from a list or an array of them; `error` where they are not one sequence
     of whole numbers."""
     try:
@@ -54,10 +66,10 @@ def one_sequence(ids, error):
         raise error(
             f"a prompt is a text, or one sequence of token ids (whole numbers); not {ids!r:.80}."
         )
-    return array.tolist()
+    return [int(token) for token in array]
 
 
-def writable(text, error=CaptureError):
+def writable(text: str, error: Error = CaptureError) -> str:
     """`text`, a str that UTF-8 can hold; `error` where it is none: half a character, as of a cut
     emoji, is no text."""
     if not isinstance(text, str):
@@ -72,7 +84,7 @@ def writable(text, error=CaptureError):
     return text
 
 
-def prompt(given, error=CaptureError):
+def prompt(given: Any, error: Error = CaptureError) -> str | list[int]:
     """A prompt as both processes take it: a str, or a list of token ids. Raises `error` for
     anything else, or none.
 
@@ -92,7 +104,7 @@ def prompt(given, error=CaptureError):
     return ids
 
 
-def say_two_starts(ids, start, piece):
+def say_two_starts(ids: Sequence[int], start: int, piece: str) -> None:
     """Warn where a text's ids begin with the start token twice: written out in the text, and put
     there by the model."""
     if len(ids) > 1 and ids[0] == ids[1] == start:

@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         "notebook's own default",
     )
 
-    from .kaggle.stage import add_commands
+    from .kaggle.commands import add_commands
 
     add_commands(commands)
     return top

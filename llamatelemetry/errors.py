@@ -7,8 +7,7 @@ class LlamaTelemetryError(RuntimeError):
     """Base class of every error that this package raises on purpose. Its message can be printed
     whatever it names."""
 
-    def __init__(self, *args):
-
+    def __init__(self, *args: object) -> None:
         super().__init__(*(shown(arg) if isinstance(arg, str) else arg for arg in args))
 
 
@@ -68,13 +67,14 @@ class OutputError(LlamaTelemetryError, OSError):
     from."""
 
 
-def shown(text):
+def shown(text: str | bytes | os.PathLike) -> str:
     """A name that can be printed and drawn anywhere: bytes that are not UTF-8 are \\xff. text: str,
     bytes or a path."""
     try:
-        return os.fsencode(text).decode("utf-8", "backslashreplace")
+        name = os.fsencode(text)
     except UnicodeEncodeError:  # half a character, which no name of a file has
-        return os.fspath(text).encode("utf-8", "backslashreplace").decode()
+        name = str(text).encode("utf-8", "backslashreplace")
+    return name.decode("utf-8", "backslashreplace")
 
 
 class EngineBuildError(LlamaTelemetryError):

@@ -1,12 +1,16 @@
 """Mathematics that several subjects share. Quotients and correlations are given only where they say
 something: NaN else, and the sentence says why."""
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from .errors import EmbeddingError
 
 
-def ratio(part, whole, noise=0.0):
+def ratio(part: ArrayLike, whole: ArrayLike, noise: ArrayLike = 0.0) -> float | NDArray[np.float64]:
     """part / whole where the whole stands out of its noise, |whole| > noise; NaN elsewhere. Arrays
     broadcast."""
     part, whole = np.broadcast_arrays(
@@ -17,7 +21,7 @@ def ratio(part, whole, noise=0.0):
     return out if out.ndim else float(out)
 
 
-def rank_correlation(a, b):
+def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rho of two columns, pairs with a NaN left out; NaN for fewer than three pairs or a
     constant column: two points always lie on a line, and a constant has no order."""
     from scipy.stats import spearmanr
@@ -30,34 +34,34 @@ def rank_correlation(a, b):
     return float(spearmanr(a, b)[0])
 
 
-def jensen_shannon(p, q):
+def jensen_shannon(p: ArrayLike, q: ArrayLike) -> NDArray[np.floating]:
     """Jensen-Shannon divergence of distributions along the last axis, in bits: 0 for the same, 1
     for disjoint ones (Lin 1991). NumPy arrays (..., n) -> (...); rows need not have been normalized
     to the last bit."""
+    from scipy.special import rel_entr
+
     p, q = (np.asarray(x, np.promote_types(np.asarray(x).dtype, np.float32)) for x in (p, q))
     middle = (p + q) / 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        total = sum(np.where(x > 0, x * np.log2(x / middle), 0).sum(axis=-1) for x in (p, q))
-    return np.clip(total / 2, 0, 1)
+    nats = (rel_entr(p, middle).sum(axis=-1) + rel_entr(q, middle).sum(axis=-1)) / 2
+    return np.clip(nats / math.log(2), 0, 1)
 
 
-def softmax(x, axis=-1):
+def softmax(x: ArrayLike, axis: int = -1) -> NDArray[np.float64]:
     """exp(x) / sum exp(x) in float64; -inf gives exactly 0."""
     x = np.asarray(x, dtype=np.float64)
     e = np.exp(x - x.max(axis=axis, keepdims=True))
     return e / e.sum(axis=axis, keepdims=True)
 
 
-def log_softmax(logits):
+def log_softmax(logits: ArrayLike) -> NDArray[np.float32]:
     """(row, vocab) natural log-probabilities, float32."""
     logits = np.asarray(logits, dtype=np.float32)
     shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)).astype(
-        np.float32
-    )
+    total = np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)
+    return shifted - np.log(total).astype(np.float32)
 
 
-def unit(rows):
+def unit(rows: ArrayLike) -> NDArray[np.float32]:
     """Rows scaled to length 1; a row of zeros stays zero. (n, width) -> (n, width) float32"""
     rows = np.asarray(rows)
     length = np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True)
@@ -67,7 +71,7 @@ def unit(rows):
 BLOCK = 8192  # rows per temporary: 8,192 x 4,096 float64 is 256 MiB
 
 
-def check_rows(matrix):
+def check_rows(matrix: NDArray) -> NDArray:
     """The matrix itself, or EmbeddingError: not two-dimensional, fewer than two rows, NaN or
     infinity (ids named)."""
     if np.ndim(matrix) != 2 or len(matrix) < 2:
@@ -85,14 +89,14 @@ def check_rows(matrix):
     return matrix
 
 
-def blocks(matrix, size=None):
+def blocks(matrix: NDArray, size: int | None = None) -> Iterator[tuple[int, NDArray]]:
     """Yields (first row, (<= size, width) rows)."""
     size = size or BLOCK
     for start in range(0, len(matrix), size):
         yield start, matrix[start : start + size]
 
 
-def entropy(p, axis=-1):
+def entropy(p: ArrayLike, axis: int = -1) -> NDArray[np.float64]:
     """Shannon entropy of distributions along an axis, in nats; 0 log 0 is 0. (..., n) -> (...)
     float64"""
     from scipy.special import entr

@@ -21,16 +21,11 @@ from llamatelemetry import GpuError, LlamaTelemetryError, cli
 from llamatelemetry.errors import StageError
 from llamatelemetry.files import places
 from llamatelemetry.gpus import devices
-from llamatelemetry.kaggle import (
-    install as kaggle_install,
-)
-from llamatelemetry.kaggle import (
-    rules,
-    stage,
-)
-from llamatelemetry.kaggle import (
-    session as kaggle,
-)
+from llamatelemetry.kaggle import engine as kaggle_engine
+from llamatelemetry.kaggle import install as kaggle_install
+from llamatelemetry.kaggle import rules, stage
+from llamatelemetry.kaggle import session as kaggle
+from llamatelemetry.kaggle.cells import setup_cell, write_setup_cell
 from llamatelemetry.kaggle.rules import slug_of
 from llamatelemetry.tools import build, needs, recipes
 
@@ -190,7 +185,7 @@ def prepared(session, monkeypatch):
     """setup() without pip: what it would install is not the matter here."""
     monkeypatch.setattr(kaggle_install, "install_missing", lambda: ["Installed: gguf 0.19.0."])
     monkeypatch.setattr(
-        kaggle_install, "install_engine", lambda make: "Engine: llama.cpp abc, CUDA."
+        kaggle_engine, "install_engine", lambda make: "Engine: llama.cpp abc, CUDA."
     )
     from llamatelemetry.views import theme
 
@@ -288,14 +283,14 @@ def engines(session, monkeypatch):
 
         def install(path):
             state["wheels"].append(path.parent.name)
-            state["installed"] = kaggle_install._manifest(path)
+            state["installed"] = kaggle_engine._manifest(path)
 
         monkeypatch.setattr(build, "installed", lambda: state["installed"])
         monkeypatch.setattr(build, "install", install)
         monkeypatch.setattr(
             build, "build", lambda *args, **kwargs: pytest.fail("the engine was built")
         )
-        monkeypatch.setattr(kaggle_install, "_engine_line", lambda where: where)
+        monkeypatch.setattr(kaggle_engine, "_engine_line", lambda where: where)
         return state
 
     return make
@@ -303,18 +298,18 @@ def engines(session, monkeypatch):
 
 def test_cuda_engine_where_there_is_a_gpu_else_the_other(engines):
     state = engines(2, cuda=CUDA, cpu=CPU)
-    kaggle_install.install_engine(make=False)
+    kaggle_engine.install_engine(make=False)
     assert state["wheels"] == ["cuda"]
     state = engines(None, cuda=CUDA, cpu=CPU)
-    kaggle_install.install_engine(make=False)
+    kaggle_engine.install_engine(make=False)
     assert state["wheels"] == ["cpu"]
 
 
 def test_engine_that_is_here_stays(engines):
     state = engines(2, installed=CUDA, cuda=CUDA, cpu=CPU)
-    assert kaggle_install.install_engine(make=False) == "installed" and state["wheels"] == []
+    assert kaggle_engine.install_engine(make=False) == "installed" and state["wheels"] == []
     state = engines(2, installed=CPU, cuda=CUDA)
-    kaggle_install.install_engine(make=False)
+    kaggle_engine.install_engine(make=False)
     assert state["wheels"] == ["cuda"]
 
 
@@ -342,24 +337,24 @@ def test_engine_that_cannot_run_here_is_refused_with_the_mend(
 ):
     engines(count, capability=capability, **attached)
     with pytest.raises(LlamaTelemetryError, match=message):
-        kaggle_install.install_engine(make=False)
+        kaggle_engine.install_engine(make=False)
 
 
 def test_engine_that_needs_no_driver_runs_without_gpus_where_cuda_s_libraries_are(engines):
     asks = {"libraries": ["libc.so.6"], "versions": {"GLIBC": "2.17"}}
     state = engines(None, cuda=CUDA | {"needs": asks})
-    kaggle_install.install_engine(make=False)
+    kaggle_engine.install_engine(make=False)
     assert state["wheels"] == ["cuda"]
     state = engines(
         None, cuda=CUDA | {"needs": asks}, cpu=CPU
     )  # but one for the CPU is as good and smaller
-    kaggle_install.install_engine(make=False)
+    kaggle_engine.install_engine(make=False)
     assert state["wheels"] == ["cpu"]
     for library, message in (
         ("libcuda.so.1", "this session has none"),
         ("libcublas.so.99", "needs libcublas.so.99"),
     ):
-        assert message in kaggle_install._unfit(CUDA | {"needs": {"libraries": [library]}}, None)
+        assert message in kaggle_engine._unfit(CUDA | {"needs": {"libraries": [library]}}, None)
 
 
 @pytest.mark.parametrize(
@@ -390,12 +385,12 @@ def test_engine_for_another_libc_or_cuda_runtime_is_refused(
     monkeypatch.setattr(needs.platform, "libc_ver", lambda: ("glibc", "2.35"))  # Kaggle's
     state = engines(None, cpu=CPU | manifest)
     if message is None:
-        kaggle_install.install_engine(make=False)
+        kaggle_engine.install_engine(make=False)
         assert state["wheels"] == ["cpu"]
     else:
         with pytest.raises(LlamaTelemetryError, match=message):
-            kaggle_install.install_engine(make=False)
-        assert state["wheels"] == [] and kaggle_install._unfit(
+            kaggle_engine.install_engine(make=False)
+        assert state["wheels"] == [] and kaggle_engine._unfit(
             CPU | manifest, None
         )  # one installed is refused, too
 
@@ -430,13 +425,13 @@ def test_engine_for_a_newer_cuda_than_the_driver_s(
         )
     engines(1, capability=capability, cuda=CUDA | {"cuda": built})
     if fits:
-        assert kaggle_install.install_engine(make=False)
+        assert kaggle_engine.install_engine(make=False)
     else:
         with pytest.raises(
             LlamaTelemetryError,
             match=rf"is built with CUDA {built}, and this session's driver knows CUDA 12",
         ):
-            kaggle_install.install_engine(make=False)
+            kaggle_engine.install_engine(make=False)
 
 
 def test_a_wheel_that_says_nothing_is_read(engines, session, llama_server):
@@ -455,7 +450,7 @@ def test_a_wheel_that_says_nothing_is_read(engines, session, llama_server):
             ),
             "llama_cpp/lib/libggml-base.so",
         )
-    asks = kaggle_install._manifest(path)["needs"]
+    asks = kaggle_engine._manifest(path)["needs"]
     assert "libc.so.6" in asks["libraries"] and "libggml-base.so" not in asks["libraries"]
     assert re.fullmatch(r"2\.\d+", asks["versions"]["GLIBC"])
 
@@ -470,10 +465,10 @@ def test_engine_is_built_for_this_gpu_as_a_last_resort(engines, session, monkeyp
     )
     monkeypatch.setattr(build, "build", BUILD)
     prepared = []
-    monkeypatch.setattr(kaggle_install, "install_missing", prepared.append)
+    monkeypatch.setattr(kaggle_engine, "install_missing", prepared.append)
     assert re.fullmatch(
         r"built here in 0 minutes; its wheel is in .*/engine, to be attached next time",
-        kaggle_install.install_engine(),
+        kaggle_engine.install_engine(),
     ) and state["wheels"] == ["engine"]
     assert "27 to 30 minutes" in capsys.readouterr().out and prepared == [("build",)]
 
@@ -485,7 +480,7 @@ def test_an_engine_that_was_built_is_used_where_there_is_no_room_to_keep_it(
     made = wheel(session / "temp" / "engine" / "llama_cpp_python-0-py3-none-any.whl", CUDA)
     monkeypatch.setattr(build, "cached_wheel", lambda recipe: made)
     monkeypatch.setattr(build, "build", BUILD)
-    monkeypatch.setattr(kaggle_install, "install_missing", lambda extras: [])
+    monkeypatch.setattr(kaggle_engine, "install_missing", lambda extras: [])
 
     def full(source, target):
         Path(target).write_bytes(b"a part")
@@ -495,7 +490,7 @@ def test_an_engine_that_was_built_is_used_where_there_is_no_room_to_keep_it(
     assert re.fullmatch(
         r"built here in 0 minutes; but not kept: .*temp/engine/.*\.whl is built and could not be copied to "
         r".*working/engine: .*No space left on device.*",
-        kaggle_install.install_engine(),
+        kaggle_engine.install_engine(),
     )
     assert state["wheels"] == ["engine"] and not list((session / "working").rglob("*.whl"))
 
@@ -507,9 +502,9 @@ def test_an_engine_that_cannot_be_built_ends_with_what_to_do(engines, monkeypatc
         raise build.EngineBuildError("The package registry could not be reached\n...\nits log")
 
     monkeypatch.setattr(build, "build", unreachable)
-    monkeypatch.setattr(kaggle_install, "install_missing", lambda extras: [])
+    monkeypatch.setattr(kaggle_engine, "install_missing", lambda extras: [])
     with pytest.raises(LlamaTelemetryError) as raised:
-        kaggle_install.install_engine()
+        kaggle_engine.install_engine()
     assert re.match(
         r"No engine .* Building it here failed: The package registry", str(raised.value)
     )
@@ -822,7 +817,7 @@ def test_a_staged_notebook_carries_the_package(staged, tmp_path, monkeypatch):
             name: written.read(name) for name in written.namelist()
         }
     staged_path = made[path.stem] / path.name  # once more: the cell is replaced, not doubled
-    assert stage.write_setup_cell([staged_path], CHECKOUT, ours) == []
+    assert write_setup_cell([staged_path], CHECKOUT, ours) == []
 
 
 def test_stage_with_engine_and_models(staged, tmp_path, smollm2, capsys):
@@ -953,24 +948,24 @@ def test_setup_cell_is_short_and_goes_after_the_parameters(tmp_path):
         v4.new_code_cell("A + 1"),
     ]
     nbformat.write(v4.new_notebook(cells=cells), path)
-    assert stage.write_setup_cell([path], CHECKOUT) == [path]
+    assert write_setup_cell([path], CHECKOUT) == [path]
     cells = nbformat.read(path, 4).cells
     assert [cell.source.partition("\n")[0] for cell in cells] == [
         "# T",
         "A = 1",
-        stage.setup_cell(CHECKOUT).partition("\n")[0],
+        setup_cell(CHECKOUT).partition("\n")[0],
         "A + 1",
     ]
-    assert stage.write_setup_cell([path], CHECKOUT) == []  # nothing changes a second time
+    assert write_setup_cell([path], CHECKOUT) == []  # nothing changes a second time
     assert sum(bool(line.strip()) for line in cells[2].source.splitlines()) <= 15
 
 
 def test_setup_cell_without_anything_says_what_to_attach(session):
-    code = stage.setup_cell(CHECKOUT).replace('importlib.util.find_spec("llamatelemetry")', "None")
+    code = setup_cell(CHECKOUT).replace('importlib.util.find_spec("llamatelemetry")', "None")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=session)
     assert done.returncode == 1 and "attach its dataset, or upload a staged notebook" in done.stderr
 
 
 def test_setup_cell_command(capsys):
     assert cli.main(["kaggle", "setup-cell", "--checkout", str(CHECKOUT)]) == 0
-    assert capsys.readouterr().out.strip() == stage.setup_cell(CHECKOUT)
+    assert capsys.readouterr().out.strip() == setup_cell(CHECKOUT)

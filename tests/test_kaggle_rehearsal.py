@@ -19,6 +19,7 @@ from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from llamatelemetry.kaggle import stage
+from llamatelemetry.kaggle.cells import setup_cell
 from llamatelemetry.kaggle.install import PROTECTED
 from llamatelemetry.tools import build, recipes
 
@@ -215,7 +216,7 @@ def test_output_of_one_session_is_what_the_next_attaches(online, suite, tmp_path
         pytest.skip("the notebook that leaves it was not run")
     session = kaggle_session.Session(tmp_path, {}, internet=True, file=kaggle_session.NEWEST)
     session.attach(online.working, "notebooks", "someone", NOTEBOOKS[0].stem)
-    done = session.run("-c", stage.setup_cell(CHECKOUT))
+    done = session.run("-c", setup_cell(CHECKOUT))
     assert done.returncode == 0, done.stderr[-2000:]
     assert (
         re.search(r"Engine: llama.cpp .*, from .*/engine\.", done.stdout)
@@ -239,7 +240,7 @@ def test_the_newest_package_wins(suite, tmp_path):
             str(number), str(other)
         )
         marked.write_text("older" if other < number else "newer")  # pip would stop at it
-        code = stage.setup_cell(CHECKOUT).partition("assert ")[0] + "print(newest)"
+        code = setup_cell(CHECKOUT).partition("assert ")[0] + "print(newest)"
         done = session.run("-c", code)
         assert (done.returncode == 0) == (other < number), done.stderr
         assert str(ours if other < number else marked)[-20:] in done.stdout + done.stderr
@@ -249,7 +250,7 @@ def test_first_cell_without_anything_attached(suite, tmp_path):
     """Offline, and nothing attached: the error says what to attach; Kaggle's secrets are then not
     to be had either."""
     session = kaggle_session.Session(tmp_path)
-    code = stage.setup_cell(CHECKOUT)
+    code = setup_cell(CHECKOUT)
     done = session.run("-c", code)
     assert done.returncode == 1 and "attach its dataset" in done.stderr
     session.attach(suite[0]["wheels"], "llamatelemetry-wheels")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llamatelemetry.kaggle import stage
+from llamatelemetry.kaggle.cells import setup_cell
 from llamatelemetry.kaggle.rules import notebook_problems
 
 nbformat = pytest.importorskip("nbformat")
@@ -47,7 +47,7 @@ class TestNotebook:
         found = [
             "".join(cell["source"]) for cell in cells if "setup" in cell["metadata"].get("tags", [])
         ]
-        assert found == [stage.setup_cell(CHECKOUT)], (
+        assert found == [setup_cell(CHECKOUT)], (
             "run `llamatelemetry kaggle setup-cell --write notebooks/*.ipynb`"
         )
 

@@ -15,7 +15,7 @@ __all__ = ["get_backend"]
 
 
 @cache
-def get_backend(name="auto"):
+def get_backend(name: str = "auto") -> CpuBackend:
     """The backend "cpu", "gpu", or the better of the two ("auto"); the same object on every call.
 
     "gpu" without RAPIDS or without a GPU raises GpuError; "auto" then takes the CPU, and `line`

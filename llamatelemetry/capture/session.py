@@ -97,9 +97,7 @@ class CaptureSession:
         return ids
 
     def stages(self):
-        """DataFrame by stage, of all that a capture can name: dims; there: whether this model has
-        it; layers: which of its layers have it, () for a stage without layers; why: why it is not
-        there, or not in every layer, "" where it is. Decided from the graph of a prompt."""
+        """As InferenceEngine.stages."""
         rows = [
             {
                 "stage": name,
@@ -123,15 +121,7 @@ class CaptureSession:
         temperature=0.0,
         seed=0,
     ):
-        """Run a text and return a Capture of the named stages.
-
-        text_or_ids: a text (tokenized with the model's special tokens) or token ids. layers: only
-        these layers of stages that have layers. queries: only these query positions of attention,
-        scores and mask. edits: changes made while it runs. generate: decode this many more tokens
-        one by one (fewer when the model ends its text), greedily at temperature 0, else drawn with
-        the seed; every stage then covers prompt and generated tokens, the former up to the
-        Capture's n_prompt. Raises CaptureError for what cannot be done, WorkerCrashedError when
-        llama.cpp ended."""
+        """As InferenceEngine.capture."""
         stages = [stages] if isinstance(stages, str) else () if stages is None else stages
         stages = tuple(dict.fromkeys(stages))
         unknown = [stage for stage in stages if stage not in STAGES]
@@ -186,9 +176,7 @@ class CaptureSession:
         )
 
     def score(self, text_or_ids, edits=()):
-        """DataFrame per predicted token: position, id, piece, logprob (nats), entropy (nats), rank
-        (0 is best), top_id, top_logprob: how the model predicts each token of a text from those
-        before it."""
+        """As InferenceEngine.score."""
         answer = self._call("score", prompt=prompt(text_or_ids), edits=self._pack(edits))
         self._say_two_starts(text_or_ids, answer["tokens"])
         tokens = self._tokens(answer["tokens"]).iloc[1:].drop(columns="generated")
@@ -196,11 +184,7 @@ class CaptureSession:
         return pd.concat([tokens.reset_index(drop=True), pd.DataFrame(columns)], axis=1)
 
     def sweep(self, text_or_ids, variants, progress=True):
-        """Loss of a text under each of {name: edits}: DataFrame indexed by name.
-
-        loss: mean nats per token; loss_change: against no edits; kl: mean KL(no edits || edited) in
-        nats; top1_agreement: share of positions with the same best token. attrs["base_loss"]: the
-        loss without edits."""
+        """As InferenceEngine.sweep."""
         if not isinstance(variants, dict):
             raise CaptureError(f"variants are {{name: edits}}, not {type(variants).__name__}.")
         packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
@@ -220,15 +204,7 @@ class CaptureSession:
         return table
 
     def head_statistics(self, text_or_ids, layers=None, patterns=None):
-        """Statistics of every head's attention over a text, streamed: memory does not grow with
-        heads x tokens^2.
-
-        Returns an xarray.Dataset of (layer, head), means over query rows of: entropy (nats),
-        normalized_entropy (by the log of the number of keys), distance (tokens), sink (mass on the
-        first token: Xiao et al. 2023), top (the largest weight), mass (row sum); and the score of
-        each of patterns={name: [(query, key), ...]}, the share of all attention that lies on these
-        pairs: what TransformerLens's head detector computes with error_measure="mul". NaN where a
-        pattern has no pair, or the text one token."""
+        """As InferenceEngine.head_statistics."""
         import xarray as xr
 
         pairs = {name: np.asarray(value).tolist() for name, value in (patterns or {}).items()}

@@ -27,7 +27,9 @@ STATE = "push.json"
 DATASET_S = 45 * 60  # until a dataset is ready
 ATTEMPTS = 4  # of what fails in passing
 # Decide what an engine wheel holds
-BUILDERS = tuple(f"llamatelemetry/{name}.py" for name in ("build", "slim", "needs"))
+BUILDERS = tuple(
+    f"llamatelemetry/tools/{name}.py" for name in ("build", "recipes", "slim", "needs")
+)
 
 
 def push(folder="staged", names=(), wait=True, again=False, poll_s=30):

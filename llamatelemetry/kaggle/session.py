@@ -31,7 +31,8 @@ def setup(make_engine=True):
     inference GPU), LlamaTelemetryError where something that all notebooks need is not to be had.
     """
     from .. import __version__
-    from .install import install_engine, install_missing
+    from .engine import install_engine
+    from .install import install_missing
 
     started, places.silent = time.monotonic(), False  # the internet may be on by now
     plan = devices.plan()

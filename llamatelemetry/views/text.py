@@ -8,6 +8,11 @@ document. Printed lines, canvases and `textContent` need nothing beyond `token_t
 import codecs
 import html as _html
 import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _NAMED = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 # Drawn as nothing although Python calls them printable: joiners, fillers, variation selectors, the
@@ -26,7 +31,7 @@ _PLOTLY = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "\n": "<br>"}
 _PLOTLY_SPECIAL = re.compile(r"[&<>$\n]|%(?=\{)")
 
 
-def token_text(piece):
+def token_text(piece: str | bytes) -> str:
     """A token's piece so that a space, a newline, a tab and a byte piece can be told apart: ' the'
     -> '␣the'.
 
@@ -45,7 +50,7 @@ def token_text(piece):
     return isolated("".join(map(_visible, piece)))
 
 
-def seen(text):
+def seen(text: str) -> str:
     """Text as it is where all of it is seen, else (blanks at its ends, control characters) as token
     text."""
     bare = text.replace(_ISOLATE, "").replace(_POP, "")
@@ -55,48 +60,48 @@ def seen(text):
     return text if whole and bare != text else isolated(bare) if whole else token_text(bare)
 
 
-def isolated(text):
+def isolated(text: str) -> str:
     """Text as it is, between Unicode's isolates where it has right-to-left letters."""
     return f"{_ISOLATE}{text}{_POP}" if _RIGHT_TO_LEFT.search(text) else text
 
 
-def _visible(char):
+def _visible(char: str) -> str:
     if char in _NAMED:
         return _NAMED[char]
     return char if char.isprintable() and not _INVISIBLE.match(char) else f"\\x{ord(char):02x}"
 
 
-def token_labels(pieces):
+def token_labels(pieces: Iterable[str | bytes]) -> list[str]:
     """Labels for tokens in order, each one once: 'position text'."""
     return [f"{position} {token_text(piece)}" for position, piece in enumerate(pieces)]
 
 
-def token_columns(frame):
+def token_columns(frame: "pd.DataFrame") -> "pd.DataFrame":
     """A DataFrame with its columns of pieces ("piece", "from_piece", ...) as token text, for a
     table that is shown."""
     columns = [column for column in frame.columns if str(column).split("_")[-1] == "piece"]
     return frame.assign(**{column: frame[column].map(token_text) for column in columns})
 
 
-def quoted(piece):
+def quoted(piece: str | bytes) -> str:
     """A piece in a sentence."""
     return f"'{token_text(piece)}'"
 
 
-def counted(n, one, many=None):
+def counted(n: int, one: str, many: str | None = None) -> str:
     """A number of things in words: counted(1, "head") is "1 head", counted(0, "query", "queries")
     "0 queries"."""
     return f"{n} {one if n == 1 else many or one + 's'}"
 
 
-def shorten(text, length):
+def shorten(text: str, length: int) -> str:
     """Text of at most `length` characters, the last one … where some are left out."""
     if len(text) <= length:
         return text
     return text[: length - 1] + "…" + (_POP if text[0] == _ISOLATE else "")
 
 
-def whole_characters(pieces):
+def whole_characters(pieces: Iterable[str | bytes]) -> list[tuple[int, str]]:
     """[(number of pieces, text)]: the pieces in the shortest runs whose bytes are whole characters.
 
     Pieces: str, or bytes where a token is not whole characters. Bytes that never become one are
@@ -116,28 +121,28 @@ def whole_characters(pieces):
     return runs
 
 
-def text_of(pieces):
+def text_of(pieces: Iterable[str | bytes]) -> str:
     """The text that consecutive pieces spell; a character may span several of them."""
     return "".join(text for _, text in whole_characters(pieces))
 
 
-def plotly(text):
+def plotly(text: object) -> str:
     """Text for a Plotly title, label, name, hover or template: shown as it is, with its line
     breaks."""
     return _PLOTLY_SPECIAL.sub(lambda found: _PLOTLY.get(found[0], "&#37;"), str(text))
 
 
-def html(text):
+def html(text: object) -> str:
     """Text for an HTML element or a quoted attribute."""
     return _html.escape(str(text))
 
 
-def markdown(text):
+def markdown(text: object) -> str:
     """Text in which Markdown, with GitHub's tables and formulas, finds nothing to do."""
     return re.sub(r"([\\`*_\[\]<>&|$~])", r"\\\1", str(text))
 
 
-def piece_kind(piece):
+def piece_kind(piece: str | bytes) -> str:
     """number, word, part, punctuation, whitespace or other, from a token's piece."""
     if isinstance(piece, bytes):
         return "other"

@@ -2,11 +2,14 @@
 into a page."""
 
 import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
+from numpy.typing import ArrayLike
 from plotly.colors import sequential
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
@@ -20,6 +23,9 @@ from .text import (  # noqa: F401
     token_labels,
     token_text,
 )
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler  # asks for jinja2 where it is imported
 
 # Magnitudes: perceptually even (van der Walt and Smith 2015). Signed values: diverging, always
 # centred on zero. Categories: Okabe and Ito (2008), distinguishable with every common colour-vision
@@ -114,14 +120,14 @@ pd.options.display.html.use_mathjax = False
 pd.options.display.max_colwidth = 120  # pandas' 50 cuts the longest tokens
 
 
-def table(frame, formats=None):
+def table(frame: pd.DataFrame, formats: dict | None = None) -> "Styler":
     """A DataFrame as a pandas Styler without its index, cells and headers escaped. formats: as
     Styler.format's."""
     styler = frame.style.format(formats, escape="html") if formats else frame.style
     return styler.format_index(escape="html", axis="columns").hide(axis="index")
 
 
-def dashes(frame):
+def dashes(frame: pd.DataFrame) -> pd.DataFrame:
     """A DataFrame to be shown: dashes where there is no value, and columns of whole floats as whole
     numbers."""
     shown = {
@@ -160,7 +166,7 @@ class OfflineRenderer(MimetypeRenderer):
     """A figure as HTML that asks no network for anything: Plotly's own notebook renderer asks for
     MathJax."""
 
-    def to_mimebundle(self, fig_dict):
+    def to_mimebundle(self, fig_dict: dict) -> dict:
         options = dict(
             include_plotlyjs=False, include_mathjax=False, full_html=False, validate=False
         )
@@ -171,13 +177,13 @@ class OfflineRenderer(MimetypeRenderer):
         return {"text/html": f"<div class='mathjax_ignore tex2jax_ignore'>{drawn}</div>"}
 
 
-def plotly_script():
+def plotly_script() -> str:
     """Plotly's script as HTML: sets window.Plotly whatever module loader a page has, and once
     however often it is shown."""
     return _BUNDLE.format(version=get_plotlyjs_version(), bundle=get_plotlyjs())
 
 
-def setup():
+def setup() -> None:
     """Make this theme Plotly's default and put Plotly's script into this notebook, once, so that
     every figure shows in a saved copy without a kernel and without a network."""
     pio.templates.default = "llamatelemetry"
@@ -192,7 +198,7 @@ def setup():
         display(HTML(plotly_script()))
 
 
-def css_variables():
+def css_variables() -> str:
     """The palette as a style sheet: --bg, --fg, ... by the reader's light or dark setting, --c0 to
     --c7 the categories, --missing, --ramp the samples of magnitudes."""
     every = {f"c{number}": color for number, color in enumerate(CATEGORIES)}
@@ -204,17 +210,19 @@ def css_variables():
     return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n"
 
 
-def titled(title):
+def titled(title: str) -> dict:
     """What every figure's layout has: the theme and the title, plain text."""
     return dict(template=TEMPLATE, title=plotly(title))
 
 
-def axis_values(values):
+def axis_values(values: Iterable) -> list:
     """Values of an axis for Plotly: texts escaped, numbers as they are."""
     return [plotly(value) if isinstance(value, str) else value for value in values]
 
 
-def label_ticks(figure, labels, axis, most=32, **where):
+def label_ticks(
+    figure: go.Figure, labels: Sequence[str], axis: str, most: int = 32, **where: int
+) -> go.Figure:
     """Labels on an axis of axis_values(labels): at most `most` of them, of at most TICK characters;
     hover has all."""
     step = max(1, -(-len(labels) // most))
@@ -226,14 +234,14 @@ def label_ticks(figure, labels, axis, most=32, **where):
     return update(tickmode="array", tickvals=tickvals, ticktext=ticktext, **where)
 
 
-def whole(labels):
+def whole(labels: Sequence) -> dict:
     """Settings of an axis that counts layers, states or heads: where there are few, no ticks
     between whole numbers."""
     numbers = 0 < len(labels) < 8 and all(isinstance(label, (int, np.integer)) for label in labels)
     return dict(dtick=1) if numbers else {}
 
 
-def decades(figure, axis="y", **where):
+def decades(figure: go.Figure, axis: str = "y", **where: int) -> go.Figure:
     """Make an axis logarithmic, for the positive values drawn on it. Powers of ten are labelled
     where there are two of them, and else what Plotly finds between: powers alone would leave a
     narrow axis bare. where: row, col."""
@@ -246,8 +254,19 @@ def decades(figure, axis="y", **where):
 
 
 def heatmap(
-    values, x, y, *, title, x_title, y_title, unit, signed=False, zmax=None, hover=None, **layout
-):
+    values: ArrayLike,
+    x: Sequence,
+    y: Sequence,
+    *,
+    title: str,
+    x_title: str,
+    y_title: str,
+    unit: str,
+    signed: bool = False,
+    zmax: float | None = None,
+    hover: ArrayLike | None = None,
+    **layout: object,
+) -> go.Figure:
     """A heatmap in the theme. Texts are plain text.
 
     values: (y, x) array; signed maps are centred on zero. unit: colour bar title, with its unit. x,

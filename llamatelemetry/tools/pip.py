@@ -1,0 +1,21 @@
+"""pip of this Python, in a process of its own."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+
+def pip(*arguments: object, **variables: str) -> str | None:
+    """Run pip quietly: what it says where it fails, else None. variables: of its environment."""
+    quietly = ["--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *map(str, arguments), *quietly],
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+    )
+    importlib.invalidate_caches()
+    if done.returncode == 0:
+        return None
+    return done.stderr.strip() or f"pip ended with exit status {done.returncode}"
