@@ -1,9 +1,9 @@
 # What `llamatelemetry` offers, and where it is: __init__.py, editors and type checkers read this.
+from .capture.data import Capture as Capture
 from .capture.edits import ablate_head as ablate_head
 from .capture.edits import ablate_layer as ablate_layer
 from .capture.edits import patch as patch
 from .capture.edits import scale as scale
-from .capture.data import Capture as Capture
 from .compare.comparison import compare_quantizations as compare_quantizations
 from .compare.texts import load_text as load_text
 from .convert.quantize import quantize as quantize
