@@ -11,6 +11,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from llamatelemetry.capture.names import STAGES
+
 # 28 token ids, longer than every sliding window below; the run of six from position 4 comes again
 # at position 16.
 IDS = [
@@ -44,6 +46,7 @@ IDS = [
     12,
 ]
 WINDOW = 8
+DENSE = [name for name, stage in STAGES.items() if not {"expert", "slot"} & set(stage.dims)]
 N_VOCAB = 320
 
 # What differs from the llama family's layout, per architecture. Sizes not named here are in

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from models import IDS, tiny_encoder, tiny_model
+from models import DENSE, IDS, tiny_encoder, tiny_model
 
 from llamatelemetry import (
     Capture,
@@ -31,26 +31,6 @@ from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.heads.texts import token_pairs
 from llamatelemetry.maths import log_softmax
 
-ALL = (
-    "attn_norm",
-    "ffn_norm",
-    "q",
-    "k",
-    "v",
-    "q_pre",
-    "k_pre",
-    "scores",
-    "attention",
-    "mask",
-    "attn_heads",
-    "attn_out",
-    "ffn_out",
-    "ffn_act",
-    "hidden",
-    "final_norm",
-    "logits",
-)
-
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
@@ -62,7 +42,7 @@ def session(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def full(session):
-    return session.capture(IDS, stages=ALL)
+    return session.capture(IDS, stages=DENSE)
 
 
 def test_dims_and_coordinates(full, session):
@@ -145,8 +125,8 @@ def test_sliding_window_is_in_the_mask_of_its_layers_only(full):
 
 
 def test_same_text_same_capture_and_logits_untouched(session, full):
-    again = session.capture(IDS, stages=ALL)
-    for stage in ALL:
+    again = session.capture(IDS, stages=DENSE)
+    for stage in DENSE:
         np.testing.assert_array_equal(again[stage].values, full[stage].values)
     np.testing.assert_array_equal(
         session.capture(IDS, stages="logits").logits.values, full.logits.values
@@ -172,8 +152,8 @@ def test_prompt_over_several_ubatches(tmp_path):
         CaptureSession(path, threads=1) as one,
         CaptureSession(path, threads=1, n_ubatch=9) as several,
     ):
-        a, b = one.capture(IDS, stages=ALL), several.capture(IDS, stages=ALL)
-        for stage in ALL:
+        a, b = one.capture(IDS, stages=DENSE), several.capture(IDS, stages=DENSE)
+        for stage in DENSE:
             if stage not in ("mask", "scores"):
                 np.testing.assert_allclose(
                     a[stage].values, b[stage].values, atol=2e-5, err_msg=stage
@@ -338,7 +318,7 @@ def test_saved_and_loaded(full, tmp_path):
     full.save(tmp_path / "new folder" / "x.safetensors")
     loaded = Capture.load(tmp_path / "new folder" / "x.safetensors")
     assert loaded.stages == full.stages and vars(loaded.model) == vars(full.model)
-    for stage in ALL:
+    for stage in DENSE:
         assert loaded[stage].equals(full[stage]), stage
     assert loaded.tokens.equals(full.tokens) and loaded.n_prompt == full.n_prompt == len(IDS)
     (tmp_path / "bad.safetensors").write_bytes(b"not a capture")
@@ -488,7 +468,7 @@ def test_killed_in_the_middle_of_a_capture(tmp_path):
         threading.Timer(0.3, os.kill, (session.pid, signal.SIGKILL)).start()
         with pytest.raises(WorkerCrashedError):
             for _ in range(10_000):
-                session.capture(IDS, ALL)
+                session.capture(IDS, DENSE)
 
 
 def test_captures_leave_at_most_the_arenas_that_are_used_again(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from common import perplexity
 from models import tiny_model
 from processes import gone
 
@@ -58,28 +59,6 @@ def family(request, tmp_path_factory):
         ]
 
 
-def perplexity(model, text, base, *options):
-    command = [
-        tool("llama-perplexity"),
-        "-m",
-        model,
-        "-f",
-        text,
-        "-c",
-        str(N_CTX),
-        "-b",
-        str(N_CTX * WINDOWS),
-        "--chunks",
-        str(WINDOWS),
-        "--kl-divergence-base",
-        base,
-        *options,
-    ]
-    return subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
-    ).stdout
-
-
 def numbers(printed, label, scale=1.0):
     found = re.search(re.escape(label) + NUMBER, printed)
     return [float(x) * scale for x in found.groups() if x]
@@ -93,12 +72,12 @@ def test_the_numbers_are_llama_perplexitys(family, tmp_path):
     ours = compare_quantizations(
         reference, candidates, text, n_ctx=N_CTX, max_windows=WINDOWS, progress=False
     )
-    first = perplexity(reference, text, base)
+    first = perplexity(reference, text, base, N_CTX, WINDOWS)
     assert numbers(first, "Final estimate: PPL =")[0] == pytest.approx(
         ours["ppl_base"].iloc[0], rel=1e-3
     )
     for path in candidates:
-        theirs = perplexity(path, text, base, "--kl-divergence")
+        theirs = perplexity(path, text, base, N_CTX, WINDOWS, "--kl-divergence")
         row = ours.loc[path.stem]
         assert numbers(theirs, "Mean PPL(Q)                   :") == pytest.approx(
             [row.ppl, row.ppl_err], rel=1e-3

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from bench_gpu import without_cupy
 from bench_rounding import ON_CPU, TEXT, errors, rms
-from models import IDS, tiny_model
+from models import DENSE, IDS, tiny_model
 
 from llamatelemetry import InferenceEngine, ablate_head, patch, scale
 from llamatelemetry.capture.session import CaptureSession
@@ -20,24 +20,7 @@ from llamatelemetry.gpus.devices import list_gpus
 from llamatelemetry.gpus.placement import placement
 
 pytestmark = pytest.mark.gpu
-STAGES = (
-    "attn_norm",
-    "ffn_norm",
-    "q",
-    "k",
-    "v",
-    "q_pre",
-    "k_pre",
-    "scores",
-    "attention",
-    "attn_heads",
-    "attn_out",
-    "ffn_out",
-    "ffn_act",
-    "hidden",
-    "final_norm",
-    "logits",
-)
+STAGES = tuple(stage for stage in DENSE if stage != "mask")
 # ggml lets cuBLAS round float32 factors to TF32 (10 bits, 1e-3). Without that the two devices must
 # agree closely.
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}

@@ -6,41 +6,17 @@ Q8_0 Q4_K_M Q4_0]"""
 
 import argparse
 import re
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-from common import report
+from common import perplexity, report
 
 from llamatelemetry import resolve_model
 from llamatelemetry.compare.comparison import compare_quantizations
 from llamatelemetry.compare.texts import load_text
 from llamatelemetry.convert.expand import make_reference
 from llamatelemetry.convert.quantize import quantize
-from llamatelemetry.files.programs import tool
-
-
-def perplexity(model, text, base, n_ctx, windows, *options):
-    command = [
-        tool("llama-perplexity"),
-        "-m",
-        model,
-        "-f",
-        text,
-        "-c",
-        str(n_ctx),
-        "-b",
-        str(max(512, n_ctx)),
-        "--chunks",
-        str(windows),
-        "--kl-divergence-base",
-        base,
-        *options,
-    ]
-    return subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
-    ).stdout
 
 
 def main(reference, types, n_ctx, windows):

@@ -8,12 +8,8 @@ the CPU in F32. All differences are root mean squares as shares of the reference
 kernel round activations to 8 bits, in ways that differ for types with a minimum per block:
 bench_rounding_cause.py computes both, and needs no GPU."""
 
-import argparse
-import tempfile
-from pathlib import Path
-
 import numpy as np
-from common import report
+from common import rounding
 
 STAGES = ("attention", "q", "hidden", "logits")
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome."
@@ -52,24 +48,12 @@ def errors(source, kind, folder):
 
 
 def main():
-    from llamatelemetry.convert.expand import expand
-    from llamatelemetry.files.models import resolve_model
     from llamatelemetry.gpus.devices import list_gpus
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--types", nargs="+", default=["Q8_0", "Q4_1", "Q5_0", "Q5_1"])
-    parser.add_argument("--results", type=Path)
-    options = parser.parse_args()
     if not list_gpus():
         print("bench_rounding: needs an NVIDIA GPU: not run")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "F32.gguf"
-        expand(resolve_model("smollm2-135m-Q4_1"), source, progress=False)
-        rows = [row for kind in options.types for row in errors(source, kind, Path(folder))]
-    report("gpu_rounding", rows, options.results)
+    rounding("gpu_rounding", __doc__, errors, ["Q8_0", "Q4_1", "Q5_0", "Q5_1"])
 
 
 if __name__ == "__main__":

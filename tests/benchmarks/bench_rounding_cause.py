@@ -21,13 +21,9 @@ Checked in each run: without rounding the NumPy model equals llama.cpp's on the 
 whose inputs are the same numbers. Further on rounding flips by chance: two runs of one scheme that
 differ in the last bit end as far apart as column `same_scheme`."""
 
-import argparse
-import tempfile
-from pathlib import Path
-
 import numpy as np
 from bench_rounding import ON_CPU, STAGES, TEXT, rms
-from common import report
+from common import rounding
 
 BLOCK = 32
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_1": 24}  # of one block of the types whose codes begin at 0
@@ -171,22 +167,5 @@ def errors(source, kind, folder):
     return rows
 
 
-def main():
-    from llamatelemetry.convert.expand import expand
-    from llamatelemetry.files.models import resolve_model
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--types", nargs="+", default=["Q8_0", "Q5_0", "Q4_0", "Q4_1", "Q5_1"])
-    parser.add_argument("--results", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "F32.gguf"
-        expand(resolve_model("smollm2-135m-Q4_1"), source, progress=False)
-        rows = [row for kind in options.types for row in errors(source, kind, Path(folder))]
-    report("rounding_cause", rows, options.results)
-
-
 if __name__ == "__main__":
-    main()
+    rounding("rounding_cause", __doc__, errors, ["Q8_0", "Q5_0", "Q4_0", "Q4_1", "Q5_1"])

@@ -1,10 +1,12 @@
 """What every benchmark prints beside its figures, and where it stores them."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -119,3 +121,33 @@ def memory_of(pid):
         except (psutil.AccessDenied, psutil.NoSuchProcess, AttributeError):
             pass
     return total / 2**20
+
+
+def perplexity(model, text, base, n_ctx, windows, *options):
+    """What llama-perplexity prints; `base` gets the logits, or with --kl-divergence has them."""
+    from llamatelemetry.files.programs import tool
+
+    sizes = ["-c", str(n_ctx), "-b", str(max(512, n_ctx)), "--chunks", str(windows)]
+    files = ["-m", model, "-f", text, "--kl-divergence-base", base]
+    command = [tool("llama-perplexity"), *files, *sizes, *options]
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    ).stdout
+
+
+def rounding(name, description, errors, types):
+    """The command of the two benchmarks of rounding: errors(F32 file, type, folder) -> rows."""
+    from llamatelemetry import resolve_model
+    from llamatelemetry.convert.expand import expand
+
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--types", nargs="+", default=types)
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "F32.gguf"
+        expand(resolve_model("smollm2-135m-Q4_1"), source, progress=False)
+        rows = [row for kind in options.types for row in errors(source, kind, Path(folder))]
+    report(name, rows, options.results)
