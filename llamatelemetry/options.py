@@ -21,14 +21,17 @@ PARAMETERS = ("threads", "port", "host", "timeout", "embeddings", "pooling")
 # No effect on the numbers: speed, memory, which processor of the server computes (captures go by
 # gpu_layers and tensor_split), the text that chat() renders, the server's endpoints.
 FREE = {
-    "value": """threads_batch threads_http cpu_mask cpu_range cpu_strict prio poll cpu_mask_batch cpu_range_batch
-        cpu_strict_batch prio_batch poll_batch batch_size ubatch_size flash_attn ctx_checkpoints checkpoint_min_step
-        cache_ram load_mode lazy_mode numa override_tensor n_cpu_moe n_cpu_ffn fit fit_target alias tags
-        sse_ping_interval slot_save_path chat_template chat_template_file chat_template_kwargs reasoning
-        reasoning_format reasoning_effort""",
+    "value": """
+        threads_batch threads_http cpu_mask cpu_range cpu_strict prio poll cpu_mask_batch
+        cpu_range_batch cpu_strict_batch prio_batch poll_batch batch_size ubatch_size flash_attn
+        ctx_checkpoints checkpoint_min_step cache_ram load_mode lazy_mode numa override_tensor
+        n_cpu_moe n_cpu_ffn fit fit_target alias tags sse_ping_interval slot_save_path
+        chat_template chat_template_file chat_template_kwargs reasoning reasoning_format
+        reasoning_effort""",
     "switch": "swa_full check_tensors cpu_moe no_host special offline metrics props",
-    "either": """warmup perf kv_offload op_offload repack cont_batching cache_idle_slots slots jinja skip_chat_parsing
-        prefill_assistant reasoning_preserve""",
+    "either": """
+        warmup perf kv_offload op_offload repack cont_batching cache_idle_slots slots jinja
+        skip_chat_parsing prefill_assistant reasoning_preserve""",
 }
 # They change what is computed: both processes get them.
 NUMBERS = {
@@ -44,47 +47,47 @@ SCALINGS = {"none": 0, "linear": 1, "yarn": 2}  # llama_rope_scaling_type
 CACHE_TYPES = ("f16", "f32")
 SHARED = (
     *NUMBERS,
-    "rope_scale",
-    "rope_scaling",
-    "override_kv",
-    "cache_type_k",
-    "cache_type_v",
-    "lora",
-    "lora_scaled",
-    "control_vector",
-    "control_vector_scaled",
-    "control_vector_layer_range",
+    *"rope_scale rope_scaling override_kv cache_type_k cache_type_v lora lora_scaled".split(),
+    *"control_vector control_vector_scaled control_vector_layer_range".split(),
 )
 
 REFUSED = {
-    "the model is load_model's first argument": "model model_url docker_repo hf_repo hf_file hf_token",
-    "load_model has an argument of its own for it: {instead}": "ctx_size n_gpu_layers parallel tensor_split",
-    "sampling is asked for with each request: an argument of infer, infer_stream or chat": """samplers seed sampler_seq ignore_eos temp top_k top_p min_p top_nsigma xtc_probability xtc_threshold typical
-        repeat_last_n repeat_penalty presence_penalty frequency_penalty dry_multiplier dry_base dry_allowed_length
-        dry_penalty_last_n dry_sequence_breaker adaptive_target adaptive_decay dynatemp_range dynatemp_exp mirostat
-        mirostat_lr mirostat_ent logit_bias grammar grammar_file json_schema json_schema_file backend_sampling predict
-        reverse_prompt reasoning_budget reasoning_budget_message""",
-    "each request has a cache of its own of ctx_size tokens, in captures as in the server": "kv_unified "
-    "kv_unified_per_slot",
-    "the server would answer from a text that it has cut or moved, which no capture shows": "context_shift keep "
-    "cache_reuse",
+    "the model is load_model's first argument": """
+        model model_url docker_repo hf_repo hf_file hf_token""",
+    "load_model has an argument of its own for it: {instead}": """
+        ctx_size n_gpu_layers parallel tensor_split""",
+    "sampling is asked for with each request: an argument of infer, infer_stream or chat": """
+        samplers seed sampler_seq ignore_eos temp top_k top_p min_p top_nsigma xtc_probability
+        xtc_threshold typical repeat_last_n repeat_penalty presence_penalty frequency_penalty
+        dry_multiplier dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breaker
+        adaptive_target adaptive_decay dynatemp_range dynatemp_exp mirostat mirostat_lr
+        mirostat_ent logit_bias grammar grammar_file json_schema json_schema_file
+        backend_sampling predict reverse_prompt reasoning_budget reasoning_budget_message""",
+    "each request has a cache of its own of ctx_size tokens, in captures as in the server": """
+        kv_unified kv_unified_per_slot""",
+    "the server would answer from a text that it has cut or moved, which no capture shows": """
+        context_shift keep cache_reuse""",
     "adapters are applied from the start, in the server as in captures": "lora_init_without_apply",
-    "captures read texts, no pictures, sound or video": """mmproj mmproj_url mmproj_auto mmproj_offload mmproj_device
-        image_min_tokens image_max_tokens mtmd_batch_max_tokens video_fps video_timestamp_interval video_ffmpeg_dir
-        media_path""",
-    "it brings other models, whose guesses no capture shows": """lookup_cache_static lookup_cache_dynamic draft
-        draft_min embd_gemma_default gpt_oss_20b_default gpt_oss_120b_default vision_gemma_4b_default
-        vision_gemma_12b_default models_dir models_preset models_max models_autoload""",
-    "tensor_split says which GPUs the server and captures use, and gpu_layers=0 that they use none": "device main_gpu "
-    "split_mode rpc list_devices",
+    "captures read texts, no pictures, sound or video": """
+        mmproj mmproj_url mmproj_auto mmproj_offload mmproj_device image_min_tokens
+        image_max_tokens mtmd_batch_max_tokens video_fps video_timestamp_interval
+        video_ffmpeg_dir media_path""",
+    "it brings other models, whose guesses no capture shows": """
+        lookup_cache_static lookup_cache_dynamic draft draft_min embd_gemma_default
+        gpt_oss_20b_default gpt_oss_120b_default vision_gemma_4b_default vision_gemma_12b_default
+        models_dir models_preset models_max models_autoload""",
+    "tensor_split says which GPUs the server and captures use, and gpu_layers=0 that they use none": """
+        device main_gpu split_mode rpc list_devices""",
     "embed() asks for it": "embd_normalize rerank",
-    "this package reads the server's log and answers, and nobody else does": """log_disable log_file log_jsonl
-        log_colors log_verbosity log_verbose log_prefix log_timestamps log_prompts_dir api_key api_key_file api_prefix
-        ssl_key_file ssl_cert_file path reuse_port cors_origins cors_methods cors_headers cors_credentials ui ui_config
+    "this package reads the server's log and answers, and nobody else does": """
+        log_disable log_file log_jsonl log_colors log_verbosity log_verbose log_prefix
+        log_timestamps log_prompts_dir api_key api_key_file api_prefix ssl_key_file ssl_cert_file
+        path reuse_port cors_origins cors_methods cors_headers cors_credentials ui ui_config
         ui_config_file ui_mcp_proxy tools tools_runtime mcp_servers_config mcp_servers_json agent
         sleep_idle_seconds""",
-    "nothing in this package would use it": """help version cache_list completion_bash escape defrag_thold spm_infill
-        cache_prompt slot_prompt_similarity fit_ctx prompt file binary_file""",
+    "nothing in this package would use it": """
+        help version cache_list completion_bash escape defrag_thold spm_infill cache_prompt
+        slot_prompt_similarity fit_ctx prompt file binary_file""",
     'this llama.cpp calls it load_mode: load_mode="none", "mlock" or "dio"': "mmap mlock direct_io",
 }
 INSTEAD = {
@@ -93,94 +96,30 @@ INSTEAD = {
     "parallel": "n_parallel",
     "tensor_split": "tensor_split",
 }
+# Other names that llama-server has for an option: option=alias,alias
+_ALIASES = """
+    threads=t threads_batch=tb cpu_mask=C cpu_range=Cr cpu_mask_batch=Cb cpu_range_batch=Crb
+    batch_size=b,n_batch ubatch_size=ub,n_ubatch flash_attn=fa
+    ctx_checkpoints=ctxcp,swa_checkpoints checkpoint_min_step=cms cache_ram=cram load_mode=lm
+    lazy_mode=lzm override_tensor=ot n_cpu_moe=ncmoe n_cpu_ffn=ncffn cpu_moe=cmoe fit_target=fitt
+    fit_ctx=fitc alias=a timeout=to reasoning=rea special=sp kv_offload=kvo no_kv_offload=nkvo
+    no_repack=nr cont_batching=cb no_cont_batching=nocb cache_type_k=ctk,type_k
+    cache_type_v=ctv,type_v model=m model_url=mu docker_repo=dr hf_repo=hf,hfr hf_file=hff
+    hf_token=hft ctx_size=c,n_ctx n_gpu_layers=ngl,gpu_layers parallel=np tensor_split=ts
+    split_mode=sm main_gpu=mg device=dev embeddings=embedding rerank=reranking
+    predict=n,n_predict temp=temperature seed=s typical=typical_p sampler_seq=sampling_seq
+    logit_bias=l top_nsigma=top_n_sigma json_schema=j json_schema_file=jf backend_sampling=bs
+    reverse_prompt=r kv_unified=kvu no_kv_unified=no_kvu mmproj=mm mmproj_url=mmu
+    mmproj_device=mmdev lookup_cache_static=lcs lookup_cache_dynamic=lcd ui=webui
+    ui_config=webui_config ui_config_file=webui_config_file ui_mcp_proxy=webui_mcp_proxy agent=ag
+    no_agent=no_ag log_verbosity=lv,verbosity log_verbose=v,verbose slot_prompt_similarity=sps
+    defrag_thold=dt help=h,usage cache_list=cl escape=e draft=draft_n,draft_max
+    draft_min=draft_n_min prompt=p file=f binary_file=bf rope_freq_base=rope_base
+"""
 ALIASES = {
     alias: name
-    for name, aliases in {
-        "threads": "t",
-        "threads_batch": "tb",
-        "cpu_mask": "C",
-        "cpu_range": "Cr",
-        "cpu_mask_batch": "Cb",
-        "cpu_range_batch": "Crb",
-        "batch_size": "b n_batch",
-        "ubatch_size": "ub n_ubatch",
-        "flash_attn": "fa",
-        "ctx_checkpoints": "ctxcp swa_checkpoints",
-        "checkpoint_min_step": "cms",
-        "cache_ram": "cram",
-        "load_mode": "lm",
-        "lazy_mode": "lzm",
-        "override_tensor": "ot",
-        "n_cpu_moe": "ncmoe",
-        "n_cpu_ffn": "ncffn",
-        "cpu_moe": "cmoe",
-        "fit_target": "fitt",
-        "fit_ctx": "fitc",
-        "alias": "a",
-        "timeout": "to",
-        "reasoning": "rea",
-        "special": "sp",
-        "kv_offload": "kvo",
-        "no_kv_offload": "nkvo",
-        "no_repack": "nr",
-        "cont_batching": "cb",
-        "no_cont_batching": "nocb",
-        "cache_type_k": "ctk type_k",
-        "cache_type_v": "ctv type_v",
-        "model": "m",
-        "model_url": "mu",
-        "docker_repo": "dr",
-        "hf_repo": "hf hfr",
-        "hf_file": "hff",
-        "hf_token": "hft",
-        "ctx_size": "c n_ctx",
-        "n_gpu_layers": "ngl gpu_layers",
-        "parallel": "np",
-        "tensor_split": "ts",
-        "split_mode": "sm",
-        "main_gpu": "mg",
-        "device": "dev",
-        "embeddings": "embedding",
-        "rerank": "reranking",
-        "predict": "n n_predict",
-        "temp": "temperature",
-        "seed": "s",
-        "typical": "typical_p",
-        "sampler_seq": "sampling_seq",
-        "logit_bias": "l",
-        "top_nsigma": "top_n_sigma",
-        "json_schema": "j",
-        "json_schema_file": "jf",
-        "backend_sampling": "bs",
-        "reverse_prompt": "r",
-        "kv_unified": "kvu",
-        "no_kv_unified": "no_kvu",
-        "mmproj": "mm",
-        "mmproj_url": "mmu",
-        "mmproj_device": "mmdev",
-        "lookup_cache_static": "lcs",
-        "lookup_cache_dynamic": "lcd",
-        "ui": "webui",
-        "ui_config": "webui_config",
-        "ui_config_file": "webui_config_file",
-        "ui_mcp_proxy": "webui_mcp_proxy",
-        "agent": "ag",
-        "no_agent": "no_ag",
-        "log_verbosity": "lv verbosity",
-        "log_verbose": "v verbose",
-        "slot_prompt_similarity": "sps",
-        "defrag_thold": "dt",
-        "help": "h usage",
-        "cache_list": "cl",
-        "escape": "e",
-        "draft": "draft_n draft_max",
-        "draft_min": "draft_n_min",
-        "prompt": "p",
-        "file": "f",
-        "binary_file": "bf",
-        "rope_freq_base": "rope_base",
-    }.items()
-    for alias in aliases.split()
+    for name, _, aliases in (option.partition("=") for option in _ALIASES.split())
+    for alias in aliases.split(",")
 }
 
 KIND = {name: kind for kind, names in FREE.items() for name in names.split()}

@@ -14,7 +14,7 @@ import pytest
 from llamatelemetry import GGUFFile, ModelNotFoundError, ParameterError
 from llamatelemetry.files.registry import TYPES
 from llamatelemetry.heads import texts
-from llamatelemetry.tools import parameters
+from llamatelemetry.tools import parameter_rules, parameters
 from llamatelemetry.tools.parameter_types import declared, fit, parameters_cell
 
 NOTEBOOKS = {
@@ -262,11 +262,11 @@ def test_the_same_vocabulary_is_the_same_pieces():
     class Silent(Model):
         pieces = []
 
-    assert parameters.differences(Model, Model) is None
-    assert "token 2 is 'd' instead of 'c'" in parameters.differences(
-        Model, Renamed, parameters.VOCABULARY
+    assert parameter_rules.differences(Model, Model) is None
+    assert "token 2 is 'd' instead of 'c'" in parameter_rules.differences(
+        Model, Renamed, parameter_rules.VOCABULARY
     )
-    assert "another vocabulary" in parameters.differences(Model, Silent)
+    assert "another vocabulary" in parameter_rules.differences(Model, Silent)
 
 
 class Engine:

@@ -29,6 +29,10 @@ TOKEN = (
 )
 
 
+# How Kaggle failed, for push and sessions alone, which know what to do about each; what reaches a
+# user is StageError, so these stay here and not in errors.
+
+
 class Passing(StageError):
     """Kaggle or the network failed in a way that may pass: 5xx, 429, no connection, a page that is
     no answer."""

@@ -1,5 +1,4 @@
-"""The engine of a Kaggle session: the best of those that are attached or installed, else one that is
-built there."""
+"""The engine of a Kaggle session: the best that is attached or installed, else one built there."""
 
 import json
 import re

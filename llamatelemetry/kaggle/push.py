@@ -1,10 +1,12 @@
 """`kaggle push`: staged folders to Kaggle, in the order in which they need one another.
 
 What Kaggle does, and where that was read:
-- a dataset answers 403 or 404 until its first version is processed, up to half an hour (Kaggle/kagglehub pull request
-  182, Kaggle/kaggle-cli issue 54), and "ready" may be that of the version before: the version's
-  number counts, as in the client's `dataset_status(format="json(status,current_version_number)")`;
-- a kernel whose dataset is not ready runs without it: "not valid dataset sources" (the client's `kernels_push_cli`).
+- a dataset answers 403 or 404 until its first version is processed, up to half an hour
+  (Kaggle/kagglehub pull request 182, Kaggle/kaggle-cli issue 54), and "ready" may be that of the
+  version before: the version's number counts, as in the client's
+  `dataset_status(format="json(status,current_version_number)")`;
+- a kernel whose dataset is not ready runs without it: "not valid dataset sources" (the client's
+  `kernels_push_cli`).
 
 What was sent is written to push.json beside the folders, before and after each step: a push that
 was stopped goes on."""

@@ -15,14 +15,7 @@ from ..tools import build
 SESSION_HOURS = 12
 
 
-# Folders
-
-# Secrets
-
-# The first cell
-
-
-def setup(make_engine=True):
+def setup(make_engine: bool = True) -> None:
     """Prepare this session: packages, engine, secrets, folders, the theme, and the GPU of this
     process.
 
@@ -44,12 +37,10 @@ def setup(make_engine=True):
         lines.append(install_engine(make_engine))
         if token := secret("HF_TOKEN"):
             os.environ["HF_TOKEN"] = token
-        keys = [
-            secret(label)
-            for label in ("Graphistry_Personal_Key_ID", "Graphistry_Personal_Secret_Key")
-        ]
+        names = ("Graphistry_Personal_Key_ID", "Graphistry_Personal_Secret_Key")
+        key, key_secret = (_there(secret(name)) for name in names)
         lines.append(
-            f"Secrets: HF_TOKEN {_there(token)}, Graphistry key {_there(keys[0])}, secret {_there(keys[1])}."
+            f"Secrets: HF_TOKEN {_there(token)}, Graphistry key {key}, secret {key_secret}."
             + " Kaggle gives none without the internet (Settings)." * places.silent
         )
         lines.append(_session_line())
@@ -59,18 +50,13 @@ def setup(make_engine=True):
             "`llamatelemetry doctor` says what else is missing."
         )
     else:
-        lines.append(
-            f"Engine: llama.cpp {engine['llama_cpp_commit'] or engine['llama_cpp_python']}."
-        )
+        version = engine["llama_cpp_commit"] or engine["llama_cpp_python"]
+        lines.append(f"Engine: llama.cpp {version}.")
     from ..views import theme  # Plotly may only just have been installed
 
     theme.setup()
-    for line in (
-        f"llamatelemetry {__version__}, ready in {time.monotonic() - started:.1f} s.",
-        *lines,
-        plan.line,
-    ):
-        print(line)
+    print(f"llamatelemetry {__version__}, ready in {time.monotonic() - started:.1f} s.")
+    print(*lines, plan.line, sep="\n")
 
 
 def _there(value):

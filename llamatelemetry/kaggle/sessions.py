@@ -2,13 +2,15 @@
 last lines.
 
 What Kaggle does, and where that was read:
-- two batch GPU sessions at a time, "Maximum batch GPU session count of 2 reached."; one that ended counts a little
-  longer (Kaggle/kaggle-cli issue 185, unslothai/unsloth pull request 9538);
-- a kernel that is refused while it is new leaves an empty notebook behind, and later pushes end with "Notebook not
-  found" until it is deleted (several users' logs of 2026): so room is made sure of before a push;
-- a running session reserves quota up to its limit: "projected to exceed maximum weekly GPU quota" (the same logs);
-- an account without a verified phone gets sessions without GPU and internet, and no word of it (Kaggle's forum,
-  product-feedback/451678; fastai/course-v3 issue 347; frederisk/kaggle-action);
+- two batch GPU sessions at a time, "Maximum batch GPU session count of 2 reached."; one that ended
+  counts a little longer (Kaggle/kaggle-cli issue 185, unslothai/unsloth pull request 9538);
+- a kernel that is refused while it is new leaves an empty notebook behind, and later pushes end
+  with "Notebook not found" until it is deleted (several users' logs of 2026): so room is made sure
+  of before a push;
+- a running session reserves quota up to its limit: "projected to exceed maximum weekly GPU quota"
+  (the same logs);
+- an account without a verified phone gets sessions without GPU and internet, and no word of it
+  (Kaggle's forum, product-feedback/451678; fastai/course-v3 issue 347; frederisk/kaggle-action);
 - the log comes a little after the end, as a JSON list of {stream_name, time, data}.
 """
 

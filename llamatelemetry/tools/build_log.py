@@ -36,8 +36,8 @@ _REASONS = [
     ),
     (
         r"CUDA::\w+\s+but the target was not found",
-        "The CUDA toolkit has nvcc, but not every library that llama.cpp links to: install the whole toolkit, or cuBLAS "
-        "and the runtime with their development files (Debian, Ubuntu: libcublas-dev-12-8 for CUDA 12.8).",
+        "The CUDA toolkit has nvcc, but not every library that llama.cpp links to: install the whole toolkit, or "
+        "cuBLAS and the runtime with their development files (Debian, Ubuntu: libcublas-dev-12-8 for CUDA 12.8).",
     ),
     (
         r"unsupported GNU version|Unsupported gpu architecture|nvcc fatal",

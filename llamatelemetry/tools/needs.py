@@ -38,34 +38,38 @@ def read(data):
         if kind not in (_DYNAMIC, _VERDEF, _VERNEED):
             continue
         texts = sections[link][4]
-
-        def text(index):
-            return data[texts + index : data.index(b"\0", texts + index)].decode()
-
         if kind == _DYNAMIC:
-            for tag, value in struct.iter_unpack(
-                "<QQ", data[offset : offset + length - length % 16]
-            ):
+            for tag, value in struct.iter_unpack("<QQ", data[offset : offset + length // 16 * 16]):
                 if tag == _NEEDED:
-                    found["needed"].append(text(value))
+                    found["needed"].append(_text(data, texts + value))
                 elif tag in (_RPATH, _RUNPATH):
-                    found["folders"] += text(value).split(":")
+                    found["folders"] += _text(data, texts + value).split(":")
         elif kind == _VERNEED:
-            for _ in range(info):
-                _, several, _, first, following = struct.unpack_from("<HHIII", data, offset)
-                at = offset + first
-                for _ in range(several):
-                    _, flags, _, name, step = struct.unpack_from("<IHHII", data, at)
-                    if not flags & _WEAK:
-                        found["versions"].append(text(name))
-                    at += step
-                offset += following
+            found["versions"] += [_text(data, texts + name) for name in _asked(data, offset, info)]
         else:
             for _ in range(info):
                 first, following = struct.unpack_from("<II", data, offset + 12)
-                found["defines"].append(text(struct.unpack_from("<I", data, offset + first)[0]))
+                (name,) = struct.unpack_from("<I", data, offset + first)
+                found["defines"].append(_text(data, texts + name))
                 offset += following
     return found
+
+
+def _text(data, at):
+    return data[at : data.index(b"\0", at)].decode()
+
+
+def _asked(data, offset, count):
+    """Places of the names of versions that must be there, in a section of `count` libraries."""
+    for _ in range(count):
+        _, several, _, first, following = struct.unpack_from("<HHIII", data, offset)
+        at = offset + first
+        for _ in range(several):
+            _, flags, _, name, step = struct.unpack_from("<IHHII", data, at)
+            if not flags & _WEAK:
+                yield name
+            at += step
+        offset += following
 
 
 def of(files):
