@@ -17,7 +17,7 @@ from llamatelemetry.heads import page as heads_pages
 from llamatelemetry.layers import figures as layers
 from llamatelemetry.layers import page as layers_pages
 from llamatelemetry.quantization import figures as quantization
-from llamatelemetry.quantization import inside_figures
+from llamatelemetry.quantization import page as quantization_page
 from llamatelemetry.views import text as drawn
 from llamatelemetry.views import theme
 from llamatelemetry.views.text import token_labels, token_text
@@ -350,16 +350,15 @@ def drift_tables():
 
 
 NAMED = {
-    "ladder": lambda: quantization.ladder(quality(), NAME),
-    "percentiles": lambda: quantization.percentiles(quality(), NAME),
+    "ladder": lambda: quantization.ladder(quality(), title=NAME),
+    "percentiles": lambda: quantization.percentiles(quality(), title=NAME),
     "pareto": lambda: quantization.pareto(
         quality(),
         {"size_bytes": pd.Series(True, index=quality().index)},
-        {"size_bytes": ("size (MB)", 1e-6)},
-        NAME,
+        title=NAME,
     ),
-    "drift": lambda: inside_figures.drift(drift_tables(), NAME),
-    "menu": lambda: inside_figures.attention_precision(
+    "drift": lambda: quantization.drift(drift_tables(), title=NAME),
+    "menu": lambda: quantization.attention(
         {
             name: xr.DataArray(
                 np.full((2, 3), 0.1), dims=("layer", "head"), coords={"layer": [0, 1]}
@@ -367,6 +366,7 @@ NAMED = {
             for name in (NAME, "Q4_0")
         },
         NAME,
+        title=NAME,
     ),
     "survival": lambda: heads.survival(
         pd.DataFrame({"labels": [3], "kept": 1, "lost": 1, "gained": 1}, index=["sink"]), NAME, NAME
@@ -484,8 +484,8 @@ PAGES = {
         LABELS,
     ),
     "answers": (
-        lambda: quantization.answers(
-            [{"prompt": NAME, "answers": {"reference": (PIECES, None)}}], NAME
+        lambda: quantization_page.answers(
+            [{"prompt": NAME, "answers": {"reference": (PIECES, None)}}], model=NAME
         ),
         "[document.querySelector('td.a').textContent]",
         [drawn.text_of(PIECES)],

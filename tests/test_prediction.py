@@ -24,10 +24,11 @@ from llamatelemetry.attention import (
 from llamatelemetry.capture.data import Capture
 from llamatelemetry.capture.finite import MISSING, check_finite, measured
 from llamatelemetry.capture.session import CaptureSession
+from llamatelemetry.compare.quality import divergence
 from llamatelemetry.errors import NotFiniteError
 from llamatelemetry.heads import semantic, similarity
 from llamatelemetry.layers import compare, routing, states
-from llamatelemetry.quantization import decision, inside
+from llamatelemetry.quantization import inside
 
 SHORT = [5, 9, 7, 6, 11]
 
@@ -255,7 +256,7 @@ def test_every_measure_refuses_what_is_no_number(stage, shape, measure, value):
     "measure",
     [
         lambda x: compare.output_change(x, x, PAIRS),
-        lambda x: decision.kl(x.values, x.values),
+        lambda x: divergence(x.values, x.values),
         lambda x: compare.answer_difference(x, (0, 1), 1),
         lambda x: output.sampled_probabilities(x[1]),
     ],

@@ -10,7 +10,11 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from llamatelemetry.quantization import decision, inside
+from llamatelemetry.convert.expand import quantized_types
+from llamatelemetry.maths import jensen_shannon
+from llamatelemetry.quantization import contents, decision, inside, tracing
+from llamatelemetry.quantization import tokens as token_tables
+from llamatelemetry.views.text import piece_kind
 
 
 def tensors(**rows):
@@ -54,9 +58,9 @@ def test_types_of_groups():
             }
         )
     )
-    assert inside.type_table({"a": file}).to_dict() == {"a": {"attn_q": "Q5_0 x2, Q8_0 x1"}}
-    assert inside.quantized_types(file) == ["Q5_0", "Q8_0"]
-    assert inside.quantized_types(File({"blk.0.attn_q.weight": np.ones((2, 2))})) == []
+    assert contents.type_table({"a": file}).to_dict() == {"a": {"attn_q": "Q5_0 x2, Q8_0 x1"}}
+    assert quantized_types(file) == ["Q5_0", "Q8_0"]
+    assert quantized_types(File({"blk.0.attn_q.weight": np.ones((2, 2))})) == []
 
 
 def test_weight_error_is_relative():
@@ -83,7 +87,7 @@ def test_an_expanded_file_is_found_out(kind, stored):
             qtype = gguf.GGMLQuantizationType[step]
             values = gguf.quants.dequantize(gguf.quants.quantize(values, qtype), qtype)
         weights[f"blk.{i}.attn_q.weight"] = values
-    share = inside.grid_share(File(weights))
+    share = contents.grid_share(File(weights))
     assert share > 0.4 if kind.startswith("Q") else share < 0.05
 
 
@@ -113,8 +117,8 @@ def test_embeddings_rotated_together_keep_their_neighbours():
     ],
 )
 def test_jensen_shannon(p, q_, expected):
-    assert inside.jensen_shannon(p, q_) == pytest.approx(expected, abs=1e-6)
-    assert inside.jensen_shannon(q_, p) == pytest.approx(expected, abs=1e-6)
+    assert jensen_shannon(p, q_) == pytest.approx(expected, abs=1e-6)
+    assert jensen_shannon(q_, p) == pytest.approx(expected, abs=1e-6)
 
 
 def test_attention_divergence_of_one_head():
@@ -188,7 +192,7 @@ def test_layers_put_together():
     ],
 )
 def test_kinds_of_pieces(piece, kind):
-    assert inside.piece_kind(piece) == kind
+    assert piece_kind(piece) == kind
 
 
 def test_vulnerable_tokens_add_up():
@@ -200,7 +204,7 @@ def test_vulnerable_tokens_add_up():
             "logprob_base": np.log([0.9, 0.1, 0.01, 0.6]),
         }
     )
-    table = inside.vulnerable_tokens(tokens)
+    table = token_tables.vulnerable_tokens(tokens)
     assert (
         table.loc[("x", "piece", "word"), "kld"] == 2
         and table.loc[("x", "piece", "number"), "share_of_kld"] == 0.4
@@ -222,7 +226,7 @@ def test_maps_find_the_part_that_was_broken():
     )
     kld = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)[1:].mean()
 
-    falls = decision.fall_map(
+    falls = tracing.fall_map(
         lambda part, layer: base if (part, layer) == ("ffn_out", 1) else broken,
         base,
         3,
@@ -236,7 +240,7 @@ def test_maps_find_the_part_that_was_broken():
     )
     assert (falls["fall"] == 0).sum() == 5 and falls.attrs["kld"] == pytest.approx(kld, rel=1e-5)
 
-    costs = decision.cost_map(
+    costs = tracing.cost_map(
         lambda part, layer: broken if (part, layer) == ("attn_out", 2) else base,
         base,
         3,
@@ -305,7 +309,44 @@ def test_pareto_and_decision():
     "a, b, expected", [([1, 2, 3], [1, 5, 3], 1), ([1, 2], [1, 2], None), ([1, 2], [1, 2, 3], None)]
 )
 def test_first_divergence(a, b, expected):
-    assert decision.first_divergence(a, b) == expected
+    assert token_tables.first_divergence(a, b) == expected
+
+
+def test_costs_join_the_losses():
+    quality = pd.DataFrame({"size_bytes": 5e6, "kld_mean": [0.012, 0.3]}, index=["a", "b"])
+    speed = pd.DataFrame(
+        {"gpu_bytes": [0.0, 7e6], "resident_bytes": 2e6 + 0.5, "generation_tps": [4.0, 8.0]},
+        index=["a", "b"],
+    )
+    table = decision.with_costs(quality, speed)
+    assert table["memory_bytes"].tolist() == [2e6 + 0.5, 7e6]
+    assert table["seconds_per_token"].tolist() == [0.25, 0.125]
+    assert decision.megabytes(table[["size_bytes"]])["size_MB"].tolist() == [5, 5]
+    budgets, limits = decision.steps(table)
+    assert (budgets, limits) == ([2e6 + 1, 7e6], [0.01, 0.3])
+    assert decision.decide(table, budgets, [0.02, 1]).values.tolist() == [["a", "a"], ["a", "a"]]
+
+
+def test_worst_tokens_stand_in_their_own_window():
+    rows = {"candidate": "x", "window": [0] * 9 + [1], "position": range(10), "kld": 0.0}
+    scored = pd.DataFrame(rows | {"logprob_base": -1.0, "logprob": -2.0, "top_base": 0, "top": 1})
+    scored["piece"] = [" a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
+    scored.loc[[8, 9], "kld"] = [2.0, 1.0]
+    table = token_tables.worst_tokens(scored, "x", ["é", "\n"], n=2)
+    assert table["before"].tolist() == ["␣abcdefgh", "∅"] and table["token"].tolist() == ["i", "j"]
+    assert table["reference expected"].tolist() == ["é"] * 2
+    assert table["file expected"].tolist() == ["⏎"] * 2
+
+
+def test_answers_are_held_against_the_reference():
+    def table(*ids):
+        return pd.DataFrame(
+            {"id": ids, "piece": list(map(str, ids)), "generated": [False] + [True] * 2}
+        )
+
+    (row,) = token_tables.answer_rows(["p"], {"reference": [table(1, 2, 3)], "x": [table(1, 2, 4)]})
+    assert row["prompt"] == "p" and row["answers"]["reference"] == (["2", "3"], None)
+    assert row["answers"]["x"] == (["2", "4"], 1)
 
 
 def test_ladder_names_what_is_out_of_order():

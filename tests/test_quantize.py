@@ -18,7 +18,7 @@ from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.compare.texts import load_text
 from llamatelemetry.convert import expand as module
 from llamatelemetry.convert import importance
-from llamatelemetry.convert.expand import expand, make_reference
+from llamatelemetry.convert.expand import expand, make_reference, reference_for
 from llamatelemetry.convert.importance import imatrix
 from llamatelemetry.convert.quantize import fallbacks, quantizations, quantize
 from llamatelemetry.errors import QuantizeError
@@ -224,6 +224,15 @@ def test_fallbacks_are_named(tmp_path):
         tmp_path / "plain.gguf", ["Q8_0"], width=96, file_type=gguf.LlamaFileType.MOSTLY_Q8_0
     )
     assert len(fallbacks(wide)) == len(fallbacks(plain)) == 0
+
+
+def test_the_reference_is_the_file_itself_or_its_stand_in(tmp_path):
+    quantized = GGUFFile(write(tmp_path / "in.gguf", ["Q4_0", "Q8_0"]))
+    stand_in = reference_for(quantized, tmp_path, seed=3)
+    assert stand_in.path == tmp_path / "in-noise-3-F32.gguf" and "not the original" in stand_in.name
+    made = stand_in.path.stat().st_mtime_ns
+    assert reference_for(quantized, tmp_path, seed=3).path.stat().st_mtime_ns == made
+    assert reference_for(stand_in, tmp_path) is stand_in
 
 
 def test_a_missing_tool_is_explained(monkeypatch):

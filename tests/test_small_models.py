@@ -24,13 +24,8 @@ from llamatelemetry.heads import say as heads_sentences
 from llamatelemetry.layers import compare, say, states
 from llamatelemetry.layers import figures as layer_figures
 from llamatelemetry.maths import rank_correlation, ratio
-from llamatelemetry.quantization import (
-    decision,
-    inside,
-)
-from llamatelemetry.quantization import (
-    say as quantization_words,
-)
+from llamatelemetry.quantization import inside, tracing
+from llamatelemetry.quantization import say as quantization_words
 from llamatelemetry.tools.notebooks import run_notebook
 from llamatelemetry.views import theme
 from llamatelemetry.views.sentences import some
@@ -100,9 +95,9 @@ def test_the_runs_of_one_model_say_the_same(engine):
 
 def test_a_divergence_of_nothing_has_no_shares():
     base = np.zeros((3, 5), np.float32)
-    table = decision.fall_map(lambda part, layer: base, base, 1, progress=False)
+    table = tracing.fall_map(lambda part, layer: base, base, 1, progress=False)
     assert table["share"].isna().all() and "nothing to give back" in quantization_words.falls(table)
-    costs = decision.cost_map(lambda part, layer: base, base, 1, progress=False)
+    costs = tracing.cost_map(lambda part, layer: base, base, 1, progress=False)
     assert "No part costs anything" in quantization_words.costs(costs, 0.0)
 
 

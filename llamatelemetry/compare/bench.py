@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,14 @@ from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment
 
 
-def bench(path, n_prompt=256, n_gen=32, repetitions=3, gpu_layers=None, threads=None):
+def bench(
+    path: str | Path,
+    n_prompt: int = 256,
+    n_gen: int = 32,
+    repetitions: int = 3,
+    gpu_layers: int | None = None,
+    threads: int | None = None,
+) -> dict[str, float]:
     """Tokens per second of a prompt of n_prompt tokens and of n_gen generated ones, by llama-bench.
 
     Dict: prompt_tps, prompt_tps_err, generation_tps, generation_tps_err (means and standard
@@ -26,23 +34,9 @@ def bench(path, n_prompt=256, n_gen=32, repetitions=3, gpu_layers=None, threads=
     make a context, the file in the page cache), resident_bytes (largest resident set of the
     process, the mapped file included) and gpu_bytes (largest, by NVML: 0 without a GPU, NaN where
     it does not say). Raises ModelLoadError for a file that llama.cpp does not load."""
-    command = [
-        tool("llama-bench"),
-        "-m",
-        str(path),
-        "-p",
-        str(n_prompt),
-        "-n",
-        str(n_gen),
-        "-r",
-        str(repetitions),
-        "-t",
-        str(threads or physical_cores()),
-        "-ngl",
-        str(999 if gpu_layers is None else gpu_layers),
-        "-o",
-        "json",
-    ]
+    options = {"-m": path, "-p": n_prompt, "-n": n_gen, "-r": repetitions, "-o": "json"}
+    options |= {"-t": threads or physical_cores(), "-ngl": _on_gpu(gpu_layers)}
+    command = [tool("llama-bench"), *(str(part) for pair in options.items() for part in pair)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, env=inference_environment()
@@ -63,7 +57,7 @@ def bench(path, n_prompt=256, n_gen=32, repetitions=3, gpu_layers=None, threads=
     }
 
 
-def speeds(runs):
+def speeds(runs: list[dict]) -> dict[str, float]:
     """llama-bench's JSON output -> prompt_tps, generation_tps and their *_err."""
     row = {}
     for run in runs:
@@ -72,16 +66,24 @@ def speeds(runs):
     return row
 
 
-def bench_all(paths, progress=True, **options):
+def bench_all(
+    paths: Iterable[str | Path],
+    n_prompt: int = 256,
+    n_gen: int = 32,
+    repetitions: int = 3,
+    gpu_layers: int | None = None,
+    threads: int | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
     """bench() of several files: DataFrame indexed by their names (files.labels)."""
     from tqdm.auto import tqdm
 
     paths = list(dict.fromkeys(map(Path, paths)))
-    measured = tqdm(
-        zip(labels(paths), paths), total=len(paths), desc="llama-bench", disable=not progress
-    )
-    rows = {name: bench(path, **options) for name, path in measured}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
+    rows = [
+        bench(path, n_prompt, n_gen, repetitions, gpu_layers, threads)
+        for path in tqdm(paths, desc="llama-bench", disable=not progress)
+    ]
+    return pd.DataFrame(rows, index=pd.Index(labels(paths), name="name"))
 
 
 _LOAD = """
@@ -94,17 +96,10 @@ print(json.dumps(time.perf_counter() - start))
 """
 
 
-def load_time(path, gpu_layers=None):
+def load_time(path: str | Path, gpu_layers: int | None = None) -> float:
     """Seconds from nothing to a context of 512 tokens, in a process of its own; its imports are not
     counted."""
-    command = [
-        sys.executable,
-        "-c",
-        _LOAD,
-        str(path),
-        str(physical_cores()),
-        str(999 if gpu_layers is None else gpu_layers),
-    ]
+    command = [sys.executable, "-c", _LOAD, str(path), str(physical_cores()), _on_gpu(gpu_layers)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=inference_environment(), errors="replace"
     )
@@ -114,6 +109,10 @@ def load_time(path, gpu_layers=None):
             f"{logs.last_words(done.stderr)[-800:]}"
         )
     return float(done.stdout.splitlines()[-1])
+
+
+def _on_gpu(layers):
+    return "999" if layers is None else str(layers)
 
 
 def _watch(process):

@@ -5,10 +5,16 @@ reference's log probabilities to 16 bits. Everything is in nats and fractions. P
 arrays."""
 
 import numpy as np
+import pandas as pd
 
-BLOCKS = (
-    64  # a row of logits is scanned once, as 64 interleaved blocks, for all of its largest values
-)
+from ..capture.finite import measured
+
+# A row of logits is scanned once, as 64 interleaved blocks, for all of its largest values.
+BLOCKS = 64
+ROWS = 8  # tokens at a time: their temporaries stay in the cores' caches
+# Nats. A mean divergence below this cannot be told from 0: logits are 32-bit floats, whose sums are
+# off by about 1e-6.
+NOISE = 1e-5
 PERCENTILES = {
     "max": 1.0,
     "p999": 0.999,
@@ -24,7 +30,7 @@ PERCENTILES = {
 }
 
 
-def top_k(logits, k=10):
+def top_k(logits: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """The k largest of each row, largest first and equal ones by id: values and ids, both (token,
     k).
 
@@ -52,14 +58,13 @@ class Reference:
     logits: (token, vocab) float32, kept as a view. targets: (token,) ids that came next.
     """
 
-    def __init__(self, logits, targets, k=10):
+    def __init__(self, logits: np.ndarray, targets: np.ndarray, k: int = 10):
         self.logits, self.targets, self.k = logits, np.asarray(targets), k
         values, self.top = top_k(logits, k)  # (token, k)
         shifted = logits - values[:, :1]  # (token, vocab)
         self.p = np.exp(shifted)
-        total = self.p.sum(
-            axis=1
-        )  # NumPy sums rows pairwise: 1e-7, where a running float32 sum of 50,000 has 1e-4
+        # NumPy sums rows pairwise: 1e-7, where a running float32 sum of 50,000 has 1e-4.
+        total = self.p.sum(axis=1)
         self.p /= total[:, None]
         self.lse = _lse(values, total)
         shifted *= self.p
@@ -69,7 +74,7 @@ class Reference:
         self.mass = self.p.sum(axis=1, dtype=np.float64)
         self.logprob = _pick(logits, self.targets) - self.lse
 
-    def compare(self, logits):
+    def compare(self, logits: np.ndarray) -> dict[str, np.ndarray]:
         """Per-token columns of one candidate's logits (token, vocab) for the same tokens: a dict of
         arrays (token,).
 
@@ -98,6 +103,20 @@ class Reference:
         }
 
 
+def divergence(base: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """KL divergence of each token's prediction from the reference's, nats (token,): the kld of
+    Reference alone. base, logits: (token, vocab) float32. NotFiniteError where one is no number."""
+    base, logits = measured(base), measured(logits)
+    parts = [slice(i, i + ROWS) for i in range(0, len(base), ROWS)]
+    nobody = np.zeros(ROWS, int)  # which token came next does not matter to it
+    return np.concatenate(
+        [
+            Reference(base[rows], nobody[: len(base[rows])], k=1).compare(logits[rows])["kld"]
+            for rows in parts
+        ]
+    )
+
+
 def _lse(values, total):
     """Log of the sum of exponentials, float64 (token,). values: (token, k), largest first; total:
     of exp(x - max)."""
@@ -108,7 +127,7 @@ def _pick(logits, targets):
     return logits[np.arange(len(targets)), targets].astype(np.float64)
 
 
-def mean_and_error(values):
+def mean_and_error(values: np.ndarray | pd.Series) -> tuple[float, float]:
     """Mean and its standard error, as llama-perplexity has them: 0 for the error of ten values or
     fewer."""
     values = np.asarray(values, dtype=np.float64)
@@ -118,7 +137,7 @@ def mean_and_error(values):
     return float(mean), float(error)
 
 
-def summarize(tokens, seed=0, resamples=1000):
+def summarize(tokens: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> dict[str, float]:
     """One row of numbers from a per-token table with columns window, logprob_base, logprob, kld,
     dp, same_top, ...
 
@@ -161,17 +180,16 @@ def _quantile(values, q):
 
 def _intervals(tokens, seed, resamples):
     windows = tokens.assign(log_ratio=tokens["logprob_base"] - tokens["logprob"]).groupby("window")
-    means = (
-        windows[["kld", "log_ratio", "same_top"]].mean().to_numpy(dtype=np.float64)
-    )  # windows are of equal length
-    names = ("kld_mean", "ppl_ratio", "same_top")
-    if len(means) < 2:
-        return {f"{name}_{end}": np.nan for name in names for end in ("low", "high")}
-    draws = np.random.default_rng(seed).integers(len(means), size=(resamples, len(means)))
-    low, high = np.quantile(means[draws].mean(axis=1), [0.025, 0.975], axis=0)  # (3,) each
-    low[1], high[1] = np.exp(low[1]), np.exp(high[1])
+    names = ["kld_mean", "ppl_ratio", "same_top"]
+    # Windows are of equal length: their means count alike.
+    means = windows[["kld", "log_ratio", "same_top"]].mean().to_numpy(dtype=np.float64)
+    ends = np.full((2, len(names)), np.nan)
+    if len(means) > 1:
+        draws = np.random.default_rng(seed).integers(len(means), size=(resamples, len(means)))
+        ends = np.quantile(means[draws].mean(axis=1), [0.025, 0.975], axis=0)
+        ends[:, 1] = np.exp(ends[:, 1])
     return {
-        f"{name}_{end}": v
-        for end, values in (("low", low), ("high", high))
-        for name, v in zip(names, values)
+        f"{name}_{end}": value
+        for end, values in zip(("low", "high"), ends)
+        for name, value in zip(names, values)
     }

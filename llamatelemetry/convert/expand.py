@@ -4,6 +4,7 @@ full-precision model."""
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from ..gpus.cores import physical_cores
 ROWS = 4096  # rows of a tensor that are dequantized at once: 4,096 x 4,096 float32 is 64 MiB
 WORKERS = 4  # blocks under way at a time
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes per weight
+# Bytes per block of 32 weights, the step in float16 first.
+SIMPLE = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
 SLACK = 64 << 20  # metadata, tokenizer and padding, in bytes
 
 
@@ -29,7 +32,13 @@ class Tensor(NamedTuple):
     shape: tuple
 
 
-def expand(src, dst, type="F32", progress=True):
+def quantized_types(file: GGUFFile) -> list[str]:
+    """Quantized types of a file's matrices, most frequent first; [] for a file of floats."""
+    matrices = file.tensors[file.tensors["shape"].map(len) > 1]
+    return [kind for kind in matrices["type"].value_counts().index if kind not in (*FLOATS, "F64")]
+
+
+def expand(src: str | Path, dst: str | Path, type: str = "F32", progress: bool = True) -> Path:
     """Dequantize every tensor of a GGUF file (of all parts of a split one) to F32, F16 or BF16 and
     keep its metadata.
 
@@ -45,7 +54,7 @@ def expand(src, dst, type="F32", progress=True):
     return _rewrite(src, dst, type, lambda tensor, start, values: values, {}, progress)
 
 
-def make_reference(src, dst, seed=0, progress=True):
+def make_reference(src: str | Path, dst: str | Path, seed: int = 0, progress: bool = True) -> Path:
     """Make a stand-in for the full-precision model that a quantized file came from: its weights
     plus uniform noise.
 
@@ -66,6 +75,15 @@ def make_reference(src, dst, seed=0, progress=True):
     return _rewrite(src, dst, "F32", noisy, {"general.name": note}, progress)
 
 
+def reference_for(file: GGUFFile, folder: str | Path, seed: int = 0) -> GGUFFile:
+    """What quantizations of a model are compared with: the file itself where its matrices are
+    floats, else its stand-in, made into `folder` unless it is there. Errors: make_reference's."""
+    if not quantized_types(file):
+        return file
+    stand_in = Path(folder) / f"{file.path.stem}-noise-{seed}-F32.gguf"
+    return GGUFFile(stand_in if stand_in.is_file() else make_reference(file.path, stand_in, seed))
+
+
 def _steps(tensor, start, rows):
     """The quantization step of every weight in these rows, float32 (rows, width); None for
     unquantized tensors."""
@@ -73,23 +91,14 @@ def _steps(tensor, start, rows):
     if kind in (*FLOATS, "F64"):
         return None
     raw = tensor.data.reshape(-1, tensor.data.shape[-1])[start : start + rows]
-    simple = {
-        "Q4_0": 18,
-        "Q4_1": 20,
-        "Q5_0": 22,
-        "Q5_1": 24,
-        "Q8_0": 34,
-    }  # bytes per block of 32; float16 step first
-    if kind in simple:
-        blocks = raw.reshape(rows, -1, simple[kind])
+    if kind in SIMPLE:
+        blocks = raw.reshape(rows, -1, SIMPLE[kind])
         step = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
         step = np.repeat(step.astype(np.float32), 32, axis=-1)
-    elif kind in (
-        "Q4_K",
-        "Q5_K",
-    ):  # 256 weights: d and dmin in float16, then 12 bytes of 6-bit scales and minima
+    elif kind in ("Q4_K", "Q5_K"):
         from gguf.quants import Q4_K
 
+        # 256 weights: d and dmin in float16, then 12 bytes of 6-bit scales and minima.
         blocks = raw.reshape(-1, {"Q4_K": 144, "Q5_K": 176}[kind])
         d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
         scale, _ = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
@@ -112,49 +121,50 @@ def _rewrite(src, dst, type, change, metadata, progress):
     from tqdm.auto import tqdm
 
     source, dst = open_model(src), path_of(dst, QuantizeError)
-    kinds = {
-        name: type if len(shape) > 1 else "F32" for name, shape in source.tensors["shape"].items()
-    }
-    need = sum(int(n) * FLOATS[kinds[name]] for name, n in source.tensors["n_elements"].items())
-    with written(
-        dst, inputs=[src], need=need + SLACK, model=True, error=QuantizeError
-    ) as temporary:
+    # Vectors stay F32.
+    kinds = source.tensors["shape"].map(lambda shape: type if len(shape) > 1 else "F32")
+    need = int((source.tensors["n_elements"] * kinds.map(FLOATS)).sum()) + SLACK
+    with written(dst, inputs=[src], need=need, model=True, error=QuantizeError) as temporary:
         writer = gguf.GGUFWriter(temporary, source.architecture)
         try:
             ftype = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[type]
-            _copy_metadata(
-                source, writer, metadata | {"general.file_type": int(gguf.LlamaFileType[ftype])}
-            )
+            metadata = metadata | {"general.file_type": int(gguf.LlamaFileType[ftype])}
+            _copy_metadata(source, writer, metadata)
             for name, shape, n in source.tensors[["shape", "n_elements"]].itertuples():
-                kind = gguf.GGMLQuantizationType[kinds[name]]
-                dtype = np.dtype(
-                    {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind.name]
-                )
-                raw_dtype = None if kind.name != "BF16" else kind
-                writer.add_tensor_info(
-                    name, shape, dtype, n * FLOATS[kind.name], raw_dtype=raw_dtype
-                )
+                _announce(writer, name, shape, n, kinds[name])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            file = writer.fout[0]
-            names = tqdm(
-                source.tensors.index, desc=shown(dst.name), unit="tensor", disable=not progress
-            )
+            names = tqdm(kinds.index, desc=shown(dst.name), unit="tensor", disable=not progress)
             with ThreadPoolExecutor(min(WORKERS, physical_cores())) as pool:
                 for name in names:
-                    writer.write_padding(file, file.tell())
                     tensor = Tensor(name, *source.raw(name))
-                    blocks = range(0, len(tensor.data), ROWS)
-                    job = partial(_block, tensor, change, gguf.GGMLQuantizationType[kinds[name]])
-                    for done in in_order(pool, job, blocks, WORKERS):
-                        file.write(done)
-                    writer.write_padding(file, file.tell())
+                    _write_tensor(writer, tensor, kinds[name], change, pool)
         except NotImplementedError:
             raise unreadable(name, source.tensors["type"][name]) from None
         finally:
             writer.close()
     return dst
+
+
+def _announce(writer, name, shape, n, kind):
+    from gguf import GGMLQuantizationType
+
+    dtype = np.dtype({"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind])
+    raw_dtype = GGMLQuantizationType.BF16 if kind == "BF16" else None
+    writer.add_tensor_info(name, shape, dtype, n * FLOATS[kind], raw_dtype=raw_dtype)
+
+
+def _write_tensor(writer, tensor, kind, change, pool):
+    from gguf import GGMLQuantizationType
+
+    file = writer.fout[0]
+    writer.write_padding(file, file.tell())
+    blocks = range(0, len(tensor.data), ROWS)
+    job = partial(_block, tensor, change, GGMLQuantizationType[kind])
+    for done in in_order(pool, job, blocks, WORKERS):
+        file.write(done)
+    writer.write_padding(file, file.tell())
 
 
 def _block(tensor, change, kind, start):
@@ -181,26 +191,23 @@ def in_order(pool, job, items, ahead):
 def _copy_metadata(source, writer, metadata):
     import gguf
 
-    array = gguf.GGUFValueType.ARRAY
     for key, value in source.metadata.items():
-        if key in ("general.architecture", *metadata) or key.startswith(
-            "split."
-        ):  # one file comes out of all parts
+        # One file comes out of all parts of a split one.
+        if key in ("general.architecture", *metadata) or key.startswith("split."):
             continue
         if key == "general.alignment":
             writer.add_custom_alignment(value)
             continue
-        kind, inner = (
-            source.kinds[key] if isinstance(source.kinds[key], tuple) else (source.kinds[key], None)
-        )
-        if kind == array and not value:  # the writer refuses to write an empty array
-            continue
-        writer.add_key_value(key, value, kind, sub_type=inner)
+        kind = source.kinds[key]
+        kind, inner = kind if isinstance(kind, tuple) else (kind, None)
+        # The writer refuses to write an empty array.
+        if kind != gguf.GGUFValueType.ARRAY or value:
+            writer.add_key_value(key, value, kind, sub_type=inner)
     for key, value in metadata.items():
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
 
 
-def open_model(path):
+def open_model(path: str | Path) -> GGUFFile:
     """The file as a GGUFFile, or a typed error."""
     try:
         return GGUFFile(path)

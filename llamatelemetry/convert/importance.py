@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..compare.texts import load_text, place
 from ..errors import ModelLoadError, ModelNotFoundError, QuantizeError, shown
+from ..files.gguf import GGUFFile
 from ..files.header import Header
 from ..files.outputs import path_of, written
 from ..files.programs import tool
@@ -23,7 +24,14 @@ SUMS = ".in_sum2"  # llama-imatrix: sums of squared activations, (matrices, widt
 APART = re.compile(r"^(output|token_embd|per_layer_token_embd|position_embd|token_types)\.")
 
 
-def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
+def imatrix(
+    model: str | Path,
+    text: str | Path,
+    dst: str | Path,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    progress: bool = True,
+) -> Path:
     """Compute an importance matrix (mean squared activation per input column) of a model on a text,
     by llama-imatrix.
 
@@ -34,32 +42,17 @@ def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
     model, dst = path_of(model, ModelNotFoundError), path_of(dst, QuantizeError)
     open_model(model)
     file = place(text)
-    output = {
-        "inputs": [model, file],
-        "need": SLACK,
-        "model": is_one(dst),
-        "error": QuantizeError,
-    }
+    output = dict(inputs=[model, file], need=SLACK, model=is_one(dst), error=QuantizeError)
     with tempfile.TemporaryDirectory() as folder, written(dst, **output) as temporary:
         path = Path(folder) / "text.txt"
         path.write_bytes(load_text(text).encode())  # line ends stay as they are
         # llama-imatrix chooses its format by the file's ending.
         out = Path(folder) / "imatrix.gguf"
-        options = {
-            "-m": model,
-            "-f": path,
-            "-o": out,
-            "-c": n_ctx,
-            "-b": n_ctx,
-            "-t": physical_cores(),
-        }
-        options |= {"--chunks": chunks} if chunks else {}
+        command = [tool("llama-imatrix"), "--no-ppl", "-m", model, "-f", path, "-o", out]
+        command += ["-c", n_ctx, "-b", n_ctx, "-t", physical_cores()]
+        command += ["--chunks", chunks] if chunks else []
         words = run_tool(
-            [
-                tool("llama-imatrix"),
-                "--no-ppl",
-                *(str(part) for option in options.items() for part in option),
-            ],
+            list(map(str, command)),
             f"compute an importance matrix of {shown(model)}",
             step=r"\[(\d+)\]",
             total=r"over (\d+) chunks",
@@ -68,14 +61,13 @@ def imatrix(model, text, dst, n_ctx=512, chunks=None, progress=True):
         )
         if not out.is_file():
             reason = re.search(r"you need at least.*", words)
-            raise QuantizeError(
-                f"llama-imatrix wrote nothing: {reason[0] if reason else words[-800:]}"
-            )
+            said = reason[0] if reason else words[-800:]
+            raise QuantizeError(f"llama-imatrix wrote nothing: {said}")
         shutil.copy(out, temporary)
     return dst
 
 
-def entries(path):
+def entries(path: str | Path) -> dict[str, int]:
     """{tensor name: number of its values} of an importance matrix, GGUF or of llama.cpp's former
     format.
 
@@ -89,7 +81,7 @@ def entries(path):
         return _of_former_format(file.read(), path)
 
 
-def is_one(path):
+def is_one(path: str | Path) -> bool:
     """Whether an importance matrix is there."""
     try:
         return bool(entries(path))
@@ -97,7 +89,7 @@ def is_one(path):
         return False
 
 
-def check(model, path):
+def check(model: GGUFFile, path: str | Path) -> None:
     """Say with a warning where an importance matrix fits only a part of `model` (a GGUFFile).
 
     A matrix of the model takes part where the file has its name with one value per column (and
@@ -128,9 +120,8 @@ def check(model, path):
         )
     lost = [name for name in wanted if name not in there]
     if lost or foreign:
-        apart = [f"without one: {_some(lost)}"] * bool(lost) + [
-            f"not of this model: {_some(foreign)}"
-        ] * bool(foreign)
+        apart = [f"without one: {_some(lost)}"] if lost else []
+        apart += [f"not of this model: {_some(foreign)}"] if foreign else []
         warnings.warn(
             f"{told}; {'; '.join(apart)}. Where it has none the weights count alike. One that fits is made "
             "with imatrix(model, text, dst).",

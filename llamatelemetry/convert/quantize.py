@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from ..files.programs import tool
 from ..files.registry import TYPES
 from ..gpus.cores import physical_cores
 from . import importance
-from .expand import FLOATS, SLACK, open_model
+from .expand import SLACK, open_model, quantized_types
 from .run import run_tool
 
 _NEEDS_MATRIX = "will require an imatrix"  # what llama-quantize says in a dry run
@@ -28,7 +29,15 @@ STANDS_FOR = {
 }
 
 
-def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pure=False):
+def quantize(
+    src: str | Path,
+    dst: str | Path,
+    type: str,
+    imatrix: str | Path | None = None,
+    tensor_types: dict[str, str] | None = None,
+    progress: bool = True,
+    pure: bool = False,
+) -> Path:
     """Quantize a GGUF file with llama-quantize, in a process of its own.
 
     type: a type that llama-quantize knows ("Q4_K_M", "IQ3_XS", "Q8_0", ...). imatrix: a file made
@@ -49,8 +58,7 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     source = open_model(src)
     if imatrix is not None:
         importance.check(source, imatrix)
-    kinds = set(source.tensors["type"][source.tensors["shape"].map(len) > 1])
-    if kinds - {*FLOATS, "F64"}:
+    if kinds := quantized_types(source):
         warnings.warn(
             f"{shown(src)} is quantized already ({', '.join(sorted(kinds))}): requantizing it is not what "
             f"quantizing its original to {type} would give.",
@@ -88,7 +96,7 @@ def quantize(src, dst, type, imatrix=None, tensor_types=None, progress=True, pur
     return dst
 
 
-def needs_imatrix(src, type):
+def needs_imatrix(src: str | Path, type: str) -> bool:
     """Whether llama-quantize makes this type of a file only with an importance matrix: a dry run, a
     tenth of a second.
 
@@ -98,7 +106,13 @@ def needs_imatrix(src, type):
     return _NEEDS_MATRIX in run_tool(command, f"quantize {shown(src)} to {type}")
 
 
-def quantizations(reference, wanted, folder, imatrix=None, progress=True):
+def quantizations(
+    reference: str | Path,
+    wanted: Iterable[str | Path],
+    folder: str | Path,
+    imatrix: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Path]:
     """A file for each of `wanted`: {name: path}, the names those of files.labels.
 
     A type ("Q4_K_M") is made from `reference` into `folder`, unless a file that was made from it is
@@ -136,7 +150,7 @@ def _made_from(path, inputs):
         return False  # half a file of a process that was killed
 
 
-def fallbacks(path):
+def fallbacks(path: str | Path) -> pd.DataFrame:
     """Tensors that are not of the type the file is named after because their rows do not fit its
     blocks.
 
@@ -148,15 +162,7 @@ def fallbacks(path):
     if "_K" in asked or asked.startswith(("IQ1", "IQ2", "IQ3", "IQ4_XS", "TQ")):
         for name, kind, shape in file.tensors[["type", "shape"]].itertuples():
             if len(shape) > 1 and shape[-1] % 256 and kind in STANDS_FOR:
-                rows.append(
-                    (
-                        name,
-                        kind,
-                        STANDS_FOR[kind],
-                        shape[-1],
-                        f"{shape[-1]} is not a multiple of 256",
-                    )
-                )
-    return pd.DataFrame(
-        rows, columns=["tensor", "type", "instead_of", "row_width", "why"]
-    ).set_index("tensor")
+                why = f"{shape[-1]} is not a multiple of 256"
+                rows.append((name, kind, STANDS_FOR[kind], shape[-1], why))
+    columns = ["tensor", "type", "instead_of", "row_width", "why"]
+    return pd.DataFrame(rows, columns=columns).set_index("tensor")

@@ -9,7 +9,14 @@ from ..errors import ModelLoadError, QuantizeError
 from ..options import environment
 
 
-def run_tool(command, what, step=None, total=None, bar="", progress=False):
+def run_tool(
+    command: list[str],
+    what: str,
+    step: str | None = None,
+    total: str | None = None,
+    bar: str = "",
+    progress: bool = False,
+) -> str:
     """Run a tool, with a progress bar from its own output; returns that output.
 
     step: a regular expression whose group 1 is the step reached, and group 2 the total unless
@@ -27,9 +34,8 @@ def run_tool(command, what, step=None, total=None, bar="", progress=False):
     try:
         with tqdm(desc=bar, disable=not (progress and step)) as meter:
             pending = ""
-            while chunk := process.stdout.read1(
-                4096
-            ):  # llama-imatrix reports its steps without ending the line
+            # llama-imatrix reports its steps without ending the line.
+            while chunk := process.stdout.read1(4096):
                 pending += chunk.decode("utf-8", "replace")
                 *lines, pending = pending.split("\n")
                 tail.extend(lines)
@@ -50,12 +56,9 @@ def run_tool(command, what, step=None, total=None, bar="", progress=False):
     words = "\n".join(tail)
     if code:
         ending = f"signal {-code}" if code < 0 else f"exit status {code}"
-        error = (
-            ModelLoadError
-            if "failed to load model" in words or "failed to read" in words
-            else QuantizeError
-        )
+        unread = "failed to load model" in words or "failed to read" in words
+        error = ModelLoadError if unread else QuantizeError
         why = logs.reason(words, killed=code < 0)
-        tail = logs.last_words(words)[-1200:]
-        raise error(f"Could not {what} ({ending}{why and f': {why}'}). Its last words:\n{tail}")
+        last = logs.last_words(words)[-1200:]
+        raise error(f"Could not {what} ({ending}{why and f': {why}'}). Its last words:\n{last}")
     return words

@@ -1,82 +1,20 @@
-"""Which parts of a quantized model cost the answer, and which file to take. Pure functions."""
+"""Which parts of a quantized model to keep at higher precision, and which file to take. Pure
+functions on tables."""
 
 import re
 
 import numpy as np
 import pandas as pd
 
-from ..capture.finite import measured
-from ..compare.quality import Reference
-from ..maths import ratio
+from .tracing import PARTS
 
-# Nats. A mean divergence below this cannot be told from 0: logits are 32-bit floats, whose sums are
-# off by about 1e-6.
-NOISE = 1e-5
-PARTS = {"attn_out": "attention", "ffn_out": "FFN"}
 # Tensors behind each part, as a regular expression for `--tensor-type`.
 TENSORS = {"attn_out": r"attn_(q|k|v|qkv|output)", "ffn_out": r"ffn_(up|gate|down)"}
 
 
-def kl(base, logits, targets=None):
-    """KL divergence of each position's prediction from the reference's, nats (token,). base,
-    logits: (token, vocab)."""
-    base, logits = measured(base), measured(logits)
-    targets = np.zeros(len(base), int) if targets is None else targets
-    return np.concatenate(
-        [
-            Reference(base[i : i + 8], targets[i : i + 8], k=1).compare(logits[i : i + 8])["kld"]
-            for i in range(0, len(base), 8)
-        ]
-    )
-
-
-def fall_map(run, base, n_layer, parts=tuple(PARTS), layers=None, progress=True):
-    """What the answer gains when one part of one layer is given back to the quantized model.
-
-    Activation patching (Meng et al. 2022, "Locating and editing factual associations in GPT") with
-    the reference as the clean run: the part's output at all positions is replaced by what the
-    reference had there, and the KL divergence from the reference's predictions is measured again.
-    What falls is the part's own error and what it had inherited, with their interplay with every
-    other error of the model.
-
-    run(part, layer) -> logits (token, vocab) of the quantized model, patched; run(None, None)
-    unpatched. base: the reference's logits. DataFrame: part, layer, kld (patched), fall (nats),
-    share (of the unpatched; NaN where that is no more than NOISE). attrs["kld"]: the unpatched
-    mean. The first position, which sees one token, is left out."""
-    before = kl(base[1:], run(None, None)[1:]).mean()
-    table = _every_part(run, base, n_layer, parts, layers, progress, "give back")
-    table["fall"] = before - table["kld"]
-    table["share"] = ratio(table["fall"], before, NOISE)
-    table.attrs["kld"] = float(before)
-    return table
-
-
-def cost_map(run, base, n_layer, parts=tuple(PARTS), layers=None, progress=True):
-    """What the answer loses when one part of one layer alone is quantized: nothing is inherited,
-    nothing interferes.
-
-    run(part, layer) -> logits (token, vocab) of the reference with that part's output replaced by
-    what the quantized part makes of the reference's own input. To second order in the errors these
-    costs are the diagonal of the divergence, free of the cross terms that fall_map holds.
-    DataFrame: part, layer, kld, cost (the same, nats)."""
-    table = _every_part(run, base, n_layer, parts, layers, progress, "quantize alone")
-    return table.assign(cost=table["kld"])
-
-
-def _every_part(run, base, n_layer, parts, layers, progress, what):
-    from tqdm.auto import tqdm
-
-    todo = [
-        (part, layer) for layer in (range(n_layer) if layers is None else layers) for part in parts
-    ]
-    rows = [
-        (part, layer, kl(base[1:], run(part, layer)[1:]).mean())
-        for part, layer in tqdm(todo, desc=what, unit="run", disable=not progress)
-    ]
-    return pd.DataFrame(rows, columns=["part", "layer", "kld"])
-
-
-def recommend(costs, tensors, keep=8, type="Q8_0", bits=8.5):
+def recommend(
+    costs: pd.DataFrame, tensors: pd.DataFrame, keep: int = 8, type: str = "Q8_0", bits: float = 8.5
+) -> pd.DataFrame:
     """The parts to keep at higher precision: those that cost the answer most per byte that keeping
     them adds.
 
@@ -96,7 +34,13 @@ def recommend(costs, tensors, keep=8, type="Q8_0", bits=8.5):
     return table.sort_values("cost_per_MiB", ascending=False).head(keep).reset_index(drop=True)
 
 
-def control(costs, tensors, chosen, type="Q8_0", bits=8.5):
+def control(
+    costs: pd.DataFrame,
+    tensors: pd.DataFrame,
+    chosen: pd.DataFrame,
+    type: str = "Q8_0",
+    bits: float = 8.5,
+) -> pd.DataFrame:
     """As many parts of each kind as were chosen, the cheapest of those left: what the
     recommendation must beat."""
     everything = recommend(costs, tensors, keep=len(costs), type=type, bits=bits)
@@ -104,12 +48,11 @@ def control(costs, tensors, chosen, type="Q8_0", bits=8.5):
     parts = [
         left[left["part"] == part].head(n) for part, n in chosen["part"].value_counts().items()
     ]
-    return pd.concat(
-        [left.head(0), *parts], ignore_index=True
-    )  # empty where no part of the kind is left
+    # Without rows where no part of the kind is left.
+    return pd.concat([left.head(0), *parts], ignore_index=True)
 
 
-def explicit_types(tensors, chosen):
+def explicit_types(tensors: pd.DataFrame, chosen: pd.DataFrame) -> dict[str, str]:
     """The chosen parts at their type and every other quantized matrix at the type it has: {pattern:
     type}, in order.
 
@@ -123,7 +66,23 @@ def explicit_types(tensors, chosen):
     return kept | {f"^{re.escape(name)}$": kind for name, kind in matrices["type"].items()}
 
 
-def pareto(table, cost, loss):
+def with_costs(quality: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
+    """What each file loses and what it costs: a Comparison's rows joined with bench_all's, and
+    memory_bytes (on the GPU where the driver reports any, else resident), seconds_per_token."""
+    table = pd.DataFrame(quality).join(speed)
+    on_gpu = table["gpu_bytes"] > 0
+    table["memory_bytes"] = table["gpu_bytes"].where(on_gpu, table["resident_bytes"])
+    return table.assign(seconds_per_token=1 / table["generation_tps"])
+
+
+def megabytes(table: pd.DataFrame) -> pd.DataFrame:
+    """A table to be shown: its columns of bytes in MB, and named so."""
+    columns = [name for name in table if name.endswith("_bytes")]
+    shown = table.assign(**{name: table[name] / 1e6 for name in columns})
+    return shown.rename(columns={name: name.removesuffix("bytes") + "MB" for name in columns})
+
+
+def pareto(table: pd.DataFrame, cost: str, loss: str = "kld_mean") -> pd.Series:
     """True for rows that no other row beats in both: at most its cost and at most its loss, and one
     of them less.
 
@@ -137,16 +96,31 @@ def pareto(table, cost, loss):
     return pd.Series(front, index=table.index, name="pareto")
 
 
-def decide(table, memory, limits, need="memory_bytes", loss="kld_mean", prefer="kld_mean"):
+def steps(
+    table: pd.DataFrame, need: str = "memory_bytes", loss: str = "kld_mean"
+) -> tuple[list[float], list[float]]:
+    """Where a decision can turn: the memory that each file needs, and a round number of nats above
+    each file's divergence."""
+    above = {float(f"{value * 1.1:.1g}") for value in table[loss]}
+    return sorted(np.ceil(table[need])), sorted(above)
+
+
+def decide(
+    table: pd.DataFrame,
+    memory: list[float],
+    limits: list[float],
+    need: str = "memory_bytes",
+    loss: str = "kld_mean",
+) -> pd.DataFrame:
     """Given this much memory and at most this much divergence, which file: DataFrame (memory,
     limit) of names.
 
     memory: budgets in bytes; limits: largest mean KL divergence in nats. The fitting file with the
-    least `prefer`, or "none" where there is none."""
+    least divergence, or "none" where there is none."""
 
     def best(budget, limit):
         fits = table[(table[need] <= budget) & (table[loss] <= limit)]
-        return fits[prefer].idxmin() if len(fits) else "none"
+        return fits[loss].idxmin() if len(fits) else "none"
 
     return pd.DataFrame(
         [[best(budget, limit) for limit in limits] for budget in memory],
@@ -155,15 +129,9 @@ def decide(table, memory, limits, need="memory_bytes", loss="kld_mean", prefer="
     )
 
 
-def first_divergence(base, ids):
-    """Index of the first generated token that differs, or None if one sequence is a beginning of
-    the other."""
-    n = min(len(base), len(ids))
-    different = np.flatnonzero(np.asarray(base[:n]) != np.asarray(ids[:n]))
-    return int(different[0]) if len(different) else None
-
-
-def ladder(table, by="bits_per_weight", loss="kld_mean"):
+def ladder(
+    table: pd.DataFrame, by: str = "bits_per_weight", loss: str = "kld_mean"
+) -> list[tuple[str, str]]:
     """Neighbouring pairs out of order, more bits per weight yet more divergence: list of (larger,
     smaller)."""
     ordered = table.dropna(subset=[by, loss]).sort_values(by)

@@ -1,21 +1,38 @@
-"""Figures of notebook 16: what quantization costs, where, and what it saves. Arrays and tables in,
-Plotly out."""
+"""Figures of notebook 16: what quantization costs, where in the model, and what it saves.
+
+Arrays and tables in, Plotly figures out. Tables come by the file's name; title: plain text."""
+
+from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+import xarray as xr
 from plotly.subplots import make_subplots
 
 from ..views import theme
-from ..views.page import Page
-from ..views.text import html, plotly, text_of, whole_characters
+from ..views.text import plotly
+
+Tables = Mapping[str, pd.DataFrame]
+KLD = "mean KL divergence (nats, log scale)"
+PARTS = {
+    "attn_out": ("attention", theme.COLOR["attention"]),
+    "ffn_out": ("FFN", theme.COLOR["ffn"]),
+}
+# What a file may cost: column -> axis title, and factor from the column's unit.
+COSTS = {
+    "size_bytes": ("size (MB)", 1e-6),
+    "seconds_per_token": ("generation (ms per token)", 1e3),
+    "memory_bytes": ("memory (MB)", 1e-6),
+}
 
 
-def colors(names):
+def colors(names) -> dict[str, str]:
     """The same colour for the same file in every figure: by its place in the list of files."""
     return {name: theme.CATEGORIES[i % len(theme.CATEGORIES)] for i, name in enumerate(names)}
 
 
-def decades(figure, **where):
+def decades(figure: go.Figure, **where) -> go.Figure:
     """theme.decades with a faint grid between the powers of ten."""
     minor = dict(showgrid=True, gridcolor="rgba(128,128,128,0.1)")
     return theme.decades(figure, **where).update_yaxes(minor=minor, **where)
@@ -25,90 +42,71 @@ def _figure(title, x, y, **layout):
     return go.Figure(layout=dict(**theme.titled(title), xaxis_title=x, yaxis_title=y, **layout))
 
 
-def ladder(table, model):
+def ladder(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Mean KL divergence against real bits per weight, with the 95% interval by window where there
     is one.
 
     table: a Comparison or DataFrame with bits_per_weight, kld_mean, kld_mean_low, kld_mean_high,
     indexed by file."""
-    figure = _figure(
-        f"Divergence from the reference by real bits per weight: {model}",
-        "bits per weight",
-        "mean KL divergence (nats, log scale)",
-    )
-    color, measured = colors(table.index), table.dropna(subset="kld_mean")
-    for name, row in measured.iterrows():
-        low, high = (
-            row["kld_mean"] if np.isnan(row[f"kld_mean_{end}"]) else row[f"kld_mean_{end}"]
-            for end in ("low", "high")
-        )
+    figure = _figure(title, "bits per weight", KLD)
+    color, drawn = colors(table.index), table.dropna(subset="kld_mean")
+    for name, row in drawn.iterrows():
+        kld, ends = row["kld_mean"], (row["kld_mean_low"], row["kld_mean_high"])
+        low, high = (kld if np.isnan(end) else end for end in ends)
         figure.add_scatter(
             x=[row["bits_per_weight"]],
-            y=[max(row["kld_mean"], 1e-9)],
+            y=[max(kld, 1e-9)],
             name=plotly(name),
             mode="markers+text",
             text=[f"  {plotly(name)}"],
             textposition="middle right",  # beside the interval, not on it
             marker=dict(size=11, color=color[name]),
             showlegend=False,
-            error_y=dict(
-                array=[high - row["kld_mean"]], arrayminus=[row["kld_mean"] - low], type="data"
-            ),
+            error_y=dict(array=[high - kld], arrayminus=[kld - low], type="data"),
             hovertemplate=f"{plotly(name)}<br>%{{x:.3f}} bits per weight<br>KLD %{{y:.5g}} nats"
             f"<br>95% by window: {low:.5g} to {high:.5g}<extra></extra>",
         )
-    bits = measured["bits_per_weight"]
-    if len(bits):
-        step = (bits.max() - bits.min() or 1) / 20
-        figure.update_xaxes(
-            range=[bits.min() - step, bits.max() + 3 * step]
-        )  # room for the last name
+    if len(drawn):
+        low, high = drawn["bits_per_weight"].min(), drawn["bits_per_weight"].max()
+        step = (high - low or 1) / 20
+        figure.update_xaxes(range=[low - step, high + 3 * step])  # room for the last name
     return decades(figure)
 
 
-def percentiles(table, model):
-    """Percentiles of the per-token KL divergence, one line per file."""
-    steps = {
-        "min": "min",
-        "p05": "5",
-        "p10": "10",
-        "median": "50",
-        "p90": "90",
-        "p95": "95",
-        "p99": "99",
-        "p999": "99.9",
-        "max": "max",
-    }
-    figure = _figure(
-        f"KL divergence per token, by percentile: {model}",
-        "percentile of the scored tokens",
-        "KL divergence (nats, log scale)",
+def percentiles(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """Percentiles of the per-token KL divergence, one line per file. table: as for ladder."""
+    steps = dict(
+        min="min",
+        p05="5",
+        p10="10",
+        median="50",
+        p90="90",
+        p95="95",
+        p99="99",
+        p999="99.9",
+        max="max",
     )
+    axis = "percentile of the scored tokens"
+    figure = _figure(title, axis, "KL divergence (nats, log scale)")
     color = colors(table.index)
     for name, row in table.dropna(subset="kld_mean").iterrows():
-        values = np.maximum(row[[f"kld_{key}" for key in steps]].to_numpy(float), 1e-7)
+        values = row[[f"kld_{step}" for step in steps]].to_numpy(float)
         figure.add_scatter(
             x=list(steps.values()),
-            y=values,
+            y=np.maximum(values, 1e-7),
             name=plotly(name),
             mode="lines+markers",
             line_color=color[name],
-            hovertemplate="percentile %{x}<br>%{y:.4g} nats<extra>" + plotly(name) + "</extra>",
+            hovertemplate=f"percentile %{{x}}<br>%{{y:.4g}} nats<extra>{plotly(name)}</extra>",
         )
     return decades(figure).update_xaxes(type="category")
 
 
-def token_kinds(kinds, by, model):
+def token_kinds(kinds: pd.DataFrame, by: str, *, title: str) -> go.Figure:
     """Mean KLD by kind of token. kinds: vulnerable_tokens; by: "piece" or "reference's
     probability"."""
     part = kinds.xs(by, level="by").reset_index()
-    axis = "kind of token" if by == "piece" else by
-    figure = _figure(
-        f"Mean KL divergence by {axis}: {model}",
-        axis,
-        "mean KL divergence (nats, log scale)",
-        barmode="group",
-    )
+    figure = _figure(title, "kind of token" if by == "piece" else by, KLD, barmode="group")
     color = colors(part["candidate"].unique())
     for name, rows in part.groupby("candidate", sort=False):
         figure.add_bar(
@@ -117,25 +115,190 @@ def token_kinds(kinds, by, model):
             name=plotly(name),
             marker_color=color[name],
             customdata=rows[["n", "share_of_kld"]],
-            hovertemplate="%{x}: %{y:.4g} nats<br>%{customdata[0]} tokens, %{customdata[1]:.0%} of the sum"
-            "<extra>" + plotly(name) + "</extra>",
+            hovertemplate="%{x}: %{y:.4g} nats<br>%{customdata[0]} tokens, %{customdata[1]:.0%} "
+            f"of the sum<extra>{plotly(name)}</extra>",
         )
     return decades(figure)
 
 
-def pareto(table, fronts, costs, model):
+def weight_errors(errors: Tables, shown: str, *, title: str) -> go.Figure:
+    """Relative RMS error of every matrix, layer by group, colour in decades; a menu chooses the
+    file, `shown` at first. errors: weight_errors tables."""
+    scale = _Decades([table["error"] for table in errors.values()], "||W' - W|| / ||W||")
+    figure = _figure(title, "layer", "matrix")
+    for table in errors.values():
+        inside = table.dropna(subset="layer")
+        place = dict(index="group", columns="layer", sort=False)
+        grid = inside.pivot_table(values="error", **place)
+        kinds = inside.pivot_table(values="type", aggfunc="first", **place)
+        text = "layer %{x}, %{y}: %{text}<br>relative error %{customdata:.4f}<extra></extra>"
+        scale.draw(figure, grid, text=kinds.to_numpy(), hovertemplate=text)
+    return _menu(figure, list(errors), shown)
+
+
+def attention(maps: Mapping[str, xr.DataArray], shown: str, *, title: str) -> go.Figure:
+    """Jensen-Shannon divergence of attention by layer and head, colour in decades; a menu chooses
+    the file, `shown` at first. maps: attention_divergence, (layer, head)."""
+    scale = _Decades([bits.values for bits in maps.values()], "Jensen-Shannon divergence (bits)")
+    figure = _figure(title, "head", "layer", height=640)
+    for bits in maps.values():
+        text = "layer %{y}, head %{x}: %{customdata:.5f} bits<extra></extra>"
+        scale.draw(figure, bits.to_pandas(), hovertemplate=text)
+    figure.update_yaxes(autorange="reversed", **theme.whole(bits["layer"].values))
+    figure.update_xaxes(dtick=1 if bits.sizes["head"] <= 32 else 4)
+    return _menu(figure, list(maps), shown)
+
+
+class _Decades:
+    """One colour scale over decades for all of the values: what is drawn is log10."""
+
+    def __init__(self, values, title):
+        positive = np.concatenate([np.asarray(v, float).ravel() for v in values])
+        positive = positive[positive > 0]
+        # A few heads look at one token only and hardly move: without cutting at 2% they would take
+        # half of the scale.
+        ends = np.log10(np.quantile(positive, [0.02, 1])) if len(positive) else (-1, 0)
+        ticks = np.arange(np.floor(ends[0]), np.ceil(ends[1]) + 1)
+        self.low, self.look = ends[0], dict(zmin=ends[0], zmax=ends[1], colorscale=theme.MAGNITUDE)
+        self.look["colorbar"] = dict(
+            title=dict(text=title, side="right"),
+            tickvals=ticks,
+            ticktext=[f"{10.0**tick:g}" for tick in ticks],
+        )
+
+    def draw(self, figure, grid, **more):
+        """Add a table (y, x) of values to the figure, the values themselves as customdata."""
+        values = grid.to_numpy(float)
+        z = np.log10(np.maximum(values, 10**self.low))
+        x, y = [int(column) for column in grid.columns], list(grid.index)
+        figure.add_heatmap(z=z, x=x, y=y, customdata=values, **self.look, **more)
+
+
+def _menu(figure, names, shown):
+    """A menu that shows one file's trace at a time; the figure has one trace per name."""
+    buttons = []
+    for name, trace in zip(names, figure.data):
+        trace.visible = name == shown
+        visible = {"visible": [name == other for other in names]}
+        buttons.append(dict(label=plotly(name), method="update", args=[visible]))
+    menu = dict(buttons=buttons, x=0, xanchor="left", y=1, yanchor="bottom", pad=dict(b=8))
+    menu["active"] = names.index(shown)
+    return figure.update_layout(updatemenus=[menu], margin_t=110)
+
+
+def drift(tables: Tables, *, title: str) -> go.Figure:
+    """Relative error and 1 - cosine of the residual stream by layer, one line per file; the first
+    token dotted. tables: hidden_drift."""
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    color = colors(tables)
+    for name, table in tables.items():
+        for which, dash in (("", "solid"), ("_first", "dot")):
+            label = plotly(f"{name}, first token" if which else name)
+            lines = table["error" + which], np.maximum(1 - table["cosine" + which], 1e-9)
+            for row, y in enumerate(lines, 1):
+                figure.add_scatter(
+                    row=row,
+                    col=1,
+                    x=table.index,
+                    y=y,
+                    name=label,
+                    legendgroup=label,
+                    mode="lines",
+                    showlegend=row == 1,
+                    line=dict(color=color[name], dash=dash),
+                    hovertemplate=f"%{{x}} layers passed: %{{y:.4g}}<extra>{label}</extra>",
+                )
+    figure.update_layout(**theme.titled(title), height=640)
+    figure.update_yaxes(title="||h' - h|| / ||h||", row=1).update_yaxes(title="1 - cosine", row=2)
+    figure.update_xaxes(**theme.whole(table.index))
+    figure.update_xaxes(title="layers passed (0: the embedding)", row=2)
+    return decades(decades(figure, row=1, col=1), row=2, col=1)
+
+
+def embeddings(tables: Tables, *, title: str) -> go.Figure:
+    """Cosine of each token embedding with its quantized self, and how many of its ten neighbours
+    stay, per file. tables: embedding_preservation."""
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.13)
+    color = colors(tables)
+    for name, table in tables.items():
+        look = dict(name=plotly(name), marker_color=color[name], row=1)
+        figure.add_box(y=table["cosine"], boxpoints=False, col=1, showlegend=False, **look)
+        kept = (10 * table["overlap"].dropna()).round().astype(int)
+        share = kept.value_counts(normalize=True).reindex(range(11), fill_value=0)
+        text = f"%{{x}} kept: %{{y:.1%}} of the tokens<extra>{plotly(name)}</extra>"
+        figure.add_bar(x=share.index, y=share.to_numpy(), col=2, hovertemplate=text, **look)
+    figure.update_layout(**theme.titled(title), barmode="group")
+    figure.update_yaxes(title="cosine with itself", col=1)
+    figure.update_yaxes(title="share of the tokens", col=2)
+    return figure.update_xaxes(title="of 10 neighbours kept", dtick=1, col=2)
+
+
+def costs(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """What every layer's attention and FFN cost when quantized alone, as bars. table: cost_map."""
+    return _parts(table, "cost", title, "mean KLD from the reference (nats)")
+
+
+def falls(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """What giving back every layer's attention and FFN removes, as bars. table: fall_map."""
+    axis = f"fall of the mean KLD (nats, of {table.attrs['kld']:.4g})"
+    return _parts(table, "fall", title, axis)
+
+
+def _parts(table, column, title, axis):
+    figure = _figure(title, "layer", axis, barmode="group")
+    for part, (name, color) in PARTS.items():
+        rows = table[table["part"] == part]
+        text = f"layer %{{x}}: %{{y:.5f}} nats<extra>{name}</extra>"
+        bars = dict(name=name, marker_color=color, hovertemplate=text)
+        figure.add_bar(x=rows["layer"], y=rows[column], **bars)
+    return figure.update_xaxes(dtick=2)
+
+
+def together(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """Per layer: weight error against the drift that the layer adds; size and colour: its cost.
+
+    table: layer_table. The eight layers that cost most carry their number.
+    """
+    x, y = "relative weight error of the layer", "drift added by the layer (relative error)"
+    figure = _figure(title, x, y)
+    cost = table["cost"].to_numpy(float)
+    top = float(cost.max()) or 1.0
+    bar = dict(title=dict(text="cost when quantized alone (nats)", side="right"))
+    figure.add_scatter(
+        x=table["weight_error"],
+        y=table["drift_added"],
+        mode="markers+text",
+        text=np.where(cost >= np.sort(cost)[-min(8, len(cost))], table.index.astype(str), ""),
+        textposition="top center",
+        customdata=np.stack([cost, table.index], axis=1),
+        marker=dict(
+            size=8 + 22 * cost / top,
+            color=cost,
+            colorscale=theme.MAGNITUDE,
+            cmin=0,
+            cmax=top,
+            line=dict(width=1, color="#808080"),
+            colorbar=bar,
+        ),
+        hovertemplate="layer %{customdata[1]}<br>weight error %{x:.4f}<br>drift added %{y:.4f}"
+        "<br>cost %{customdata[0]:.5f} nats<extra></extra>",
+    )
+    return figure
+
+
+def pareto(table: pd.DataFrame, fronts: Mapping[str, pd.Series], *, title: str) -> go.Figure:
     """Divergence against size, speed and memory, the Pareto front drawn through the files that no
     other beats.
 
-    fronts: {column: boolean Series}; costs: {column: (axis title, factor from the column's unit)}.
+    table: with_costs; fronts: {column of COSTS: boolean Series}.
     """
-    figure = make_subplots(rows=1, cols=len(costs), shared_yaxes=True, horizontal_spacing=0.04)
+    figure = make_subplots(rows=1, cols=len(fronts), shared_yaxes=True, horizontal_spacing=0.04)
     color = colors(table.index)
-    for col, (column, (title, factor)) in enumerate(costs.items(), 1):
-        front = table[fronts[column]].sort_values(column)
+    for col, (column, front) in enumerate(fronts.items(), 1):
+        (axis, factor), line = COSTS[column], table[front].sort_values(column)
         figure.add_scatter(
-            x=front[column] * factor,
-            y=front["kld_mean"],
+            x=line[column] * factor,
+            y=line["kld_mean"],
             mode="lines",
             row=1,
             col=col,
@@ -145,6 +308,7 @@ def pareto(table, fronts, costs, model):
             showlegend=col == 1,
         )
         for name, row in table.iterrows():
+            symbol = "circle" if front[name] else "x"
             figure.add_scatter(
                 x=[row[column] * factor],
                 y=[row["kld_mean"]],
@@ -154,64 +318,9 @@ def pareto(table, fronts, costs, model):
                 name=plotly(name),
                 legendgroup=str(name),
                 showlegend=col == 1,
-                marker=dict(
-                    size=12, color=color[name], symbol="circle" if fronts[column][name] else "x"
-                ),
-                hovertemplate=f"%{{x:.4g}} {title}<br>%{{y:.4g}} nats<extra>{plotly(name)}</extra>",
+                marker=dict(size=12, color=color[name], symbol=symbol),
+                hovertemplate=f"%{{x:.4g}} {axis}<br>%{{y:.4g}} nats<extra>{plotly(name)}</extra>",
             )
-        figure.update_xaxes(title=title, row=1, col=col)
-    figure.update_layout(
-        template=theme.TEMPLATE,
-        title=plotly(f"Divergence against what it costs (x: beaten by another file): {model}"),
-        legend=dict(orientation="h", y=-0.25),
-    )
-    return decades(figure).update_yaxes(title="mean KL divergence (nats, log scale)", col=1)
-
-
-def answers(rows, model):
-    """Generated answers beside the reference's, the first token that differs marked, as a Page.
-
-    rows: [{"prompt", "answers": {name: (pieces, index of the first difference or None)}}], the
-    reference first."""
-    body = [
-        f"<h1>Greedy answers of each quantization: {html(model)}</h1>"
-        "<p class='note'>Marked: the first token that is not the reference's.</p>"
-    ]
-    for row in rows:
-        body.append(f"<h2 class='mono'>{html(row['prompt'])}</h2><table>")
-        for name, (pieces, first) in row["answers"].items():
-            said = html(text_of(pieces)) if first is None else _marked(pieces, first)
-            place = (
-                ""
-                if name == "reference"
-                else "the same"
-                if first is None
-                else f"differs at token {first + 1}"
-            )
-            body.append(
-                f"<tr><th>{html(name)}</th><td class='a'>{said}</td><td class='p'>{place}</td></tr>"
-            )
-        body.append("</table>")
-    style = (
-        "td.a{text-align:left;white-space:pre-wrap;width:100%} mark{background:var(--c1);color:#000} "
-        "th{text-align:left} td.p{white-space:nowrap}"
-    )
-    return Page(
-        f"Answers: {model}",
-        "".join(body),
-        "",
-        {},
-        style=style,
-        height=min(1000, 110 + sum(60 + 34 * len(row["answers"]) for row in rows)),
-    )
-
-
-def _marked(pieces, first):
-    """The text of pieces as HTML; marked: the characters that the token `first` is a part of."""
-    parts, stop = [], 0
-    for count, text in whole_characters(pieces):
-        start, stop = stop, stop + count
-        parts.append(
-            f"<mark>{html(text) or '&#8203;'}</mark>" if start <= first < stop else html(text)
-        )
-    return "".join(parts)
+        figure.update_xaxes(title=axis, row=1, col=col)
+    figure.update_layout(**theme.titled(title), legend=dict(orientation="h", y=-0.25))
+    return decades(figure).update_yaxes(title=KLD, col=1)

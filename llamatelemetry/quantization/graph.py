@@ -1,12 +1,19 @@
 """Files, layers and tensors of a comparison as node and edge tables."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
 from ..maths import ratio
 
 
-def graph_tables(quality, drifts, errors, focus):
+def graph_tables(
+    quality: pd.DataFrame,
+    drifts: Mapping[str, pd.DataFrame],
+    errors: Mapping[str, pd.DataFrame],
+    focus: str,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Nodes and edges: every file tied to every layer by its drift there, layers to the focus
     file's tensors by error.
 
@@ -17,30 +24,21 @@ def graph_tables(quality, drifts, errors, focus):
     src, dst, weight (error or drift), kind."""
     nodes, edges = [], []
     for name, row in quality.dropna(subset="kld_mean").iterrows():
-        nodes.append(
-            (
-                f"file {name}",
-                name,
-                "file",
-                row["kld_mean"],
-                f"{row['bits_per_weight']:.2f} bits per weight",
-            )
-        )
-    layers = drifts[focus].index[1:] - 1  # what leaves layer l is entry l + 1
-    for layer in layers:
-        mean = float(np.mean([table["error"].loc[layer + 1] for table in drifts.values()]))
-        nodes.append((f"layer {layer}", f"layer {layer}", "layer", mean, "mean drift of the files"))
+        bits = f"{row['bits_per_weight']:.2f} bits per weight"
+        nodes.append((f"file {name}", name, "file", row["kld_mean"], bits))
+    for layer in drifts[focus].index[1:] - 1:  # what leaves layer l is entry l + 1
+        own, moved = f"layer {layer}", {n: t["error"].loc[layer + 1] for n, t in drifts.items()}
+        mean = float(np.mean(list(moved.values())))
+        nodes.append((own, own, "layer", mean, "mean drift of the files"))
         edges += [
-            (f"file {name}", f"layer {layer}", float(table["error"].loc[layer + 1]), "drift")
-            for name, table in drifts.items()
+            (f"file {name}", own, float(error), "drift")
+            for name, error in moved.items()
             if name in quality.index
         ]
     for name, row in errors[focus].iterrows():
         nodes.append((name, name, "tensor", row["error"], row["type"]))
-        if not pd.isna(row["layer"]):
-            edges.append((f"layer {int(row['layer'])}", name, float(row["error"]), "weight error"))
-        else:
-            edges.append((f"file {focus}", name, float(row["error"]), "weight error"))
+        tied = f"file {focus}" if pd.isna(row["layer"]) else f"layer {int(row['layer'])}"
+        edges.append((tied, name, float(row["error"]), "weight error"))
     nodes = pd.DataFrame(nodes, columns=["id", "label", "kind", "value", "type"])
     nodes["x"], nodes["y"] = _places(nodes, errors[focus])
     nodes["size"] = ratio(nodes["value"], nodes.groupby("kind")["value"].transform("max"))

@@ -1,70 +1,24 @@
-"""Where a quantized model differs from its reference: types, weights, embeddings, attention,
-residual stream.
+"""Where a quantized model differs from its reference: weights, embeddings, attention, residual
+stream.
 
 Pure functions on arrays, xarray captures of the same tokens, and objects with the interface of
 GGUFFile."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from ..capture.finite import check_finite, measured
+from ..files.gguf import GGUFFile
 from ..maths import check_rows, jensen_shannon, ratio, unit
-from ..views.text import piece_kind
-
-FLOATS = ("F32", "F16", "BF16", "F64")
+from .contents import some_of
 
 
-def type_table(files):
-    """What is inside each file: DataFrame (group, name) of texts such as "Q5_0 x45, Q8_0 x15".
-
-    files: {name: GGUFFile}. Only matrices; groups as in GGUFFile.tensors.
-    """
-
-    def describe(types):
-        return ", ".join(f"{kind} x{n}" for kind, n in types.value_counts().items())
-
-    columns = {}
-    for name, file in files.items():
-        matrices = file.tensors[file.tensors["shape"].map(len) > 1]
-        columns[name] = matrices.groupby("group", sort=False)["type"].agg(describe)
-    return pd.DataFrame(columns).rename_axis("group")
-
-
-def quantized_types(file):
-    """Quantized types of a file's matrices, most frequent first; [] for a file of floats."""
-    matrices = file.tensors[file.tensors["shape"].map(len) > 1]
-    return [kind for kind in matrices["type"].value_counts().index if kind not in FLOATS]
-
-
-def grid_share(file, matrices=8, rows=32, seed=0):
-    """Share of blocks of 16 weights that lie on an even grid of at most 256 levels, in a file of
-    floats.
-
-    Near 1 for a file that was expanded from a quantized one (Q4_0 to Q5_1 and k-quants; Q8_0 where
-    it was kept in F32; not the uneven grids of the i-quants), near 0 for weights that were trained.
-    Some rows of some matrices of the layers are looked at."""
-    inside = file.tensors[(file.tensors["shape"].map(len) == 2) & file.tensors["layer"].notna()]
-    names = inside.index[_some(len(inside), matrices, seed)]
-    blocks = []
-    for name in names:
-        values = file.rows(name, _some(inside["shape"][name][0], rows, seed))
-        width = values.shape[1] // 16 * 16
-        blocks.append(values[:, :width].reshape(-1, 16).astype(np.float64))
-    blocks = np.sort(np.concatenate(blocks), axis=1)
-    gaps, span = np.diff(blocks, axis=1), np.ptp(blocks, axis=1, keepdims=True)
-    # Two weights of one level differ only by rounding: a step is the smallest gap above 1/1000 of
-    # the block's span.
-    step = np.where(gaps > span / 1000, gaps, np.inf).min(axis=1, keepdims=True)  # (block, 1)
-    with np.errstate(invalid="ignore"):
-        even = (np.abs(gaps / step - np.round(gaps / step)) < 0.1).all(axis=1) & (
-            span[:, 0] / step[:, 0] < 256
-        )
-    return (
-        float(even[span[:, 0] > 0].mean()) if (span > 0).any() else 1.0
-    )  # constant weights lie on any grid
-
-
-def weight_errors(reference, candidate, rows=64, seed=0):
+def weight_errors(
+    reference: GGUFFile, candidate: GGUFFile, rows: int | None = 64, seed: int = 0
+) -> pd.DataFrame:
     """Relative RMS error of every matrix: ||W' - W|| / ||W||.
 
     reference, candidate: GGUFFile. rows: so many randomly chosen rows of each matrix (None: all of
@@ -73,41 +27,43 @@ def weight_errors(reference, candidate, rows=64, seed=0):
     table = candidate.tensors[candidate.tensors["shape"].map(len) == 2]
     errors = []
     for name, shape in table["shape"].items():
-        ids = slice(None) if rows is None or rows >= shape[0] else _some(shape[0], rows, seed)
+        ids = slice(None) if rows is None or rows >= shape[0] else some_of(shape[0], rows, seed)
         base, own = (
             check_finite(file.rows(name, ids), name, file=file.path.name)
             for file in (reference, candidate)
         )
-        length = np.linalg.norm(
-            base
-        )  # a matrix of zeros has no relative error, unless it stays one
-        errors.append(
-            np.linalg.norm(own - base) / length if length else 0.0 if not own.any() else np.nan
-        )
+        # A matrix of zeros has no relative error, unless it stays one.
+        difference = np.linalg.norm(own - base)
+        errors.append(ratio(difference, np.linalg.norm(base)) if difference else 0.0)
     return table[["layer", "group", "type", "bits_per_weight", "n_elements"]].assign(error=errors)
 
 
-def _some(n, count, seed):
-    return np.sort(np.random.default_rng(seed).choice(n, min(count, n), replace=False))
-
-
-def embedding_preservation(reference, candidate, pool=8192, queries=512, k=10, seed=0):
+def embedding_preservation(
+    reference: GGUFFile,
+    candidate: GGUFFile,
+    pool: int = 8192,
+    queries: int = 512,
+    k: int = 10,
+    seed: int = 0,
+) -> pd.DataFrame:
     """How well the token embeddings keep their similarities.
 
     Of `pool` random tokens: cosine of each embedding with its quantized self, and for `queries` of
     them the share of the k nearest neighbours (cosine, within the pool) that stay neighbours.
-    DataFrame indexed by token id: cosine, overlap (NaN where not a query)."""
-    ids = _some(reference.n_vocab, pool, seed)
+    DataFrame indexed by token id: cosine, overlap (NaN where not a query); attrs["type"]: the
+    candidate's."""
+    ids = some_of(reference.n_vocab, pool, seed)
     base, other = (
         unit(check_rows(file.rows("token_embd.weight", ids))) for file in (reference, candidate)
     )  # (pool, embd)
-    asked = _some(len(ids), queries, seed + 1)
+    asked = some_of(len(ids), queries, seed + 1)
     near, far = (_neighbours(x, asked, min(k, len(ids) - 1)) for x in (base, other))  # (queries, k)
     overlap = np.full(len(ids), np.nan)
     overlap[asked] = (near[:, :, None] == far[:, None, :]).any(axis=2).mean(axis=1)
-    return pd.DataFrame(
-        {"cosine": (base * other).sum(axis=1), "overlap": overlap}, index=pd.Index(ids, name="id")
-    )
+    columns = {"cosine": (base * other).sum(axis=1), "overlap": overlap}
+    table = pd.DataFrame(columns, index=pd.Index(ids, name="id"))
+    table.attrs["type"] = candidate.tensors.loc["token_embd.weight", "type"]
+    return table
 
 
 def _neighbours(x, rows, k):
@@ -116,26 +72,20 @@ def _neighbours(x, rows, k):
     return np.argpartition(-similarity, k - 1, axis=1)[:, :k]
 
 
-def attention_divergence(reference, candidate):
-    """Mean Jensen-Shannon divergence (bits) of each head's attention rows: xarray.DataArray (layer,
-    head).
+def attention_divergence(reference: xr.DataArray, candidate: xr.DataArray) -> xr.DataArray:
+    """Mean Jensen-Shannon divergence (bits) of each head's attention rows: (layer, head).
 
     reference, candidate: attention (layer, head, query, key) of the same tokens. The first query
     has one key only and is left out."""
-    import xarray as xr
-
-    values = np.stack(
-        [
-            jensen_shannon(measured(a)[:, 1:], measured(b)[:, 1:]).mean(
-                axis=-1
-            )  # layer by layer: less memory
-            for a, b in zip(reference, candidate, strict=True)
-        ]
-    )
-    return xr.DataArray(values, dims=("layer", "head"), coords={"layer": reference["layer"].values})
+    values = [
+        jensen_shannon(measured(a)[:, 1:], measured(b)[:, 1:]).mean(axis=-1)
+        for a, b in zip(reference, candidate, strict=True)  # layer by layer: less memory
+    ]
+    coords = {"layer": reference["layer"].values, "head": np.arange(reference.sizes["head"])}
+    return xr.DataArray(np.stack(values), coords, ("layer", "head"))
 
 
-def hidden_drift(reference, candidate):
+def hidden_drift(reference: xr.DataArray, candidate: xr.DataArray) -> pd.DataFrame:
     """How far the residual stream has moved, layer by layer.
 
     reference, candidate: hidden (layer, token, embd) of the same tokens. DataFrame indexed by layer
@@ -143,10 +93,7 @@ def hidden_drift(reference, candidate):
     error_first, cosine_first for the first token, whose norm is often hundreds of times the others'
     and would hide them (Sun et al. 2024, "Massive activations"), so that it is kept apart."""
     base, other = measured(reference, np.float64), measured(candidate, np.float64)
-    norm, norm_other = (
-        np.linalg.norm(base, axis=-1),
-        np.linalg.norm(other, axis=-1),
-    )  # (layer, token)
+    norm, norm_other = (np.linalg.norm(x, axis=-1) for x in (base, other))  # (layer, token)
     error = ratio(np.linalg.norm(other - base, axis=-1), norm)
     cosine = ratio((base * other).sum(axis=-1), norm * norm_other)
     return pd.DataFrame(
@@ -160,7 +107,9 @@ def hidden_drift(reference, candidate):
     )
 
 
-def layer_table(weights, drift, costs, falls):
+def layer_table(
+    weights: pd.DataFrame, drift: pd.DataFrame, costs: pd.DataFrame, falls: pd.DataFrame
+) -> pd.DataFrame:
     """Per layer: weight_error (all its matrices), drift_added (rise of the residual error through
     it), cost and fall.
 
@@ -177,41 +126,23 @@ def layer_table(weights, drift, costs, falls):
     return table
 
 
-def rank_correlations(table):
+def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
     """Spearman correlations between the columns of a table (layer, column), as a square
     DataFrame."""
     return table.corr(method="spearman")
 
 
-def vulnerable_tokens(tokens):
-    """Mean KLD by kind of token, per candidate: DataFrame indexed by (candidate, by, kind): kld,
-    share_of_kld, n.
-
-    tokens: Comparison.tokens. Kinds of the token that came next: number, punctuation, whitespace,
-    word (begins one), part (continues one), other; and by how sure the reference was of it: "p >=
-    0.5", "0.05 to 0.5", "p < 0.05"."""
-    p = np.exp(tokens["logprob_base"])
-    sure = pd.cut(
-        p, [-1, 0.05, 0.5, 2], right=False, labels=["p < 0.05", "0.05 to 0.5", "p >= 0.5"]
-    ).astype(str)
-    rows = []
-    for by, kinds in (
-        ("piece", tokens["piece"].map(piece_kind)),
-        ("reference's probability", sure),
-    ):
-        groups = tokens["kld"].groupby([tokens["candidate"], kinds], sort=False)
-        part = groups.agg(["mean", "sum", "size"]).rename_axis(["candidate", "kind"]).reset_index()
-        total = part.groupby("candidate")["sum"].transform("sum")
-        rows.append(
-            pd.DataFrame(
-                {
-                    "candidate": part["candidate"],
-                    "by": by,
-                    "kind": part["kind"],
-                    "kld": part["mean"],
-                    "share_of_kld": part["sum"] / total,
-                    "n": part["size"],
-                }
-            )
-        )
-    return pd.concat(rows, ignore_index=True).set_index(["candidate", "by", "kind"])
+def summary(
+    result: pd.DataFrame,
+    attention: Mapping[str, xr.DataArray],
+    drift: Mapping[str, pd.DataFrame],
+    embeddings: Mapping[str, pd.DataFrame],
+) -> pd.DataFrame:
+    """One row per file: what it costs and loses (of decision.with_costs), and attention_bits,
+    last_layer_drift and neighbours_kept, the means of the other three."""
+    columns = ["size_bytes", "bits_per_weight", "ppl_ratio", "kld_mean", "same_top"]
+    return result[[*columns, "generation_tps", "memory_bytes"]].assign(
+        attention_bits={name: float(bits.mean()) for name, bits in attention.items()},
+        last_layer_drift={name: table["error"].iloc[-1] for name, table in drift.items()},
+        neighbours_kept={name: table["overlap"].mean() for name, table in embeddings.items()},
+    )

@@ -1,297 +1,167 @@
-"""What the numbers of notebook 16 say, in one or two sentences each. Every word of them follows
-from its arguments."""
+"""What the numbers of notebook 16 say: every word follows from the arguments."""
+
+from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
+import xarray as xr
 
+from ..compare.quality import NOISE
+from ..files.gguf import GGUFFile
 from ..maths import ratio
-from ..views.sentences import some
-from .decision import NOISE, PARTS, ladder
-from .inside import quantized_types
+from ..views.sentences import counted, listed, sentence, sentence_by_name, some
+from . import contents, decision, tokens
+from .figures import COSTS, PARTS
 
 
-def is_stand_in(file):
-    """Whether a GGUFFile is what make_reference makes: it writes so into the file's own name."""
-    return "uniform noise" in str(file.name)
-
-
-def reference_name(file):
-    """What figures and sentences call the reference, a GGUFFile: its file's name, and that it is a
-    stand-in."""
-    return f"{file.path.stem}{', a stand-in' if is_stand_in(file) else ''}"
-
-
-def reference_note(file, grid):
-    """What kind of reference this is, and what that means for the ladder.
-
-    file: the reference's GGUFFile; grid: its grid_share, None for a quantized file.
-    """
-    kinds = quantized_types(file)
-    if kinds or grid > 0.2:
-        how = (
-            f"quantized ({', '.join(kinds)})"
-            if kinds
-            else f"quantized and expanded ({grid:.0%} of its blocks lie on a grid)"
-        )
-        return (
-            f"The reference {file.path.name} is itself {how}: which type comes closest to it depends on how the two "
-            "grids fall together. What follows is no ladder of precision."
-        )
-    if is_stand_in(file):
-        return (
-            f"The reference is a stand-in: {file.name}. The steps between its quantizations are measured; their "
-            "distance from the original is not."
-        )
-    return (
-        f"The reference {file.path.name} holds {file.bits_per_weight:.3g} bits per weight; {grid:.0%} of its blocks "
-        "lie on an even grid, so that it was not expanded from a quantized file of that kind."
-    )
-
-
-def fallbacks(tables):
-    """Which files are not what they are named after. tables: {name: quantize.fallbacks table}."""
-    said = []
-    for name, table in tables.items():
-        if len(table):
-            kinds = table.groupby(["instead_of", "type"], sort=False).size()
-            parts = [
-                f"{n} {'matrices' if n > 1 else 'matrix'} meant for {asked} became {kind}"
-                for (asked, kind), n in kinds.items()
-            ]
-            widths = sorted({f"{width:,}" for width in table["row_width"]})
-            said.append(
-                f"{name}: {', '.join(parts)}, because rows of {' and '.join(widths)} weights are no multiple of 256."
-            )
-    return (
-        " ".join(said)
-        or "No file has a fallback: every matrix is of a type that its file's name stands for."
-    )
-
-
-def quality(table, reference):
-    """Best and worst file, and whether more bits meant less divergence. reference: its
-    reference_name."""
-    good = table.dropna(subset="kld_mean").sort_values("kld_mean")
-    best, worst = good.iloc[0], good.iloc[-1]
-    said = (
-        f"{best.name} is closest to the reference ({reference}): mean KLD {best.kld_mean:.4g} ± {best.kld_mean_err:.2g} nats, same "
-        f"top token at {best.same_top:.1%} of {best.n_tokens:.0f} positions, perplexity x {best.ppl_ratio:.4f}."
-    )
-    if len(good) > 1:
-        said += (
-            f" {worst.name} is farthest: {worst.kld_mean:.4g} nats, {worst.same_top:.1%}, perplexity x "
-            f"{worst.ppl_ratio:.4f}."
-        )
-        out = [f"{a} has more bits than {b} and yet more divergence" for a, b in ladder(good)]
-        said += (
-            f" Out of order: {'; '.join(out)}."
-            if out
-            else " More bits per weight meant less divergence throughout."
-        )
-    return said
-
-
-def percentiles(table):
-    """How much of the divergence sits in few tokens."""
-    row = table.dropna(subset="kld_mean").sort_values("kld_mean").iloc[-1]
-    return (
-        f"For {row.name} half of the tokens have a KLD below {row.kld_median:.3g} nats, one in a hundred above "
-        f"{row.kld_p99:.3g}"
-        + some(
-            ratio(row.kld_mean, row.kld_median, NOISE),
-            ": the mean is {:.1f} times the median.",
-            ".",
-        )
-    )
-
-
-def tokens(kinds, by):
-    """Which kind of token suffers most, over all files."""
-    part = kinds.xs(by, level="by")
-    mean = (part["kld"] * part["n"]).groupby("kind").sum() / part["n"].groupby("kind").sum()
-    n = part["n"].groupby("kind").max()
-    mean = mean[n >= 10].sort_values()
-    if len(mean) < 2:
-        return (
-            "Fewer than two kinds have ten tokens or more: this text is too short to compare kinds."
-        )
-    return (
-        f"By {by}, '{mean.index[-1]}' diverges most ({mean.iloc[-1]:.3g} nats on average over the files) and "
-        f"'{mean.index[0]}' least ({mean.iloc[0]:.3g}); kinds with fewer than ten tokens are not counted."
-    )
-
-
-def weights(errors):
-    """Where the weight error is, per file. errors: {name: weight_errors table}."""
-    said = []
-    for name, table in errors.items():
-        inside = table.dropna(subset="layer")
-        groups = inside.groupby("group")["error"].mean().sort_values()
-        worst = inside.loc[inside["error"].idxmax()]
-        said.append(
-            f"{name}: mean {inside['error'].mean():.4f}, most in {groups.index[-1]} ({groups.iloc[-1]:.4f}), worst "
-            f"matrix {inside['error'].idxmax()} ({worst['type']}, {worst['error']:.4f})."
-        )
-    return " ".join(said)
-
-
-def attention(maps):
-    """Which head moved most, per file. maps: {name: DataArray (layer, head)} in bits."""
-    said = []
-    for name, m in maps.items():
-        layer, head = np.unravel_index(int(m.values.argmax()), m.shape)
-        said.append(
-            f"{name}: mean {m.values.mean():.4f} bits, most in layer {int(m['layer'][layer])} head {head} "
-            f"({m.values.max():.4f})."
-        )
-    return " ".join(said)
-
-
-def drift(tables):
-    """Where the residual stream ends up, and the layer that adds most. tables: {name: hidden_drift
-    table}."""
-    said = []
-    for name, table in tables.items():
-        rise = table["error"].diff()
-        last, first = table.iloc[-1], table["error_first"].iloc[-1]
-        said.append(
-            f"{name}: error {last['error']:.3f} and cosine {last['cosine']:.4f} after the last layer (first token: "
-            f"{first:.3f}); layer {int(rise.idxmax()) - 1} adds most ({rise.max():+.3f})."
-        )
-    return " ".join(said)
-
-
-def embeddings(tables, files):
-    """How many neighbours survive. tables: {name: embedding_preservation table}; files: {name:
-    GGUFFile}."""
-    kinds = {name: files[name].tensors.loc["token_embd.weight", "type"] for name in tables}
-    said = " ".join(
-        f"{name} ({kinds[name]}): mean cosine {t['cosine'].mean():.5f}, {t['overlap'].mean():.1%} of ten "
-        "neighbours kept."
-        for name, t in tables.items()
-    )
-    if len(tables) > 1 and len(set(kinds.values())) == 1:
-        said += (
-            " All of them hold the embedding in the same type, so that it does not tell them apart."
-        )
-    return said
-
-
-def together(correlations, n_layers):
-    """How weight error, drift and cost go together over the layers. correlations:
-    rank_correlations(layer_table)."""
-    names = {
-        "weight_error": "weight error",
-        "drift_added": "drift added",
-        "cost": "cost",
-        "fall": "fall",
+@sentence
+def reference(file: GGUFFile, grid: float) -> str:
+    """What kind of reference this is, and what that means. grid: its grid_share."""
+    lying = f"{some(grid, '{:.0%}')} of its blocks lie on an even grid"
+    luck = "how two grids fall together decides what comes closest, and no ladder of precision follows."
+    meaning = {
+        "quantized": f"is itself quantized: {luck}",
+        "expanded": f"was expanded from a quantized file ({lying}): {luck}",
+        "stand-in": f"is a stand-in, {file.name}: steps between its quantizations are measured, the original is not.",
+        "precise": f"has {file.bits_per_weight:.3g} bits per weight; {lying}, so no such file was expanded to it.",
     }
-    pairs = [
-        ("weight_error", "cost"),
-        ("drift_added", "cost"),
-        ("weight_error", "drift_added"),
-        ("cost", "fall"),
-    ]
-    pairs = [(a, b) for a, b in pairs if np.isfinite(correlations.loc[a, b])]
-    if not pairs or n_layers < 3:  # two points always have an order of their own
-        return f"{n_layers} layer{'s' if n_layers > 1 else ''}: too few, or too alike, for a rank correlation."
-    said = [f"{names[a]} and {names[b]} {correlations.loc[a, b]:+.2f}" for a, b in pairs]
-    limit = 1.96 / np.sqrt(max(n_layers - 1, 1))
-    sure = sum(abs(correlations.loc[a, b]) > limit for a, b in pairs)
+    return f"The reference {file.path.name} {meaning[contents.reference_kind(file, grid)]}"
+
+
+@sentence_by_name
+def fallbacks(table: pd.DataFrame) -> str:
+    """Matrices that are not of the type a file is named after. table: quantize.fallbacks."""
+    kinds = table.groupby(["instead_of", "type"], sort=False).size().items()
+    many = ((counted(n, "matrix", "matrices"), old, new) for (old, new), n in kinds)
     return (
-        f"Rank correlations over {n_layers} layers: {', '.join(said)}; {sure} of the {len(pairs)} lie beyond "
-        f"±{limit:.2f}, which unrelated columns of this length exceed one time in twenty."
+        "no fallback"
+        if table.empty
+        else listed(f"{n} meant for {old} became {new}" for n, old, new in many)
     )
 
 
-def falls(table):
-    """What giving back one part alone removes. table: fall_map."""
-    ordered = table.sort_values("fall", ascending=False)
-    if table["share"].isna().all():
-        return f"The file is {table.attrs['kld']:.2g} nats from the reference here: there is nothing to give back."
-    top = [f"{_part(r)} ({r.share:.1%})" for r in ordered.head(3).itertuples()]
-    harm = int((table["fall"] < 0).sum())
-    return (
-        f"Of {table.attrs['kld']:.4g} nats, giving back one part alone removes most at {', '.join(top)}; "
-        + (
-            f"at {harm} of {len(table)} parts the answer gets worse: their error had been cancelling another's."
-            if harm
-            else "at none does the answer get worse."
-        )
+@sentence
+def ladder(table: pd.DataFrame, reference: str) -> str:
+    """The closest and the farthest file, and which of them are out of order."""
+    rows = table.dropna(subset="kld_mean").sort_values("kld_mean")
+    near, far = (
+        f"{r.Index} ({r.kld_mean:.4g} ± {r.kld_mean_err:.2g} nats)"
+        for r in rows.iloc[[0, -1]].itertuples()
     )
+    odd = listed(f"{more} than {less}" for more, less in decision.ladder(rows))
+    return f"Mean KLD: {near} is closest to {reference}, {far} farthest. More divergence in spite of more bits: {odd}."
 
 
-def costs(table, kld):
-    """Which parts cost most on their own, and whether the costs add up. table: cost_map; kld: of
-    the whole file."""
-    ordered = table.sort_values("cost", ascending=False)
-    top = [f"{_part(r)} ({r.cost:.3g})" for r in ordered.head(3).itertuples()]
+@sentence
+def percentiles(table: pd.DataFrame) -> str:
+    """How much of the farthest file's divergence sits in few tokens."""
+    row = table.loc[table["kld_mean"].idxmax()]
+    times = some(ratio(row.kld_mean, row.kld_median, NOISE), "{:.1f}", "no measurable number of")
+    ends = f"half of the tokens below {row.kld_median:.3g} nats, 1 in 100 above {row.kld_p99:.3g}"
+    return f"{row.name}: {ends}; the mean is {times} times the median."
+
+
+@sentence
+def token_kinds(kinds: pd.DataFrame, by: str) -> str:
+    """Which kind of token suffers most and least over all files. kinds: vulnerable_tokens."""
+    mean = tokens.kind_means(kinds, by).sort_values()
+    if len(mean) < 2:
+        return "Fewer than two kinds have ten tokens or more: too few to compare kinds."
+    least, most = (f"'{kind}' ({mean[kind]:.3g} nats)" for kind in mean.index[[0, -1]])
+    return f"Over all files {most} diverges most and {least} least, of the kinds with ten tokens or more."
+
+
+@sentence_by_name
+def weight_errors(table: pd.DataFrame) -> str:
+    """The mean error of the layers' matrices, and the worst of them. table: weight_errors."""
+    error = table.dropna(subset="layer")["error"]
+    worst = error.idxmax()
+    return f"mean {error.mean():.4f}, worst {worst} ({table['type'][worst]}, {error[worst]:.4f})"
+
+
+@sentence_by_name
+def embeddings(table: pd.DataFrame) -> str:
+    """How well embeddings keep their place. table: embedding_preservation."""
+    kind, mean = table.attrs["type"], table[["cosine", "overlap"]].mean()
+    return f"mean cosine {mean.cosine:.5f}, {mean.overlap:.1%} of ten neighbours kept by {kind}"
+
+
+@sentence_by_name
+def attention(bits: xr.DataArray) -> str:
+    """How far heads moved, and which one most. bits: attention_divergence."""
+    heads = bits.to_series()
+    layer, head = heads.idxmax()
+    return f"mean {heads.mean():.4f} bits, most in layer {layer} head {head} ({heads.max():.4f})"
+
+
+@sentence_by_name
+def drift(table: pd.DataFrame) -> str:
+    """Where the residual stream ends up, and the layer that adds most. table: hidden_drift."""
+    rise, end = table["error"].diff(), table["error"].iloc[-1]
+    return f"error {end:.3f} after the last layer; layer {rise.idxmax() - 1} adds most ({rise.max():+.3f})"
+
+
+@sentence
+def costs(table: pd.DataFrame, kld: float) -> str:
+    """Which parts cost most alone, and whether the costs add up to kld, that of the whole file."""
     total = table["cost"].sum()
+    whole = f"{len(table)} costs add up to {total:.3g} nats"
     if not total > NOISE:
-        return f"No part costs anything alone: the {len(table)} costs add up to {total:.2g} nats."
-    by = table.groupby("part")["cost"].sum() / total
-    half = int((ordered["cost"].cumsum() < total / 2).sum()) + 1
-    whole = some(ratio(total, kld, NOISE), "{:.0%} of ", "beside ")
-    return (
-        f"Quantized alone, {', '.join(top)} nats cost most. The {len(table)} costs add up to {total:.3g} nats, "
-        f"{whole}the {kld:.3g} of the whole file; {by.get('attn_out', 0):.0%} of them is attention and "
-        f"{by.get('ffn_out', 0):.0%} FFN. Half of the sum lies in {half} of them."
-    )
+        return f"No part costs anything alone: {whole}."
+    share = some(ratio(total, kld, NOISE), "{:.0%} of ", "beside ")
+    return f"Most costs {_largest(table, 'cost')}. The {whole}, {share}the {kld:.3g} of the whole file."
 
 
-def _part(row):
-    return f"the {PARTS[row.part]} of layer {row.layer}"
+@sentence
+def falls(table: pd.DataFrame) -> str:
+    """Which parts given back remove most, and how often that harms. table: fall_map."""
+    if table["share"].isna().all():
+        return f"{table.attrs['kld']:.2g} nats from the reference: there is nothing to give back."
+    worse = f"At {(table['fall'] < 0).sum()} of {len(table)} parts the answer gets worse"
+    return f"Most of the divergence falls with {_largest(table, 'share', '.1%')}. {worse}."
 
 
-def mixture(before, chosen, other):
-    """Did the recommendation hold? Rows of a Comparison: the plain file, the mixture, the control
-    of the same size."""
-    won, control = before.kld_mean - chosen.kld_mean, before.kld_mean - other.kld_mean
-    added = (chosen.size_bytes - before.size_bytes) / 2**20
-    if chosen.size_bytes == before.size_bytes:
-        return "Every part that costs something has these bits already: there is nothing to keep at higher precision."
-    if other.size_bytes == before.size_bytes:
-        return (
-            f"For {added:.1f} MiB more, the mean KLD goes from {before.kld_mean:.4g} to {chosen.kld_mean:.4g} nats "
-            f"({won:+.4g} removed). No other part is left for a control."
-        )
-    held = "holds" if won > control and won > 0 else "does not hold"
-    return (
-        f"The recommendation {held}: for {added:.1f} MiB more, the mean KLD goes from {before.kld_mean:.4g} to "
-        f"{chosen.kld_mean:.4g} nats ({won:+.4g} removed); the control, as many other parts "
-        f"({(other.size_bytes - before.size_bytes) / 2**20:.1f} MiB), to {other.kld_mean:.4g}."
-    )
+def _largest(table, column, form=".3g"):
+    rows = table.nlargest(3, column)
+    names = "the " + rows["part"].map(PARTS).str[0] + " of layer " + rows["layer"].astype(str)
+    return listed(f"{name} ({value:{form}})" for name, value in zip(names, rows[column]))
 
 
-def answers(rows):
-    """Where greedy answers part. rows: as for quantization.figures.answers."""
-    names = list(rows[0]["answers"])[1:]
-    said = []
-    for name in names:
-        places = [row["answers"][name][1] for row in rows]
-        apart = [p + 1 for p in places if p is not None]
-        said.append(
-            f"{name}: {len(apart)} of {len(rows)} differ"
-            + (f", first at token {min(apart)}" if apart else "")
-        )
-    return "; ".join(said) + "."
+@sentence
+def together(correlations: pd.DataFrame, n_layers: int) -> str:
+    """How weight error, drift, cost and fall go together over layers. correlations: Spearman's."""
+    pairs = ("weight_error", "cost"), ("drift_added", "cost"), ("cost", "fall")
+    rhos = {f"{a} and {b}".replace("_", " "): correlations.loc[a, b] for a, b in pairs}
+    known = listed(f"{pair} {rho:+.2f}" for pair, rho in rhos.items() if np.isfinite(rho))
+    if known == "none" or n_layers < 3:  # two points always have an order of their own
+        return f"{counted(n_layers, 'layer')}: too few, or too alike, for a rank correlation."
+    return f"Rank correlations: {known}. Chance alone stays within ±{1.96 / np.sqrt(n_layers - 1):.2f} in 19 of 20."
 
 
-def speed(table):
-    """Fastest and slowest file at both tasks, with spread."""
-    said = []
-    for column, what in (("prompt_tps", "prompt"), ("generation_tps", "generation")):
-        ordered = table.sort_values(column)
-        fast, slow = ordered.iloc[-1], ordered.iloc[0]
-        said.append(
-            f"{what}: {fast.name} is fastest at {fast[column]:.1f} ± {fast[column + '_err']:.1f} tokens/s, {slow.name} "
-            f"slowest at {slow[column]:.1f} ± {slow[column + '_err']:.1f}"
-        )
-    return f"For the {said[0]}; for {said[1]}."
+@sentence
+def answers(rows: list[dict]) -> str:
+    """How many greedy answers part from the reference's. rows: tokens.answer_rows."""
+    names = [name for name in rows[0]["answers"] if name != "reference"]
+    apart = {name: sum(row["answers"][name][1] is not None for row in rows) for name in names}
+    differ = listed(f"{n} of {name}" for name, n in apart.items())
+    return f"Of {counted(len(rows), 'prompt')}, the answers that differ from the reference's: {differ}."
 
 
-def front(fronts):
-    """Which files no other beats. fronts: {what: boolean Series}."""
-    return " ".join(
-        f"On the front of {what}: {', '.join(map(str, mask.index[mask])) or 'none'}."
-        for what, mask in fronts.items()
-    )
+@sentence
+def pareto(fronts: Mapping[str, pd.Series]) -> str:
+    """Which files no other beats. fronts: {column: boolean Series}."""
+    files = {COSTS[column][0]: front.index[front] for column, front in fronts.items()}
+    return " ".join(f"Unbeaten in {what}: {listed(names)}." for what, names in files.items())
+
+
+@sentence
+def mixture(before: pd.Series, chosen: pd.Series, other: pd.Series) -> str:
+    """Whether the recommendation held: rows of the plain file, the mixture, the control."""
+    added, beside = ((row.size_bytes - before.size_bytes) / 2**20 for row in (chosen, other))
+    if not added:
+        return "Every part that costs something has these bits already: there is nothing to keep."
+    step = f"{added:.1f} MiB more take the mean KLD from {before.kld_mean:.4g} to {chosen.kld_mean:.4g} nats"
+    if not beside:
+        return f"{step}. No other part is left for a control."
+    holds = "holds" if chosen.kld_mean < min(before.kld_mean, other.kld_mean) else "does not hold"
+    return f"The recommendation {holds}: {step}; a control of {beside:.1f} MiB takes it to {other.kld_mean:.4g}."

@@ -3,14 +3,14 @@ say where there is not enough to say."""
 
 import functools
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ParamSpec
 
 import numpy as np
 
 from .text import counted, quoted, shorten
 
-__all__ = ["counted", "listed", "quoted", "sentence", "shorten", "some", "span"]
+__all__ = ["counted", "listed", "quoted", "sentence", "sentence_by_name", "shorten", "some", "span"]
 
 Arguments = ParamSpec("Arguments")
 WIDTH = 100  # no viewer then breaks a line within a word or a number
@@ -24,6 +24,18 @@ def sentence(function: Callable[Arguments, str]) -> Callable[Arguments, str]:
         return textwrap.fill(
             function(*args, **kwargs), WIDTH, break_long_words=False, break_on_hyphens=False
         )
+
+    return said
+
+
+def sentence_by_name(function: Callable[..., str]) -> Callable[[Mapping], str]:
+    """Of a function that says something of one table, one that says it of each: "a: ...; b: ..."
+    from {name: table}."""
+
+    @sentence
+    @functools.wraps(function)
+    def said(tables):
+        return "; ".join(f"{name}: {function(table)}" for name, table in tables.items()) + "."
 
     return said
 
