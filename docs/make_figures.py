@@ -54,7 +54,7 @@ FIGURES = (
         "dashboard",
         "A measured profile of every head",
         "15",
-        "page = heads_page(",
+        "dashboard = page.dashboard(",
         720,
         "clear their baseline",
     ),

@@ -36,14 +36,17 @@ def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
 
 def jensen_shannon(p: ArrayLike, q: ArrayLike) -> NDArray[np.floating]:
     """Jensen-Shannon divergence of distributions along the last axis, in bits: 0 for the same, 1
-    for disjoint ones (Lin 1991). NumPy arrays (..., n) -> (...); rows need not have been normalized
-    to the last bit."""
-    from scipy.special import rel_entr
+    for disjoint ones (Lin 1991). Arrays (..., n) that broadcast, NumPy's or CuPy's, -> (...)
+    float64; rows need not have been normalized to the last bit."""
+    p, q = _float64(p), _float64(q)
+    nats = entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+    return (nats / math.log(2)).clip(0, 1)
 
-    p, q = (np.asarray(x, np.promote_types(np.asarray(x).dtype, np.float32)) for x in (p, q))
-    middle = (p + q) / 2
-    nats = (rel_entr(p, middle).sum(axis=-1) + rel_entr(q, middle).sum(axis=-1)) / 2
-    return np.clip(nats / math.log(2), 0, 1)
+
+def _float64(x):
+    """An array of float64: NumPy's, or CuPy's where it was one."""
+    x = x if hasattr(x, "__cuda_array_interface__") else np.asarray(x)
+    return x.astype(np.float64, copy=False)
 
 
 def softmax(x: ArrayLike, axis: int = -1) -> NDArray[np.float64]:
@@ -98,7 +101,10 @@ def blocks(matrix: NDArray, size: int | None = None) -> Iterator[tuple[int, NDAr
 
 def entropy(p: ArrayLike, axis: int = -1) -> NDArray[np.float64]:
     """Shannon entropy of distributions along an axis, in nats; 0 log 0 is 0. (..., n) -> (...)
-    float64"""
-    from scipy.special import entr
-
-    return entr(np.asarray(p, dtype=np.float64)).sum(axis=axis)
+    float64. A CuPy array is worked on where it lies."""
+    p = _float64(p)
+    if isinstance(p, np.ndarray):
+        from scipy.special import entr
+    else:
+        from cupyx.scipy.special import entr
+    return entr(p).sum(axis=axis)

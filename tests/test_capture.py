@@ -28,7 +28,7 @@ from llamatelemetry import (
 from llamatelemetry.capture.measures import HeadStatistics, Score
 from llamatelemetry.capture.names import STAGES
 from llamatelemetry.capture.session import CaptureSession
-from llamatelemetry.heads.texts import token_pairs
+from llamatelemetry.heads.behaviours import token_pairs
 from llamatelemetry.maths import log_softmax
 
 

@@ -13,7 +13,7 @@ from llamatelemetry.attention import page as attention_pages
 from llamatelemetry.embeddings import figures
 from llamatelemetry.graphs import Graph
 from llamatelemetry.heads import figures as heads
-from llamatelemetry.heads import page as heads_pages
+from llamatelemetry.heads import page as heads_page
 from llamatelemetry.layers import figures as layers
 from llamatelemetry.layers import page as layers_pages
 from llamatelemetry.quantization import figures as quantization
@@ -249,7 +249,7 @@ FIGURES = {
     ),
     "generation": (generation, "x2tick", [f"{i + 1} {text}" for i, text in enumerate(TEXTS)]),
     "side by side": (
-        lambda: heads.side_by_side({(0, 0): square()}, [(0, 0)], PIECES, NAME),
+        lambda: heads.side_by_side(maps(), {(0, 0): ""}, PIECES, title=NAME),
         None,
         LABELS,
     ),
@@ -369,7 +369,10 @@ NAMED = {
         title=NAME,
     ),
     "survival": lambda: heads.survival(
-        pd.DataFrame({"labels": [3], "kept": 1, "lost": 1, "gained": 1}, index=["sink"]), NAME, NAME
+        pd.DataFrame({"labels": [3], "kept": 1, "lost": 1, "gained": 1}, index=["sink"]),
+        NAME,
+        NAME,
+        title=NAME,
     ),
     "heatmap": lambda: theme.heatmap(
         np.eye(2), [NAME, "b"], ["c", NAME], title=NAME, x_title=NAME, y_title=NAME, unit=NAME
@@ -417,8 +420,8 @@ def all_heads():
         },
         coords={"measure": list(measures), "layer": [0, 1], "head": [0, 1]},
     )
-    maps = np.broadcast_to(square(), (2, 2, N, N))
-    return heads_pages.heads_page(profiled, {}, maps, PIECES, np.zeros((4, 4)), model=NAME)
+    table = pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1], "labels": "none"})
+    return heads_page.dashboard(profiled, table, maps(), PIECES, np.zeros((4, 4)), model=NAME)
 
 
 def graph():

@@ -10,10 +10,11 @@ import pytest
 import xarray as xr
 from models import tiny_model
 
-from llamatelemetry import CaptureError, ablate_head
+from llamatelemetry import CaptureError
+from llamatelemetry.capture.finite import MISSING
 from llamatelemetry.capture.measures import HeadStatistics
 from llamatelemetry.capture.session import CaptureSession
-from llamatelemetry.heads import compare, importance, profile, say, semantic, similarity
+from llamatelemetry.heads import behaviours, importance, profile, say, semantic, similarity
 from llamatelemetry.heads import texts as heads_texts
 
 REFERENCE = np.load(Path(__file__).parent / "references" / "heads.npz")
@@ -42,9 +43,7 @@ PIECES = ["", *map(chr, range(32, 127)), "\n"]
 @pytest.fixture(scope="module")
 def texts():
     kinds = [3] + [1] * (len(PIECES) - 1)
-    return heads_texts.default_texts(
-        fake_tokens(PIECES), (PIECES, kinds), shuffles=5, max_tokens=90
-    )
+    return heads_texts.default_texts(fake_tokens(PIECES), PIECES, kinds, shuffles=5, max_tokens=90)
 
 
 def statistics(texts, attention_of):
@@ -72,7 +71,7 @@ def pure_heads(text):
     uniform = np.tril(np.ones((n, n))) / (position[:, None] + 1)
     far = one_hot(np.where(position >= 17, position - 16, 0), n)
     syntactic = one_hot(position * 0, n)
-    for query, key in text.patterns.get("@syntactic", ()):
+    for query, key in text.pairs.get("syntactic", [()])[0]:
         syntactic[query] = 0
         syntactic[query, key] = 1
     keys = [
@@ -101,7 +100,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def measured(texts):
-    scores = profile.collect(texts, statistics(texts, pure_heads))
+    scores = behaviours.collect(texts, statistics(texts, pure_heads))
     profiled = profile.profile(scores, n_boot=100)
     return scores, profiled, profile.labels(profiled, margin=0.1)
 
@@ -160,7 +159,7 @@ def test_baselines_are_what_chance_gives(measured, texts):
     keys."""
     base = measured[1]["baseline"].sel(measure="local").isel(layer=0)
     queries = np.concatenate([np.arange(1, len(t.ids)) for t in texts if t.natural])
-    expected = np.mean(np.minimum(heads_texts.LOCAL, queries + 1) / (queries + 1))
+    expected = np.mean(np.minimum(behaviours.LOCAL, queries + 1) / (queries + 1))
     assert abs(float(base.isel(head=KINDS["uniform"])) - expected) < 0.05
     assert abs(float(base.isel(head=KINDS["self"])) - expected) < 0.08
     uniform = measured[1].isel(layer=0, head=KINDS["uniform"])
@@ -170,14 +169,18 @@ def test_baselines_are_what_chance_gives(measured, texts):
     np.testing.assert_allclose([same["low"], same["high"]], same["value"], rtol=1e-6)
 
 
-def pattern_scores(attention, patterns, rows):
-    """The scores of a Text from a full capture (layer, head, query, key): {pattern: (layer,
-    head)}."""
+def pattern_scores(attention, text):
+    """The scores of a Text from a full capture (layer, head, query, key): {behaviour: (version,
+    layer, head)}."""
     values = np.asarray(attention, np.float64)
+
+    def score(name, pairs):
+        per = len(pairs) if name == "syntactic" else len(set(pairs[:, 0].tolist()))
+        return values[:, :, pairs[:, 0], pairs[:, 1]].sum(-1) / per
+
     return {
-        name: values[:, :, pairs[:, 0], pairs[:, 1]].sum(-1)
-        / rows["".join(name[1:].partition("~")[:2])]
-        for name, pairs in patterns.items()
+        name: np.stack([score(name, pairs) for pairs in versions])
+        for name, versions in text.pairs.items()
     }
 
 
@@ -187,7 +190,7 @@ def test_scores_streamed_equal_those_of_the_full_matrix(texts):
         n = len(text.ids)
         attention = np.tril(rng.random((2, 3, n, n)))
         attention /= attention.sum(-1, keepdims=True)
-        full = pattern_scores(attention, text.patterns, text.rows)
+        full = pattern_scores(attention, text)
         streams = HeadStatistics(text.ids, text.patterns)
         for layer in (0, 1):
             for start in range(0, n, 31):  # in pieces, as a long prompt comes
@@ -196,9 +199,10 @@ def test_scores_streamed_equal_those_of_the_full_matrix(texts):
                 )
         table, layers = streams.table()
         stats = xr.Dataset({k: (("layer", "head"), v) for k, v in table.items()}, {"layer": layers})
+        found = behaviours.scores(text, stats)
+        assert list(found) == list(full)
         for name, expected in full.items():
-            rows = text.rows["".join(name[1:].partition("~")[:2])]
-            np.testing.assert_allclose(stats[name] * stats["mass"] * n / rows, expected, atol=1e-5)
+            np.testing.assert_allclose(found[name], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_pairs_and_their_share_are_transformerlens(name, theirs):
     (tests/references/make_heads_reference.py). The notebook divides by the rows that have a pair
     instead of by all."""
     tokens = REFERENCE["tokens"].tolist()
-    pairs = heads_texts.token_pairs(tokens, np.arange(1, len(tokens)))[name]
+    pairs = behaviours.token_pairs(tokens, np.arange(1, len(tokens)))[name]
     mask = np.zeros((len(tokens), len(tokens)), int)
     mask[tuple(pairs.T)] = 1
     np.testing.assert_array_equal(mask, REFERENCE[f"{theirs}_pattern"])
@@ -233,8 +237,8 @@ def test_template_pairs_are_the_words_they_say():
     closing = 0
     for seed in range(6):
         text = heads_texts.template_text("t", fake_tokens(PIECES), np.random.default_rng(seed), 240)
-        heads_texts.add_patterns(text, 2, 100, 24, np.random.default_rng(0))
-        pairs = text.patterns["@syntactic"]
+        behaviours.add_pairs(text, 2, 100, 24, np.random.default_rng(0))
+        pairs, shuffled, _ = text.pairs["syntactic"]
         spelled = "".join(text.pieces)
         for query, key in pairs:
             # The start token has no characters: position p is character p - 1, the last one of its
@@ -250,8 +254,8 @@ def test_template_pairs_are_the_words_they_say():
                 assert word in heads_texts.NOUNS + heads_texts.PLACES
                 assert earlier.lower() in ("the", "a", "this", "every")
         distances = set((pairs[:, 0] - pairs[:, 1]).tolist())
-        assert {q - k for q, k in text.patterns["@syntactic~0"].tolist()} <= distances
-        assert not {tuple(p) for p in text.patterns["@syntactic~0"]} & {tuple(p) for p in pairs}
+        assert {q - k for q, k in shuffled.tolist()} <= distances
+        assert not {tuple(p) for p in shuffled} & {tuple(p) for p in pairs}
     assert closing > 0
 
 
@@ -267,7 +271,7 @@ def test_characters_find_their_tokens():
     [(",", True), ("\n\n", True), (" (", True), (" ", False), ("a.", False), (b"\xe2", False)],
 )
 def test_delimiters(piece, expected):
-    assert heads_texts.is_delimiter(piece) == expected
+    assert behaviours.is_delimiter(piece) == expected
 
 
 def test_semantic_score_finds_cosine_and_not_distance():
@@ -280,32 +284,30 @@ def test_semantic_score_finds_cosine_and_not_distance():
         None
     ]  # (1, head, q, k)
     rows = semantic.sample_rows(n, 20)
-    value, null = semantic.semantic_scores(maps[:, :, rows], rows, ids, embeddings, shuffles=10)
+    value, *null = semantic.semantic_scores(maps[:, :, rows], rows, ids, embeddings, shuffles=10)
     assert value[0, 0] > 0.97 and abs(value[0, 1]) < 0.1 and abs(value[0, 2]) < 0.15
-    assert np.abs(null).max() < 0.3 and null.shape == (10, 1, 3)
-    few, _ = semantic.semantic_scores(maps[:, :, :4], [1, 2, 3, 4], ids, embeddings)
+    assert np.abs(null).max() < 0.3 and np.shape(null) == (10, 1, 3)
+    few = semantic.semantic_scores(maps[:, :, :4], [1, 2, 3, 4], ids, embeddings)
     assert np.isnan(few).all()
 
 
 def test_js_divergence_by_hand():
-    """Two rows without a common key are ln 2 apart, equal rows 0; (1, 0) and (1/2, 1/2) by the
-    formula."""
-    rows = np.array([[1, 0], [0, 1], [0.5, 0.5], [1, 0]], float)[
-        None, :, None, :
-    ]  # (layer, head, row, key)
-    sums = similarity.js_sums(rows, [1])
-    mixed = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) - 0.5 * np.log(2)
-    np.testing.assert_allclose(sums[0], [0, np.log(2), mixed, 0], atol=1e-12)
+    """Two rows without a common key are 1 bit apart, equal rows 0; (1, 0) and (1/2, 1/2) by the
+    formula. A head that its layer does not have is no row."""
+    heads = np.array([[1, 0], [0, 1], [0.5, 0.5], [1, 0], [MISSING, MISSING]], np.float32)
+    sums = similarity.divergence_sums(heads[None, :, None, :], [1])  # (layer, head, row, key)
+    mixed = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25)) - 0.5
+    np.testing.assert_allclose(sums[0], [0, 1, mixed, 0], atol=1e-12)
     distance = similarity.distances([sums, sums], [1, 1])
-    np.testing.assert_allclose(distance[0], [0, 1, np.sqrt(mixed / np.log(2)), 0])
+    np.testing.assert_allclose(distance[0], [0, 1, np.sqrt(mixed), 0])
 
 
 def test_js_in_small_blocks_is_the_same(monkeypatch):
     rng = np.random.default_rng(1)
     rows = rng.dirichlet(np.ones(12), (2, 3, 4)).astype(np.float32)
-    whole = similarity.js_sums(rows, [5, 8, 10, 11])
+    whole = similarity.divergence_sums(rows, [5, 8, 10, 11])
     monkeypatch.setattr(similarity, "BLOCK", 1)
-    np.testing.assert_allclose(similarity.js_sums(rows, [5, 8, 10, 11]), whole, rtol=1e-6)
+    np.testing.assert_allclose(similarity.divergence_sums(rows, [5, 8, 10, 11]), whole, rtol=1e-6)
 
 
 @pytest.fixture
@@ -367,11 +369,11 @@ def test_importance_pruning_and_sampling():
     table = importance.importance_table([sweep, sweep], [10, 30])
     np.testing.assert_allclose(table["loss_change"], kl)
     np.testing.assert_allclose(table["error"], 0.1 * np.sqrt(0.25**2 + 0.75**2))
-    sets = importance.pruning_sets(table, [1, 3], repeats=1)
-    assert sets["least important", 0, 3] == [(1, 1), (0, 1), (2, 0)] and sets[
-        "most important", 0, 1
-    ] == [(0, 0)]
-    assert len(set(sets["random", 0, 3])) == 3
+    sets = importance.pruning_sets(table, repeats=1, counts=[1, 3])
+    sets = {name: [(edit.layer, edit.head) for edit in edits] for name, edits in sets.items()}
+    assert sets["least important", 0, 3] == [(1, 1), (0, 1), (2, 0)]
+    assert sets["most important", 0, 1] == [(0, 0)] and len(set(sets["random", 0, 3])) == 3
+    assert {count for _, _, count in importance.pruning_sets(table)} == {1, 2, 3}
     picked = importance.sample_heads(names, 3)
     assert [layer for layer, _ in picked] == [0, 1, 2]
     assert importance.sample_heads(names, 9) == names
@@ -394,7 +396,7 @@ def test_depth_and_comparison_and_their_sentences(measured, texts):
     moved = profiled.copy(deep=True)
     moved["value"].loc[{"measure": "induction", "layer": 1, "head": KINDS["induction"]}] = 0.25
     moved["low"].loc[{"measure": "induction", "layer": 1, "head": KINDS["induction"]}] = 0.0
-    found = compare.compare_profiles(profiled, moved, earned, profile.labels(moved, 0.1))
+    found = profile.compare(profiled, moved, earned, profile.labels(moved, 0.1))
     assert found.loc["induction", "lost"] == 1 and found.loc["induction", "head"] == "L1H5"
     assert found.loc["induction", "largest_change"] == pytest.approx(0.75)
     rest = found.drop("induction")
@@ -403,7 +405,7 @@ def test_depth_and_comparison_and_their_sentences(measured, texts):
         and (rest["mean_change"] == 0).all()
         and rest["lost"].sum() == 0
     )
-    said = say.precision_sentence(found, "one", "two")
+    said = " ".join(say.survival(found, "one", "two").split())
     had = int(earned.sum())
     assert f"Of {had} labels in one, {had - 1} " in said and "induction of L1H5, by 0.750" in said
     depth = profile.by_depth(moved)
@@ -413,11 +415,11 @@ def test_depth_and_comparison_and_their_sentences(measured, texts):
     )
     assert depth.loc["sink", "spearman with layer"] == pytest.approx(0)
     table = profile.head_table(profiled, earned)
-    text = say.label_sentence(profile.label_counts(earned, profiled), earned, table, 0.1)
+    text = " ".join(say.baselines(profile.label_counts(earned, profiled), table, 0.1).split())
     assert text.startswith("Of 18 heads") and "syntactic 2" in text and text.endswith("2 none.")
     best = profile.typical_texts(scores, 0, KINDS["induction"], ["induction"]).loc["induction"]
     assert best["text"].startswith("random") and best["score"] == pytest.approx(1)
-    assert say.texts_sentence(texts).count(" of ") == 5
+    assert say.texts(texts).count(" of ") == 5
 
 
 def planted(folder, change):
@@ -442,7 +444,7 @@ def test_a_copied_head_is_the_closest_pair(tmp_path):
     np.testing.assert_array_equal(
         cap.attn_heads.sel(layer=1).values[0], cap.attn_heads.sel(layer=1).values[1]
     )
-    distance = similarity.distances([similarity.js_sums(cap.attention.values, rows)], [len(rows)])
+    distance = similarity.distances([similarity.divergence_sums(cap.attention, rows)], [len(rows)])
     best = similarity.closest_pairs(distance, [(i // 4, i % 4) for i in range(12)], 2)
     assert (best.loc[0, "a"], best.loc[0, "b"]) == ("L1H0", "L1H1") and best.loc[
         0, "distance"
@@ -457,9 +459,8 @@ def test_ablating_a_head_without_output_changes_nothing(tmp_path, mode):
 
     with CaptureSession(planted(tmp_path, silence)) as session:
         names = [(layer, head) for layer in range(3) for head in range(4)]
-        rows = session.sweep(
-            list(range(3, 40)), {n: [ablate_head(*n, mode)] for n in names}, progress=False
-        )
+        variants = importance.one_by_one(names, mode)
+        rows = session.sweep(list(range(3, 40)), variants, progress=False)
     table = importance.importance_table([rows], [36]).set_index(["layer", "head"])
     assert table.loc[(2, 2), "loss_change"] == 0 and table.loc[(2, 2), "kl"] == pytest.approx(
         0, abs=1e-9
@@ -470,14 +471,11 @@ def test_ablating_a_head_without_output_changes_nothing(tmp_path, mode):
 @pytest.mark.slow
 def test_profile_of_smollm2_streamed_is_that_of_the_full_capture(engine):
     """One text of each kind through the worker, and the same scores from the captured matrices."""
-    texts = heads_texts.default_texts(
-        engine.tokenize, (engine.model.pieces, engine.model.token_types), shuffles=2
-    )
+    model = engine.model
+    texts = heads_texts.default_texts(engine.tokenize, model.pieces, model.token_types, shuffles=2)
     for text in (texts[0], texts[12], texts[-1]):
         stats = engine.head_statistics(text.ids, patterns=text.patterns)
         attention = engine.capture(text.ids, stages=("attention",)).attention
-        for name, expected in pattern_scores(attention, text.patterns, text.rows).items():
-            rows = text.rows["".join(name[1:].partition("~")[:2])]
-            np.testing.assert_allclose(
-                stats[name] * stats["mass"] * len(text.ids) / rows, expected, atol=1e-5
-            )
+        found = behaviours.scores(text, stats)
+        for name, expected in pattern_scores(attention, text).items():
+            np.testing.assert_allclose(found[name], expected, atol=1e-5)

@@ -3,11 +3,12 @@
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
 from llamatelemetry.heads import figures
-from llamatelemetry.heads.page import heads_page
+from llamatelemetry.heads import page as heads_page
 
 PIECES = ["<script>alert(1)</script>", " the", "\n", b"\xff", " cat", " sat", " on"]
 N_LAYER, N_HEAD = 4, 3
@@ -33,26 +34,18 @@ def made(n_layer=N_LAYER, n_head=N_HEAD, n=len(PIECES)):
     attention /= attention.sum(-1, keepdims=True)
     points = rng.normal(size=(n_layer * n_head, 2))
     distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    labels = {
-        (i // n_head, i % n_head): "none" if i % n_head else "sink, local"
-        for i in range(n_layer * n_head)
-    }
-    return profiled, labels, attention.astype(np.float32), distance
+    layer, head = np.divmod(np.arange(n_layer * n_head), n_head)
+    table = pd.DataFrame({"layer": layer, "head": head, "cluster": np.arange(len(head)) % 3})
+    table["labels"] = np.where(head > 0, "none", "sink, local")
+    dims = ("layer", "head", "query", "key")
+    return profiled, table, xr.DataArray(attention.astype(np.float32), dims=dims), distance
 
 
 def dashboard(**options):
-    profiled, labels, attention, distance = made()
-    return heads_page(
-        profiled,
-        labels,
-        attention,
-        PIECES,
-        distance,
-        model="M <b>",
-        clusters=np.arange(12) % 3,
-        extra={"loss change": np.linspace(-1, 1, 12).reshape(4, 3)},
-        **options,
-    )
+    profiled, table, attention, distance = made()
+    losses = table.assign(loss_change=np.linspace(-1, 1, 12))
+    options = {"model": "M <b>", "losses": losses} | options
+    return heads_page.dashboard(profiled, table, attention, PIECES, distance, **options)
 
 
 @pytest.fixture
@@ -74,7 +67,7 @@ def page(browser, tmp_path):
 @pytest.mark.slow
 def test_click_shows_matrix_profile_and_neighbours(page):
     profiled, _, attention, distance = made()
-    shown = page(dashboard(head=4))
+    shown = page(dashboard(head=(1, 1)))
     assert shown.inner_text("#name") == "L1H1: none, cluster 1"
     box = shown.locator("#map").bounding_box()
     size = min(26, 830 // N_LAYER)
@@ -104,7 +97,7 @@ def test_click_shows_matrix_profile_and_neighbours(page):
 
 @pytest.mark.slow
 def test_measures_labels_keys_and_names(page):
-    shown = page(dashboard(head=0))
+    shown = page(dashboard())
     assert [o.inner_text() for o in shown.locator("#measure option").all()] == [
         *MEASURES,
         "loss change",
@@ -130,8 +123,9 @@ def test_measures_labels_keys_and_names(page):
 
 @pytest.mark.slow
 def test_1024_heads_stay_small_and_quick(browser, tmp_path):
-    profiled, labels, attention, distance = made(32, 32, 64)
-    started = heads_page(profiled, labels, attention, [" a"] * 64, distance, model="M")
+    profiled, table, attention, distance = made(32, 32, 64)
+    pieces = [" a"] * 64
+    started = heads_page.dashboard(profiled, table, attention, pieces, distance, model="M")
     assert len(started.html) < 6_000_000 and "steps of 1/255" in started.html
     opened = browser.new_page(viewport={"width": 900, "height": 1000})
     opened.goto(started.save(tmp_path / "page.html").as_uri())
@@ -153,17 +147,17 @@ def test_weights_say_how_exact_they_are():
 def test_figures_are_drawn_from_the_numbers(n_layer, n_head):
     profiled, _, attention, distance = made(n_layer, n_head)
     earned = (profiled["value"] > 1).rename(measure="label")
-    maps = figures.measure_maps(profiled, MEASURES, "M")
+    maps = figures.measures(profiled, MEASURES, title="M")
     np.testing.assert_allclose(maps.data[1].z, profiled["value"][1].values.T, atol=1e-4)
     assert (
         maps.data[1].coloraxis == "coloraxis2"
         and maps.layout.coloraxis2.cmin == -maps.layout.coloraxis2.cmax
     )
-    dots = figures.scores_against_baselines(profiled, earned.isel(label=[0]), "M")
+    dots = figures.baselines(profiled, earned.isel(label=[0]), title="M")
     drawn = [y for trace in dots.data if trace.mode == "markers" for y in trace.y if y is not None]
     np.testing.assert_allclose(sorted(drawn), np.sort(profiled["value"][0].values.reshape(-1)))
     order = np.arange(len(distance))[::-1]
-    matrix = figures.distance_matrix(distance, order, [str(i) for i in order], "M").data[0].z
+    matrix = figures.distances(distance, order, [str(i) for i in order], title="M").data[0].z
     assert len(matrix) <= figures.GRID
     if len(distance) <= figures.GRID:
         np.testing.assert_allclose(matrix, distance[::-1, ::-1], atol=1e-3)

@@ -33,9 +33,7 @@ def test_exports_are_what_the_model_did(run, engine):
     assert 20 <= len(importance) <= 270
     row = importance.iloc[0]
     place = int(row["layer"]), int(row["head"])
-    again = engine.sweep(
-        texts.load_texts(held_out=True)[0], {"one": [ablate_head(*place)]}, progress=False
-    )
+    again = engine.sweep(texts.held_out()[0], {"one": [ablate_head(*place)]}, progress=False)
     assert row["loss_change"] == pytest.approx(again.loc["one", "loss_change"], abs=1e-6)
     text = texts.load_texts()["prose"][0]
     ids = engine.tokenize(text)["id"].tolist()[:96]

@@ -20,7 +20,7 @@ from llamatelemetry.files.gguf import GGUFFile
 from llamatelemetry.heads import figures, similarity
 from llamatelemetry.heads import importance as heads_importance
 from llamatelemetry.heads import profile as heads
-from llamatelemetry.heads import say as heads_sentences
+from llamatelemetry.heads import say as heads_say
 from llamatelemetry.layers import compare, say, states
 from llamatelemetry.layers import figures as layer_figures
 from llamatelemetry.maths import rank_correlation, ratio
@@ -128,15 +128,14 @@ def test_one_text_gives_no_interval_no_label_and_no_stability():
     )
     earned = heads.labels(profiled)
     assert not earned.any()
-    said = heads_sentences.label_sentence(
-        heads.label_counts(earned, profiled), earned, heads.head_table(profiled, earned), 0.1
-    )
+    counts, table = heads.label_counts(earned, profiled), heads.head_table(profiled, earned)
+    said = heads_say.baselines(counts, table, 0.1)
     assert "One text gives no interval" in said and "No head is" not in said
-    assert len(figures.measure_maps(profiled, ["sink"], "m").data) == 1
+    assert len(figures.measures(profiled, ["sink"], title="m").data) == 1
     distance = np.array([[0, 0.1, 0.9], [0.1, 0, 0.9], [0.9, 0.9, 0]])
     rand, jaccard = similarity.stability(distance[None] ** 2, [1], np.array([0, 0, 1]), n_boot=3)
     assert np.isnan(rand).all() and jaccard.isna().all()
-    said = heads_sentences.cluster_sentence(np.array([0, 0, 1]), 0.5, rand, jaccard, 0.9)
+    said = heads_say.clusters(np.array([0, 0, 1]), 0.5, rand, jaccard)
     assert "One text cannot say" in said and not NO_NUMBER.search(said)
 
 
@@ -145,7 +144,7 @@ def test_four_heads_are_too_few_for_an_interval_of_their_ranks():
     table = pd.DataFrame({"entropy": [1.0, 2, 3, 4], "kl": [0.1, 0.2, 0.3, 0.4]})
     found = heads_importance.relations(table, ["entropy"])
     assert found[["rho", "low", "high"]].isna().all(axis=None)
-    assert "No relation can be seen" in heads_sentences.relation_sentence(found)
+    assert "No relation can be seen" in heads_say.relations(found)
 
 
 # No variety
@@ -164,25 +163,23 @@ def test_clusters_of_few_heads(n, wanted):
     labels, silhouette = similarity.cluster(distance, wanted)
     assert len(labels) == n and np.isfinite(silhouette) == (n > 2 and wanted != 1)
     rand, jaccard = similarity.stability(distance[None] ** 2, [1], labels, n_boot=3)
-    coordinates, explained = similarity.classical_mds(distance, max(2, min(10, n - 1)))
+    coordinates, drawn = similarity.maps(distance, get_backend("cpu"))
+    assert len(drawn) == 1 and "nan" not in str(list(drawn))
     assert coordinates.shape[1] >= 2 and np.isfinite(coordinates).all()
     assert sorted(similarity.order_of(distance)) == list(range(n))
     dense = similarity.dense_groups(get_backend("cpu"), coordinates)
     pairs = similarity.closest_pairs(distance, names)
     near = similarity.nearest_heads(distance, names, (0, 0))
-    links = (
-        similarity.nearest(distance)
-        .replace({"source": {0: "L0H0"}})
-        .astype({"source": str, "target": str})
-    )
+    table = pd.DataFrame({"layer": 0, "head": range(n), "cluster": labels})
+    _, links = similarity.links(table, table.assign(loss_change=0.0), distance)
     curve = similarity.cover_curve(distance, [0.1, 0.5])
     said = [
-        heads_sentences.cluster_sentence(labels, silhouette, rand, jaccard, explained[:2].sum()),
-        heads_sentences.hdbscan_sentence(dense, labels),
-        heads_sentences.redundancy_sentence(pairs, curve, n, None),
-        heads_sentences.apart_sentence(*similarity.layer_distances(distance, names)),
-        heads_sentences.nearest_sentence("L0H0", near),
-        heads_sentences.links_sentence(links),
+        heads_say.clusters(labels, silhouette, rand, jaccard),
+        heads_say.dense(dense),
+        heads_say.cover(pairs, curve, n, None),
+        heads_say.distances(*similarity.layer_distances(distance, names)),
+        heads_say.nearest("L0H0", near),
+        heads_say.links(links),
     ]
     assert not NO_NUMBER.search(" ".join(said)), said
     if n == 1:
@@ -209,19 +206,17 @@ def test_sentences_of_one_head():
     relations = heads_importance.relations(one, ["entropy"])
     assert relations["rho"].isna().all()
     said = [
-        heads_sentences.importance_sentence(one, 3.0, 1),
-        heads_sentences.relation_sentence(relations),
-        heads_sentences.mode_sentence(one),
-        heads_sentences.matrix_sentence(None, [], {}),
+        heads_say.importance(one, 3.0),
+        heads_say.relations(relations),
+        heads_say.both_ways(one),
+        heads_say.side_by_side({}),
     ]
     assert not NO_NUMBER.search(" ".join(said)), said
     assert (
         "No head costs anything" in said[0] and "too few" in said[1] and "none to show" in said[3]
     )
-    assert (
-        figures.side_by_side({}, [], ["a", "b"], "tiny", {}).layout.annotations[0].text
-        == "no head to show"
-    )
+    empty = figures.side_by_side(None, {}, ["a", "b"], title="tiny")
+    assert empty.layout.annotations[0].text == "no head to show"
 
 
 def test_sentences_of_one_layer():
@@ -237,7 +232,7 @@ def test_sentences_of_one_layer():
     importance.attrs["spearman"] = {"both": np.nan}
     correlations = pd.DataFrame(np.nan, *[["weight_error", "drift_added", "cost", "fall"]] * 2)
     said = [
-        heads_sentences.depth_sentence(depth, None),
+        heads_say.depth(depth, None),
         attention_says.depth_profile(heads),
         say.graph_sentence(nodes, edges),
         say.importance_sentence(importance),
@@ -280,11 +275,11 @@ def test_one_layer_and_one_head_can_be_seen():
         {"value": (("measure", "layer", "head"), [[[0.5]]])},
         {"measure": ["sink"], "layer": [0], "head": [0]},
     )
-    assert {trace.mode for trace in figures.depth_lines(profile, ["sink"], "tiny").data[1:]} == {
+    assert {trace.mode for trace in figures.depth(profile, ["sink"], title="tiny").data[1:]} == {
         "markers"
     }
-    assert figures.distance_matrix(np.zeros((1, 1)), [0], ["L0H0"], "tiny").data[0].zmax == 1
-    assert figures.side_by_side({}, [], ["a"], "tiny", {}).layout.xaxis.visible is False
+    assert figures.distances(np.zeros((1, 1)), [0], ["L0H0"], title="tiny").data[0].zmax == 1
+    assert figures.side_by_side(None, {}, ["a"], title="tiny").layout.xaxis.visible is False
 
 
 def test_a_table_shows_no_nan():

@@ -1,8 +1,12 @@
-"""Figures of notebook 15: maps of all heads, scores against baselines, similarity, importance,
-depth, precision."""
+"""Figures of what heads do, how alike they are and what survives in another precision. Those of one
+topic only lie beside its measures: importance.py has importance_figures.py."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+import xarray as xr
 from plotly.subplots import make_subplots
 
 from ..views import theme
@@ -10,234 +14,164 @@ from ..views.sentences import some
 from ..views.text import plotly
 
 GRID = 300  # rows of a distance matrix that are drawn; larger ones are averaged in blocks
-MEASURE_COLOR = dict(
-    zip(
-        (
-            "sink",
-            "local",
-            "global",
-            "delimiter",
-            "positional",
-            "previous token",
-            "duplicate",
-            "induction",
-            "syntactic",
-            "semantic",
-        ),
-        (
-            "#7F7F7F",
-            "#0072B2",
-            "#56B4E9",
-            "#F0E442",
-            "#009E73",
-            "#117733",
-            "#CC79A7",
-            "#D55E00",
-            "#E69F00",
-            "#882255",
-        ),
-    )
-)
+MEASURE_COLOR = {
+    "sink": "#7F7F7F",
+    "local": "#0072B2",
+    "global": "#56B4E9",
+    "delimiter": "#F0E442",
+    "positional": "#009E73",
+    "previous token": "#117733",
+    "duplicate": "#CC79A7",
+    "induction": "#D55E00",
+    "syntactic": "#E69F00",
+    "semantic": "#882255",
+}
+HOVER = "%{text}<extra></extra>"
+LEGEND = dict(orientation="h", y=1.1, x=0)  # above the figure
+BASELINE = dict(color=theme.COLOR["key"], width=2)
 
 
-def _figure(figure, title, **layout):
+def finished(figure: go.Figure, title: str, x: str = "", y: str = "", **layout) -> go.Figure:
+    """A figure with its title, plain text, and the titles of its axes."""
+    figure.update_xaxes(title_text=x or None).update_yaxes(title_text=y or None)
     return figure.update_layout(**theme.titled(title), **layout)
 
 
-def measure_maps(profiled, measures, model):
+def band(x: Sequence, low: Sequence, high: Sequence, color: str) -> go.Scatter:
+    """What lies between two lines, filled."""
+    outline = dict(x=[*x, *x[::-1]], y=[*low, *high[::-1]], mode="lines", line=dict(width=0))
+    fill = dict(fill="toself", fillcolor=color, opacity=0.3)
+    return go.Scatter(**outline, **fill, hoverinfo="skip", showlegend=False)
+
+
+def _panels(titles, columns, gap, **options):
+    """A figure of subplots and the place of each, by row."""
+    rows = -(-len(titles) // columns)
+    spacing = dict(vertical_spacing=gap / rows, subplot_titles=titles)
+    figure = make_subplots(rows, columns, **spacing, **options)
+    return figure, [(i // columns + 1, i % columns + 1) for i in range(len(titles))], rows
+
+
+def _color_axis(title, low, high, **place):
+    scale = theme.SIGNED if low < 0 else theme.MAGNITUDE
+    return dict(colorscale=scale, cmin=low, cmax=high, colorbar=_bar(title, **place))
+
+
+def _bar(title, **place):
+    return dict(title=title, title_side="right", **place)
+
+
+def measures(profiled: xr.Dataset, names: Sequence[str], *, title: str) -> go.Figure:
     """Small maps, one per measure: layer across, head down; shares on one scale, "semantic" around
-    zero."""
-    rows = -(-len(measures) // 2)
-    figure = make_subplots(
-        rows,
-        2,
-        subplot_titles=list(measures),
-        horizontal_spacing=0.07,
-        vertical_spacing=0.28 / rows,
-    )
+    zero. Hover: value, interval, highest shuffled score."""
+    figure, cells, rows = _panels(list(names), 2, 0.28, horizontal_spacing=0.07)
     layers, heads = profiled["layer"].values, profiled["head"].values
-    for place, name in enumerate(measures):
-        part = profiled.sel(measure=name)
-        signed = name == "semantic"
-        sides = [
-            part[key].values.T for key in ("value", "low", "high", "baseline_high")
-        ]  # (head, layer) each
-        text = [
-            [
-                f"L{layer}H{head}<br>{name} {v:.4f}<br>{some(lo, f'95% interval {{:.3f}} to {hi:.3f}', 'one text')}"
-                f"<br>highest shuffled {b:.3f}"
-                for layer, v, lo, hi, b in zip(layers, *columns)
-            ]
-            for head, *columns in zip(heads, *sides)
-        ]
-        figure.add_trace(
-            go.Heatmap(
-                z=np.round(part["value"].values.T, 4),
-                x=layers,
-                y=heads,
-                text=text,
-                coloraxis="coloraxis2" if signed else "coloraxis",
-                hovertemplate="%{text}<extra></extra>",
-            ),
-            place // 2 + 1,
-            place % 2 + 1,
-        )
-    figure.update_xaxes(**theme.whole(layers)).update_yaxes(**theme.whole(heads))
-    figure.update_yaxes(autorange="reversed", title_text="head", title_standoff=2)
-    figure.update_xaxes(title_text="layer", title_standoff=2, row=rows)
-    limit = (
-        float(np.nanmax(np.abs(profiled["value"].sel(measure="semantic"))))
-        if "semantic" in measures
-        else 1
-    )
-    axes = dict(
-        coloraxis=dict(
-            colorscale=theme.MAGNITUDE,
-            cmin=0,
-            cmax=1,
-            colorbar=dict(title="share of attention", len=0.45, y=0.77, x=1.02, title_side="right"),
-        )
-    )
-    if "semantic" in measures:
-        axes["coloraxis2"] = dict(
-            colorscale=theme.SIGNED,
-            cmin=-limit,
-            cmax=limit,
-            colorbar=dict(title="rank correlation", len=0.45, y=0.23, x=1.02, title_side="right"),
-        )
-    return _figure(
-        figure,
-        f"Every head of {model}: what its attention goes to",
-        height=170 * rows + 90,
-        margin=dict(l=60, r=90, t=80, b=50),
-        **axes,
-    )
+    for name, (row, column) in zip(names, cells):
+        part = profiled.sel(measure=name).transpose("head", "layer")
+        heat = dict(z=np.round(part["value"].values, 4), x=layers, y=heads, hovertemplate=HOVER)
+        axis = "coloraxis2" if name == "semantic" else "coloraxis"
+        figure.add_heatmap(**heat, text=_scores(part, name), coloraxis=axis, row=row, col=column)
+    axes = dict(coloraxis=_color_axis("share of attention", 0, 1, len=0.45, y=0.77, x=1.02))
+    if "semantic" in names:
+        limit = float(np.nanmax(np.abs(profiled["value"].sel(measure="semantic")))) or 1.0
+        place = dict(len=0.45, y=0.23, x=1.02)
+        axes["coloraxis2"] = _color_axis("rank correlation", -limit, limit, **place)
+    finished(figure, title, height=170 * rows + 90, margin=dict(l=60, r=90, t=80, b=50), **axes)
+    figure.update_xaxes(**theme.whole(layers)).update_xaxes(title_text="layer", row=rows)
+    figure.update_yaxes(autorange="reversed", title_text="head", **theme.whole(heads))
+    return figure.update_xaxes(title_standoff=2).update_yaxes(title_standoff=2)
 
 
-def scores_against_baselines(profiled, earned, model):
+def _scores(part, name):
+    """Hover texts of one measure (head, layer)."""
+    heads = [f"L{layer}H{head}" for head in part["head"].values for layer in part["layer"].values]
+    columns = [part[key].values.ravel() for key in ("value", "low", "high", "baseline_high")]
+    said = []
+    for head, value, low, high, chance in zip(heads, *columns):
+        interval = some(low, f"95% interval {{:.3f}} to {high:.3f}", "one text")
+        said.append(f"{head}<br>{name} {value:.4f}<br>{interval}<br>highest shuffled {chance:.3f}")
+    return np.reshape(said, part["value"].shape)
+
+
+def baselines(profiled: xr.Dataset, earned: xr.DataArray, *, title: str) -> go.Figure:
     """Each head's score per label beside the largest shuffled score of any head; filled: the label
     is earned."""
-    figure = go.Figure()
-    rng = np.random.default_rng(0)
-    for place, name in enumerate(earned["label"].values):
+    figure, rng = go.Figure(), np.random.default_rng(0)
+    labels = earned["label"].values
+    heads = profiled["value"].isel(measure=0).to_series().index
+    for place, name in enumerate(labels):
         part = profiled.sel(measure=name)
-        value, mask = part["value"].values.reshape(-1), earned.sel(label=name).values.reshape(-1)
-        names = [
-            f"L{layer}H{head}"
-            for layer in profiled["layer"].values
-            for head in profiled["head"].values
-        ]
-        jitter = place + rng.uniform(-0.3, 0.3, len(value))
-        for wanted, opacity, symbol in ((False, 0.35, "circle-open"), (True, 0.8, "circle")):
-            keep = np.flatnonzero((mask == wanted) & np.isfinite(value))
-            figure.add_trace(
-                go.Scatter(
-                    x=jitter[keep],
-                    y=value[keep],
-                    mode="markers",
-                    showlegend=False,
-                    opacity=opacity,
-                    marker=dict(
-                        size=5,
-                        symbol=symbol,
-                        color=MEASURE_COLOR[name] if wanted else theme.COLOR["baseline"],
-                    ),
-                    text=[
-                        f"{names[i]}<br>{name} {value[i]:.4f}<br>{'earned' if wanted else 'not earned'}"
-                        for i in keep
-                    ],
-                    hovertemplate="%{text}<extra></extra>",
-                )
+        points = pd.DataFrame({"score": part["value"].values.ravel()})
+        points["x"] = place + rng.uniform(-0.3, 0.3, len(points))
+        points["earned"] = earned.sel(label=name).values.ravel()
+        points["head"] = [f"L{layer}H{head}" for layer, head in heads]
+        for has, some_points in points.dropna(subset="score").groupby("earned"):
+            color = MEASURE_COLOR[name] if has else theme.COLOR["baseline"]
+            marker = dict(size=5, color=color, symbol="circle" if has else "circle-open")
+            said = f"{name} %{{y:.4f}}<br>{'earned' if has else 'not earned'}"
+            figure.add_scatter(
+                x=some_points["x"],
+                y=some_points["score"],
+                text=some_points["head"],
+                mode="markers",
+                marker=marker,
+                opacity=0.8 if has else 0.35,
+                showlegend=False,
+                hovertemplate=f"%{{text}}<br>{said}<extra></extra>",
             )
         top = float(np.nanmax(part["baseline_high"].values))
-        figure.add_shape(
-            type="line",
-            x0=place - 0.4,
-            x1=place + 0.4,
-            y0=top,
-            y1=top,
-            line=dict(color=theme.COLOR["key"], width=2),
-        )
-    for label, symbol, color in (
+        ends = dict(x0=place - 0.4, x1=place + 0.4, y0=top, y1=top)
+        figure.add_shape(type="line", line=BASELINE, **ends)
+    key = dict(x=[None], y=[None])  # the legend's entries
+    for name, symbol, color in (
         ("label earned", "circle", theme.COLOR["attention"]),
         ("not earned", "circle-open", theme.COLOR["baseline"]),
     ):
-        figure.add_trace(
-            go.Scatter(
-                x=[None],
-                y=[None],
-                mode="markers",
-                name=label,
-                marker=dict(symbol=symbol, color=color),
-            )
+        figure.add_scatter(
+            **key, mode="markers", name=name, marker=dict(symbol=symbol, color=color)
         )
-    figure.add_trace(
-        go.Scatter(
-            x=[None],
-            y=[None],
-            mode="lines",
-            name="largest shuffled score of any head",
-            line=dict(color=theme.COLOR["key"], width=2),
-        )
-    )
-    figure.update_xaxes(
-        tickvals=list(range(earned.sizes["label"])),
-        ticktext=list(earned["label"].values),
-        tickangle=-30,
-        zeroline=False,
-        title_text="behaviour",
-        range=[-0.6, earned.sizes["label"] - 0.4],
-    )
-    figure.update_yaxes(title_text="share of attention (semantic: correlation)")
-    return _figure(
-        figure,
-        f"Scores of {model}'s heads and what shuffling gives",
-        height=480,
-        legend=dict(orientation="h", y=1.08, x=0),
-    )
+    name = "largest shuffled score of any head"
+    figure.add_scatter(**key, mode="lines", name=name, line=BASELINE)
+    y = "share of attention (semantic: correlation)"
+    finished(figure, title, "behaviour", y, height=480, legend=LEGEND | {"y": 1.08})
+    ticks = dict(tickvals=list(range(len(labels))), ticktext=list(labels), tickangle=-30)
+    return figure.update_xaxes(**ticks, zeroline=False, range=[-0.6, len(labels) - 0.4])
 
 
-def head_maps(table, coordinates, model):
+def clusters(
+    table: pd.DataFrame, coordinates: Mapping[str, np.ndarray], *, title: str
+) -> go.Figure:
     """Heads as points, maps side by side. table: layer, head, cluster, labels; coordinates: {map
     name: (head, 2)}."""
-    figure = make_subplots(
-        1, len(coordinates), subplot_titles=list(coordinates), horizontal_spacing=0.08
-    )
-    for column, xy in enumerate(coordinates.values(), 1):
-        for cluster in sorted(table["cluster"].unique()):
-            keep = (table["cluster"] == cluster).to_numpy()
-            part = table[keep]
+    figure, cells, _ = _panels(list(coordinates), len(coordinates), 0, horizontal_spacing=0.08)
+    for (row, column), xy in zip(cells, coordinates.values()):
+        points = table.assign(x=xy[:, 0], y=xy[:, 1])
+        for cluster, part in points.groupby("cluster"):
             color = theme.CATEGORIES[cluster % 8] if cluster >= 0 else theme.COLOR["baseline"]
-            figure.add_trace(
-                go.Scatter(
-                    x=xy[keep, 0],
-                    y=xy[keep, 1],
-                    mode="markers",
-                    name=f"cluster {cluster}" if cluster >= 0 else "no cluster",
-                    legendgroup=int(cluster),
-                    showlegend=column == 1,
-                    marker=dict(
-                        size=7, color=color, symbol=int(max(cluster, 0) // 8), opacity=0.85
-                    ),
-                    text=[f"L{r.layer}H{r.head}<br>{r.labels}" for r in part.itertuples()],
-                    hovertemplate="%{text}<extra></extra>",
-                ),
-                1,
-                column,
+            marker = dict(size=7, color=color, symbol=int(max(cluster, 0) // 8), opacity=0.85)
+            figure.add_scatter(
+                x=part["x"],
+                y=part["y"],
+                text=[f"L{head.layer}H{head.head}<br>{head.labels}" for head in part.itertuples()],
+                mode="markers",
+                marker=marker,
+                name=f"cluster {cluster}" if cluster >= 0 else "no cluster",
+                legendgroup=int(cluster),
+                showlegend=column == 1,
+                hovertemplate=HOVER,
+                row=row,
+                col=column,
             )
-    figure.update_xaxes(showticklabels=False, title_text="first coordinate")
-    figure.update_yaxes(showticklabels=False, title_text="second coordinate", title_standoff=4)
-    return _figure(
-        figure,
-        f"Heads of {model} by the Jensen-Shannon distance of their attention",
-        height=500,
-        legend=dict(orientation="h", y=-0.15),
-    )
+    finished(figure, title, "first coordinate", "second coordinate", height=500)
+    figure.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False, title_standoff=4)
+    return figure.update_layout(legend=LEGEND | {"y": -0.15})
 
 
-def distance_matrix(distance, order, names, model):
-    """All distances, heads in the order of the dendrogram's leaves; more than GRID heads are
-    averaged in blocks."""
+def distances(
+    distance: np.ndarray, order: Sequence[int], names: Sequence[str], *, title: str
+) -> go.Figure:
+    """All distances (head, head), heads in the given order, that of the dendrogram's leaves; more
+    than GRID heads are averaged in blocks. names: of the heads as they are in the matrix."""
     order = np.asarray(order)
     values, labels = distance[np.ix_(order, order)], [names[i] for i in order]
     step = -(-len(order) // GRID)
@@ -245,203 +179,103 @@ def distance_matrix(distance, order, names, model):
         size = len(order) // step * step
         values = values[:size, :size].reshape(size // step, step, size // step, step).mean((1, 3))
         labels = [f"{labels[i]} to {labels[i + step - 1]}" for i in range(0, size, step)]
-    figure = go.Figure(
-        go.Heatmap(
-            z=np.round(values, 3),
-            x=labels,
-            y=labels,
-            colorscale=theme.MAGNITUDE,
-            zmin=0,
-            zmax=float(values.max()) or 1,
-            colorbar=dict(title="distance", title_side="right"),
-            hovertemplate="%{y}, %{x}<br>distance %{z}<extra></extra>",
-        )
+    heat = go.Heatmap(
+        z=np.round(values, 3),
+        x=labels,
+        y=labels,
+        colorscale=theme.MAGNITUDE,
+        zmin=0,
+        zmax=float(values.max()) or 1,
+        colorbar=_bar("distance"),
+        hovertemplate="%{y}, %{x}<br>distance %{z}<extra></extra>",
     )
     ticks = [labels[i] for i in np.linspace(0, len(values) - 1, min(12, len(values))).astype(int)]
-    figure.update_xaxes(
-        type="category", tickvals=ticks, tickangle=-45, title_text="head, by dendrogram"
-    )
-    figure.update_yaxes(
-        type="category", tickvals=ticks, autorange="reversed", title_text="head, by dendrogram"
-    )
-    return _figure(
-        figure,
-        f"Jensen-Shannon distance between the heads of {model}, 0 to 1",
-        height=620,
-        width=760,
-    )
+    axis = "head, by dendrogram"
+    figure = finished(go.Figure(heat), title, axis, axis, height=620, width=760)
+    figure.update_xaxes(type="category", tickvals=ticks, tickangle=-45)
+    return figure.update_yaxes(type="category", tickvals=ticks, autorange="reversed")
 
 
-def cover_curve(curve, n_heads, model):
+def cover(curve: pd.DataFrame, n_heads: int, *, title: str) -> go.Figure:
     """How many heads are needed so that every head has one of them within a distance."""
-    figure = go.Figure(
-        go.Scatter(
-            x=curve["radius"],
-            y=curve["heads"],
-            mode="lines+markers",
-            line=dict(color=theme.COLOR["attention"]),
-            hovertemplate="distance %{x:.2f}<br>%{y} heads<extra></extra>",
-        )
-    )
-    figure.update_xaxes(title_text="distance within which a head counts as covered (0 to 1)")
-    figure.update_yaxes(title_text=f"heads needed, of {n_heads}", rangemode="tozero")
-    return _figure(figure, f"How many heads of {model} stand for all", height=380)
+    hover = "distance %{x:.2f}<br>%{y} heads<extra></extra>"
+    line = dict(mode="lines+markers", line_color=theme.COLOR["attention"], hovertemplate=hover)
+    figure = go.Figure(go.Scatter(x=curve["radius"], y=curve["heads"], **line))
+    x = "distance within which a head counts as covered (0 to 1)"
+    finished(figure, title, x, f"heads needed, of {n_heads}", height=380)
+    return figure.update_yaxes(rangemode="tozero")
 
 
-def depth_lines(profiled, measures, model):
-    """Mean over the heads of each layer, one line per behaviour; the band holds the middle half of
-    the heads."""
-    figure = make_subplots(
-        -(-len(measures) // 2),
-        2,
-        subplot_titles=list(measures),
-        horizontal_spacing=0.1,
-        vertical_spacing=0.3 / -(-len(measures) // 2),
-        shared_xaxes=True,
-    )
+def depth(profiled: xr.Dataset, names: Sequence[str], *, title: str) -> go.Figure:
+    """One panel per behaviour, layers across: the mean over a layer's heads, the middle half of
+    them as a band, the largest dotted."""
+    options = dict(horizontal_spacing=0.1, shared_xaxes=True)
+    figure, cells, rows = _panels(list(names), 2, 0.3, **options)
+    finished(figure, title, "", "share", height=150 * rows + 110)
     layers = profiled["layer"].values
-    for place, name in enumerate(measures):
-        value = profiled["value"].sel(measure=name).values
-        low, mid, high = (
-            np.nanquantile(value, 0.25, 1),
-            np.nanmean(value, 1),
-            np.nanquantile(value, 0.75, 1),
-        )
-        row, column = place // 2 + 1, place % 2 + 1
+    mode = "lines" if len(layers) > 1 else "markers"
+    for name, (row, column) in zip(names, cells):
+        value = profiled["value"].sel(measure=name).values  # (layer, head)
         color = MEASURE_COLOR.get(name, theme.COLOR["attention"])
-        band = go.Scatter(
-            x=[*layers, *layers[::-1]],
-            y=[*low, *high[::-1]],
-            fill="toself",
-            line=dict(width=0),
-            opacity=0.3,
-            fillcolor=color,
-            hoverinfo="skip",
-            mode="lines",
-            showlegend=False,
-        )
-        mode = "lines" if len(layers) > 1 else "markers"
-        top = go.Scatter(
-            x=layers,
-            y=np.nanmax(value, 1),
-            mode=mode,
-            line=dict(color=color, width=1, dash="dot"),
-            showlegend=False,
-            hovertemplate=f"{name}<br>layer %{{x}}<br>largest %{{y:.3f}}<extra></extra>",
-        )
-        line = go.Scatter(
-            x=layers,
-            y=mid,
-            mode=mode,
-            marker_color=color,
-            line=dict(color=color, width=2),
-            showlegend=False,
-            hovertemplate=f"{name}<br>layer %{{x}}<br>mean %{{y:.3f}}<extra></extra>",
-        )
-        for trace in (band, top, line):
-            figure.add_trace(trace, row, column)
-    figure.update_xaxes(**theme.whole(layers)).update_xaxes(
-        title_text="layer", row=-(-len(measures) // 2)
-    )
-    figure.update_yaxes(title_text="share", title_standoff=4)
-    if "semantic" in measures:
-        place = measures.index("semantic")
-        figure.update_yaxes(title_text="correlation", row=place // 2 + 1, col=place % 2 + 1)
-    return _figure(
-        figure,
-        f"Behaviours of {model} over its layers: mean, middle half (band), largest (dotted)",
-        height=150 * -(-len(measures) // 2) + 110,
-    )
+        low, high = np.nanquantile(value, [0.25, 0.75], axis=1)
+        figure.add_trace(band(layers, low, high, color), row, column)
+        for what, y, line in (
+            ("largest", np.nanmax(value, 1), dict(width=1, dash="dot")),
+            ("mean", np.nanmean(value, 1), dict(width=2)),
+        ):
+            hover = f"{name}<br>layer %{{x}}<br>{what} %{{y:.3f}}<extra></extra>"
+            drawn = dict(mode=mode, showlegend=False, line=line, line_color=color)
+            points = go.Scatter(x=layers, y=y, marker_color=color, hovertemplate=hover, **drawn)
+            figure.add_trace(points, row, column)
+        if name == "semantic":
+            figure.update_yaxes(title_text="correlation", row=row, col=column)
+    figure.update_xaxes(**theme.whole(layers)).update_yaxes(title_standoff=4)
+    return figure.update_xaxes(title_text="layer", row=rows)
 
 
-def side_by_side(attention, places, pieces, model, notes=None):
-    """The attention matrices of chosen heads. attention: {(layer, head): (query, key)}; notes:
-    {place: text}."""
-    if not places:
-        return _figure(
-            go.Figure().add_annotation(text="no head to show", showarrow=False),
-            f"Heads of {model}",
-            height=200,
-            xaxis_visible=False,
-            yaxis_visible=False,
-        )
-    columns = min(3, len(places))
-    rows = -(-len(places) // columns)
-    titles = [
-        f"L{layer}H{head}" + (f": {notes[layer, head]}" if notes else "") for layer, head in places
-    ]
-    titles = [title if len(title) < 34 else title[:32] + "…" for title in titles]
-    figure = make_subplots(
-        rows, columns, subplot_titles=titles, horizontal_spacing=0.04, vertical_spacing=0.16 / rows
-    )
-    labels, n = theme.axis_values(theme.token_labels(pieces)), len(pieces)
-    for place, name in enumerate(places):
-        values = np.where(np.tri(n, dtype=bool), np.asarray(attention[name]), np.nan)
-        figure.add_trace(
-            go.Heatmap(
-                z=np.round(values, 5),
-                x=list(range(n)),
-                y=list(range(n)),
-                coloraxis="coloraxis",
-                hoverongaps=False,
-                text=[
-                    [
-                        f"query {labels[q]}<br>key {labels[k]}<br>weight {values[q, k]:.5f}"
-                        if k <= q
-                        else ""
-                        for k in range(n)
-                    ]
-                    for q in range(n)
-                ],
-                hovertemplate="%{text}<extra></extra>",
-            ),
-            place // columns + 1,
-            place % columns + 1,
-        )
-    figure.update_yaxes(
-        autorange="reversed", showticklabels=False, showgrid=False, zeroline=False, ticks=""
-    )
-    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, ticks="")
+def side_by_side(
+    attention: xr.DataArray,
+    shown: Mapping[tuple[int, int], str],
+    pieces: Sequence[str | bytes],
+    *,
+    title: str,
+) -> go.Figure:
+    """The attention matrices of chosen heads. attention: (layer, head, query, key); shown: {(layer,
+    head): what is said above its matrix, or ""}."""
+    if not shown:
+        figure = go.Figure().add_annotation(text="no head to show", showarrow=False)
+        hidden = dict(xaxis_visible=False, yaxis_visible=False)
+        return finished(figure, title, height=200, **hidden)
+    notes = [f"L{layer}H{head}: {note}".rstrip(": ") for (layer, head), note in shown.items()]
+    notes = [plotly(theme.shorten(note, 33)) for note in notes]
+    figure, cells, rows = _panels(notes, min(3, len(notes)), 0.16, horizontal_spacing=0.04)
+    labels = theme.axis_values(theme.token_labels(pieces))
+    seen = np.tri(len(labels), dtype=bool)
+    hover = "query %{y}<br>key %{x}<br>weight %{z:.5f}<extra></extra>"
+    for (layer, head), (row, column) in zip(shown, cells):
+        weights = np.where(seen, attention.sel(layer=layer, head=head), np.nan)
+        heat = dict(z=np.round(weights, 5), x=labels, y=labels, hoverongaps=False)
+        figure.add_heatmap(**heat, coloraxis="coloraxis", hovertemplate=hover, row=row, col=column)
+    axis = _color_axis("attention weight", 0, 1)
+    finished(figure, title, height=270 * rows + 110, coloraxis=axis)
+    plain = dict(type="category", showticklabels=False, showgrid=False, zeroline=False, ticks="")
+    figure.update_xaxes(**plain).update_yaxes(**plain, autorange="reversed")
     figure.update_yaxes(title_text="query", col=1)
-    figure.update_xaxes(title_text="key", row=rows)
-    return _figure(
-        figure,
-        f"Heads of {model} on one text of {n} tokens",
-        height=270 * rows + 110,
-        coloraxis=dict(
-            colorscale=theme.MAGNITUDE,
-            cmin=0,
-            cmax=1,
-            colorbar=dict(title="attention weight", title_side="right"),
-        ),
-    )
+    return figure.update_xaxes(title_text="key", row=rows)
 
 
-def survival(comparison, one, other):
-    """Per behaviour: how many heads keep, lose and gain the label from one precision to the
-    other."""
-    part = comparison.dropna(subset=["labels"])
-    figure = go.Figure()
+def survival(comparison: pd.DataFrame, one: str, other: str, *, title: str) -> go.Figure:
+    """Per behaviour: how many heads keep, lose and gain the label from one precision to the other.
+    one, other: names of the files."""
+    part, figure = comparison.dropna(subset=["labels"]), go.Figure()
     for column, color, name in (
         ("kept", theme.CATEGORIES[2], "in both"),
         ("lost", theme.CATEGORIES[5], plotly(f"only in {one}")),
         ("gained", theme.CATEGORIES[4], plotly(f"only in {other}")),
     ):
-        figure.add_trace(
-            go.Bar(
-                x=part.index,
-                y=part[column],
-                name=name,
-                marker_color=color,
-                hovertemplate="%{x}<br>%{y} heads<extra>" + name + "</extra>",
-            )
-        )
-    figure.update_xaxes(title_text="behaviour", tickangle=-30)
-    figure.update_yaxes(title_text="heads with the label")
-    return _figure(
-        figure,
-        f"Labels in {one} and in {other}",
-        barmode="stack",
-        height=420,
-        legend=dict(orientation="h", y=1.1, x=0),
-    )
+        hover = "%{x}<br>%{y} heads<extra>" + name + "</extra>"
+        bar = dict(name=name, marker_color=color, hovertemplate=hover)
+        figure.add_bar(x=part.index, y=part[column], **bar)
+    layout = dict(barmode="stack", height=420, legend=LEGEND)
+    finished(figure, title, "behaviour", "heads with the label", **layout)
+    return figure.update_xaxes(tickangle=-30)

@@ -1,68 +1,98 @@
 """What the model loses without a head: tables from ablations, relations to what heads do, and
 pruning orders."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
+from ..capture.edits import Edit, ablate_head
 
-def importance_table(sweeps, n_tokens):
-    """Importance of each head from sweeps of {(layer, head): ablation} over held-out texts.
+Heads = Sequence[tuple[int, int]]  # (layer, head)
 
-    sweeps: list of engine.sweep's DataFrames, one per text, with the same names; n_tokens:
-    predicted tokens of each. Returns a DataFrame (layer, head, loss_change, error, kl): nats per
-    token over all texts, and the standard error of the loss change over tokens."""
+
+def one_by_one(heads: Heads, mode: str = "zero") -> dict[tuple[int, int], list[Edit]]:
+    """Variants for a sweep, each without one head: {(layer, head): edits}. mode: as
+    ablate_head's."""
+    return {head: [ablate_head(*head, mode)] for head in heads}
+
+
+def importance_table(sweeps: Sequence[pd.DataFrame], n_tokens: Sequence[int]) -> pd.DataFrame:
+    """Importance of each head from sweeps of `one_by_one` over held-out texts.
+
+    sweeps: engine.sweep's DataFrames, one per text, of the same heads; n_tokens: predicted tokens
+    of each. Returns a DataFrame (layer, head, loss_change, error, kl): nats per token over all
+    texts, and the standard error of the loss change over tokens."""
     weight = np.asarray(n_tokens, float) / np.sum(n_tokens)
-    mean = weight @ np.stack(
-        [sweep["loss_change"].to_numpy() for sweep in sweeps]
-    )  # (text, head) -> (head,)
-    spread = np.sqrt(
-        weight**2 @ np.stack([sweep["loss_change_err"].to_numpy() ** 2 for sweep in sweeps])
+    change, error, kl = (
+        np.stack([sweep[column].to_numpy() for sweep in sweeps])  # (text, head)
+        for column in ("loss_change", "loss_change_err", "kl")
     )
-    layer, head = np.array(list(sweeps[0].index)).T
-    kl = weight @ np.stack([sweep["kl"].to_numpy() for sweep in sweeps])
-    return pd.DataFrame(
-        {"layer": layer, "head": head, "loss_change": mean, "error": spread, "kl": kl}
-    )
+    table = pd.DataFrame(list(sweeps[0].index), columns=["layer", "head"])
+    error = np.sqrt(weight**2 @ error**2)
+    return table.assign(loss_change=weight @ change, error=error, kl=weight @ kl)
 
 
-def sample_heads(names, count, seed=0):
+def both_ways(zero: pd.DataFrame, mean: pd.DataFrame) -> pd.DataFrame:
+    """The heads of two importance tables, of zero and of mean ablation, that are in both: the
+    second table, its loss change as `mean` and the first one's as `zero`."""
+    zero = zero.rename(columns={"loss_change": "zero"})[["layer", "head", "zero"]]
+    return mean.rename(columns={"loss_change": "mean"}).merge(zero, on=["layer", "head"])
+
+
+def sample_heads(heads: Heads, count: int, seed: int = 0) -> list[tuple[int, int]]:
     """At most `count` of the heads: as many from every layer as can be, drawn at random."""
-    if count >= len(names):
-        return list(names)
-    rng = np.random.default_rng(seed)
-    shuffled = [names[i] for i in rng.permutation(len(names))]
-    seen, keyed = {}, []
-    for place in shuffled:
-        seen[place[0]] = seen.get(place[0], 0) + 1
-        keyed.append((seen[place[0]], rng.random(), place))
-    return sorted(place for _, _, place in sorted(keyed)[:count])
+    if count >= len(heads):
+        return list(heads)
+    rng, seen, keyed = np.random.default_rng(seed), {}, []
+    for layer, head in (heads[i] for i in rng.permutation(len(heads))):
+        seen[layer] = seen.get(layer, 0) + 1
+        keyed.append((seen[layer], rng.random(), (layer, head)))
+    return sorted(head for _, _, head in sorted(keyed)[:count])
 
 
-def population(values, n_heads, threshold=0.01, n_boot=1000, seed=0):
-    """What a sample of heads says about all of them: mean loss change and the share above
-    `threshold` nats, each with its 95% bootstrap interval, narrowed for a sample that is a good
-    part of the whole (finite population)."""
+def top_and_sample(
+    table: pd.DataFrame, top: int = 12, more: int = 18, seed: int = 0
+) -> list[tuple[int, int]]:
+    """The `top` most important heads of a table by their KL divergence, and a sample of the
+    rest."""
+    ranked = table.sort_values("kl", ascending=False)
+    heads = list(zip(ranked["layer"].tolist(), ranked["head"].tolist()))
+    return heads[:top] + sample_heads(heads[top:], more, seed)
+
+
+def population(
+    values: Sequence[float],
+    n_heads: int,
+    threshold: float = 0.01,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> dict:
+    """What a sample of heads says about all of them: "mean" loss change and the "share" above
+    `threshold` nats, each (value, low, high) with its 95% bootstrap interval, narrowed for a sample
+    that is a good part of the whole (finite population); "sampled", "of": numbers of heads."""
     values, rng = np.asarray(values, float), np.random.default_rng(seed)
     draws = values[rng.integers(0, len(values), (n_boot, len(values)))]
     narrow = np.sqrt(max(0.0, 1 - len(values) / n_heads))
-    out = {}
-    for name, stat in (
-        ("mean", lambda v: v.mean(-1)),
-        ("share", lambda v: (v > threshold).mean(-1)),
+    found = {"sampled": len(values), "of": n_heads}
+    for name, all_of, drawn in (
+        ("mean", values, draws),
+        ("share", values > threshold, draws > threshold),
     ):
-        value = float(stat(values))
-        low, high = np.quantile(stat(draws), [0.025, 0.975])
-        out[name] = (
-            value,
-            float(value - (value - low) * narrow),
-            float(value + (high - value) * narrow),
-        )
-    return out | {"sampled": len(values), "of": n_heads}
+        value, ends = all_of.mean(), np.quantile(drawn.mean(1), [0.025, 0.975])
+        found[name] = float(value), *(value + (ends - value) * narrow).tolist()
+    return found
 
 
-def relations(table, columns, target="kl", n_boot=500, seed=0):
-    """Spearman's correlation of a head's importance with other things measured: DataFrame (rho,
-    low, high, p).
+def relations(
+    table: pd.DataFrame,
+    columns: Sequence[str],
+    target: str = "kl",
+    n_boot: int = 500,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Spearman's correlation of a head's importance with other things measured: DataFrame (measure)
+    of rho, low, high, p, heads.
 
     low, high: 95% bootstrap over heads. table: one row per head; target: "kl" or "loss_change".
     """
@@ -71,57 +101,53 @@ def relations(table, columns, target="kl", n_boot=500, seed=0):
     rng, rows = np.random.default_rng(seed), {}
     for name in columns:
         pair = table[[name, target]].dropna().to_numpy(float)
+        rows[name] = dict.fromkeys(("rho", "low", "high", "p"), np.nan) | {"heads": len(pair)}
         # A column without an order, or so few heads that chance orders them (of 4, one order in 12
         # agrees wholly).
         if len(pair) < 5 or (np.ptp(pair, axis=0) == 0).any():
-            rows[name] = {
-                "rho": np.nan,
-                "low": np.nan,
-                "high": np.nan,
-                "p": np.nan,
-                "heads": len(pair),
-            }
             continue
         rho, p = spearmanr(pair[:, 0], pair[:, 1])
-        picks = rng.integers(0, len(pair), (n_boot, len(pair)))
-        a, b = (rankdata(pair[picks, i], axis=1) for i in (0, 1))
-        a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
+        ranks = rankdata(pair[rng.integers(0, len(pair), (n_boot, len(pair)))], axis=1)
+        a, b = np.moveaxis(ranks - ranks.mean(1, keepdims=True), 2, 0)  # (boot, head) each
         boot = (a * b).sum(1) / np.maximum(np.sqrt((a**2).sum(1) * (b**2).sum(1)), 1e-12)
         low, high = np.quantile(boot, [0.025, 0.975])
-        rows[name] = {"rho": rho, "low": low, "high": high, "p": p, "heads": len(pair)}
+        rows[name] |= {"rho": rho, "low": low, "high": high, "p": p}
     return pd.DataFrame(rows).T.rename_axis("measure")
 
 
-def pruning_sets(table, counts, repeats=2, seed=0, by="kl"):
-    """Heads to remove: {(order, repeat, count): [(layer, head), ...]}, the least important first,
-    the most important first, and `repeats` random orders."""
-    places = list(zip(table["layer"].astype(int), table["head"].astype(int)))
-    rank = np.argsort(table[by].to_numpy(), kind="stable")
+def pruning_sets(
+    table: pd.DataFrame, repeats: int = 2, seed: int = 0, counts: Sequence[int] | None = None
+) -> dict[tuple[str, int, int], list[Edit]]:
+    """Variants for a sweep, each without several heads: {(order, repeat, count): edits}, the least
+    important by KL divergence first, the most important first, and `repeats` random orders.
+
+    counts: None for 2, 5, 10, 20, 35 and 50% of the table's heads."""
+    if counts is None:
+        shares = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
+        counts = sorted({max(1, round(len(table) * share)) for share in shares})
+    edits = list(map(ablate_head, table["layer"].tolist(), table["head"].tolist()))
+    rank = np.argsort(table["kl"].to_numpy(), kind="stable")
     rng = np.random.default_rng(seed)
     orders = {("least important", 0): rank, ("most important", 0): rank[::-1]}
-    orders |= {("random", repeat): rng.permutation(len(places)) for repeat in range(repeats)}
+    orders |= {("random", repeat): rng.permutation(len(edits)) for repeat in range(repeats)}
     return {
-        (*name, count): [places[i] for i in order[:count]]
+        (*name, count): [edits[i] for i in order[:count]]
         for name, order in orders.items()
         for count in counts
     }
 
 
-def pruning_table(sweep):
+def pruning_table(sweep: pd.DataFrame) -> pd.DataFrame:
     """engine.sweep's DataFrame of `pruning_sets` as rows (order, repeat, removed, loss,
-    loss_change, kl, ...)."""
-    rows = [dict(zip(("order", "repeat", "removed"), name)) for name in sweep.index]
+    loss_change, kl, top1_agreement)."""
+    named = pd.DataFrame(list(sweep.index), columns=["order", "repeat", "removed"])
     kept = sweep[["loss", "loss_change", "kl", "top1_agreement"]].reset_index(drop=True)
-    return pd.concat([pd.DataFrame(rows), kept], axis=1)
+    return pd.concat([named, kept], axis=1)
 
 
-def tolerated(table, limit=0.1):
+def tolerated(table: pd.DataFrame, limit: float = 0.1) -> pd.Series:
     """How many heads can be removed in each order before the loss rises by more than `limit` nats
     per token: the largest measured count below it (mean over repeats). Series by order."""
-    mean = table.groupby(["order", "removed"])["loss_change"].mean().reset_index()
-    out = {}
-    for order, group in mean.groupby("order"):
-        group = group.sort_values("removed")
-        within = (group["loss_change"] <= limit).cummin()
-        out[order] = int(group.loc[within, "removed"].max()) if within.any() else 0
-    return pd.Series(out, name="removed")
+    mean = table.groupby(["order", "removed"])["loss_change"].mean().unstack()  # counts ascend
+    within = (mean <= limit).cummin(axis=1)
+    return (within * mean.columns).max(axis=1).rename("removed")

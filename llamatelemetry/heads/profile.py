@@ -1,232 +1,214 @@
 """A measured profile of every attention head: scores over texts, bootstrap intervals, shuffled
 baselines, labels."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from ..maths import rank_correlation
-from .texts import OFFSETS
-
-# What a label says. All but the last are shares of a head's attention, mean over query rows that
-# have such a key.
-LABELS = {
-    "sink": "on the first token (Xiao et al. 2023), natural texts",
-    "local": "on the token itself and the three before it, natural texts",
-    "global": "on tokens 16 or more back, the first left out, natural texts",
-    "delimiter": "on punctuation and line breaks, natural texts",
-    "positional": "at its favourite one of the offsets 0 to 8 (Voita et al. 2019), random tokens",
-    "previous token": "on the token before, random tokens (Olsson et al. 2022)",
-    "duplicate": "on earlier occurrences of the token, repeated random tokens",
-    "induction": "on what followed earlier occurrences, repeated random tokens (Olsson et al. 2022)",
-    "syntactic": "from verb to subject, noun to determiner, closing to opening bracket; templates, less the "
-    "same distances",
-    "semantic": "rank correlation with the cosine of token embeddings at equal distance, natural texts",
-}
-PLAIN = (
-    "entropy",
-    "normalized_entropy",
-    "distance",
-    "top",
-)  # measured on natural texts, no label of their own
+from .behaviours import LABELS, collect
+from .semantic import sample_rows, semantic_scores
+from .similarity import divergence_sums
 
 
-def collect(texts, statistics):
-    """Scores of every head in every text, from `head_statistics` of each text with its patterns.
+def measure(
+    engine, texts: Sequence, *, distances: bool = True, backend=None, seed: int = 0
+) -> tuple[xr.Dataset, np.ndarray, np.ndarray]:
+    """Every head on every text: behaviours.collect's Dataset of scores, and for the natural texts
+    the sums (text, head, head) of divergences between heads and how many query rows (text,) each is
+    over.
 
-    statistics: list of Datasets (layer, head). Returns a Dataset (text, layer, head) of the
-    measures, and for each pattern `name` the shuffled `name~` (text, shuffle, layer, head); nan
-    where a text does not have a measure."""
-    first = statistics[0]
-    columns = {}
-    for place, (text, stats) in enumerate(zip(texts, statistics)):
-        total = stats["mass"].values * len(text.ids)  # attention of a head over all rows
-        for name in stats.data_vars:
-            base, mark, shuffle = name.removeprefix("@").partition("~")
-            if name in PLAIN or name == "mass":
-                values = stats[name].values
-                values = values if text.natural else np.full_like(values, np.nan)
-            elif name.startswith("@"):
-                values = stats[name].values * total / text.rows[base + mark]
-            else:
-                continue
-            columns.setdefault((base, shuffle), {})[place] = values
-    empty = np.full((first.sizes["layer"], first.sizes["head"]), np.nan)
+    engine: an InferenceEngine, or a capture session. distances: False leaves the sums empty.
+    backend: computes the divergences on its device. Memory is bounded by the attention of 24 rows
+    of one text."""
+    from tqdm.auto import tqdm
 
-    def stack(key):
-        return np.stack([columns[key].get(place, empty) for place in range(len(texts))])
-
-    data = {}
-    for base in dict.fromkeys(base for base, _ in columns):
-        if (base, "") in columns:
-            data[base] = (("text", "layer", "head"), stack((base, "")))
-        shuffles = sorted(
-            (shuffle for known, shuffle in columns if known == base and shuffle), key=int
-        )
-        if shuffles:
-            data[f"{base}~"] = (
-                ("text", "shuffle", "layer", "head"),
-                np.stack([stack((base, s)) for s in shuffles], 1),
-            )
-    coords = {
-        "text": [text.name for text in texts],
-        "kind": ("text", [text.kind for text in texts]),
-        "layer": first["layer"].values,
-        "head": np.arange(first.sizes["head"]),
-    }
-    return _finish(xr.Dataset(data, coords))
+    statistics = [
+        engine.head_statistics(text.ids, patterns=text.patterns)
+        for text in tqdm(texts, desc="texts")
+    ]
+    natural = [text for text in texts if text.natural]
+    semantic, sums, n_rows = {}, [], []
+    for text in tqdm(natural, desc="rows"):
+        rows = sample_rows(len(text.ids), seed=seed)
+        attention = engine.capture(text.ids, stages=("attention",), queries=rows).attention
+        vectors = engine.model.rows("token_embd.weight", text.ids)
+        semantic[text.name] = semantic_scores(attention, rows, text.ids, vectors, seed=seed)
+        n_rows.append(len(rows))
+        if distances:
+            sums.append(divergence_sums(attention, rows, backend))
+    return collect(texts, statistics, semantic), np.array(sums), np.array(n_rows)
 
 
-def _finish(data):
-    """Positional: the best offset, chosen on the mean over texts, for the baseline as well.
-    Syntactic: less its own."""
-    if "offset 0" in data:
-        for end, dims in (("", []), ("~", ["shuffle"])):
-            names = [f"offset {d}{end}" for d in range(OFFSETS) if f"offset {d}{end}" in data]
-            if not names:
-                continue
-            stacked = xr.concat([data[name] for name in names], "offset", join="exact")
-            mean = stacked.mean("text").fillna(0)
-            best = mean.isel(offset=0, drop=True).copy(
-                data=mean.values.argmax(mean.get_axis_num("offset"))
-            )
-            data[f"positional{end}"] = stacked.isel(offset=best).transpose(
-                "text", *dims, "layer", "head"
-            )
-            if not end:
-                data["best_offset"] = best
-        data = data.drop_vars([name for name in data.data_vars if name.startswith("offset ")])
-    if "syntactic~" in data:
-        matched = data["syntactic~"].mean("shuffle")
-        data = data.assign(
-            {"syntactic": data["syntactic"] - matched, "syntactic~": data["syntactic~"] - matched}
-        )
-    return data
-
-
-def profile(scores, n_boot=500, seed=0):
+def profile(scores: xr.Dataset, n_boot: int = 500, seed: int = 0) -> xr.Dataset:
     """Value, interval and baseline of every measure: Dataset (measure, layer, head).
 
     value: mean over the texts that have the measure; low, high: 95% percentile bootstrap over those
-    texts, nan for one text, which resampling gives back as it is; baseline, baseline_high: mean and
-    largest of the shuffled versions' means over texts (nan without a baseline); n_texts."""
-    rng = np.random.default_rng(seed)
-    parts = []
-    for name in [n for n in scores.data_vars if "text" in scores[n].dims and not n.endswith("~")]:
-        array = scores[name]
+    texts, NaN for one text, which resampling gives back as it is; baseline, baseline_high: mean and
+    largest of the shuffled versions' means over texts (NaN without a baseline); n_texts."""
+    rng, parts = np.random.default_rng(seed), []
+    for name, array in scores.data_vars.items():
+        if "text" not in array.dims or name.endswith("~"):
+            continue
         have = np.flatnonzero(np.isfinite(array.values).any(axis=(1, 2)))
         if not len(have):
             continue  # no text had it: a measure that was not made
         values = array.values[have]  # (text, layer, head)
-        draws = rng.integers(0, len(have), (n_boot, len(have)))
-        weights = np.stack([np.bincount(draw, minlength=len(have)) for draw in draws]) / len(
-            have
-        )  # (boot, text)
-        boot = np.tensordot(weights, values, 1)
-        low, high = np.quantile(boot, [0.025, 0.975], axis=0)
-        if len(have) < 2:
-            low, high = low * np.nan, high * np.nan
-        row = {"value": values.mean(0), "low": low, "high": high}
+        low, high = _interval(values, n_boot, rng)
+        baseline = baseline_high = np.full(values.shape[1:], np.nan)
         if f"{name}~" in scores:
-            null = scores[f"{name}~"].values[have].mean(0)  # (shuffle, layer, head)
-            row |= {"baseline": null.mean(0), "baseline_high": null.max(0)}
-        else:
-            row |= dict.fromkeys(("baseline", "baseline_high"), np.full(values.shape[1:], np.nan))
+            shuffled = scores[f"{name}~"].values[have].mean(0)  # (shuffle, layer, head)
+            baseline, baseline_high = shuffled.mean(0), shuffled.max(0)
+        row = dict(value=values.mean(0), low=low, high=high)
+        row |= dict(baseline=baseline, baseline_high=baseline_high)
         part = xr.Dataset({key: (("layer", "head"), value) for key, value in row.items()})
         parts.append(part.assign(n_texts=len(have)).expand_dims(measure=[name]))
     out = xr.concat(parts, "measure", join="exact")
     return out.assign_coords(layer=scores["layer"].values, head=scores["head"].values)
 
 
-def labels(profiled, margin=0.1):
+def _interval(values, n_boot, rng):
+    """The 2.5% and 97.5% quantiles of the mean over texts, resampled. (text, ...) -> two (...)"""
+    n = len(values)
+    draws = rng.integers(0, n, (n_boot, n))
+    weights = np.stack([np.bincount(draw, minlength=n) for draw in draws]) / n  # (boot, text)
+    low, high = np.quantile(np.tensordot(weights, values, 1), [0.025, 0.975], axis=0)
+    return (low, high) if n > 1 else (low * np.nan, high * np.nan)
+
+
+def labels(profiled: xr.Dataset, margin: float = 0.1) -> xr.DataArray:
     """Which labels a head earns: bool DataArray (label, layer, head).
 
     A score clears its baseline when the low end of its interval lies above the largest shuffled
     score, and the score exceeds the mean of the shuffled ones by `margin` (a share of attention; a
     correlation for "semantic")."""
-    known = [name for name in LABELS if name in profiled["measure"].values]
-    part = profiled.sel(measure=known)
+    part = profiled.sel(measure=labelled(profiled))
     cleared = (part["low"] > part["baseline_high"]) & (part["value"] - part["baseline"] >= margin)
     return cleared.rename(measure="label").rename("label").transpose("label", "layer", "head")
 
 
-def head_table(profiled, earned):
-    """One row per head: layer, head, every measure, and `labels` as text ("none" where nothing
-    cleared)."""
+def labelled(profiled: xr.Dataset) -> list[str]:
+    """The measures of a profile that a label can be earned by, in LABELS' order."""
+    return [name for name in LABELS if name in profiled["measure"].values]
+
+
+def head_table(profiled: xr.Dataset, earned: xr.DataArray) -> pd.DataFrame:
+    """One row per head that the model has: layer, head, every measure, and `labels` as text ("none"
+    where nothing cleared)."""
     frame = profiled["value"].to_series().unstack("measure")[list(profiled["measure"].values)]
     frame = frame[frame.notna().any(axis=1)]
     names = earned["label"].values
     picked = earned.stack(place=("layer", "head")).transpose("place", "label").to_pandas()
-    frame["labels"] = [
-        ", ".join(names[row]) or "none" for row in picked.loc[frame.index].to_numpy(bool)
-    ]
+    picked = picked.loc[frame.index].to_numpy(bool)
+    frame["labels"] = [", ".join(names[row]) or "none" for row in picked]
     return frame.reset_index().rename_axis(columns=None)
 
 
-def label_counts(earned, profiled):
-    """Per label: how many heads earn it, the layers where they are, the best head and its score.
-    DataFrame."""
-    rows = []
-    for name in earned["label"].values:
-        mask, value = earned.sel(label=name), profiled["value"].sel(measure=name)
-        layer, head = np.unravel_index(np.nanargmax(value.values), value.shape)
-        best = profiled.sel(measure=name).isel(layer=layer, head=head)
-        rows.append(
-            {
-                "label": name,
-                "heads": int(mask.sum()),
-                "share": float(mask.mean()),
-                "best": f"L{int(best['layer'])}H{int(best['head'])}",
-                "score": float(best["value"]),
-                "low": float(best["low"]),
-                "high": float(best["high"]),
-                "baseline": float(best["baseline_high"]),
-                "texts": int(best["n_texts"]),
-            }
-        )
-    return pd.DataFrame(rows).set_index("label")
+def places(table: pd.DataFrame) -> list[tuple[int, int]]:
+    """(layer, head) of each row of a table."""
+    return list(zip(table["layer"].astype(int).tolist(), table["head"].astype(int).tolist()))
 
 
-def by_depth(profiled, measures=None):
-    """How each measure changes over the layers: DataFrame (measure) of mean in the first, middle
-    and last third of the layers, the layer with the highest mean, and Spearman's correlation of a
-    head's score with its layer."""
+def highest(value: xr.DataArray) -> tuple[int, int]:
+    """(layer, head) of the largest of values (layer, head), NaN left out."""
+    layer, head = np.unravel_index(np.nanargmax(value.values), value.shape)
+    return int(value["layer"][layer]), int(value["head"][head])
+
+
+def label_counts(earned: xr.DataArray, profiled: xr.Dataset) -> pd.DataFrame:
+    """Per label: how many heads earn it and their share, the head with the best score, that score
+    with its interval and the largest shuffled one, and the number of texts."""
     rows = {}
-    for name in measures or [name for name in profiled["measure"].values if name != "mass"]:
+    for name in earned["label"].values:
+        one = profiled.sel(measure=name)
+        layer, head = highest(one["value"])
+        best = one.sel(layer=layer, head=head)
+        mask = earned.sel(label=name)
+        row = {"heads": int(mask.sum()), "share": float(mask.mean()), "best": f"L{layer}H{head}"}
+        keys = {"score": "value", "low": "low", "high": "high", "baseline": "baseline_high"}
+        row |= {column: float(best[key]) for column, key in keys.items()}
+        rows[name] = row | {"texts": int(best["n_texts"])}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("label")
+
+
+def label_heads(profiled: xr.Dataset, earned: xr.DataArray) -> dict[tuple[int, int], str]:
+    """Of every label that some head earns, the head with the highest score among those that do:
+    {(layer, head): its labels as text}."""
+    found = {}
+    for name in earned["label"].values:
+        mask = earned.sel(label=name)
+        if mask.any():
+            best = highest(profiled["value"].sel(measure=name).where(mask))
+            found.setdefault(best, []).append(str(name))
+    return {place: ", ".join(names) for place, names in found.items()}
+
+
+def by_depth(profiled: xr.Dataset) -> pd.DataFrame:
+    """How each measure changes over the layers: mean in the first, middle and last third of the
+    layers, the layer with the highest mean, and Spearman's correlation of a head's score with its
+    layer."""
+    rows = {}
+    for name in profiled["measure"].values:
+        if name == "mass":
+            continue
         value = profiled["value"].sel(measure=name)
         mean = value.mean("head")
-        thirds = [
-            float(np.nanmean(part)) if np.isfinite(part).any() else np.nan
-            for part in np.array_split(mean.values, 3)
-        ]
         depth = np.repeat(value["layer"].values, value.sizes["head"])
-        flat = value.values.reshape(-1)
-        rows[str(name)] = {
-            "first third": thirds[0],
-            "middle third": thirds[1],
-            "last third": thirds[2],
+        thirds = [pd.Series(part).mean() for part in np.array_split(mean.values, 3)]
+        rows[str(name)] = dict(zip(("first third", "middle third", "last third"), thirds)) | {
             "peak layer": int(mean["layer"][int(np.nanargmax(mean.values))]),
-            "spearman with layer": rank_correlation(depth, flat),
+            "spearman with layer": rank_correlation(depth, value.values.reshape(-1)),
         }
     return pd.DataFrame(rows).T.rename_axis("measure")
 
 
-def typical_texts(scores, layer, head, measures):
-    """For one head and each measure, the text where the score is highest: DataFrame (measure, text,
-    score, mean)."""
-    rows = []
+def typical_texts(
+    scores: xr.Dataset, layer: int, head: int, measures: Sequence[str]
+) -> pd.DataFrame:
+    """For one head and each measure, the text where the score is highest: DataFrame (measure) of
+    text, score, mean over texts."""
+    rows = {}
     for name in measures:
-        values = scores[name].sel(layer=layer, head=head)
-        values = values[np.isfinite(values.values)]
+        values = scores[name].sel(layer=layer, head=head).dropna("text")
         if values.size:
-            rows.append(
-                {
-                    "measure": name,
-                    "text": str(values.text.values[int(np.argmax(values.values))]),
-                    "score": float(values.max()),
-                    "mean over texts": float(values.mean()),
-                }
-            )
-    return pd.DataFrame(rows, columns=["measure", "text", "score", "mean over texts"]).set_index(
-        "measure"
-    )
+            best = values.isel(text=int(values.argmax("text")))
+            rows[name] = str(best["text"].values), float(best), float(values.mean())
+    columns = ["text", "score", "mean over texts"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("measure")
+
+
+def compare(
+    one: xr.Dataset, other: xr.Dataset, earned: xr.DataArray, other_earned: xr.DataArray
+) -> pd.DataFrame:
+    """The profile of the same heads in two precisions of a model: DataFrame (measure) of spearman,
+    mean_change, largest_change, head, inside, labels, kept, lost, gained.
+
+    one, other: profiles over the same texts; earned, other_earned: their labels. spearman: of the
+    heads' scores; mean_change: mean absolute difference; head: the one that moved most; inside:
+    share of heads whose other score lies in the first one's interval; labels: heads that have it in
+    the first profile."""
+    rows = {}
+    for name in one["measure"].values:
+        if name == "mass" or name not in other["measure"].values:
+            continue
+        first, second = one.sel(measure=name), other["value"].sel(measure=name)
+        change = np.abs(first["value"] - second)
+        if change.isnull().all():
+            continue
+        layer, head = highest(change)
+        within = (second >= first["low"]) & (second <= first["high"])
+        row = {
+            "spearman": rank_correlation(first["value"].values.ravel(), second.values.ravel()),
+            "mean_change": float(change.mean()),
+            "largest_change": float(change.max()),
+            "head": f"L{layer}H{head}",
+            "inside": float(within.where(change.notnull() & first["low"].notnull()).mean()),
+        }
+        if name in earned["label"] and name in other_earned["label"]:
+            had, has = earned.sel(label=name), other_earned.sel(label=name)
+            found = {"labels": had, "kept": had & has, "lost": had & ~has, "gained": ~had & has}
+            row |= {column: int(mask.sum()) for column, mask in found.items()}
+        rows[str(name)] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("measure")

@@ -1,358 +1,223 @@
-"""Sentences under the figures of notebook 15, computed from the same numbers."""
+"""What the figures of notebook 15 show, from the same numbers: `say.x` explains `figures.x`."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
+import xarray as xr
 
 from ..maths import rank_correlation
-from ..views.sentences import some
-from ..views.text import counted
-from .profile import LABELS
-from .similarity import head_name
+from ..views.sentences import counted, listed, sentence, some
+from .behaviours import LABELS
+from .profile import highest
+from .texts import Text
 
 
-def _list(words):
-    words = list(words)
-    return (
-        words[0]
-        if len(words) == 1
-        else ", ".join(words[:-1]) + " and " + words[-1]
-        if words
-        else "none"
-    )
+@sentence
+def texts(texts: Sequence[Text]) -> str:
+    sizes = pd.DataFrame({"kind": text.kind, "tokens": len(text.ids)} for text in texts)
+    kinds = sizes.groupby("kind", sort=False)["tokens"].agg(["size", "sum"])
+    said = [f"{size} of {kind} ({total} tokens)" for kind, size, total in kinds.itertuples()]
+    return f"Measured on {listed(said)}."
 
 
-def texts_sentence(texts):
-    """How many texts and tokens of each kind."""
-    kinds = {}
-    for text in texts:
-        kinds.setdefault(text.kind, []).append(len(text.ids))
-    return (
-        "Measured on " + _list(f"{len(v)} of {k} ({sum(v)} tokens)" for k, v in kinds.items()) + "."
-    )
+@sentence
+def measures(profiled: xr.Dataset, names: Sequence[str]) -> str:
+    shares = profiled["value"].sel(measure=[name for name in names if name != "semantic"])
+    means = shares.mean(("layer", "head")).to_series().sort_values(ascending=False)
+    top, rest = shares.sel(measure=means.index[0]), means.index[1:]
+    half = f"{int((top > 0.5).sum())} of {counted(int(top.notnull().sum()), 'head')}"
+    said = f"The largest of these shares in the mean over heads is {means.index[0]}: {means.iloc[0]:.0%}"
+    if not len(rest):
+        return f"{said} of attention, more than half in {half}."
+    peak = max(rest, key=lambda name: float(shares.sel(measure=name).max()))
+    layer, head = highest(shares.sel(measure=peak))
+    score = f"{peak} {float(shares.sel(measure=peak).max()):.2f} in L{layer}H{head}"
+    return f"{said} of attention, more than half in {half}. The highest of the others is {score}."
 
 
-def map_sentence(profiled, measures):
-    """Which of the measures takes most of the attention, and which head is most of one kind."""
-    shares = [name for name in measures if name != "semantic"]
-    means = {name: float(profiled["value"].sel(measure=name).mean()) for name in shares}
-    top = max(means, key=means.get)
-    value = profiled["value"].sel(measure=top)
-    over_half = int((value > 0.5).sum())
-    text = (
-        f"Averaged over heads, the largest of these shares is {top}: {means[top]:.0%} of attention, more "
-        f"than half in "
-    )
-    text += f"{over_half} of {counted(int(value.notnull().sum()), 'head')}."
-    rest = [name for name in shares if name != top]
-    if rest:
-        peak = max(rest, key=lambda name: float(profiled["value"].sel(measure=name).max()))
-        best = profiled["value"].sel(measure=peak)
-        layer, head = np.unravel_index(np.nanargmax(best.values), best.shape)
-        text += (
-            f" The highest score of the others is {peak} {float(best.max()):.2f} in "
-            f"L{int(best['layer'][layer])}H{head}."
-        )
-    return text
+@sentence
+def baselines(counts: pd.DataFrame, table: pd.DataFrame, margin: float) -> str:
+    ranked = counts.sort_values("heads", ascending=False, kind="stable")
+    held = listed(f"{name} {count}" for name, count in ranked["heads"].items() if count)
+    nobody, unsure = ranked["heads"] == 0, ranked["texts"] < 2
+    several, none = table["labels"].str.contains(", ").sum(), (table["labels"] == "none").sum()
+    heads = counted(len(table), "head")
+    facts = [f"Of {heads} these clear their baseline by {margin:g} or more: {held}."]
+    if (nobody & ~unsure).any():
+        facts.append(f"No head is {listed(ranked.index[nobody & ~unsure])} in that sense.")
+    if (nobody & unsure).any():
+        facts.append(f"One text gives no interval: {listed(ranked.index[nobody & unsure])}.")
+    return " ".join([*facts, f"{several} carry several labels, {none} none."])
 
 
-def label_sentence(counts, earned, table, margin):
-    """How many heads earn each label, several, or none."""
-    ranked = counts["heads"].sort_values(ascending=False, kind="stable")
-    earn = [f"{name} {int(n)}" for name, n in ranked.items() if n]
-    empty = [name for name, n in ranked.items() if n == 0]
-    per_head = earned.sum("label").values.reshape(-1)
-    none = int((table["labels"] == "none").sum())
-    text = f"Of {counted(len(table), 'head')} these clear their baseline by {margin:g} or more: {_list(earn)}."
-    one = [name for name in empty if counts.loc[name, "texts"] < 2]
-    if rest := [name for name in empty if name not in one]:
-        text += f" No head is {_list(rest)} in that sense."
-    if one:
-        text += f" One text gives no interval, and a score without one no label: {_list(one)}."
-    return text + f" {int((per_head > 1).sum())} carry several labels, {none} none."
-
-
-def depth_sentence(depth, earned):
-    """Where behaviours sit: the strongest drift with depth, and the layers of those that peak early
-    and late."""
-    known = depth.loc[[name for name in depth.index if name in LABELS]]
-    rho = known["spearman with layer"].dropna()
-    if rho.empty:
-        return "No score rises or falls with depth: there are too few heads or layers, or the scores are constant."
-    peaks = known["peak layer"].astype(int)
-    text = (
-        f"With depth {rho.idxmax()} rises most (Spearman {rho.max():+.2f} with the layer) and "
-        f"{rho.idxmin()} falls most "
-        f"({rho.min():+.2f})."
-    )
-    with_heads = [
-        name
-        for name in peaks.index
-        if name in earned["label"].values and bool(earned.sel(label=name).any())
-    ]
-    if with_heads:
-        ordered = peaks[with_heads].sort_values(kind="stable")
-        text += (
-            " Layer of the highest mean: "
-            + _list(f"{name} {layer}" for name, layer in ordered.items())
-            + "."
-        )
-    return text
-
-
-def cluster_sentence(labels, silhouette, rand, jaccard, mds_share):
-    """Sizes of the clusters, how separate they are, whether they come again, and how faithful the
-    map is."""
-    sizes = np.bincount(labels[labels >= 0])
-    stable = int((jaccard >= 0.75).sum())
-    if not np.isfinite(silhouette):
-        return (
-            f"No clusters: {len(labels)} head{'s' if len(labels) > 1 else ''} cannot be told apart in groups "
-            "(a silhouette needs two clusters and more heads than clusters)."
-        )
+@sentence
+def clusters(labels: np.ndarray, silhouette: float, rand: np.ndarray, jaccard: pd.Series) -> str:
+    if np.isnan(silhouette):
+        return f"No clusters: {counted(len(labels), 'head')} cannot be told apart in groups."
     grades = (0.5, "well separated"), (0.25, "weakly separated"), (-2, "not separated by gaps")
-    split = next(name for limit, name in grades if silhouette > limit)
-    again = some(
-        rand.mean(),
-        f"Resampling the texts gives an adjusted Rand index of {{:.2f}} ({rand.min():.2f} to "
-        f"{rand.max():.2f}); {stable} of {len(jaccard)} clusters come again with a Jaccard overlap of 0.75 or "
-        "more.",
-        "One text cannot say whether they come again.",
-    )
+    grade = next(name for limit, name in grades if silhouette > limit)
+    found = f"{len(jaccard)} clusters of {listed(np.bincount(labels))} heads, {grade} (silhouette"
+    if np.isnan(rand).any():
+        return f"{found} {silhouette:.2f}). One text cannot say whether they come again."
+    index = f"an adjusted Rand index of {rand.mean():.2f} ({rand.min():.2f} to {rand.max():.2f})"
+    stable = f"{(jaccard >= 0.75).sum()} come again with a Jaccard overlap of 0.75 or more"
+    return f"{found} {silhouette:.2f}). Resampling the texts gives {index}; {stable}."
+
+
+@sentence
+def dense(labels: np.ndarray) -> str:
+    """Of similarity.dense_groups."""
+    groups, left = counted(labels.max() + 1, "dense group"), (labels < 0).mean()
+    return f"HDBSCAN, which may leave heads out, finds {groups} and leaves {left:.0%} out."
+
+
+@sentence
+def distances(same: float, other: float) -> str:
+    """Of similarity.layer_distances."""
+    if np.isnan([same, other]).all():
+        return "There is one head: no distance to another."
+    within = some(same, "two heads of one layer {:.3f}", "no layer has two heads")
     return (
-        f"{len(sizes)} clusters of {_list(map(str, sizes))} heads, {split} (silhouette {silhouette:.2f}). {again} "
-        f"Two coordinates of classical scaling hold {some(mds_share, '{:.0%}', 'none')} of the squared distances."
+        f"Apart on average: {within}; {some(other, 'two of different layers {:.3f}', 'one layer')}."
     )
 
 
-def hdbscan_sentence(labels, other):
-    """What a density-based clustering says of the same heads, against the hierarchical one."""
-    from sklearn.metrics import adjusted_rand_score
-
-    noise, count = float((labels < 0).mean()), len(set(labels[labels >= 0].tolist()))
-    text = (
-        f"HDBSCAN, which may leave heads out, finds {count} dense group{'s' if count != 1 else ''} and "
-        f"leaves {noise:.0%} out"
-    )
-    if count == 0:
-        return text + ": no region of the map is denser than the rest by its measure."
-    inside = labels >= 0
-    rand = adjusted_rand_score(labels[inside], other[inside])
-    return (
-        text
-        + f"; on the heads it keeps, it agrees with the clusters above by {rand:.2f} (adjusted Rand index)."
-    )
-
-
-def apart_sentence(same, other):
-    """Mean distances of heads of one layer and of different layers: similarity.layer_distances."""
-    said = [
-        some(same, "two heads of one layer are {:.3f} apart on average", ""),
-        some(other, "two of different layers {:.3f}", ""),
-    ]
-    said = ", ".join(filter(None, said))
-    return f"{said[0].upper()}{said[1:]}." if said else "There is one head: no distance to another."
-
-
-def nearest_sentence(name, near):
-    """near: similarity.nearest_heads of the head called `name`."""
-    if not near:
-        return f"There is no head beside {name}."
-    return (
-        f"Nearest to {name}: " + ", ".join(f"{other} at {apart:.3f}" for other, apart in near) + "."
-    )
-
-
-def links_sentence(edges):
-    """edges: DataFrame (source, target) of head names, each head linked to its nearest."""
-    if edges.empty:
-        return "No links: there is one head."
-    across = edges["source"].str.split("H").str[0] != edges["target"].str.split("H").str[0]
-    return f"{len(edges)} links; {across.mean():.0%} of them join heads of different layers."
-
-
-def redundancy_sentence(pairs, curve, n_heads, groups):
-    """The closest pair, what half of the heads can stand for, and whether shared keys make heads
-    alike."""
+@sentence
+def cover(pairs: pd.DataFrame, curve: pd.DataFrame, n_heads: int, groups: dict | None) -> str:
     if pairs.empty:
         return "There is one head: nothing that could be redundant."
-    first = pairs.iloc[0]
     half = curve[curve["heads"] <= n_heads / 2]
-    text = (
-        f"The closest pair is {first['a']} and {first['b']} at {first['distance']:.3f}; "
-        f"{int(pairs['same_layer'].sum())} of the "
-    )
-    text += f"{len(pairs)} closest pairs share a layer."
-    if len(half):
-        row = half.iloc[0]
-        text += f" {int(row['heads'])} heads cover all {n_heads} within {row['radius']:.2f}."
-    else:
-        text += (
-            f" Within {curve['radius'].max():.2f}, {int(curve['heads'].iloc[-1])} of {n_heads} heads are "
-            "needed to cover all."
-        )
+    row = (half if len(half) else curve.tail(1)).iloc[0]
+    said = f"{row['heads']:.0f} heads cover all {n_heads} within {row['radius']:.2f}."
     if groups is None:
-        return (
-            text
-            + " No query heads share a kv head while others do not, so there is nothing to compare."
-        )
+        return f"{said} No query heads share a kv head while others do not: nothing to compare."
     closer = groups["inside"] < groups["outside"] and groups["p"] < 0.05
-    verdict = (
-        "closer to each other than to the layer's other heads"
-        if closer
-        else "as close as chance makes them"
-    )
-    verdict += f" (p = {groups['p']:.3f} by shuffling)"
-    return text + (
-        f" Heads that share a kv head are {verdict}: mean distance {groups['inside']:.3f} inside groups, "
-        f"{groups['outside']:.3f} between groups of a layer"
-        f"{some(groups['other_layers'], ', {:.3f} between layers', '')}."
-    )
+    verdict = "closer than the layer's other heads" if closer else "as close as chance makes them"
+    means = f"{groups['inside']:.3f} against {groups['outside']:.3f}, p = {groups['p']:.3f} by shuffling"
+    return f"{said} Heads that share a kv head are {verdict} (mean distance {means})."
 
 
-def importance_sentence(table, base_loss, n_heads):
-    """The head that costs most, how concentrated the damage is, and how many changes stand out of
-    their error."""
-    worst = table.loc[table["loss_change"].idxmax()]
-    clear = int((table["loss_change"] > 2 * table["error"]).sum())
-    better = int((table["loss_change"] < -2 * table["error"]).sum())
-    positive = table["loss_change"].clip(lower=0).sort_values(ascending=False)
-    share = positive.head(10).sum() / max(positive.sum(), 1e-12)
-    held = (
-        f" The ten costliest heads hold {share:.0%} of all increases."
-        if len(table) > 10 and positive.any()
-        else ""
-    )
-    scope = "" if len(table) == n_heads else f" (a sample of {len(table)} of {n_heads})"
-    name = head_name((int(worst["layer"]), int(worst["head"])))
-    change = (
-        f"Without {name} the loss of {base_loss:.2f} nats per token rises most, by"
-        if worst["loss_change"] > 0
-        else f"No head costs anything: the loss of {base_loss:.2f} nats per token changes most upwards without "
-        f"{name}, by"
+@sentence
+def importance(table: pd.DataFrame, base_loss: float) -> str:
+    change, error = table["loss_change"], table["error"]
+    worst = table.loc[change.idxmax()]
+    by = f"{worst['loss_change']:+.3f}{some(worst['error'], ' ± {:.3f}', '')}"
+    most = f"L{worst['layer']:.0f}H{worst['head']:.0f}, {by} on a loss of {base_loss:.2f} nats per token"
+    up = counted((change > 2 * error).sum(), "head raises", "heads raise")
+    down = counted((change < -2 * error).sum(), "lowers", "lower")
+    costliest = (
+        "Costliest is" if change.max() > 0 else "No head costs anything; the least gain is without"
     )
     return (
-        f"{change} {worst['loss_change']:.3f}{some(worst['error'], ' ± {:.3f}', '')}.{held} "
-        f"{counted(clear, 'head raises', 'heads raise')} and {counted(better, 'lowers', 'lower')} it by more than "
-        f"two standard errors{scope}; with {counted(len(table), 'head')} tested, about "
-        f"{0.046 * len(table) / 2:.0f} of either sign would by chance alone."
+        f"{costliest} {most}. {up} and {down} it by more than two standard errors; of {len(table)} tested, "
+        f"about {0.046 * len(table) / 2:.0f} of either sign would by chance alone."
     )
 
 
-def population_sentence(found):
-    """What a sample says of all heads, with its error."""
-    mean, low, high = found["mean"]
-    share, share_low, share_high = found["share"]
+@sentence
+def population(found: dict) -> str:
+    """Of importance.population."""
+    (mean, low, high), (share, share_low, share_high) = found["mean"], found["share"]
+    who = f"From {found['sampled']} of {counted(found['of'], 'head')}"
     if found["sampled"] == found["of"]:
-        return (
-            f"{counted(found['of'], 'head was', 'heads were')} ablated, which is all: the mean loss change is "
-            f"{mean:+.4f} nats per token, and {share:.0%} of heads cost more than 0.01."
-        )
-    return (
-        f"From {found['sampled']} of {found['of']} heads: the mean loss change is {mean:+.4f} nats per "
-        f"token (95% interval "
-        f"{low:+.4f} to {high:+.4f}), and {share:.0%} of heads cost more than 0.01 ({share_low:.0%} to "
-        f"{share_high:.0%})."
-    )
+        return f"{who}: the mean loss change is {mean:+.4f} nats per token, and {share:.0%} cost over 0.01."
+    interval, share_interval = f"{low:+.4f} to {high:+.4f}", f"{share_low:.0%} to {share_high:.0%}"
+    said = f"the mean loss change is {mean:+.4f} nats per token (95% interval {interval})"
+    return f"{who}: {said}, and {share:.0%} cost over 0.01 ({share_interval})."
 
 
-def relation_sentence(relations):
-    """Which measures go with importance, which do not."""
-    clear = relations[(relations["low"] > 0) | (relations["high"] < 0)].sort_values(
-        "rho", key=abs, ascending=False
-    )
-    if clear.empty:
-        if relations["rho"].isna().all():
-            few = counted(int(relations["heads"].max()), "head is", "heads are")
-            return f"No relation can be seen: {few} too few, or nothing varies."
+@sentence
+def relations(found: pd.DataFrame) -> str:
+    """Of importance.relations."""
+    if found["rho"].isna().all():
+        few = counted(int(found["heads"].max()), "head is", "heads are")
+        return f"No relation can be seen: {few} too few, or nothing varies."
+    clear = (found["low"] > 0) | (found["high"] < 0)
+    if not clear.any():
         return "No measure is related to importance: every interval that there is holds 0."
-    said = [f"{name} {row['rho']:+.2f}" for name, row in clear.head(4).iterrows()]
-    rest = [name for name in relations.index if name not in clear.index]
-    text = (
-        f"Important heads differ in {_list(said)} (Spearman; the strongest of {len(clear)} whose intervals "
-        f"leave out 0)."
-    )
-    return text + (f" No relation is seen to {_list(rest)}." if rest else "")
+    strongest = found["rho"][clear].sort_values(key=abs, ascending=False).head(4)
+    said = listed(f"{name} {rho:+.2f}" for name, rho in strongest.items())
+    unseen = f" No relation is seen to {listed(found.index[~clear])}." if not clear.all() else ""
+    return f"Important heads differ in {said} (Spearman; the strongest of {clear.sum()}).{unseen}"
 
 
-def mode_sentence(both):
-    """Zero against mean ablation of the same heads."""
-    rho = rank_correlation(both["zero"], both["mean"])
-    smaller = float((both["mean"].abs() < both["zero"].abs()).mean())
-    if len(both) == 1:
-        return (
-            f"The only head's zero ablation changes the loss by {both['zero'].iloc[0]:+.4f} nats per token, its "
-            f"mean ablation by {both['mean'].iloc[0]:+.4f}."
-        )
-    ranks = some(
-        rho,
-        "the two ways rank heads with a Spearman correlation of {:.2f}",
-        "too few differ to be ranked",
-    )
-    return (
-        f"Over {len(both)} heads {ranks}; the mean "
-        f"ablation changes "
-        f"the loss less in {smaller:.0%} of them (on average {both['mean'].abs().mean():.4f} against "
-        f"{both['zero'].abs().mean():.4f} nats per token)."
-    )
+@sentence
+def both_ways(both: pd.DataFrame) -> str:
+    zero, mean = both["zero"].abs(), both["mean"].abs()
+    ranks = "too few differ to be ranked"
+    ranks = some(rank_correlation(both["zero"], both["mean"]), "Spearman correlation {:.2f}", ranks)
+    less = f"the mean ablation changes the loss less in {(mean < zero).mean():.0%} of them"
+    means = f"on average {mean.mean():.4f} against {zero.mean():.4f} nats per token"
+    return f"Over {counted(len(both), 'head')} of both kinds: {ranks}; {less} ({means})."
 
 
-def pruning_sentence(table, kept, n_heads, limit):
-    """How many heads each order can lose, and what the largest cut costs."""
+@sentence
+def pruning(table: pd.DataFrame, kept: pd.Series, n_heads: int, limit: float) -> str:
     most = table["removed"].max()
     cost = table[table["removed"] == most].groupby("order")["loss_change"].mean()
-    said = [
-        f"{int(kept[order])} ({'random order' if order == 'random' else order + ' first'})"
-        for order in ("least important", "random", "most important")
-        if order in kept.index
-    ]
+    first = f"{kept['least important']} from the least important on, {kept['random']} at random"
     return (
-        f"Of the {counted(n_heads, 'head')} ablated so many can go for at most {limit:g} nats per token: "
-        f"{_list(said)}; these are the largest counts measured. "
-        f"Removing {most} costs {cost['least important']:.2f} nats by importance and {cost['random']:.2f} "
-        f"at random."
+        f"Of {counted(n_heads, 'head')} so many can go for at most {limit:g} nats per token: {first}, "
+        f"{kept['most important']} from the most important on. Removing {most} costs "
+        f"{cost['least important']:.2f} nats by importance and {cost['random']:.2f} at random."
     )
 
 
-def matrix_sentence(profiled, places, notes):
-    """The heads shown side by side, and why."""
-    if not places:
-        return "No head earns a label: there is none to show."
-    return (
-        "Shown are "
-        + _list(f"L{layer}H{head} ({notes[layer, head]})" for layer, head in places)
-        + "."
-    )
+@sentence
+def depth(depth: pd.DataFrame, earned: xr.DataArray) -> str:
+    known = depth.loc[depth.index.isin(list(LABELS))]
+    rho = known["spearman with layer"].dropna()
+    if rho.empty:
+        return "No score rises or falls with depth: too few heads or layers, or the scores are constant."
+    drift = f"{rho.idxmax()} rises most (Spearman {rho.max():+.2f} with the layer)"
+    held = [str(name) for name in earned["label"].values if earned.sel(label=name).any()]
+    peaks = known["peak layer"].reindex(held).sort_values(kind="stable")
+    said = listed(f"{name} {layer:.0f}" for name, layer in peaks.items())
+    fall = f"{rho.idxmin()} falls most ({rho.min():+.2f})"
+    return f"With depth {drift} and {fall}. Layer of the highest mean of what a head is: {said}."
 
 
-def precision_sentence(comparison, one, other):
-    """Which behaviours survive in the other precision."""
-    part = comparison.dropna(subset=["labels"])
-    had, kept = int(part["labels"].sum()), int(part["kept"].sum())
-    ranks = part["spearman"].dropna()
-    shares = comparison.loc[[name for name in comparison.index if name in LABELS]]
-    moved = shares["largest_change"].idxmax()
-    row = shares.loc[moved]
-    text = (
-        f"Of {had} labels in {one}, {kept} ({kept / had:.0%}) hold in {other}"
-        if had
-        else f"No head has a label in {one} that could hold in {other}"
-    )
-    text += f", where {int(part['gained'].sum())} are new. "
-    if len(ranks):
-        text += (
-            f"Rank correlations of the scores run from {ranks.min():.3f} ({ranks.idxmin()}) to "
-            f"{ranks.max():.3f}. "
-        )
-    return (
-        text
-        + f"The score that moved most is {moved} of {row['head']}, by {row['largest_change']:.3f}."
-    )
+@sentence
+def side_by_side(shown: Mapping[tuple[int, int], str]) -> str:
+    said = [f"L{layer}H{head} ({note})" for (layer, head), note in shown.items()]
+    return f"Shown are {listed(said)}." if said else "No head earns a label: there is none to show."
 
 
-def type_sentence(name, tensors):
-    """What a file is made of: its matrices by type."""
-    counts = tensors[tensors["shape"].map(len) > 1]["type"].value_counts()
-    said = [
-        f"{count} {'matrix' if count == 1 else 'matrices'} of {kind}"
-        for kind, count in counts.items()
-    ]
-    return f"{name} holds {_list(said)}."
+@sentence
+def typical(
+    profiled: xr.Dataset, table: pd.DataFrame, found: pd.DataFrame, layer: int, head: int
+) -> str:
+    """Of profile.typical_texts of that head."""
+    one = profiled.sel(layer=layer, head=head, measure=found.index)
+    first = found.index[int((one["value"] - one["baseline"]).fillna(-1).argmax("measure"))]
+    own = table.set_index(["layer", "head"]).loc[(layer, head), "labels"]
+    text, score, mean = found.loc[first]
+    best = f"{first}, highest on {text}: {score:.2f}, against {mean:.2f} on average over its texts"
+    return f"L{layer}H{head} carries: {own}. Its score farthest above the baseline is {best}."
+
+
+@sentence
+def survival(comparison: pd.DataFrame, one: str, other: str) -> str:
+    had, kept, gained = comparison[["labels", "kept", "gained"]].sum().astype(int)
+    shares = comparison[comparison.index.isin(list(LABELS))]
+    most = shares.loc[shares["largest_change"].idxmax()]
+    hold = f"{kept} ({some(kept / had if had else np.nan, '{:.0%}', 'none')}) hold in {other}"
+    moved = f"{most.name} of {most['head']}, by {most['largest_change']:.3f}"
+    found = f"Of {had} labels in {one}, {hold}, where {gained} are new."
+    return f"{found} The score that moved most is {moved}."
+
+
+@sentence
+def nearest(name: str, near: Sequence[tuple[str, float]]) -> str:
+    """Of similarity.nearest_heads of the head called `name`."""
+    said = ", ".join(f"{other} at {apart:.3f}" for other, apart in near)
+    return f"Nearest to {name}: {said}." if near else f"There is no head beside {name}."
+
+
+@sentence
+def links(edges: pd.DataFrame) -> str:
+    """Of similarity.links."""
+    one, other = (edges[side].str.split("H").str[0] for side in ("source", "target"))
+    across = some((one != other).mean(), "; {:.0%} of them join heads of different layers", "")
+    return f"{counted(len(edges), 'link')}{across}."

@@ -2,39 +2,46 @@
 token embeddings, the distance between the tokens regressed out; the baseline gives the embeddings
 to other words."""
 
+from collections.abc import Sequence
+
 import numpy as np
-import xarray as xr
 
 from ..capture.finite import measured
+from ..maths import unit
 
 MIN_KEYS = 8  # keys that a query must have for a rank correlation to mean anything
 
 
-def sample_rows(n_tokens, count=24, seed=0, first=MIN_KEYS + 1):
-    """`count` query positions from `first` on, sorted; all of them where there are no more."""
-    rows = np.arange(min(first, n_tokens - 1), n_tokens)
+def sample_rows(n_tokens: int, count: int = 24, seed: int = 0) -> np.ndarray:
+    """`count` query positions that have MIN_KEYS keys beside the first one, sorted; all of them
+    where there are no more."""
+    rows = np.arange(min(MIN_KEYS + 1, n_tokens - 1), n_tokens)
     return np.sort(np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False))
 
 
-def semantic_scores(attention, rows, ids, embeddings, shuffles=20, seed=0):
+def semantic_scores(
+    attention,
+    rows: Sequence[int],
+    ids: Sequence[int],
+    embeddings: np.ndarray,
+    shuffles: int = 20,
+    seed: int = 0,
+) -> np.ndarray:
     """Mean over query rows of the partial Spearman correlation of attention with cosine, given
-    distance.
+    distance: (1 + shuffles, layer, head); after the first, embeddings are dealt to other words.
 
     attention: (layer, head, row, key) captured at query positions `rows`; ids: (n,) token ids;
     embeddings: (n, width) of the same tokens. Keys are those before the query without the first
-    token and without the query's own token (a repeated word is a duplicate, not a relative).
-    Returns (layer, head) and, with embeddings dealt to other words, (shuffle, layer, head); nan
+    token and without the query's own token (a repeated word is a duplicate, not a relative). NaN
     where no row has 8 such keys."""
     from scipy.stats import rankdata
 
     rng, ids = np.random.default_rng(seed), np.asarray(ids)
-    unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
-    words, word_of = np.unique(ids, return_inverse=True)
-    vectors = unit[[np.flatnonzero(ids == word)[0] for word in words]]
+    words, first, word_of = np.unique(ids, return_index=True, return_inverse=True)
+    vectors = unit(embeddings[first]).astype(embeddings.dtype)
     cosine = vectors @ vectors.T  # (word, word)
-    deals = np.stack(
-        [np.arange(len(words)), *(rng.permutation(len(words)) for _ in range(shuffles))]
-    )
+    others = [rng.permutation(len(words)) for _ in range(shuffles)]
+    deals = np.stack([np.arange(len(words)), *others])
     values = measured(attention)
     shape = values.shape[:2]
     total, count = np.zeros((len(deals), *shape)), 0
@@ -42,16 +49,13 @@ def semantic_scores(attention, rows, ids, embeddings, shuffles=20, seed=0):
         keys = np.flatnonzero(ids[1:query] != ids[query]) + 1
         if len(keys) < MIN_KEYS:
             continue
-        against = np.stack(
-            [cosine[deal[word_of[query]], deal[word_of[keys]]] for deal in deals]
-        )  # (deal, key)
+        against = cosine[deals[:, word_of[query], None], deals[:, word_of[keys]]]  # (deal, key)
         distance = rankdata(query - keys)
         a = _residual(rankdata(values[:, :, place, keys].reshape(-1, len(keys)), axis=1), distance)
         b = _residual(rankdata(against, axis=1), distance)
         total += (b @ a.T).reshape(len(deals), *shape)
         count += 1
-    mean = total / count if count else np.full_like(total, np.nan)
-    return mean[0], mean[1:]
+    return total / count if count else np.full_like(total, np.nan)
 
 
 def _residual(ranks, distance):
@@ -63,18 +67,3 @@ def _residual(ranks, distance):
     left = centred - (centred @ along)[:, None] * along
     length = np.linalg.norm(left, axis=-1, keepdims=True)
     return left / np.where(length > 1e-9, length, np.inf)
-
-
-def add_semantic(scores, found):
-    """A collected Dataset with "semantic" and its baseline. found: {text name: what semantic_scores
-    returned}."""
-    shape = (scores.sizes["layer"], scores.sizes["head"])
-    n_shuffles = len(next(iter(found.values()))[1])
-    empty = np.full(shape, np.nan), np.full((n_shuffles, *shape), np.nan)
-    value, null = zip(*[found.get(str(name), empty) for name in scores["text"].values])
-    return scores.assign(
-        {
-            "semantic": xr.DataArray(np.stack(value), dims=("text", "layer", "head")),
-            "semantic~": xr.DataArray(np.stack(null), dims=("text", "shuffle", "layer", "head")),
-        }
-    )

@@ -1,61 +1,54 @@
 """How alike heads are: Jensen-Shannon distances between their attention, maps, clusters and
-redundancy."""
+redundancy. Heads are numbered as the rows of profile.head_table: layer by layer, those that are
+there; `names` are their (layer, head)."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from ..capture.finite import measured
-from ..maths import ratio
+from ..maths import jensen_shannon, ratio
 
 BLOCK = 2**22  # attention weights of a temporary
+Names = Sequence[tuple[int, int]]
 
 
-def js_sums(attention, rows, backend=None, progress=None):
-    """Sum over query rows of the Jensen-Shannon divergence between every two heads' rows, nats:
-    (head, head), float64.
+def divergence_sums(attention, rows: Sequence[int], backend=None) -> np.ndarray:
+    """Sum over query rows of the Jensen-Shannon divergence between every two heads' rows, bits:
+    (head, head) float64.
 
-    attention: (layer, head, row, key) captured at query positions `rows`; heads are numbered layer
-    by layer. Each row is cut to the keys that its query sees and scaled to sum to 1 (a head with an
-    attention sink leaves some out). backend: computes on its device; memory is bounded by BLOCK
-    beside the rows themselves."""
-    xp = np if backend is None else backend.xp
+    attention: (layer, head, row, key) captured at query positions `rows`. Each row is cut to the
+    keys that its query sees and scaled to sum to 1 (a head with an attention sink leaves some out).
+    backend: computes on its device; memory is bounded by BLOCK beside the rows themselves."""
     values = measured(attention)
-    n_head = values.shape[0] * values.shape[1]
+    values = values.reshape(-1, *values.shape[2:])  # (head, row, key)
+    values = values[np.isfinite(values[:, 0, 0])]  # without the padding of layers with fewer heads
+    n_head = len(values)
     out = np.zeros((n_head, n_head))
     for place, query in enumerate(rows):
-        p = xp.asarray(values[:, :, place, : query + 1].reshape(n_head, -1))  # (head, key)
-        p = p / xp.maximum(p.sum(1, keepdims=True), 1e-30)
-        negative = _plogp(xp, p).sum(1)  # (head,) minus entropy
-        step = max(1, BLOCK // (n_head * p.shape[1]))
+        p = values[:, place, : query + 1]
+        p = p if backend is None else backend.xp.asarray(p)
+        p = p / p.sum(1, keepdims=True).clip(1e-30)
+        step = max(1, BLOCK // p.size)
         for start in range(0, n_head, step):
             stop = min(start + step, n_head)
-            mixed = (p[start:stop, None] + p[None, start:]) / 2  # (block, head, key)
-            js = (negative[start:stop, None] + negative[None, start:]) / 2 - _plogp(xp, mixed).sum(
-                2
-            )
-            js = np.asarray(js if backend is None else backend.to_numpy(js))
-            out[start:stop, start:] += np.maximum(js, 0)
-        if progress:
-            progress()
+            apart = jensen_shannon(p[start:stop, None], p[None, start:])
+            out[start:stop, start:] += apart if backend is None else backend.to_numpy(apart)
     upper = np.triu(out, 1)
     return upper + upper.T
 
 
-def _plogp(xp, p):
-    return p * xp.log(xp.maximum(p, 1e-30))
+def distances(sums: np.ndarray, n_rows: np.ndarray) -> np.ndarray:
+    """Distance between heads, (head, head): square root of the mean divergence, 0 to 1.
+
+    sums: (text, head, head) of divergence_sums; n_rows: (text,) rows that each sum is over. The
+    root is a metric that has an exact Euclidean picture (Fuglede and Topsoe 2004), so maps and
+    clusters can use coordinates."""
+    return np.sqrt(np.sum(sums, 0) / np.sum(n_rows))
 
 
-def distances(sums, n_rows):
-    """Distance between heads from sums of divergences: square root of the mean divergence in bits,
-    0 to 1.
-
-    sums: (text, head, head) of js_sums; n_rows: (text,) rows that each sum is over. The root is a
-    metric that has an exact Euclidean picture (Fuglede and Topsoe 2004), so maps and clusters can
-    use coordinates."""
-    return np.sqrt(np.sum(sums, 0) / np.sum(n_rows) / np.log(2))
-
-
-def classical_mds(distance, n=2):
+def classical_mds(distance: np.ndarray, n: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Classical scaling (Torgerson 1952): coordinates (head, n) and the share of the distances'
     variance in each: NaN where all distances are 0. Fewer heads than coordinates leave the last
     ones 0."""
@@ -70,9 +63,31 @@ def classical_mds(distance, n=2):
     return np.pad(scores, ((0, 0), (0, n - scores.shape[1]))), np.pad(shares, (0, n - len(shares)))
 
 
-def cluster(distance, n_clusters=None, largest=12):
-    """Average-linkage clusters (Sokal and Michener 1958): labels (head,) from 0, largest cluster
-    first, and silhouette.
+def maps(distance: np.ndarray, backend, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Coordinates of classical scaling (head, <= 10), and heads in the plane, {name of the map:
+    (head, 2)}: the first two of them, and UMAP of all where there are more than 16 heads."""
+    coordinates, shares = classical_mds(distance, min(10, max(2, len(distance) - 1)))
+    held = f"classical scaling, {np.nansum(shares[:2]):.0%} of squared distances"
+    found = {held: coordinates[:, :2]}
+    if len(distance) > 16:
+        found["UMAP"] = backend.umap(coordinates, metric="euclidean", seed=seed)
+    return coordinates, found
+
+
+def linkage_of(distance: np.ndarray, ordered: bool = True) -> np.ndarray:
+    """scipy's linkage matrix of average linkage (Sokal and Michener 1958); ordered: neighbouring
+    leaves as alike as can be, of 600 heads at most."""
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
+
+    ordered = ordered and len(distance) <= 600  # it takes the square of their number
+    return linkage(squareform(distance, checks=False), "average", optimal_ordering=ordered)
+
+
+def cluster(
+    distance: np.ndarray, n_clusters: int | None = None, largest: int = 12
+) -> tuple[np.ndarray, float]:
+    """Average-linkage clusters: labels (head,) from 0, largest cluster first, and silhouette.
 
     n_clusters: None takes the count from 2 to `largest` with the best mean silhouette (Rousseeuw
     1987). A silhouette needs from 2 clusters to one less than there are heads: more are cut to
@@ -81,94 +96,104 @@ def cluster(distance, n_clusters=None, largest=12):
     from scipy.cluster.hierarchy import fcluster
     from sklearn.metrics import silhouette_score
 
-    if len(distance) < 3:
-        return np.zeros(len(distance), int), float("nan")
-    tree, most = linkage_of(distance), len(distance) - 1
+    found, most = [(np.nan, np.zeros(len(distance), int))], len(distance) - 1
     counts = range(2, min(largest, most) + 1) if n_clusters is None else [min(n_clusters, most)]
-    found = {}
-    for count in counts:
+    tree = linkage_of(distance) if most > 1 else None
+    for count in counts if most > 1 else []:
         labels = fcluster(tree, count, "maxclust")
         if 1 < len(np.unique(labels)) < len(labels):
-            found[count] = (silhouette_score(distance, labels, metric="precomputed"), labels)
-    if not found:
-        return np.zeros(len(distance), int), float("nan")
-    score, labels = max(found.values(), key=lambda pair: pair[0])
-    return by_size(labels), float(score)
+            found.append((silhouette_score(distance, labels, metric="precomputed"), labels))
+    score, labels = max(found[1:] or found, key=lambda pair: pair[0])
+    sizes = pd.Series(labels).value_counts()  # largest first, equal ones by their label
+    order = sizes.sort_index().sort_values(ascending=False, kind="stable").index
+    return order.get_indexer(labels), float(score)
 
 
-def linkage_of(distance):
-    """scipy's linkage matrix of average linkage on a distance matrix; (0, 4) for a single head."""
-    from scipy.cluster.hierarchy import linkage
-    from scipy.spatial.distance import squareform
-
-    if len(distance) < 2:
-        return np.empty((0, 4))
-    return linkage(
-        squareform(distance, checks=False), "average", optimal_ordering=len(distance) <= 600
-    )
-
-
-def by_size(labels):
-    """Labels renumbered from 0, the largest cluster first; -1 (noise) stays."""
-    names, counts = np.unique(labels[labels >= 0], return_counts=True)
-    order = {name: place for place, name in enumerate(names[np.argsort(-counts, kind="stable")])}
-    return np.array([order.get(label, -1) for label in labels])
-
-
-def stability(sums, n_rows, labels, n_boot=30, seed=0):
-    """Clusters again from resampled texts: the adjusted Rand index of each repeat, and per cluster
-    the mean best Jaccard overlap (Hennig 2007). Returns (array (n_boot,), Series by cluster): nan
-    where nothing can differ, for one text, which resampling gives back as it is, and for one
-    cluster."""
-    from scipy.cluster.hierarchy import fcluster, linkage
-    from scipy.spatial.distance import squareform
+def stability(
+    sums: np.ndarray, n_rows: np.ndarray, labels: np.ndarray, n_boot: int = 30, seed: int = 0
+) -> tuple[np.ndarray, pd.Series]:
+    """Clusters again from resampled texts: the adjusted Rand index of each repeat (n_boot,), and
+    per cluster the mean best Jaccard overlap (Hennig 2007). NaN where nothing can differ: for one
+    text, which resampling gives back as it is, and for one cluster."""
+    from scipy.cluster.hierarchy import fcluster
     from sklearn.metrics import adjusted_rand_score
 
     rng = np.random.default_rng(seed)
-    sums, n_rows = np.asarray(sums), np.asarray(n_rows)
-    names = np.unique(labels)
-    if len(sums) < 2 or len(names) < 2:
-        return np.full(n_boot, np.nan), pd.Series(
-            np.nan, index=pd.Index(names, name="cluster"), name="jaccard"
-        )
-    rand, overlap = np.zeros(n_boot), np.zeros((n_boot, len(names)))
-    for repeat in range(n_boot):
+    sums, n_rows, names = np.asarray(sums), np.asarray(n_rows), np.unique(labels)
+    rand, overlap = np.full(n_boot, np.nan), np.full((n_boot, len(names)), np.nan)
+    for repeat in range(n_boot if len(sums) > 1 and len(names) > 1 else 0):
         draw = rng.integers(0, len(sums), len(sums))
-        tree = linkage(squareform(distances(sums[draw], n_rows[draw]), checks=False), "average")
+        tree = linkage_of(distances(sums[draw], n_rows[draw]), ordered=False)
         again = fcluster(tree, len(names), "maxclust")
         rand[repeat] = adjusted_rand_score(labels, again)
-        for place, name in enumerate(names):
-            inside = labels == name
-            overlap[repeat, place] = max(
-                (inside & (again == other)).sum() / (inside | (again == other)).sum()
-                for other in np.unique(again[inside])
-            )
-    return rand, pd.Series(overlap.mean(0), index=pd.Index(names, name="cluster"), name="jaccard")
+        counts = pd.crosstab(labels, again).to_numpy()  # (cluster, cluster again)
+        either = counts.sum(1, keepdims=True) + counts.sum(0) - counts
+        overlap[repeat] = (counts / either).max(1)
+    return rand, pd.Series(overlap.mean(0), pd.Index(names, name="cluster"), name="jaccard")
 
 
-def closest_pairs(distance, names, count=10):
-    """The closest pairs of heads: DataFrame (a, b, distance, same_layer). names: list of (layer,
-    head)."""
+def dense_groups(backend, coordinates: np.ndarray) -> np.ndarray:
+    """HDBSCAN's labels (-1: left out) of heads by their coordinates; all are left out where there
+    are too few."""
+    least = max(3, len(coordinates) // 50)
+    if len(coordinates) <= least:
+        return np.full(len(coordinates), -1)
+    return backend.hdbscan(coordinates, min_cluster_size=least)
+
+
+def describe_clusters(table: pd.DataFrame) -> pd.DataFrame:
+    """Of each cluster of a head table: heads, layers, mean sink, local and entropy, and the
+    commonest labels."""
+    groups = table.groupby("cluster")
+    return groups.agg(
+        heads=("head", "size"),
+        layers=("layer", lambda layer: f"{layer.min()} to {layer.max()}"),
+        sink=("sink", "mean"),
+        local=("local", "mean"),
+        entropy=("entropy", "mean"),
+        most=("labels", lambda labels: labels.value_counts().index[0]),
+    )
+
+
+def order_of(distance: np.ndarray) -> np.ndarray:
+    """Heads in the order of the leaves of average linkage: (head,) int."""
+    from scipy.cluster.hierarchy import leaves_list
+
+    n_head = len(distance)
+    return leaves_list(linkage_of(distance)) if n_head > 1 else np.zeros(1, int)
+
+
+def layer_distances(distance: np.ndarray, names: Names) -> tuple[float, float]:
+    """Mean distance of two heads of one layer, and of different layers; NaN where there are no such
+    pairs."""
+    rows, columns = np.triu_indices(len(names), 1)
+    layer, values = np.array(names)[:, 0], pd.Series(distance[rows, columns])
+    same = layer[rows] == layer[columns]
+    return float(values[same].mean()), float(values[~same].mean())
+
+
+def closest_pairs(distance: np.ndarray, names: Names, count: int = 10) -> pd.DataFrame:
+    """The closest pairs of heads: DataFrame (a, b, distance, same_layer)."""
     rows, columns = np.triu_indices(len(distance), 1)
     order = np.argsort(distance[rows, columns], kind="stable")[:count]
+    one, other = ([names[i] for i in side[order]] for side in (rows, columns))
     return pd.DataFrame(
         {
-            "a": [head_name(names[i]) for i in rows[order]],
-            "b": [head_name(names[j]) for j in columns[order]],
+            "a": head_names(one),
+            "b": head_names(other),
             "distance": distance[rows[order], columns[order]],
-            "same_layer": [names[i][0] == names[j][0] for i, j in zip(rows[order], columns[order])],
+            "same_layer": [a[0] == b[0] for a, b in zip(one, other)],
         }
     )
 
 
-def head_name(place):
-    """(3, 2) -> 'L3H2'."""
-    return f"L{place[0]}H{place[1]}"
+def head_names(names: Names) -> list[str]:
+    """[(3, 2), ...] -> ["L3H2", ...]"""
+    return [f"L{layer}H{head}" for layer, head in names]
 
 
-def cover(distance, radius):
-    """Heads such that every head has one of them within `radius`, by greedy set cover: list of
-    indices."""
+def cover(distance: np.ndarray, radius: float) -> list[int]:
+    """Heads such that every head has one of them within `radius`, by greedy set cover."""
     near, left, chosen = distance <= radius, np.ones(len(distance), bool), []
     while left.any():
         chosen.append(int((near & left).sum(1).argmax()))
@@ -176,103 +201,85 @@ def cover(distance, radius):
     return chosen
 
 
-def cover_curve(distance, radii):
-    """How many heads cover the rest at each radius: DataFrame (radius, heads, share)."""
+def cover_curve(distance: np.ndarray, radii: Sequence[float] | None = None) -> pd.DataFrame:
+    """How many heads cover the rest at each radius: DataFrame (radius, heads, share). radii: None
+    for twelve up to the mean distance, and to 0.6 at least."""
+    if radii is None:
+        radii = np.round(np.linspace(0.05, max(0.6, distance.mean()), 12), 2)
     sizes = [len(cover(distance, radius)) for radius in radii]
     return pd.DataFrame({"radius": radii, "heads": sizes, "share": np.array(sizes) / len(distance)})
 
 
-def order_of(distance):
-    """Heads in the order of the leaves of average linkage: (head,) int."""
-    from scipy.cluster.hierarchy import leaves_list
-
-    return leaves_list(linkage_of(distance)) if len(distance) > 1 else np.zeros(len(distance), int)
-
-
-def dense_groups(backend, coordinates):
-    """HDBSCAN's labels (-1: left out) of heads by their coordinates; all are left out where there
-    are too few."""
-    least = max(3, len(coordinates) // 50)
-    return (
-        backend.hdbscan(coordinates, min_cluster_size=least)
-        if len(coordinates) > least
-        else np.full(len(coordinates), -1)
-    )
-
-
-def uniqueness(distance):
+def uniqueness(distance: np.ndarray) -> np.ndarray:
     """Distance of every head to its nearest other one: (head,); NaN for a single head."""
     others = np.where(np.eye(len(distance), dtype=bool), np.inf, distance).min(axis=1)
     return np.where(np.isfinite(others), others, np.nan)
 
 
-def layer_distances(distance, names):
-    """Mean distance of two heads of one layer, and of different layers; NaN where there are no such
-    pairs."""
-    layer = np.array([name[0] for name in names])
-    rows, columns = np.triu_indices(len(names), 1)
-    same, values = layer[rows] == layer[columns], distance[rows, columns]
-    return tuple(
-        float(part.mean()) if part.size else float("nan") for part in (values[same], values[~same])
-    )
-
-
-def group_agreement(distance, names, n_head, n_kv_head, n_shuffle=200, seed=0):
+def group_agreement(
+    distance: np.ndarray,
+    names: Names,
+    n_head: int,
+    n_kv_head: int,
+    n_shuffle: int = 200,
+    seed: int = 0,
+) -> dict[str, float] | None:
     """Are heads that share a kv head more alike than other heads of the layer?
 
-    Returns a dict: inside, outside (mean distance of pairs in one layer within and across groups),
-    other_layers, and p, the share of shuffles of heads within their layers whose difference is as
-    large; None where there are no groups."""
+    inside, outside: mean distance of pairs in one layer within and across groups; other_layers; p:
+    the share of shuffles of heads within their layers whose difference is as large. None where
+    there are no groups."""
     size = n_head // max(1, n_kv_head)
     if size < 2 or n_kv_head < 2:
         return None
     layer, head = np.array(names).T
     rows, columns = np.triu_indices(len(names), 1)
     same = layer[rows] == layer[columns]
-    between = float(distance[rows[~same], columns[~same]].mean()) if (~same).any() else float("nan")
     rows, columns = rows[same], columns[same]
     values = distance[rows, columns]
 
-    def difference(order):
-        inside = order[rows] // size == order[columns] // size
-        return (
-            values[~inside].mean() - values[inside].mean(),
-            values[inside].mean(),
-            values[~inside].mean(),
-        )
+    def means(heads):
+        inside = heads[rows] // size == heads[columns] // size
+        return values[inside].mean(), values[~inside].mean()
 
-    observed, inside, outside = difference(head)
+    def shuffled(heads):
+        heads = heads.copy()
+        for one in np.unique(layer):
+            heads[layer == one] = rng.permutation(heads[layer == one])
+        return heads
+
     rng = np.random.default_rng(seed)
-    null = [difference(_within(head, layer, rng))[0] for _ in range(n_shuffle)]
-    p = (1 + sum(value >= observed for value in null)) / (1 + n_shuffle)
-    return {"inside": inside, "outside": outside, "other_layers": between, "p": p, "group": size}
+    inside, outside = means(head)
+    chance = [np.subtract(*means(shuffled(head))) for _ in range(n_shuffle)]
+    p = (1 + np.sum(chance <= inside - outside)) / (1 + n_shuffle)
+    across = layer_distances(distance, names)[1]
+    return {"inside": inside, "outside": outside, "other_layers": across, "p": p}
 
 
-def _within(head, layer, rng):
-    """Heads permuted inside each layer."""
-    out = head.copy()
-    for one in np.unique(layer):
-        out[layer == one] = rng.permutation(head[layer == one])
-    return out
+def nearest_heads(
+    distance: np.ndarray, names: Names, name: tuple[int, int], k: int = 3
+) -> list[tuple[str, float]]:
+    """The k heads nearest to `name`: [("L3H2", distance), ...]."""
+    row, labels = distance[names.index(name)], head_names(names)
+    order = [i for i in np.argsort(row, kind="stable") if names[i] != name][:k]
+    return [(labels[i], float(row[i])) for i in order]
 
 
-def nearest(distance, k=3):
-    """Each head's k nearest others: edges (source, target, distance) as a DataFrame of row numbers,
-    each pair once."""
+def links(
+    table: pd.DataFrame, losses: pd.DataFrame, distance: np.ndarray, k: int = 3
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Heads as the nodes of a graph (the head table with id, group, its cluster, and loss_change of
+    importance_table), and as its edges each head's k nearest: DataFrame (source, target, distance,
+    similarity), each pair once."""
+    labels = head_names(zip(table["layer"], table["head"]))
+    nodes = table.merge(losses[["layer", "head", "loss_change"]], "left", ["layer", "head"])
+    nodes = nodes.assign(id=labels, group=table["cluster"].map("cluster {}".format))
     pairs = {}
     for i, row in enumerate(distance):
         for j in [j for j in np.argsort(row, kind="stable") if j != i][:k]:
             pairs[min(i, j), max(i, j)] = float(row[j])
-    table = pd.DataFrame(
-        [(i, j, d) for (i, j), d in pairs.items()], columns=["source", "target", "distance"]
+    rows = [(labels[i], labels[j], apart, 1 - apart) for (i, j), apart in pairs.items()]
+    edges = pd.DataFrame(rows, columns=["source", "target", "distance", "similarity"])
+    return nodes, edges.astype(
+        {"source": str, "target": str, "distance": float, "similarity": float}
     )
-    return table.astype(
-        {"source": int, "target": int, "distance": float}
-    )  # a single head has no pair to tell by
-
-
-def nearest_heads(distance, names, name, k=3):
-    """The k heads nearest to `name`: [("L3H2", distance), ...]."""
-    row = distance[names.index(name)]
-    order = [i for i in np.argsort(row, kind="stable") if names[i] != name][:k]
-    return [(head_name(names[i]), float(row[i])) for i in order]
