@@ -24,6 +24,8 @@ LABELS = {
 }
 PLAIN = ("mass", "entropy", "normalized_entropy", "distance", "top")  # natural texts, no label
 LOCAL, FAR, OFFSETS = 4, 16, 9
+# Queries that are looked at in a text, and in a shuffled version: long texts stay cheap.
+ROWS, SHUFFLE_ROWS = 128, 24
 DELIMITERS = set(".,;:!?()[]{}<>\"'`|-\n\t")
 
 
@@ -69,12 +71,11 @@ def is_delimiter(piece: str | bytes) -> bool:
     return bool(text) and set(text) <= DELIMITERS | {" ", "▁"} and text not in (" ", "▁")
 
 
-def add_pairs(text, shuffles: int, max_rows: int, shuffle_rows: int, rng: np.random.Generator):
+def add_pairs(text, shuffles: int, rng: np.random.Generator) -> None:
     """Fill in `text.pairs`: of each behaviour that its kind of text shows, the pairs and `shuffles`
-    shuffled versions of them. `max_rows` queries are looked at, and at most `shuffle_rows` of them
-    in a shuffled version, so that long texts stay cheap."""
+    shuffled versions of them."""
     n = len(text.ids)
-    queries = np.sort(rng.choice(np.arange(1, n), min(max_rows, n - 1), replace=False))
+    queries = np.sort(rng.choice(np.arange(1, n), min(ROWS, n - 1), replace=False))
     found = {name: versions[0] for name, versions in text.pairs.items()}  # of a template's grammar
     if text.natural:
         found |= natural_pairs(text.pieces, queries)
@@ -88,7 +89,7 @@ def add_pairs(text, shuffles: int, max_rows: int, shuffle_rows: int, rng: np.ran
             shuffled = [same_distance(pairs, n, rng) for _ in range(shuffles)]
         else:
             rows = np.unique(pairs[:, 0])
-            rows = rng.choice(rows, min(shuffle_rows, len(rows)), replace=False)
+            rows = rng.choice(rows, min(SHUFFLE_ROWS, len(rows)), replace=False)
             kept = pairs[np.isin(pairs[:, 0], rows)]
             shuffled = [same_row(kept, rng) for _ in range(shuffles)]
         text.pairs[name] = [pairs, *shuffled]

@@ -17,20 +17,14 @@ def one_by_one(heads: Heads, mode: str = "zero") -> dict[tuple[int, int], list[E
     return {head: [ablate_head(*head, mode)] for head in heads}
 
 
-def importance_table(sweeps: Sequence[pd.DataFrame], n_tokens: Sequence[int]) -> pd.DataFrame:
-    """Importance of each head from sweeps of `one_by_one` over held-out texts.
+def importance_table(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Importance of each head from engine.sweep's DataFrame of `one_by_one` over a held-out text.
 
-    sweeps: engine.sweep's DataFrames, one per text, of the same heads; n_tokens: predicted tokens
-    of each. Returns a DataFrame (layer, head, loss_change, error, kl): nats per token over all
-    texts, and the standard error of the loss change over tokens."""
-    weight = np.asarray(n_tokens, float) / np.sum(n_tokens)
-    change, error, kl = (
-        np.stack([sweep[column].to_numpy() for sweep in sweeps])  # (text, head)
-        for column in ("loss_change", "loss_change_err", "kl")
-    )
-    table = pd.DataFrame(list(sweeps[0].index), columns=["layer", "head"])
-    error = np.sqrt(weight**2 @ error**2)
-    return table.assign(loss_change=weight @ change, error=error, kl=weight @ kl)
+    DataFrame (layer, head, loss_change, error, kl): nats per token, and the standard error of the
+    loss change over tokens."""
+    table = pd.DataFrame(list(sweep.index), columns=["layer", "head"])
+    columns = {"loss_change": "loss_change", "error": "loss_change_err", "kl": "kl"}
+    return table.assign(**{name: sweep[given].to_numpy() for name, given in columns.items()})
 
 
 def both_ways(zero: pd.DataFrame, mean: pd.DataFrame) -> pd.DataFrame:
@@ -85,22 +79,17 @@ def population(
 
 
 def relations(
-    table: pd.DataFrame,
-    columns: Sequence[str],
-    target: str = "kl",
-    n_boot: int = 500,
-    seed: int = 0,
+    table: pd.DataFrame, columns: Sequence[str], n_boot: int = 500, seed: int = 0
 ) -> pd.DataFrame:
-    """Spearman's correlation of a head's importance with other things measured: DataFrame (measure)
-    of rho, low, high, p, heads.
+    """Spearman's correlation of the KL divergence of a head's ablation with other things measured:
+    DataFrame (measure) of rho, low, high, p, heads.
 
-    low, high: 95% bootstrap over heads. table: one row per head; target: "kl" or "loss_change".
-    """
+    low, high: 95% bootstrap over heads. table: one row per head, with kl and the columns."""
     from scipy.stats import rankdata, spearmanr
 
     rng, rows = np.random.default_rng(seed), {}
     for name in columns:
-        pair = table[[name, target]].dropna().to_numpy(float)
+        pair = table[[name, "kl"]].dropna().to_numpy(float)
         rows[name] = dict.fromkeys(("rho", "low", "high", "p"), np.nan) | {"heads": len(pair)}
         # A column without an order, or so few heads that chance orders them (of 4, one order in 12
         # agrees wholly).

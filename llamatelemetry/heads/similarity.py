@@ -10,7 +10,7 @@ import pandas as pd
 from ..capture.finite import measured
 from ..maths import jensen_shannon, ratio
 
-BLOCK = 2**22  # attention weights of a temporary
+BLOCK = 2**18  # attention weights of a temporary: few fit a processor's cache
 Names = Sequence[tuple[int, int]]
 
 
@@ -20,17 +20,18 @@ def divergence_sums(attention, rows: Sequence[int], backend=None) -> np.ndarray:
 
     attention: (layer, head, row, key) captured at query positions `rows`. Each row is cut to the
     keys that its query sees and scaled to sum to 1 (a head with an attention sink leaves some out).
-    backend: computes on its device; memory is bounded by BLOCK beside the rows themselves."""
+    backend: computes on its device. Memory beside the rows is bounded by BLOCK (32 of them on a
+    GPU, which wants large calls)."""
     values = measured(attention)
     values = values.reshape(-1, *values.shape[2:])  # (head, row, key)
     values = values[np.isfinite(values[:, 0, 0])]  # without the padding of layers with fewer heads
-    n_head = len(values)
+    xp, n_head = np if backend is None else backend.xp, len(values)
+    block = BLOCK if xp is np else 32 * BLOCK
     out = np.zeros((n_head, n_head))
     for place, query in enumerate(rows):
-        p = values[:, place, : query + 1]
-        p = p if backend is None else backend.xp.asarray(p)
+        p = xp.asarray(values[:, place, : query + 1])
         p = p / p.sum(1, keepdims=True).clip(1e-30)
-        step = max(1, BLOCK // p.size)
+        step = max(1, block // p.size)
         for start in range(0, n_head, step):
             stop = min(start + step, n_head)
             apart = jensen_shannon(p[start:stop, None], p[None, start:])

@@ -12,6 +12,7 @@ import pandas as pd
 from .behaviours import add_pairs
 
 MADE = ("random", "templates")  # kinds that are generated here; every other kind is natural
+EACH = 4  # texts of each of them
 NOUNS = "farmer teacher sailor doctor king child horse bird dog cat lawyer writer driver painter soldier guard".split()
 VERBS = "sees follows helps carries watches finds leaves meets paints calls sends builds".split()
 ADJECTIVES = "old young tall quiet small happy tired clever brown strange".split()
@@ -51,19 +52,15 @@ def default_texts(
     token_types: Sequence[int],
     *,
     texts: dict[str, list[str]] | None = None,
-    n_random: int = 4,
-    n_templates: int = 4,
     shuffles: int = 20,
     max_tokens: int = 96,
-    max_rows: int = 128,
-    shuffle_rows: int = 24,
     seed: int = 0,
 ) -> list[Text]:
     """The set of texts with their pairs.
 
     tokenize: as InferenceEngine.tokenize, a DataFrame (id, piece) of a text. pieces, token_types:
     the vocabulary, to draw random tokens from. texts: {kind: [text, ...]} in place of the package's
-    own prose, code and lists. max_tokens cuts each text; max_rows, shuffle_rows: as add_pairs."""
+    own prose, code and lists. max_tokens cuts each text; shuffles: versions of each pattern."""
     rng = np.random.default_rng(seed)
     special = tokenize("a")["id"].tolist()[:-1]  # what the model puts first
     found = []
@@ -73,16 +70,16 @@ def default_texts(
             ids, spelled = tokens["id"].tolist(), tokens["piece"].tolist()
             found.append(Text(f"{kind} {number}", kind, ids, spelled))
     pool = plain_tokens(pieces, token_types)
-    for number in range(1, n_random + 1):
+    for number in range(1, EACH + 1):
         # A head that looks a fixed number of tokens back is not taken for an induction head:
         # periods differ.
-        period = int(max_tokens * (0.2 + 0.3 * number / n_random))
+        period = int(max_tokens * (0.2 + 0.3 * number / EACH))
         ids = special + repeated_random(pool, period, min(max_tokens, 3 * period), rng)
         found.append(Text(f"random {number}", "random", ids, [pieces[i] for i in ids]))
-    for number in range(1, n_templates + 1):
+    for number in range(1, EACH + 1):
         found.append(template_text(f"template {number}", tokenize, rng, max_tokens))
     for text in found:
-        add_pairs(text, shuffles, max_rows, shuffle_rows, rng)
+        add_pairs(text, shuffles, rng)
     return found
 
 

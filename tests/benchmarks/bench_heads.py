@@ -63,7 +63,7 @@ def main():
             tokens = (session.tokenize(TEXT) * (options.tokens // 8))[: options.tokens]
             pieces = [session.model.pieces[i] for i in tokens]
             text = texts.Text("bench", "prose", tokens, pieces)
-            behaviours.add_pairs(text, 20, 128, 24, np.random.default_rng(0))
+            behaviours.add_pairs(text, 20, np.random.default_rng(0))
             session.time_decode(tokens[:8], 1, False)
             found[what], seconds, memory = watched(lambda: work(session, tokens, text))
             n_pairs = sum(map(len, text.patterns.values()))
