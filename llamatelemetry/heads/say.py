@@ -77,10 +77,9 @@ def distances(same: float, other: float) -> str:
     """Of similarity.layer_distances."""
     if np.isnan([same, other]).all():
         return "There is one head: no distance to another."
-    within = some(same, "two heads of one layer {:.3f}", "no layer has two heads")
-    return (
-        f"Apart on average: {within}; {some(other, 'two of different layers {:.3f}', 'one layer')}."
-    )
+    within = some(same, "two heads of one layer are {:.3f} apart", "no layer has two heads")
+    across = some(other, "heads of different layers are {:.3f} apart", "there is one layer")
+    return f"On average {within}; {across}."
 
 
 @sentence
