@@ -351,6 +351,11 @@ def test_findings_say_what_the_numbers_say():
     rolled = flow.rollout(maps(*[[to_first(4)]] * 4))[:, -1]
     sentence = said(say.rollout(rolled, list("abcd")))
     assert "passes one half after layer 1 and ends at 0.938" in sentence
+    drawn = flow.flow(maps([to_first(3)]))
+    assert said(say.token_bars(drawn, drawn, list("abc"))) == (
+        "Flow is largest from 'a' (position 0): 0.500, against 0.333 for an even share. Spearman's correlation "
+        "with mean attention: 1.00."
+    )
 
 
 def test_sentences_fit_a_page():

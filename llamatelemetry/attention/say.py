@@ -76,7 +76,7 @@ def rollout(rolled: xr.DataArray, pieces: list) -> str:
 @sentence
 def token_bars(flow: xr.DataArray, mean: xr.DataArray, pieces: list) -> str:
     """Flow to, and mean attention on, every token from the last query: (key,) each, sums 1."""
-    best, order = int(np.argmax(flow)), some(rank_correlation(flow, mean), "{:.2f}")
+    best, order = int(np.asarray(flow).argmax()), some(rank_correlation(flow, mean), "{:.2f}")
     return (
         f"Flow is largest from {quoted(pieces[best])} (position {best}): {float(flow[best]):.3f}, against "
         f"{1 / len(flow):.3f} for an even share. Spearman's correlation with mean attention: {order}."

@@ -105,33 +105,38 @@ function full() {
   context.translate(margin, margin);
   paintEdges(graph.selected >= 0 ? 0.25 : 1); paintNodes(graph.selected >= 0);
 }
-function segment(e) {
-  const x0 = X[SRC[e]] * graph.scale + graph.dx, y0 = Y[SRC[e]] * graph.scale + graph.dy;
-  const x1 = X[DST[e]] * graph.scale + graph.dx, y1 = Y[DST[e]] * graph.scale + graph.dy;
+function segment(e, aside = 0) {
+  let x0 = X[SRC[e]] * graph.scale + graph.dx, y0 = Y[SRC[e]] * graph.scale + graph.dy;
+  let x1 = X[DST[e]] * graph.scale + graph.dx, y1 = Y[DST[e]] * graph.scale + graph.dy;
   const w = width + margin, h = height + margin;
   if (Math.max(x0, x1) < -margin || Math.max(y0, y1) < -margin) return false;
   if (Math.min(x0, x1) > w || Math.min(y0, y1) > h) return false;
+  if (aside) {
+    const part = aside / (Math.hypot(x1 - x0, y1 - y0) || 1), dx = part * (y0 - y1), dy = part * (x1 - x0);
+    x0 += dx; x1 += dx; y0 += dy; y1 += dy;
+  }
   context.moveTo(x0, y0); context.lineTo(x1, y1); return true;
 }
 const CHUNK = 400;  // segments in one path: long paths cost more than their parts
+// Edges of several kinds lie side by side, and each kind is as dense as its own number allows: else the rare ones are
+// lost under the many.
 function paintEdges(dim) {
-  const dense = Math.max(0.06, Math.min(0.6, 30 / Math.sqrt(live.length + 1)));
-  let drawn = 0, style = -1, inPath = 0;
-  const groups = EDGE ? EDGE.colors.length : 1;
+  const groups = EDGE ? EDGE.colors.length : 1, kinds = EDGE && DATA.edgeColor.names;
+  let drawn = 0;
   context.lineWidth = 1;
   for (let group = 0; group < groups; group++) {
-    inPath = 0; style = -1;
-    for (let k = 0; k < live.length; k++) {
-      const e = live[k];
-      if (EDGE && EDGE.index[e] !== group) continue;
-      const level = WEIGHT ? 3 - Math.floor(4 * k / live.length) : 2;  // quarters by weight: the heavier, the darker
+    const edges = EDGE ? live.filter(e => EDGE.index[e] === group) : live;
+    const dense = Math.max(0.06, Math.min(0.6, 30 / Math.sqrt((kinds ? edges : live).length + 1)));
+    let inPath = 0, style = -1;
+    for (let k = 0; k < edges.length; k++) {
+      const level = WEIGHT ? 3 - Math.floor(4 * k / edges.length) : 2;  // quarters by weight: the heavier, the darker
       if (level !== style || inPath >= CHUNK) {
         if (inPath) context.stroke();
         context.beginPath(); inPath = 0; style = level;
         context.strokeStyle = EDGE ? EDGE.colors[group] : colors.line;
         context.globalAlpha = Math.min(1, dim * dense * (0.5 + 0.35 * level));
       }
-      if (segment(e)) { inPath++; drawn++; }
+      if (segment(edges[k], kinds ? 1.5 * Math.min(group, 2) : 0)) { inPath++; drawn++; }
     }
     if (inPath) context.stroke();
   }
