@@ -46,7 +46,7 @@ FIGURES = (
         "lens",
         "What the residual stream says after every layer",
         "14",
-        "figures.lens_table(",
+        "figures.best_tokens(",
         700,
         None,
     ),

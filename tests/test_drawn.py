@@ -143,6 +143,7 @@ def lens_data():
             "top": ((*dims, "best"), top),
             "top_probability": ((*dims, "best"), share),
             "entropy": (dims, share[..., 0]),
+            "probability": (dims, share[..., 0]),
         },
         coords={"layer": [0, 1]},
     )
@@ -170,13 +171,14 @@ def generation():
     states = xr.concat(
         [states.isel(token=[0]), states], dim="token"
     )  # the state before predicts the token
-    return layers.generation_map(
-        position_table().assign(position=range(1, N + 1)), states, title=NAME
-    )
+    return layers.generation(position_table().assign(position=range(1, N + 1)), states, title=NAME)
 
 
 def changes():
-    return xr.Dataset({"distance": (("layer", "pair"), np.ones((2, N)))}, coords={"layer": [0, 1]})
+    return xr.Dataset(
+        {"distance": (("layer", "pair"), np.ones((2, N)))},
+        coords={"layer": [0, 1], "position": ("pair", np.arange(N))},
+    )
 
 
 def tokens_in_plane():
@@ -230,20 +232,18 @@ FIGURES = {
     ),
     "central": (lambda: attention.centrality(position_table(), title=NAME), None, LABELS),
     "lens": (
-        lambda: layers.lens_table(lens_data(), PIECES, PIECES, title=NAME, last=N),
+        lambda: layers.best_tokens(lens_data(), PIECES, PIECES, title=NAME, last=N),
         "xtick",
         TEXTS,
     ),
-    "settled": (lambda: layers.settled_bars(np.ones(N), PIECES, title=NAME), "xtick", LABELS),
+    "settled": (lambda: layers.settled(np.ones(N), PIECES, title=NAME), "xtick", LABELS),
     "positions": (
-        lambda: layers.position_map(
-            np.ones((2, N)), range(N), [0, 1], PIECES, title=NAME, unit="share"
-        ),
+        lambda: layers.divergence(changes(), PIECES, title=NAME),
         "xtick",
         LABELS,
     ),
     "drift": (
-        lambda: layers.drift_profile(changes(), position_table(), PIECES, title=NAME),
+        lambda: layers.drift(changes(), position_table(), PIECES, title=NAME),
         "x2tick",
         LABELS,
     ),
@@ -468,14 +468,7 @@ PAGES = {
     ),
     "heads": (all_heads, "DATA.tokens.map((_, i) => label(i))", LABELS),
     "states": (
-        lambda: layers_pages.layers_page(
-            np.ones((3, N, 4)),
-            PIECES,
-            {"length": np.ones((3, N))},
-            model=NAME,
-            says=[PIECES] * 3,
-            probability=np.ones((3, N)),
-        ),
+        lambda: layers_pages.states(np.ones((2, N, 4)), lens_data(), PIECES, PIECES, model=NAME),
         "DATA.tokens.map((_, i) => { page.token = i; drawVector(); return document.getElementById('chosen')"
         ".textContent.slice('state 1, token '.length); })",
         LABELS,

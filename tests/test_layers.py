@@ -157,6 +157,27 @@ def test_cka_between_models_of_different_width():
     assert states.cka_map(a, b)[0].shape == (3, 2)
 
 
+def test_patch_map_tries_every_state_at_every_position():
+    def run(state, positions):
+        return np.array([[0.0, 0.0], [10 * state + positions[0], 1.0]])
+
+    shares = compare.patch_map(run, [0, 2], [1, 3, 5], (0, 1), (24.0, 0.0), progress=False)
+    assert shares.sel(layer=2, position=5) == 1 and shares.sel(layer=0, position=1) == 0
+    assert shares.sizes == {"layer": 2, "position": 3}
+    nothing = compare.patch_map(run, [0, 2], [], (0, 1), (24.0, 0.0), progress=False)
+    assert nothing.shape == (2, 0)
+
+
+def test_ablations_are_of_the_blocks_that_are_there():
+    edits = states.ablations([1], [0, 1])
+    assert list(edits) == ["attention 1", "ffn 0", "ffn 1", "both 0", "both 1"]
+    assert [(edit.stage, edit.layer) for edit in edits["both 1"]] == [
+        ("attn_out", 1),
+        ("ffn_out", 1),
+    ]
+    assert [edit.stage for edit in edits["both 0"]] == ["ffn_out"]
+
+
 def test_importance_reads_the_sweep_by_name():
     hidden = stage([[[1, 0], [1, 0]], [[1, 0], [1, 1]], [[1, 0], [0, 1]]])
     names = ["attention 0", "ffn 0", "both 0", "attention 1", "ffn 1", "both 1"]
@@ -182,9 +203,9 @@ class Weights:
         return self._tensors[name]
 
 
-def capture_of(parts):
-    """As much of a Capture as norms need."""
-    return type("Parts", (dict,), {"stages": tuple(parts)})(parts)
+def capture_of(parts, **facts):
+    """As much of a Capture as the measures need."""
+    return type("Parts", (dict,), {"stages": tuple(parts), **facts})(parts)
 
 
 def rms(x):
@@ -225,7 +246,7 @@ def test_norm_without_its_tensor_has_no_gains(stream):
         np.isnan(table.loc[("attention", 0), "silenced"])
         and table.loc[("attention", 0), "scale"] == 7
     )
-    assert "No tensor" in say.norms_sentence(table)
+    assert "No tensor" in say.norms(table)
 
 
 def test_gains_of_dimensions_over_the_median():
@@ -275,10 +296,18 @@ def test_generated_tokens_are_read_where_they_were_predicted():
         }
     )
     logits = np.log([[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]])
-    data = xr.Dataset({"entropy": (("layer", "token"), [[1.0, 2, 3], [3, 4, 5]])})
-    table = compare.generation_table(tokens, logits, data, [5, 6, 7])
+    best = [[[9], [1], [1]], [[0], [1], [2]]]
+    data = xr.Dataset(
+        {
+            "entropy": (("layer", "token"), [[1.0, 2, 3], [3, 4, 5]]),
+            "top": (("layer", "token", "best"), best),
+        },
+        {"layer": [5, 6]},
+    )
+    run = capture_of({"logits": logits}, tokens=tokens, n_prompt=1)
+    table = compare.generation_table(run, data)
     assert table["probability"].tolist() == pytest.approx([0.75, 0.5])
-    assert table["settled"].tolist() == [5, 6] and table["lens_entropy"].tolist() == [2, 3]
+    assert table["settled"].tolist() == [6, 5] and table["lens_entropy"].tolist() == [2, 3]
     assert table["entropy"][1] == pytest.approx(np.log(2))
 
 
@@ -297,7 +326,9 @@ def test_graph_has_a_node_per_layer_and_token():
     tokens = pd.DataFrame(
         {"position": range(4), "id": range(4), "piece": list("abcd"), "generated": [False] * 4}
     )
-    nodes, edges = graph.stream_graph(hidden, data, attention, tokens, ["x", "y"], per_query=1)
+    run = capture_of({"hidden": hidden, "attention": attention}, tokens=tokens)
+    nodes, edges = graph.stream_graph(run, data, ["x", "y"], per_query=1)
+    assert nodes["label"][0] == "a → y"
     assert len(nodes) == 12 and set(nodes["says"]) == {"y"} and nodes["id"].is_unique
     streams = edges[edges["kind"] == "stream"].set_index(["src", "dst"])["weight"]
     assert len(streams) == 8 and streams["0:0", "1:0"] == pytest.approx(1)
@@ -308,7 +339,7 @@ def test_graph_has_a_node_per_layer_and_token():
     assert (
         arrows.groupby("dst")["src"].first()["1:3"] == "0:2"
     )  # the strongest key but the first and itself
-    assert "12 nodes" in say.graph_sentence(nodes, edges)
+    assert "12 nodes" in say.graph(nodes, edges)
 
 
 @pytest.fixture
@@ -352,7 +383,7 @@ def test_kinds_of_tokens_with_experts_of_their_own(chosen):
         and distance.loc["number", "n"] == 2
     )
     assert distance.loc["number", "expected"] < 0.5
-    assert "number" in say.kind_sentence(distance) or "word" in say.kind_sentence(distance)
+    assert "number" in say.kinds(distance) or "word" in say.kinds(distance)
 
 
 def test_routing_of_two_runs(chosen):
@@ -366,7 +397,7 @@ def test_routing_sentence_names_the_busiest(chosen):
     entropy = xr.DataArray(
         np.array([[1.0] * 4, [0.5] * 4]), dims=("layer", "token"), coords={"layer": [0, 1]}
     )
-    said = say.routing_sentence(routing.expert_load(chosen, 4), entropy)
+    said = say.routing(routing.expert_load(chosen, 4), entropy)
     assert (
         "expert is 0 of layer 0 with 50%" in said
         and "1 of 8 experts" in said
@@ -374,16 +405,21 @@ def test_routing_sentence_names_the_busiest(chosen):
     )
 
 
+def shares(values, layers, positions):
+    coords = {"layer": layers, "position": positions}
+    return xr.DataArray(values, coords, dims=("layer", "position"))
+
+
 def test_sentences_say_what_the_numbers_say(stream):
     table = states.norm_table(stream[0])
-    assert "first token" in say.norm_sentence(table)
+    assert "first token" in say.lengths(table)
     empty = states.massive_activations(stream[0], list("abc"))
-    assert say.massive_sentence(empty, states.magnitude_quantiles(stream[0])).startswith("No value")
-    said = say.contribution_sentence(states.contributions(*stream))
+    assert say.magnitudes(states.magnitude_quantiles(stream[0]), empty).startswith("No value")
+    said = say.contributions(states.contributions(*stream))
     assert "attention adds most in layer 0" in said and "ffn adds most in layer 1" in said
-    said = say.projection_sentence(states.projection(*stream, position=2), "c")
+    said = say.projection(states.projection(*stream, position=2), "c")
     assert "attention writes 17%" in said and "ffn of layer 0 (50%)" in said
-    said = say.patch_sentence([[0, 0.9], [0.2, 0.1]], [0, 4], [1, 2], ["a", "b", "c"], 5)
+    said = say.patches(shares([[0, 0.9], [0.2, 0.1]], [0, 4], [1, 2]), ["a", "b", "c"])
     assert "0.90, at state 0 and position 2 'c'" in said and "position 2 'c': state 0." in said
-    said = say.patch_sentence([[0.9], [0.8]], [0, 4], [1], ["a", "b", "c"], 5)
+    said = say.patches(shares([[0.9], [0.8]], [0, 4], [1]), ["a", "b", "c"])
     assert "position 1 'b': states 0 to 4." in said

@@ -8,10 +8,11 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from notebook_checks import figures_with_sentences
 
 from llamatelemetry import Capture
-from llamatelemetry.layers.page import layers_page
+from llamatelemetry.layers import page as layers_page
 from llamatelemetry.tools.notebooks import NotebookError, run_notebook
 
 NOTEBOOK = (
@@ -118,19 +119,25 @@ def test_bad_parameters_stop_the_notebook_by_name(parameters, message, tmp_path)
         run_notebook(NOTEBOOK, tmp_path, {**tiny, **parameters}, progress=False)
 
 
+def lens_of(hidden):
+    """A lens that is a quarter sure of token t at position t."""
+    dims, shape = ("layer", "token"), hidden.shape[:2]
+    share, top = np.full(shape, 0.25), np.broadcast_to(np.arange(shape[1]), shape)
+    data = {"probability": (dims, share), "entropy": (dims, share)}
+    data |= {
+        "top": ((*dims, "best"), top[..., None]),
+        "top_probability": ((*dims, "best"), share[..., None]),
+    }
+    return xr.Dataset(data)
+
+
 @pytest.mark.slow
 def test_page_shows_the_chosen_state(page, tmp_path):
     hidden = np.zeros((3, 4, 8), np.float32)
     hidden[2, 1, 5] = -12.5
     hidden[..., 0] += 1
-    shown = layers_page(
-        hidden,
-        [" a", "<b>", "\n", b"\xff"],
-        {"length": np.linalg.norm(hidden, axis=-1)},
-        model="<m>",
-        says=[["x", "</script>", "y", "z"]] * 3,
-        probability=np.full((3, 4), 0.25),
-    )
+    pieces, vocabulary = [" a", "<b>", "\n", b"\xff"], ["x", "</script>", "y", "z"]
+    shown = layers_page.states(hidden, lens_of(hidden), pieces, vocabulary, model="<m>")
     path = shown.save(tmp_path / "p.html")
     errors, requests = [], []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -161,7 +168,6 @@ def test_page_shows_the_chosen_state(page, tmp_path):
     ],
 )
 def test_page_says_how_precise_it_is(tokens, words):
-    shown = layers_page(
-        np.ones((4, tokens, 500)), ["a"] * tokens, {"length": np.ones((4, tokens))}, model="m"
-    )
+    hidden, pieces = np.ones((4, tokens, 500)), ["a"] * tokens
+    shown = layers_page.states(hidden, lens_of(hidden), pieces, pieces, model="m")
     assert words in shown.html and len(shown.html) < 5.2e6

@@ -69,14 +69,15 @@ def test_two_prompts_with_one_answer_restore_nothing():
     assert compare.answers(logits, np.array([[9.0, 5.0, 4.0]])) == (1, 0)
     shares = compare.restored([0.2, -0.3, 0.0], 1.000, 1.001)
     assert np.isnan(shares).all()
-    said = say.patch_sentence(shares[:, None], [0, 1, 2], [0], ["a"], 2)
+    coords = {"layer": [0, 1, 2], "position": [0]}
+    tried = xr.DataArray(shares[:, None], coords, dims=("layer", "position"))
+    said = say.patches(tried, ["a"])
     assert "No share is given" in said and not NO_NUMBER.search(said)
     np.testing.assert_allclose(compare.restored([1.0, 2.0], 0.0, 4.0), [0.25, 0.5])
     assert np.isnan(compare.restored([1.0], 0.0, 4.0, noise=4.5)).all()  # what the kernels round
-    both = say.answers_sentence(["a", "b"], True, 1.0, 1.1)
-    assert "Both prompts have 'a'" in both and "Both" not in say.answers_sentence(
-        "ab", False, 1.0, -1.0
-    )
+    both = say.answers(["a", "b"], (1.0, 1.1))
+    assert "Both prompts' best token is 'a'" in both
+    assert "Both" not in say.answers("ab", (1.0, -1.0))
 
 
 def test_the_runs_of_one_model_say_the_same(engine):
@@ -107,7 +108,7 @@ def test_states_that_do_not_vary_are_like_nothing():
     )
     values, chance = states.cka_map(hidden)
     assert np.isnan(values).all()
-    assert not NO_NUMBER.search(say.cka_sentence(values, chance))
+    assert not NO_NUMBER.search(say.similarity(values, chance))
     drift = inside.hidden_drift(hidden * 0, hidden * 0)
     assert drift["error"].isna().all()
 
@@ -234,8 +235,8 @@ def test_sentences_of_one_layer():
     said = [
         heads_say.depth(depth, None),
         attention_says.depth_profile(heads),
-        say.graph_sentence(nodes, edges),
-        say.importance_sentence(importance),
+        say.graph(nodes, edges),
+        say.importance(importance),
         quantization_words.together(correlations, 1),
     ]
     assert not NO_NUMBER.search(" ".join(said)), said
@@ -258,7 +259,7 @@ def test_axes_that_count_have_no_ticks_between_whole_numbers(n, step):
     )
     assert figure.layout.yaxis.dtick == step and figure.layout.xaxis.dtick is None
     table = pd.DataFrame({"low": 1.0, "median": 20.0, "high": 30.0, "first": 500.0}, index=range(n))
-    assert layer_figures.norm_profile(table, title="").layout.xaxis.dtick == step
+    assert layer_figures.lengths(table, title="").layout.xaxis.dtick == step
 
 
 @pytest.mark.parametrize(

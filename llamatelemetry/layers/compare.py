@@ -1,19 +1,23 @@
 """Two runs side by side: which positions belong together, where the streams part, what a patch
 restores."""
 
+from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.data import Capture
 from ..capture.finite import measured
-from ..maths import log_softmax, ratio
+from ..maths import entropy, log_softmax, ratio
+from .lens import settled
 
-NOISE = 0.05  # logits; whoever has the file and the capture knows better: twice lens.logit_error's tolerance
+# Logits. Whoever has the file and the capture knows better: twice lens.logit_error's tolerance.
+NOISE = 0.05
 
 
-def align(ids, other, by="position"):
+def align(ids: Sequence[int], other: Sequence[int], by: str = "position") -> np.ndarray:
     """Pairs of positions of two token sequences: (n, 2) int array.
 
     by: "position" pairs equal positions (up to the shorter text), "token" the longest common runs
@@ -27,7 +31,7 @@ def align(ids, other, by="position"):
     return np.array(pairs, dtype=int).reshape(-1, 2)
 
 
-def divergence(hidden, other, pairs):
+def divergence(hidden: xr.DataArray, other: xr.DataArray, pairs: np.ndarray) -> xr.Dataset:
     """How far two streams are apart: Dataset of (layer, pair): distance, |a - b| over the root of
     |a| |b|, and cosine.
 
@@ -41,20 +45,15 @@ def divergence(hidden, other, pairs):
     a = measured(hidden, np.float64)[:, pairs[:, 0]]
     b = measured(other, np.float64)[:, pairs[:, 1]]
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    dims = ("layer", "pair")
+    lengths, dims = np.maximum(lengths, 1e-300), ("layer", "pair")
+    distance = np.linalg.norm(a - b, axis=-1) / np.sqrt(lengths)
     return xr.Dataset(
-        {
-            "distance": (
-                dims,
-                np.linalg.norm(a - b, axis=-1) / np.sqrt(np.maximum(lengths, 1e-300)),
-            ),
-            "cosine": (dims, (a * b).sum(-1) / np.maximum(lengths, 1e-300)),
-        },
+        {"distance": (dims, distance), "cosine": (dims, (a * b).sum(-1) / lengths)},
         coords={"layer": np.arange(len(a)), "position": ("pair", pairs[:, 0])},
     )
 
 
-def output_change(logits, other, pairs):
+def output_change(logits: xr.DataArray, other: xr.DataArray, pairs: np.ndarray) -> pd.DataFrame:
     """How the predictions of two runs differ: DataFrame per pair: kl, KL(first || second) in nats,
     and same_top."""
     p, q = log_softmax(measured(logits)[pairs[:, 0]]), log_softmax(measured(other)[pairs[:, 1]])
@@ -64,21 +63,23 @@ def output_change(logits, other, pairs):
     )
 
 
-def answer_difference(logits, answers, position=-1):
+def answer_difference(logits: xr.DataArray, answers: Sequence[int], position: int = -1) -> float:
     """logit[first answer] - logit[second answer] at a position. logits: (token, vocab); answers:
     two ids."""
     row = measured(logits)[position]
     return float(row[answers[0]]) - float(row[answers[1]])
 
 
-def answers(logits, other, position=-1):
+def answers(logits: xr.DataArray, other: xr.DataArray, position: int = -1) -> tuple[int, int]:
     """Two token ids to tell two runs' answers apart: the first run's best token, and the second's
     best other one."""
     first = int(measured(logits)[position].argmax())
     return first, int(next(i for i in np.argsort(-measured(other)[position]) if i != first))
 
 
-def restored(difference, patched_run, source_run, noise=NOISE):
+def restored(
+    difference: np.ndarray, patched_run: float, source_run: float, noise: float = NOISE
+) -> np.ndarray:
     """Share of the source's answer that a patch brings back: 0 as the run without a patch, 1 as the
     source.
 
@@ -90,36 +91,66 @@ def restored(difference, patched_run, source_run, noise=NOISE):
     )
 
 
-def changed_positions(hidden, other, limit=None):
+def changed_positions(
+    hidden: xr.DataArray, other: xr.DataArray, limit: int | None = None
+) -> np.ndarray:
     """Positions whose states differ in some layer: elsewhere a patch between two runs cannot do
-    anything.
+    anything. None where the runs are not of one length: their positions do not correspond.
 
-    limit: at most so many, spread evenly, the first and the last among them.
-    """
+    limit: at most so many, spread evenly, the first and the last among them."""
+    if hidden.shape[1] != other.shape[1]:
+        return np.empty(0, dtype=int)
     changed = np.flatnonzero((measured(hidden) != measured(other)).any(axis=(0, 2)))
     if limit is None or len(changed) <= limit:
         return changed
     return changed[np.unique(np.linspace(0, len(changed) - 1, limit).round().astype(int))]
 
 
-def generation_table(tokens, logits, lens_data, settled_layers):
+def patch_map(
+    run: Callable[[int, list[int]], xr.DataArray],
+    states: Sequence[int],
+    positions: Sequence[int],
+    answers: Sequence[int],
+    leads: Sequence[float],
+    noise: float = NOISE,
+    progress: bool = True,
+) -> xr.DataArray:
+    """Activation patching (the layout of Meng et al. 2022): what every single patch brings back of
+    the source's answer. (layer, position) shares, see `restored`.
+
+    run: (state, positions) -> logits (token, vocab) of the run with that state replaced there;
+    answers: two token ids; leads: the first's lead over the second in the source's run and in the
+    run that is patched (logits)."""
+    from tqdm.auto import tqdm
+
+    tries = tqdm(
+        [(state, position) for state in states for position in positions],
+        desc="patches",
+        disable=not progress,
+    )
+    found = [answer_difference(run(state, [position]), answers) for state, position in tries]
+    source, target = leads
+    shares = restored(found, target, source, noise).reshape(len(states), len(positions))
+    coords = {"layer": list(states), "position": list(positions)}
+    return xr.DataArray(shares, coords, dims=("layer", "position"))
+
+
+def generation_table(captured: Capture, lens_data: xr.Dataset) -> pd.DataFrame:
     """One row per generated token, from the position that predicted it: position, piece,
     probability that the model gave it, entropy (nats) of the model's output, settled (layer from
-    which on the lens names the output's best token).
+    which on the lens names the output's best token), lens_entropy (nats, mean over layers).
 
-    tokens: Capture.tokens; logits: (token, vocab); lens_data: lens() of all positions;
-    settled_layers: (token,)."""
-    new = tokens.index[tokens["generated"]].to_numpy()
-    before = new - 1
-    logp = log_softmax(measured(logits)[before])
-    chosen = logp[np.arange(len(new)), tokens["id"].to_numpy()[new]]
+    captured: a Capture with logits, of generate=; lens_data: lens.lens of all its positions."""
+    new = captured.tokens.iloc[captured.n_prompt :]
+    before = new.index.to_numpy() - 1
+    logp = log_softmax(measured(captured["logits"])[before])
     return pd.DataFrame(
         {
-            "position": new,
-            "piece": tokens["piece"].to_numpy()[new],
-            "probability": np.exp(chosen),
-            "entropy": -(np.exp(logp) * logp).sum(-1, dtype=np.float64),
-            "settled": np.asarray(settled_layers)[before],
+            "position": new.index,
+            "piece": new["piece"].to_numpy(),
+            "probability": np.exp(logp[np.arange(len(new)), new["id"]]),
+            "entropy": entropy(np.exp(logp)),
+            "settled": settled(lens_data)[before],
             "lens_entropy": lens_data["entropy"].isel(token=before).mean("layer").values,
         }
     )

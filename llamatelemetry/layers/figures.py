@@ -1,549 +1,298 @@
-"""Figures of notebook 14: profiles over depth, maps of layer and token. All return Plotly
+"""Figures of notebook 14: profiles over depth, maps of state and token. All return Plotly
 figures."""
 
+from collections.abc import Sequence
+
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+import xarray as xr
 
 from ..files.vocabulary import named
 from ..views import theme
-from ..views.text import plotly
+from ..views.panels import add_bars, add_line, name_axes, name_tokens, panels
+from ..views.text import plotly, token_labels
 
 STATE = "state (0: embedding, l: after layer l - 1)"
 ROWS = "state"  # the same on a vertical axis, where there is less room
-_LEGEND = dict(orientation="h", y=1.02, yanchor="bottom", x=1, xanchor="right")
-PARTS = {
-    "attention": theme.COLOR["attention"],
-    "ffn": theme.COLOR["ffn"],
-    "both": theme.COLOR["residual"],
-    "embedding": theme.COLOR["embedding"],
-}
+PARTS = theme.COLOR | {"both": theme.COLOR["residual"]}
+BLUE, ORANGE, FIRST, GREY = (theme.CATEGORIES[i] for i in (0, 1, 5, 7))  # FIRST: the first token
 
 
-def _lines(title, x_title, y_title, count=(), *, height=440, **axes):
-    figure = go.Figure(layout=dict(**theme.titled(title), height=height, legend=_LEGEND))
-    figure.update_xaxes(title=x_title, **theme.whole(count))
-    figure.update_yaxes(title=y_title, **axes)
-    return figure.update_layout(margin=dict(t=90))
-
-
-def _line(figure, x, y, name, color, *, dash=None, place={}, unit=".4g", **more):
-    name = plotly(name)
-    figure.add_scatter(
-        x=x,
-        y=y,
-        name=name,
-        mode="lines+markers",
-        line=dict(color=color, width=2, dash=dash),
-        marker=dict(size=4),
-        hovertemplate=f"%{{x}}: %{{y:{unit}}}<extra>{name}</extra>",
-        **place,
-        **more,
-    )
-
-
-def norm_profile(table, *, title):
-    """Length of the stream by state. table: layers.states.norm_table."""
-    figure = _lines(title, STATE, "length (L2 norm, log scale)", table.index)
+def lengths(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """Length of the stream by state. table: states.norm_table."""
+    figure, x = panels(title), table.index
     band = dict(mode="lines", line=dict(width=0), hoverinfo="skip")
-    figure.add_scatter(x=table.index, y=table["low"], showlegend=False, **band)
-    figure.add_scatter(
-        x=table.index,
-        y=table["high"],
-        fill="tonexty",
-        fillcolor="rgba(0,158,115,0.2)",
-        name="other tokens, 10 to 90%",
-        **band,
-    )
-    _line(figure, table.index, table["median"], "other tokens, median", theme.COLOR["residual"])
-    _line(figure, table.index, table["first"], "first token", theme.CATEGORIES[5], dash="dash")
-    return theme.decades(figure)
+    figure.add_scatter(x=x, y=table["low"], showlegend=False, **band)
+    band |= dict(fill="tonexty", fillcolor="rgba(0,158,115,0.2)", name="other tokens, 10 to 90%")
+    figure.add_scatter(x=x, y=table["high"], **band)
+    add_line(figure, x, table["median"], "other tokens, median", theme.COLOR["residual"])
+    add_line(figure, x, table["first"], "first token", FIRST, dash="dash")
+    return theme.decades(name_axes(figure, STATE, "length (L2 norm, log scale)", x))
 
 
-def magnitude_profile(table, *, title):
-    """Quantiles of the magnitudes by state. table: layers.states.magnitude_quantiles."""
-    figure = _lines(title, STATE, "magnitude of one value (log scale)", table.index)
-    columns = [column for column in table.columns if column != "first"]
+def magnitudes(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """Quantiles of the magnitudes by state. table: states.magnitude_quantiles."""
+    figure, x = panels(title), table.index
     names = {0.5: "median", 1.0: "largest"}
-    for column, color in zip(columns, ("#9E9E9E", *theme.CATEGORIES[2:5], theme.CATEGORIES[0])):
-        _line(figure, table.index, table[column], names.get(column, f"{100 * column:g}%"), color)
-    _line(
-        figure,
-        table.index,
-        table["first"],
-        "largest of the first token",
-        theme.CATEGORIES[5],
-        dash="dash",
-    )
-    return theme.decades(figure)
+    colors = ("#9E9E9E", *theme.CATEGORIES[2:5], BLUE)
+    for column, color in zip(table.columns.drop("first"), colors):
+        add_line(figure, x, table[column], names.get(column, f"{100 * column:g}%"), color)
+    add_line(figure, x, table["first"], "largest of the first token", FIRST, dash="dash")
+    return theme.decades(name_axes(figure, STATE, "magnitude of one value (log scale)", x))
 
 
-def sparsity_profile(table, *, title):
-    """How few neurons are active. table: layers.states.ffn_sparsity."""
-    figure = _lines(
-        title,
-        "layer",
-        "share (of the neurons, or of the energy)",
-        table.index,
-        rangemode="tozero",
-        tickformat=".0%",
-    )
+def sparsity(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """How few neurons are active. table: states.ffn_sparsity."""
     names = {
         "small": "below 1% of the token's largest",
         "needed": "hold 90% of the sum of squares",
         "largest": "sum of squares in one neuron",
     }
+    figure = panels(title)
     for (column, name), color in zip(names.items(), theme.CATEGORIES):
-        _line(figure, table.index, table[column], name, color, unit=".2%")
-    return figure
+        add_line(figure, table.index, table[column], name, color, unit=".2%")
+    share = "share (of the neurons, or of the energy)"
+    return name_axes(figure, "layer", share, table.index, rangemode="tozero", tickformat=".0%")
 
 
-def contribution_profile(data, *, title):
-    """What each block adds: relative length and cosine with the stream, median of the tokens after
-    the first."""
-    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.13)
+def contributions(data: xr.Dataset, *, title: str) -> go.Figure:
+    """What each block adds: its length against the stream's, and its cosine with it. Median of the
+    tokens after the first, and the first. data: states.contributions."""
+    figure, layers = panels(title, 430, cols=2, horizontal_spacing=0.13), data["layer"].values
     for part in data["part"].values:
         for col, name in ((1, "relative"), (2, "cosine")):
             values = data[name].sel(part=part).values  # (layer, token)
-            place, color = dict(row=1, col=col), PARTS[part]
-            _line(
-                figure,
-                data["layer"].values,
-                np.median(values[:, 1:], axis=1),
-                str(part),
-                color,
-                place=place,
-                showlegend=col == 1,
-            )
-            _line(
-                figure,
-                data["layer"].values,
-                values[:, 0],
-                f"{part}, first token",
-                color,
-                dash="dot",
-                place=place,
-                showlegend=col == 1,
-                opacity=0.6,
-            )
-    theme.decades(figure, row=1, col=1).update_yaxes(
-        title="length added / length before", row=1, col=1
-    )
-    figure.update_yaxes(title="cosine with the stream", zeroline=True, row=1, col=2)
-    figure.update_xaxes(title="layer", **theme.whole(data["layer"].values))
-    return figure.update_layout(
-        **theme.titled(title), height=430, legend=_LEGEND, margin=dict(t=90)
-    )
+            later, where = np.median(values[:, 1:], axis=1), dict(col=col, showlegend=col == 1)
+            add_line(figure, layers, later, str(part), PARTS[part], **where)
+            where |= dict(dash="dot", opacity=0.6)
+            add_line(figure, layers, values[:, 0], f"{part}, first token", PARTS[part], **where)
+    name_axes(figure, "layer", "length added / length before", layers)
+    name_axes(figure, "layer", "cosine with the stream", layers, col=2, zeroline=True)
+    return theme.decades(figure, row=1, col=1)
 
 
-def projection_bars(table, *, title):
-    """Shares of the final state by layer, with their running sum. table:
-    layers.states.projection."""
-    figure = _lines(
-        title, "layer (-1: embedding)", "share of the final state", table.index, tickformat=".0%"
-    )
-    figure.add_bar(
-        x=[-1], y=[table.attrs["embedding"]], name="embedding", marker_color=PARTS["embedding"]
-    )
+def projection(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """Shares of the final state by layer, with their running sum. table: states.projection."""
+    figure = panels(title).update_layout(barmode="relative")
+    add_bars(figure, [-1], [table.attrs["embedding"]], "embedding", PARTS["embedding"])
     for part in ("attention", "ffn"):
-        figure.add_bar(
-            x=table.index,
-            y=table[part],
-            name=part,
-            marker_color=PARTS[part],
-            hovertemplate="layer %{x}: %{y:.2%}<extra>" + part + "</extra>",
-        )
-    _line(
-        figure,
-        table.index,
-        table["cumulative"],
-        "sum up to here",
-        theme.COLOR["residual"],
-        unit=".2%",
-    )
-    return figure.update_layout(barmode="relative")
+        add_bars(figure, table.index, table[part], part, PARTS[part], "layer %{x}: %{y:.2%}")
+    color = theme.COLOR["residual"]
+    add_line(figure, table.index, table["cumulative"], "sum up to here", color, unit=".2%")
+    share = "share of the final state"
+    return name_axes(figure, "layer (-1: embedding)", share, table.index, tickformat=".0%")
 
 
-def norm_impact(table, *, title):
+def norms(table: pd.DataFrame, *, title: str) -> go.Figure:
     """What the norms do: change of direction, scale, and silenced dimensions. table:
-    layers.norms."""
+    norms.norm_impact."""
     columns = {
         "cosine": "cosine before / after",
         "scale": "length after / before (log)",
         "silenced": "silenced dimensions",
     }
-    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.1)
+    figure = panels(title, 400, cols=3, horizontal_spacing=0.1)
+    layers = table.index.unique("layer")
     for col, (column, name) in enumerate(columns.items(), start=1):
-        for part, rows in table.groupby(level="part"):
-            rows = rows.droplevel("part")
-            _line(
-                figure,
-                rows.index,
-                rows[column],
-                f"before {part}",
-                PARTS[part],
-                place=dict(row=1, col=col),
-                showlegend=col == 1,
-            )
-        figure.update_yaxes(title=dict(text=name, standoff=4), row=1, col=col)
-    theme.decades(figure, row=1, col=2)
+        for part, values in table[column].groupby(level="part"):
+            x, where = values.index.get_level_values("layer"), dict(col=col, showlegend=col == 1)
+            add_line(figure, x, values, f"before {part}", PARTS[part], **where)
+        name_axes(figure, "layer", dict(text=name, standoff=4), layers, col=col)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=3)
-    figure.update_xaxes(title="layer", **theme.whole(table.index.unique("layer")))
-    return figure.update_layout(
-        **theme.titled(title), height=400, legend=_LEGEND, margin=dict(t=90)
-    )
+    return theme.decades(figure, row=1, col=2)
 
 
-def lens_profile(data, position, *, title):
+def lens(data: xr.Dataset, position: int, *, title: str) -> go.Figure:
     """Rank and probability of the answer, entropy, and KL to the output, by state. data:
-    layers.lens.lens."""
-    one = data.isel(token=position)
-    panels = {
-        "rank": "rank (0: best)",
+    lens.lens."""
+    labels = {
+        "rank": "rank + 1 (log)",  # a log axis has no 0: rank counts from 1 there
         "probability": "probability",
         "entropy": "entropy (nats)",
         "kl": "KL to output (nats)",
     }
-    figure = make_subplots(
-        rows=2, cols=2, horizontal_spacing=0.12, vertical_spacing=0.1, shared_xaxes=True
-    )
-    for i, (name, label) in enumerate(panels.items()):
-        place = dict(row=1 + i // 2, col=1 + i % 2)
-        values = one[name].values + (
-            name == "rank"
-        )  # a log axis has no 0: rank counts from 1 there
-        _line(
-            figure,
-            one["layer"].values,
-            values,
-            label,
-            theme.CATEGORIES[i],
-            place=place,
-            showlegend=False,
-        )
-        figure.update_yaxes(
-            title=label if name != "rank" else "rank + 1 (log)", rangemode="tozero", **place
-        )
-    theme.decades(figure, row=1, col=1)
-    figure.update_xaxes(**theme.whole(one["layer"].values)).update_xaxes(title=STATE, row=2)
-    return figure.update_layout(**theme.titled(title), height=520)
+    spacing = dict(horizontal_spacing=0.12, vertical_spacing=0.1, shared_xaxes=True)
+    figure, one = panels(title, 520, 2, 2, **spacing), data.isel(token=position)
+    depth = one["layer"].values
+    for i, (name, label) in enumerate(labels.items()):
+        where = dict(row=1 + i // 2, col=1 + i % 2)
+        values = one[name].values + (name == "rank")
+        add_line(figure, depth, values, label, theme.CATEGORIES[i], showlegend=False, **where)
+        name_axes(figure, STATE if i > 1 else None, label, depth, rangemode="tozero", **where)
+    return theme.decades(figure, row=1, col=1)
 
 
-def _short(piece, length=9):
-    return plotly(theme.shorten(theme.token_text(piece), length))
-
-
-def lens_table(data, pieces, vocabulary, *, title, last=12, every=1):
+def best_tokens(
+    data: xr.Dataset, pieces: Sequence, vocabulary: Sequence, *, title: str, last: int = 12
+) -> go.Figure:
     """The lens's best token per state and position, coloured by its probability; hover has the five
     best.
 
-    last: so many positions from the end; every: only each so-manieth state, and the last.
-    """
-    tokens, states = np.arange(data.sizes["token"])[-last:], data["layer"].values
-    kept = [i for i in range(len(states)) if (len(states) - 1 - i) % every == 0]
-    part = data.isel(token=tokens, layer=kept)
-    ids, p = part["top"].values, part["top_probability"].values  # (layer, token, best)
+    data: lens.lens; pieces: of the tokens read; vocabulary: token id -> piece; last: so many
+    positions from the end. Of more than 36 states every second, third, .. is shown."""
+    every, positions = -(-data.sizes["layer"] // 36), np.arange(data.sizes["token"])[-last:]
+    states = data["layer"].values[::-1][::every][::-1]  # the last one always
+    shown = data.sel(layer=states).isel(token=positions)
+    names = [[named(vocabulary, best) for best in row] for row in shown["top"].values]
+    shares = shown["top_probability"].values  # (layer, token, best)
 
-    text = [[_short(piece) for piece in named(vocabulary, row[:, 0])] for row in ids]
+    def short(piece):
+        return plotly(theme.shorten(theme.token_text(piece), 9))
 
-    def best(tokens, shares):
-        return "<br>".join(
-            f"{plotly(theme.token_text(piece))}  {q:.4f}"
-            for piece, q in zip(named(vocabulary, tokens), shares)
-        )
+    def ranking(best, share):
+        lines = zip(best, share)
+        return "<br>".join(f"{plotly(theme.token_text(piece))}  {p:.4f}" for piece, p in lines)
 
-    hover = [[best(*cell) for cell in zip(*row)] for row in zip(ids, p)]
-    labels = [f"{t} {theme.token_text(pieces[t])}" for t in tokens]
-    figure = go.Figure(
-        go.Heatmap(
-            z=p[..., 0],
-            x=theme.axis_values(labels),
-            y=[str(s) for s in states[kept]],
-            text=text,
-            texttemplate="%{text}",
-            textfont=dict(size=10),
-            customdata=hover,
-            zmin=0,
-            zmax=1,
-            colorscale=theme.MAGNITUDE,
-            xgap=1,
-            ygap=1,
-            colorbar=dict(title=dict(text="probability", side="right")),
-            hovertemplate="position %{x}, state %{y}<br>%{customdata}<extra></extra>",
-        ),
-        layout=dict(**theme.titled(title), height=140 + 19 * len(kept)),
+    hover = [[ranking(*cell) for cell in zip(*row)] for row in zip(names, shares)]
+    labels = token_labels(pieces, positions)
+    look = dict(title=title, unit="probability", zmax=1, height=140 + 19 * len(names))
+    look |= dict(x_title="token that is read", y_title=ROWS)
+    figure = theme.heatmap(shares[..., 0], labels, list(map(str, states)), **look)
+    text = [[short(best[0]) for best in row] for row in names]
+    figure.update_traces(
+        text=text, texttemplate="%{text}", textfont=dict(size=10), customdata=hover
     )
-    theme.label_ticks(figure, labels, "x", title="token that is read", tickangle=-45)
-    return figure.update_yaxes(title=ROWS, type="category")
+    more = "position %{x}, state %{y}<br>%{customdata}<extra></extra>"
+    figure.update_traces(hovertemplate=more, xgap=1, ygap=1).update_yaxes(type="category")
+    return name_tokens(figure, labels, look["x_title"], -45, most=32)
 
 
-def settled_bars(layers, pieces, *, title):
-    """State at which the prediction after each token settles. layers: layers.lens.settled."""
-    figure = _lines(title, "token that is read", "settles at state", height=380)
-    labels = theme.token_labels(pieces)
-    figure.add_bar(
-        x=theme.axis_values(labels),
-        y=layers,
-        marker_color=theme.COLOR["residual"],
-        hovertemplate="%{x}: state %{y}<extra></extra>",
-    )
-    theme.label_ticks(figure, labels, "x", most=48, tickangle=-90)
-    figure.update_yaxes(**theme.whole(range(int(max(layers)) + 1)))
-    return figure.update_layout(margin=dict(t=60))
+def settled(layers: Sequence[int], pieces: Sequence, *, title: str) -> go.Figure:
+    """State at which the prediction after each token settles. layers: (token,) of lens.settled."""
+    figure, labels = panels(title, 380), token_labels(pieces)
+    x, hover = theme.axis_values(labels), "%{x}: state %{y}"
+    add_bars(figure, x, layers, "", theme.COLOR["residual"], hover)
+    depth = range(int(max(layers)) + 1)
+    figure.update_yaxes(title="settles at state", **theme.whole(depth))
+    return name_tokens(figure, labels, "token that is read", -90).update_layout(margin_t=60)
 
 
-def attribution_bars(table, *, title):
-    """Direct logit attribution by layer, with the running sum. table:
-    layers.lens.logit_attribution."""
-    figure = _lines(
-        title, "layer (-1: embedding and the rest)", "logit difference", table["layer"].unique()
-    )
-    rest = table[table["layer"] < 0]
-    figure.add_bar(
-        x=[-1], y=[rest["value"].sum()], name="embedding, bias", marker_color=PARTS["embedding"]
-    )
+def attribution(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """Direct logit attribution by layer, with the running sum. table: lens.logit_attribution."""
+    figure = panels(title).update_layout(barmode="relative")
+    inside = table["layer"] >= 0
+    rest = table["value"][~inside].sum()
+    add_bars(figure, [-1], [rest], "embedding, bias", PARTS["embedding"])
     for part in ("attention", "ffn"):
         rows = table[table["component"] == part]
-        figure.add_bar(
-            x=rows["layer"],
-            y=rows["value"],
-            name=part,
-            marker_color=PARTS[part],
-            hovertemplate="layer %{x}: %{y:+.3f}<extra>" + part + "</extra>",
-        )
-    total = (
-        rest["value"].sum() + table[table["layer"] >= 0].groupby("layer")["value"].sum().cumsum()
-    )
-    _line(figure, total.index, total, "sum up to here", theme.COLOR["residual"])
-    return figure.update_layout(barmode="relative")
+        add_bars(figure, rows["layer"], rows["value"], part, PARTS[part], "layer %{x}: %{y:+.3f}")
+    total = rest + table[inside].groupby("layer")["value"].sum().cumsum()
+    add_line(figure, total.index, total, "sum up to here", theme.COLOR["residual"])
+    depth = "layer (-1: embedding and the rest)"
+    return name_axes(figure, depth, "logit difference", table["layer"].unique())
 
 
-def importance_profile(table, *, title):
+def importance(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Block Influence above, rise of the loss under ablation below. table:
-    layers.states.layer_importance."""
-    figure = make_subplots(
-        rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.4, 0.6]
-    )
-    figure.add_bar(
-        x=table.index,
-        y=table["influence"],
-        name="Block Influence",
-        marker_color=theme.CATEGORIES[7],
-        row=1,
-        col=1,
-    )
+    states.layer_importance."""
+    spacing = dict(shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.4, 0.6])
+    figure, layers = panels(title, 560, 2, **spacing), table.index
+    add_bars(figure, layers, table["influence"], "Block Influence", GREY)
     for part in ("attention", "ffn", "both"):
-        _line(
-            figure,
-            table.index,
-            table[part],
-            f"without {part}",
-            PARTS[part],
-            place=dict(row=2, col=1),
-            unit="+.4f",
-        )
-    figure.update_yaxes(title="1 - cosine", row=1)
-    figure.update_yaxes(title="rise of the loss (nats per token)", row=2)
-    figure.update_xaxes(**theme.whole(table.index)).update_xaxes(title="layer", row=2)
-    return figure.update_layout(
-        **theme.titled(title), height=560, legend=_LEGEND, margin=dict(t=90)
-    )
+        add_line(figure, layers, table[part], f"without {part}", PARTS[part], unit="+.4f", row=2)
+    name_axes(figure, None, "1 - cosine", layers)
+    return name_axes(figure, "layer", "rise of the loss (nats per token)", layers, row=2)
 
 
-def state_map(values, *, title, unit, x_title=STATE, y_title=ROWS, zmax=1.0):
-    """A square map over states, such as CKA."""
-    values = np.asarray(values)
-    figure = theme.heatmap(
-        values,
-        list(range(values.shape[1])),
-        list(range(values.shape[0])),
-        title=title,
-        x_title=x_title,
-        y_title=y_title,
-        unit=unit,
-        zmax=zmax,
-        height=620,
-    )
+def similarity(
+    values: np.ndarray, *, title: str, x_title: str = STATE, y_title: str = ROWS
+) -> go.Figure:
+    """Similarity of all pairs of states. values: the map of states.cka_map."""
+    rows, columns = (list(range(n)) for n in np.shape(values))
+    texts = dict(title=title, x_title=x_title, y_title=y_title, unit="CKA (0 to 1)")
+    figure = theme.heatmap(values, columns, rows, zmax=1.0, height=620, **texts)
     return figure.update_yaxes(scaleanchor="x", constrain="domain").update_xaxes(constrain="domain")
 
 
-def position_map(values, positions, states, pieces, *, title, unit, signed=False, zmax=None):
-    """A map of (state, position): distance of two runs, or what a patch restores. pieces: of all
-    positions."""
-    labels = [f"{p} {theme.token_text(pieces[p])}" for p in positions]
-    figure = theme.heatmap(
-        values,
-        labels,
-        [str(s) for s in states],
-        title=title,
-        x_title="token",
-        y_title=ROWS,
-        unit=unit,
-        signed=signed,
-        zmax=zmax,
-        height=max(380, min(720, 150 + 16 * len(states))),
-    )
-    theme.label_ticks(figure, labels, "x", most=48, tickangle=-60)
-    return figure.update_yaxes(type="category")
+def _position_map(values, positions, pieces, **options):
+    # values: DataArray (layer, position or pair)
+    states = list(map(str, values["layer"].values))
+    labels = token_labels(pieces, positions)
+    height = max(380, min(720, 150 + 16 * len(states)))
+    options |= dict(x_title="token", y_title=ROWS, height=height)
+    figure = theme.heatmap(values.values, labels, states, **options)
+    return name_tokens(figure, labels, "token", -60).update_yaxes(type="category")
 
 
-def drift_profile(data, change, pieces, *, title):
-    """Two files on one text: distance of the streams by state, KL of the predictions by token."""
-    figure = make_subplots(rows=2, cols=1, vertical_spacing=0.2)
-    place = dict(row=1, col=1)
-    values = data["distance"].values  # (layer, pair)
-    for quantile, color, name in (
-        (0.9, theme.CATEGORIES[4], "90th percentile"),
-        (0.5, theme.CATEGORIES[0], "median"),
-    ):
-        _line(
-            figure,
-            data["layer"].values,
-            np.quantile(values[:, 1:], quantile, axis=1),
-            f"other tokens, {name}",
-            color,
-            place=place,
-        )
-    _line(
-        figure,
-        data["layer"].values,
-        values[:, 0],
-        "first token",
-        theme.CATEGORIES[5],
-        dash="dash",
-        place=place,
-    )
-    labels = [f"{p} {theme.token_text(pieces[p])}" for p in change["position"]]
-    figure.add_bar(
-        x=theme.axis_values(labels),
-        y=change["kl"],
-        marker_color=theme.CATEGORIES[0],
-        showlegend=False,
-        row=2,
-        col=1,
-        hovertemplate="%{x}: %{y:.5f} nats<extra></extra>",
-    )
-    figure.update_xaxes(title=STATE, **theme.whole(data["layer"].values), row=1)
-    theme.label_ticks(
-        figure, labels, "x", most=48, title="token that is read", tickangle=-60, row=2
-    )
-    figure.update_yaxes(title="relative distance", rangemode="tozero", row=1)
-    figure.update_yaxes(title="KL of predictions (nats)", row=2)
-    return figure.update_layout(
-        **theme.titled(title), height=640, legend=_LEGEND, margin=dict(t=90)
-    )
+def divergence(data: xr.Dataset, pieces: Sequence, *, title: str) -> go.Figure:
+    """Distance of two runs by state and token. data: compare.divergence; pieces: of the first."""
+    positions = data["position"].values
+    return _position_map(data["distance"], positions, pieces, title=title, unit="relative distance")
 
 
-def generation_map(table, lens_data, *, title):
+def patches(shares: xr.DataArray, pieces: Sequence, *, title: str) -> go.Figure:
+    """What one patched state restores. shares: compare.patch_map; pieces: of the whole prompt."""
+    options = dict(unit="answer restored (1: all)", signed=True, zmax=1)
+    return _position_map(shares, shares["position"].values, pieces, title=title, **options)
+
+
+def drift(data: xr.Dataset, change: pd.DataFrame, pieces: Sequence, *, title: str) -> go.Figure:
+    """Two files on one text: distance of the streams by state, KL of the predictions by token.
+    data: compare.divergence; change: compare.output_change; pieces: of the text."""
+    figure = panels(title, 640, 2, vertical_spacing=0.2)
+    depth, values = data["layer"].values, data["distance"].values  # (layer, pair)
+    high, median = np.quantile(values[:, 1:], (0.9, 0.5), axis=1)
+    add_line(figure, depth, high, "other tokens, 90th percentile", theme.CATEGORIES[4])
+    add_line(figure, depth, median, "other tokens, median", BLUE)
+    add_line(figure, depth, values[:, 0], "first token", FIRST, dash="dash")
+    labels = token_labels(pieces, change["position"])
+    x, hover = theme.axis_values(labels), "%{x}: %{y:.5f} nats"
+    add_bars(figure, x, change["kl"], "", BLUE, hover, row=2, showlegend=False)
+    name_axes(figure, STATE, "relative distance", depth, rangemode="tozero")
+    name_axes(figure, None, "KL of predictions (nats)", row=2)
+    return name_tokens(figure, labels, "token that is read", -60, row=2)
+
+
+def generation(table: pd.DataFrame, lens_data: xr.Dataset, *, title: str) -> go.Figure:
     """Each generated token: entropy and probability above, the lens's entropy by state below.
-
-    table: layers.compare.generation_table; lens_data: lens of all positions.
-    """
-    labels = [
-        f"{p} {theme.token_text(piece)}" for p, piece in zip(table["position"], table["piece"])
-    ]
+    table: compare.generation_table; lens_data: lens.lens of all positions."""
+    spacing = dict(shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.35, 0.65])
+    spacing |= dict(specs=[[{"secondary_y": True}], [{}]])
+    figure, pieces = panels(title, 720, 2, **spacing), table.set_index("position")["piece"]
+    labels = token_labels(pieces, pieces.index)
     x = theme.axis_values(labels)
-    figure = make_subplots(
-        rows=2,
-        cols=1,
-        shared_xaxes=True,
-        vertical_spacing=0.06,
-        row_heights=[0.35, 0.65],
-        specs=[[{"secondary_y": True}], [{}]],
-    )
-    figure.add_bar(
-        x=x,
-        y=table["entropy"],
-        name="entropy (nats)",
-        marker_color=theme.CATEGORIES[0],
-        row=1,
-        col=1,
-    )
-    figure.add_scatter(
-        x=x,
-        y=table["probability"],
-        name="probability of the token",
-        mode="lines+markers",
-        line=dict(color=theme.CATEGORIES[1]),
-        row=1,
-        col=1,
-        secondary_y=True,
-    )
-    values = lens_data["entropy"].isel(token=table["position"].to_numpy() - 1)
-    figure.add_heatmap(
-        x=x,
-        y=values["layer"].values,
-        z=values.values,
-        colorscale=theme.MAGNITUDE,
-        row=2,
-        col=1,
-        colorbar=dict(title=dict(text="entropy of the lens (nats)", side="right"), len=0.6, y=0.3),
-        hovertemplate="%{x}, state %{y}: %{z:.3f} nats<extra></extra>",
-    )
-    figure.add_scatter(
-        x=x,
-        y=table["settled"],
-        name="settles here",
-        mode="markers",
-        row=2,
-        col=1,
-        marker=dict(color="white", symbol="diamond", size=7, line=dict(color="black", width=1)),
-    )
+    add_bars(figure, x, table["entropy"], "entropy (nats)", BLUE)
+    line = dict(mode="lines+markers", line=dict(color=ORANGE), secondary_y=True)
+    share = dict(y=table["probability"], name="probability of the token", **line)
+    figure.add_scatter(x=x, row=1, col=1, **share)
+    entropy = lens_data["entropy"].isel(token=table["position"].to_numpy() - 1)
+    bar = dict(title=dict(text="entropy of the lens (nats)", side="right"), len=0.6, y=0.3)
+    hover = "%{x}, state %{y}: %{z:.3f} nats<extra></extra>"
+    look = dict(colorscale=theme.MAGNITUDE, colorbar=bar, hovertemplate=hover)
+    depth = entropy["layer"].values
+    figure.add_heatmap(x=x, y=depth, z=entropy.values, row=2, col=1, **look)
+    mark = dict(color="white", symbol="diamond", size=7, line=dict(color="black", width=1))
+    look = dict(name="settles here", mode="markers", marker=mark)
+    figure.add_scatter(x=x, y=table["settled"], row=2, col=1, **look)
     figure.update_yaxes(title="entropy", row=1, secondary_y=False)
-    figure.update_yaxes(
-        title="probability",
-        range=[0, 1.05],
-        tickvals=[0, 0.5, 1],
-        showgrid=False,
-        row=1,
-        secondary_y=True,
-    )
-    figure.update_yaxes(title=ROWS, **theme.whole(values["layer"].values), row=2)
-    theme.label_ticks(figure, labels, "x", most=64, title="generated token", tickangle=-60, row=2)
-    return figure.update_layout(
-        **theme.titled(title), height=720, legend=_LEGEND, margin=dict(t=90)
-    )
+    right = dict(title="probability", range=[0, 1.05], tickvals=[0, 0.5, 1], showgrid=False)
+    figure.update_yaxes(**right, row=1, secondary_y=True)
+    figure.update_yaxes(title=ROWS, autorange="reversed", **theme.whole(depth), row=2)
+    return name_tokens(figure, labels, "generated token", -60, most=64, row=2)
 
 
-def routing_maps(load, entropy, *, title):
-    """Share of the choices per expert, and the router's entropy by layer."""
-    figure = make_subplots(rows=1, cols=2, column_widths=[0.68, 0.32], horizontal_spacing=0.2)
-    figure.add_heatmap(
-        z=load.values,
-        y=load["layer"].values,
-        colorscale=theme.MAGNITUDE,
-        zmin=0,
-        row=1,
-        col=1,
-        colorbar=dict(title=dict(text="share of choices", side="right"), x=0.6),
-        hovertemplate="layer %{y}, expert %{x}: %{z:.2%}<extra></extra>",
-    )
-    _line(
-        figure,
-        entropy.mean("token").values,
-        entropy["layer"].values,
-        "entropy",
-        theme.CATEGORIES[0],
-        place=dict(row=1, col=2),
-        showlegend=False,
-    )
-    figure.update_xaxes(title="expert", row=1, col=1)
-    figure.update_xaxes(title="entropy of the router (nats)", rangemode="tozero", row=1, col=2)
-    figure.update_yaxes(title="layer", row=1, col=1)
-    return figure.update_layout(**theme.titled(title), height=480)
+def routing(load: xr.DataArray, entropy: xr.DataArray, *, title: str) -> go.Figure:
+    """Share of the choices per expert, and the router's entropy by layer. load:
+    routing.expert_load; entropy: routing.routing_entropy."""
+    spacing = dict(column_widths=[0.68, 0.32], horizontal_spacing=0.2)
+    figure, layers = panels(title, 480, cols=2, **spacing), load["layer"].values
+    bar = dict(title=dict(text="share of choices", side="right"), x=0.6)
+    hover = "layer %{y}, expert %{x}: %{z:.2%}<extra></extra>"
+    look = dict(colorscale=theme.MAGNITUDE, zmin=0, colorbar=bar, hovertemplate=hover)
+    figure.add_heatmap(z=load.values, y=layers, row=1, col=1, **look)
+    mean, where = entropy.mean("token"), dict(col=2, showlegend=False)
+    add_line(figure, mean.values, mean["layer"].values, "entropy", BLUE, **where)
+    name_axes(figure, "expert", "layer")
+    name_axes(figure, "entropy of the router (nats)", None, col=2)
+    figure.update_xaxes(rangemode="tozero", col=2)
+    return figure.update_yaxes(autorange="reversed")
 
 
-def kind_map(table, *, title):
-    """Share of each kind of token's choices by expert. table: layers.routing.experts_by_kind."""
-    figure = theme.heatmap(
-        table.to_numpy(),
-        [str(e) for e in table.columns],
-        list(table.index),
-        title=title,
-        x_title="expert",
-        y_title="kind of token",
-        unit="share of choices",
-        zmax=float(table.to_numpy().max()),
-        height=200 + 36 * len(table),
-    )
+def kinds(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """Which experts each kind of token goes to. table: of routing.experts_by_kind."""
+    values, experts = table.to_numpy(), list(map(str, table.columns))
+    look = dict(x_title="expert", y_title="kind of token", unit="share of choices")
+    look |= dict(title=title, zmax=float(values.max()), height=200 + 36 * len(table))
+    figure = theme.heatmap(values, experts, list(table.index), **look)
     return figure.update_xaxes(type="category")

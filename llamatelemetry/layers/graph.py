@@ -1,25 +1,36 @@
 """The run as a graph: one node per layer and token, edges along the residual stream and along
 attention."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
+import xarray as xr
 
+from ..capture.data import Capture
 from ..capture.finite import measured
 from ..files.vocabulary import named
+from ..views.text import token_text
 
 
-def stream_graph(hidden, lens_data, attention, tokens, vocabulary, per_query=1, least=0.05):
+def stream_graph(
+    captured: Capture,
+    lens_data: xr.Dataset,
+    vocabulary: Sequence,
+    per_query: int = 1,
+    least: float = 0.05,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(nodes, edges) DataFrames of one run.
 
-    hidden: (layer 0..n, token, embd); lens_data: lens() of the same; attention: (layer, head,
-    query, key); tokens: Capture.tokens; vocabulary: token id -> piece. Nodes: id, layer, position,
-    piece, norm, log_norm (base 10), says (top token of the lens), probability, x, y. Edges: src,
-    dst, weight, kind: "stream" from a layer to the next, weight the cosine of the two states (at
-    least 0.001), and "attention" from the key's node that enters the layer to the query's node that
-    leaves it, weight the mean over heads, for the `per_query` strongest keys of each query other
-    than itself and the first token (the sink would hide the rest), where the weight is at least
-    `least`."""
-    h = measured(hidden, np.float64)
+    captured: a Capture with hidden, and attention where the model has it; lens_data: lens.lens of
+    the same; vocabulary: token id -> piece. Nodes: id, layer, position, piece, generated, norm,
+    log_norm (base 10), says (top token of the lens), probability, label (piece and what the lens
+    says), x, y. Edges: src, dst, weight, kind: "stream" from a layer to the next, weight the cosine
+    of the two states (at least 0.001), and "attention" from the key's node that enters the layer to
+    the query's node that leaves it, weight the mean over heads, for the `per_query` strongest keys
+    of each query other than itself and the first token (the sink would hide the rest), where the
+    weight is at least `least`."""
+    h, tokens = measured(captured["hidden"], np.float64), captured.tokens
     n_layer, n_token = h.shape[:2]
     norm = np.linalg.norm(h, axis=-1)
     layer, position = (x.ravel() for x in np.indices((n_layer, n_token)))
@@ -39,19 +50,22 @@ def stream_graph(hidden, lens_data, attention, tokens, vocabulary, per_query=1, 
             "y": layer.astype(float),
         }
     )
+    said = zip(nodes["piece"], nodes["says"])
+    nodes["label"] = [f"{token_text(piece)} → {token_text(says)}" for piece, says in said]
     cosine = (h[:-1] * h[1:]).sum(-1) / np.maximum(norm[:-1] * norm[1:], 1e-300)
     rows = [
         (f"{a}:{b}", f"{a + 1}:{b}", max(cosine[a, b], 1e-3), "stream")
         for a in range(n_layer - 1)
         for b in range(n_token)
     ]
-    rows += _attention_edges(attention, per_query, least)
+    if "attention" in captured:
+        rows += _attention_edges(captured["attention"], per_query, least)
     return nodes, pd.DataFrame(rows, columns=["src", "dst", "weight", "kind"])
 
 
 def _attention_edges(attention, per_query, least):
     rows = []
-    for a, layer in enumerate(attention["layer"].values if attention is not None else ()):
+    for a, layer in enumerate(attention["layer"].values):
         mean = measured(attention.isel(layer=a)).mean(0)  # (query, key)
         for query in range(2, len(mean)):
             keys = 1 + np.argsort(-mean[query, 1:query], kind="stable")[:per_query]

@@ -1,10 +1,14 @@
 """What the norm before each block does to the stream: scale, direction, and the gain of every
 dimension."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import pandas as pd
 
+from ..capture.data import Capture
 from ..capture.finite import measured
+from ..files.gguf import GGUFFile
 from ..norms import gain_and_bias, normalized
 from .states import additions
 
@@ -15,7 +19,7 @@ SILENCED = 0.1  # of the median gain
 AGREES = 1e-3
 
 
-def norm_impact(captured, gguf):
+def norm_impact(captured: Capture, gguf: GGUFFile) -> pd.DataFrame:
     """Before and after the norm of every block: DataFrame (part, layer), medians over the tokens
     after the first.
 
@@ -28,14 +32,14 @@ def norm_impact(captured, gguf):
     rows = []
     for part, stage in (("attention", "attn_norm"), ("ffn", "ffn_norm")):
         if stage in captured.stages:
-            rows += [
-                _impact(part, layer, *pair, gguf)
-                for layer, pair in _pairs(captured, part, stage, gguf)
-            ]
+            pairs = _pairs(captured, part, stage, gguf)
+            rows += [_impact(part, layer, *pair, gguf) for layer, pair in pairs]
     return pd.DataFrame(rows).set_index(["part", "layer"])
 
 
-def norm_gain(before, after, gguf, part, layer):
+def norm_gain(
+    before: np.ndarray, after: np.ndarray, gguf: GGUFFile, part: str, layer: int
+) -> tuple[np.ndarray | None, float]:
     """(gain (embd,), relative error) of the tensor that turns `before` into `after`; (None, nan)
     where none does.
 
@@ -83,7 +87,7 @@ def _impact(part, layer, before, after, gguf):
     }
 
 
-def dimension_gains(gguf, layers, dims):
+def dimension_gains(gguf: GGUFFile, layers: Iterable[int], dims: Sequence[int]) -> pd.DataFrame:
     """Gain of chosen dimensions in the first norm of each layer over that norm's median: (layer,
     dim) DataFrame; layers without such a tensor are left out."""
     rows = {}

@@ -1,6 +1,6 @@
 // Map of (state, token) and the values of the chosen state. `page` is the state, for tests and the console.
 const names = Object.keys(DATA.measures), maps = Object.fromEntries(names.map(n => [n, unpack(DATA.measures[n])]));
-const nTokens = DATA.tokens.length, stateOf = vectors(DATA.vectors), shares = DATA.probability && unpack(DATA.probability);
+const nTokens = DATA.tokens.length, stateOf = vectors(DATA.vectors), shares = unpack(DATA.probability);
 const page = {measure: names[0], log: true, layer: Math.floor(DATA.states / 2), token: nTokens - 1};
 for (const name of names) $('measure').append(el('option', {value: name}, name));
 
@@ -62,8 +62,8 @@ function drawVector() {
     el('td', {}, middle ? number(Math.abs(x[i]) / middle, 3) : '')));
   const head = el('tr', {}, ...['dimension', 'value', 'times median magnitude'].map(n => el('th', {}, n)));
   const length = Math.sqrt(dot(x, x));
-  const says = DATA.says ? 'lens: ' + DATA.says[page.layer][page.token]
-    + (shares ? ' (' + number(shares[page.layer * nTokens + page.token], 3) + ')' : '') : '';
+  const says = 'lens: ' + DATA.says[page.layer][page.token]
+    + ' (' + number(shares[page.layer * nTokens + page.token], 3) + ')';
   $('facts').replaceChildren(el('p', {class: 'mono'}, x.length ? 'length ' + number(length, 6) : ''),
     el('p', {class: 'mono'}, says), !x.length ? '' : el('table', {}, el('thead', {}, head), el('tbody', {}, ...rows)));
 }

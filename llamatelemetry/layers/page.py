@@ -1,49 +1,62 @@
-"""The interactive map of notebook 14: layer x token, and beside it the chosen state, dimension by
+"""The interactive map of notebook 14: state x token, and beside it the chosen state, dimension by
 dimension."""
 
-import numpy as np
+from collections.abc import Sequence
 
-from ..views import theme
+import numpy as np
+import xarray as xr
+
+from ..files.vocabulary import named
 from ..views.packing import pack, pack_vectors
 from ..views.page import Page
+from ..views.text import token_text
 
 
-def _nth(n):
-    return f"{n}{ {2: 'nd', 3: 'rd'}.get(n, 'th') }"
-
-
-def layers_page(hidden, pieces, measures, *, model, says=None, probability=None, max_bytes=4.5e6):
+def states(
+    hidden: xr.DataArray,
+    lens_data: xr.Dataset,
+    pieces: Sequence,
+    vocabulary: Sequence,
+    *,
+    model: str,
+    max_bytes: float = 4.5e6,
+) -> Page:
     """A self-contained page: a map of (state, token), and the chosen state's values.
 
-    hidden: (layer 0..n, token, embd); measures: {name with unit: (layer, token) array}, the first
-    is shown first; says, probability: (layer, token) texts and numbers, the lens's best token.
-    Values are stored in 32, 16 or 8 bits, as precisely as max_bytes allows, at worst of every n-th
-    state, and the page says how. Returns a Page."""
+    hidden: (layer 0..n, token, embd); lens_data: lens.lens of it; pieces: of its tokens;
+    vocabulary: token id -> piece. Values are stored in 32, 16 or 8 bits, as precisely as max_bytes
+    allows, at worst of every n-th state, and the page says how."""
     hidden = np.asarray(hidden, dtype=np.float32)
+    n_state, n_token, width = hidden.shape
     bits = next((bits for bits in (32, 16) if hidden.size * bits / 6 <= max_bytes), 8)
     room = max(1, int(max_bytes / (hidden[0].size * bits / 6)))  # states that fit
-    every = -(-len(hidden) // room)
+    every = -(-n_state // room)
     kept = [
-        layer for layer in range(len(hidden)) if (len(hidden) - 1 - layer) % every == 0
-    ]  # the last one always
+        state for state in range(n_state) if (n_state - 1 - state) % every == 0
+    ]  # with the last
     exact = {32: "exactly (float32)", 16: "within 1/65534", 8: "within 1/254"}[bits]
-    about = "Captured from llama.cpp's own kernels; the values"
-    about += "" if every == 1 else f" of every {_nth(every)} state"
-    about += f" are stored {exact}" + ("." if bits == 32 else " of each state's largest value.")
-    states, tokens, width = hidden.shape
-    title = f"Residual stream of {model}: {states} states, {tokens} tokens, {width} dimensions"
+    which = "" if every == 1 else f" of every {every}{ {2: 'nd', 3: 'rd'}.get(every, 'th') } state"
+    of = "" if bits == 32 else " of each state's largest value"
+    about = f"Captured from llama.cpp's own kernels; the values{which} are stored {exact}{of}."
+    title = f"Residual stream of {model}: {n_state} states, {n_token} tokens, {width} dimensions"
+    measures = {
+        "length (L2 norm)": np.linalg.norm(hidden, axis=-1),
+        "largest magnitude": np.abs(hidden).max(-1),
+        "entropy of the lens (nats)": lens_data["entropy"],
+        "probability of the answer": lens_data["probability"],
+    }
+    best = lens_data[["top", "top_probability"]].isel(best=0)
+    said = [named(vocabulary, row) for row in best["top"].values]
     data = {
-        "tokens": [theme.token_text(piece) for piece in pieces],
-        "states": len(hidden),
-        "measures": {
-            name: pack(np.asarray(values, dtype=np.float32)) for name, values in measures.items()
-        },
+        "tokens": [token_text(piece) for piece in pieces],
+        "states": n_state,
+        "measures": {name: _packed(values) for name, values in measures.items()},
         "vectors": pack_vectors(hidden[:, None], bits, kept),
-        "says": None
-        if says is None
-        else [[theme.token_text(piece) for piece in row] for row in says],
-        "probability": None
-        if probability is None
-        else pack(np.asarray(probability, dtype=np.float32)),
+        "says": [[token_text(piece) for piece in row] for row in said],
+        "probability": _packed(best["top_probability"]),
     }
     return Page.of(__package__, "page", data, title=title, about=about, height=690)
+
+
+def _packed(values):
+    return pack(np.asarray(values, dtype=np.float32))

@@ -1,419 +1,263 @@
-"""One or two sentences under each figure of notebook 14, computed from the numbers that the figure
-shows."""
+"""What each figure of notebook 14 shows, computed from the numbers that the figure was given:
+`say.norms` explains `figures.norms`."""
+
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
+import xarray as xr
 
+from ..files.vocabulary import named
 from ..maths import rank_correlation, ratio
-from ..views.sentences import some
-from ..views.text import quoted
+from ..views.sentences import counted, listed, quoted, sentence, some, span
 from .states import MASSIVE_RATIO, MASSIVE_VALUE
 
 
-def span(name, places):
-    """The first and the last of some states or layers, in words."""
-    return (
-        f"{name} {min(places)}"
-        if min(places) == max(places)
-        else f"{name}s {min(places)} to {max(places)}"
-    )
+@sentence
+def lengths(table: pd.DataFrame) -> str:
+    """table: states.norm_table."""
+    first, others, peak = table["first"], table["median"], table["first"].idxmax()
+    return f"""The median length of the other tokens goes from {others.iloc[0]:.3g} at the embedding to
+        {others.iloc[-1]:.3g} after the last layer. The first token is longest at state {peak} ({first[peak]:.3g}; the
+        others' median there is {others[peak]:.3g})."""
 
 
-def norm_sentence(table):
-    """table: norm_table."""
-    peak, n = table["first"].idxmax(), table.index[-1]
-    times = ratio(table["first"], table["median"])
-    grown = some(ratio(table["median"].iloc[-1], table["median"].iloc[0]), ", {:.3g} times")
-    return (
-        f"The median length of the other tokens goes from {table['median'].iloc[0]:.3g} at the embedding to "
-        f"{table['median'].iloc[-1]:.3g} after layer {n - 1}{grown}. The first token is longest before layer {peak} "
-        f"({table['first'].max():.3g}, {times[table.index.get_loc(peak)]:.3g} times the others' median there) and ends "
-        f"at {times[-1]:.1f} times."
-        if peak < n
-        else f"The median length of the other tokens goes from {table['median'].iloc[0]:.3g} at the embedding to "
-        f"{table['median'].iloc[-1]:.3g} after the last layer; the first token grows to the end, where it is "
-        f"{times[-1]:.1f} times as long as their median."
-    )
+@sentence
+def magnitudes(table: pd.DataFrame, massive: pd.DataFrame) -> str:
+    """table: states.magnitude_quantiles; massive: states.massive_activations."""
+    times = ratio(table[1.0].iloc[-1], table[0.5].iloc[-1])
+    times = some(times, "{:.0f} times the median", "all that is not 0")
+    tail = f"The largest value of the later tokens after the last layer is {times}."
+    bound = f"above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of their layer"
+    if massive.empty:
+        return f"No values are {bound}. {tail}"
+    where, top = sorted(set(massive["position"])), massive.iloc[0]
+    return f"""Massive activations ({bound}) stand at {counted(len(where), "position")} ({listed(where, 6)}) in
+        {span("state", massive["layer"])}, the largest in dimension {top["dim"]} of state {top["layer"]}:
+        {top["value"]:.4g}, {top["ratio"]:.0f} times the median. {tail}"""
 
 
-def massive_sentence(table, quantiles):
-    """table: massive_activations; quantiles: magnitude_quantiles."""
-    last = quantiles.iloc[-1]
-    tail = (
-        f"Among the later tokens the largest value after the last layer is "
-        f"{some(ratio(last[1.0], last[0.5]), '{:.0f} times the median magnitude', 'all that is not 0')}."
-    )
-    if table.empty:
-        return f"No value is above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of its layer. {tail}"
-    top = table.iloc[0]
-    where = sorted(set(table["position"]))
-    layers, dims = sorted(set(table["layer"])), len(set(table["dim"]))
-    shown = ", ".join(map(str, where[:6])) + (" and others" if len(where) > 6 else "")
-    return (
-        f"Massive activations (above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of their layer) "
-        "stand at "
-        f"position{'s' if len(where) > 1 else ''} {shown}, in {dims} dimension{'s' if dims > 1 else ''}, "
-        f"{span('state', layers)}. The largest relative to its layer is {top['value']:.4g} in dimension "
-        f"{int(top['dim'])} of state {int(top['layer'])}, {top['ratio']:.0f} times the median. {tail}"
-    )
+@sentence
+def sparsity(table: pd.DataFrame) -> str:
+    """table: states.ffn_sparsity."""
+    zero, small, needed = (table[name] for name in ("zero", "small", "needed"))
+    return f"""{zero.mean():.1%} of the values are exactly 0, and {small.mean():.0%} are below 1% of their token's
+        largest. 90% of the sum of squares is held by {needed.min():.1%} of the neurons in layer {needed.idxmin()} and
+        by {needed.max():.1%} in layer {needed.idxmax()}, the two extremes."""
 
 
-def sparsity_sentence(table):
-    """table: ffn_sparsity."""
-    low, high = table["needed"].idxmin(), table["needed"].idxmax()
-    exact = table["zero"].mean()
-    zeros = "No neuron is exactly 0" if exact == 0 else f"{exact:.1%} of the values are exactly 0"
-    if len(table) == 1:
-        return (
-            f"{zeros}; {table['small'].mean():.0%} are below 1% of their token's largest. In the only layer "
-            f"{table['needed'].iloc[0]:.1%} of the neurons hold 90% of the sum of squares, and a single one up to "
-            f"{table['largest'].max():.0%}."
-        )
-    return (
-        f"{zeros}; {table['small'].mean():.0%} are below 1% of their token's largest. In the most concentrated layer "
-        f"({low}) {table.loc[low, 'needed']:.1%} of the neurons hold 90% of the sum of squares, in the broadest "
-        f"({high}) "
-        f"{table.loc[high, 'needed']:.1%}; a single neuron holds up to {table['largest'].max():.0%} (layer "
-        f"{table['largest'].idxmax()})."
-    )
-
-
-def contribution_sentence(data):
-    """data: contributions."""
+@sentence
+def contributions(data: xr.Dataset) -> str:
+    """data: states.contributions."""
     later = data.isel(token=slice(1, None)).median("token", skipna=True)
-    parts = []
-    for part in data["part"].values:
-        values = later["relative"].sel(part=part).values
-        if np.isfinite(values).any():
-            layer = int(np.nanargmax(values))
-            parts.append(
-                f"{part} adds most in layer {layer} ({values[layer]:.2g} times the stream's length), in the "
-                f"median layer {np.nanmedian(values):.2g}"
-                if len(values) > 1
-                else f"{part} adds {values[0]:.2g} times the stream's length in the only layer"
-            )
-    if not parts:
-        return "No layer adds anything to the stream of the later tokens."
-    against = (later["cosine"] < 0).sum("layer")
-    signs = " and ".join(f"{int(against.sel(part=p))} for {p}" for p in data["part"].values)
-    return (
-        f"For the later tokens, {'; '.join(parts)}. The addition points against the stream in {signs} of "
-        f"{later.sizes['layer']} layer{'s' if later.sizes['layer'] > 1 else ''}."
-    )
+    added, against = later["relative"].to_series().dropna(), (later["cosine"] < 0).sum("layer")
+    most = (group.idxmax() for _, group in added.groupby(level="part"))
+    of = f"of {counted(later.sizes['layer'], 'layer')}"
+    facts = [
+        f"""{part} adds most in layer {layer} ({added[part, layer]:.2g} times the stream's length) and points against it
+            in {int(against.sel(part=part))} {of}"""
+        for part, layer in most
+    ]
+    return f"For the later tokens, {'; '.join(facts) or 'no layer adds anything to the stream'}."
 
 
-def projection_sentence(table, piece):
-    """table: projection of one token; piece: that token."""
+@sentence
+def projection(table: pd.DataFrame, piece: str | bytes) -> str:
+    """table: states.projection of one token; piece: that token."""
     parts = table[["attention", "ffn"]].stack()
+    shares = (table["attention"].sum(), table["ffn"].sum(), table.attrs["embedding"])
+    attention, ffn, start = (f"{round(100 * share) + 0}%" for share in shares)  # + 0: no "-0%"
     layer, part = parts.idxmax()
-    half = (
-        int((table["cumulative"] >= 0.5).to_numpy().nonzero()[0][0])
-        if (table["cumulative"] >= 0.5).any()
-        else None
+    return f"""Along the final state of {quoted(piece)}, attention writes {attention}, the feed-forward blocks {ffn},
+        the embedding {start}. The largest single part is {part} of layer {layer} ({parts.max():.0%})."""
+
+
+@sentence
+def norms(table: pd.DataFrame) -> str:
+    """table: norms.norm_impact."""
+    turns = ((values.idxmin(), values.min()) for _, values in table["cosine"].groupby(level="part"))
+    most = listed(f"{part} of layer {at} (cosine {cosine:.2f})" for (part, at), cosine in turns)
+    check = "Recomputed with the file's weights the norms are off by at most {:.1e}, and at most"
+    check = some(
+        table["error"].max(),
+        f"{check} {table['silenced'].max():.1%} of a layer's dimensions are silenced.",
+        "No tensor of the file reproduces the captured norms, so their gains are not shown.",
     )
-    said = f"Half of it is there after layer {half}. " if half is not None else ""
-    sums = table[["attention", "ffn"]].sum()
-    three = (sums["attention"], sums["ffn"], table.attrs["embedding"])
-    attention, ffn, start = (f"{round(100 * x) + 0}%" for x in three)  # + 0: no "-0%"
-    return (
-        f"Along the final state of {quoted(piece)}, attention writes {attention}, the feed-forward blocks {ffn}, the "
-        "embedding "
-        f"{start}. {said}The largest single part is {part} of layer "
-        f"{layer} ({parts.max():.0%})."
-    )
+    return f"The direction changes most before {most}. {check}"
 
 
-def norms_sentence(table):
-    """table: norm_impact."""
-    said = []
-    for part, rows in table.groupby(level="part"):
-        rows = rows.droplevel("part")
-        turn = rows["cosine"].idxmin()
-        text = (
-            f"before {part}, the direction changes most in layer {turn} (cosine {rows['cosine'].min():.2f})"
-            if len(rows) > 1
-            else f"before {part}, state and normed state have a cosine of {rows['cosine'].min():.2f}"
-        )
-        if rows["silenced"].notna().any():
-            layer = rows["silenced"].idxmax()
-            text += (
-                f" and up to {rows['silenced'].max():.1%} of the dimensions are silenced (layer {layer})"
-                if rows["silenced"].max() > 0
-                else " and no dimension is silenced"
-            )
-        said.append(text)
-    known = table["error"].dropna()
-    check = (
-        f"Recomputed with the file's weights the norms are off by at most {known.max():.1e}."
-        if len(known)
-        else "No tensor of the file reproduces the captured norms, so their gains are not shown."
-    )
-    return f"{'; '.join(said).capitalize()}. {check}"
-
-
-def gain_sentence(gains, median=1.0):
-    """gains: dimension_gains of the massive dimensions."""
-    if gains.empty or not len(gains.columns):
+@sentence
+def gains(table: pd.DataFrame) -> str:
+    """table: norms.dimension_gains of the massive dimensions."""
+    if table.empty or not len(table.columns):
         return "There are no massive dimensions whose gain could be compared."
-    values = gains.to_numpy()
-    return (
-        f"In the dimension{'s' if values.shape[1] > 1 else ''} with massive activations "
-        f"({', '.join(map(str, gains.columns))})"
-        f" the gain of the attention norm is {np.median(values):.2g} times the layer's median (median over layers; "
-        "lowest "
-        f"{values.min():.2g}, highest {values.max():.2g}): the norm "
-        + ("turns them down." if np.median(values) < median else "does not turn them down.")
-    )
+    values, dims = table.to_numpy(), counted(len(table.columns), "dimension")
+    turned = "turns them down" if np.median(values) < 1 else "does not turn them down"
+    return f"""In the {dims} with massive activations ({listed(table.columns)}) the gain of the attention norm is
+        {np.median(values):.2g} times the layer's median, in the median over layers (lowest {values.min():.2g}, highest
+        {values.max():.2g}): the norm {turned}."""
 
 
-def lens_sentence(data, position, vocabulary):
-    """data: lens Dataset with the model's own best token as target; position: of the token."""
+@sentence
+def lens(data: xr.Dataset, position: int, vocabulary: Sequence) -> str:
+    """data: lens.lens with the model's own best token as target; position: of the token."""
     one = data.isel(token=position)
-    best = int(one["top"].isel(layer=-1, best=0))
-    first = (
-        one["layer"].values[np.argmax(one["rank"].values == 0)]
-        if (one["rank"].values == 0).any()
-        else None
-    )
-    half = np.flatnonzero(one["probability"].values >= 0.5 * float(one["probability"][-1]))
-    said = f"it is the lens's best token first at state {first}"
-    said = "it is never the best token of the lens" if first is None else said
-    return (
-        f"The answer {quoted(vocabulary[best])} has rank {int(one['rank'][0])} (0: best) at the embedding; {said}, and "
-        "reaches half of "
-        f"its final probability ({float(one['probability'][-1]):.3f}) at state {one['layer'].values[half[0]]}. The "
-        "lens's "
-        f"entropy goes from {float(one['entropy'][0]):.2f} to {float(one['entropy'][-1]):.2f} nats."
-    )
+    (answer,) = named(vocabulary, [int(one["top"][-1, 0])])
+    states, rank, p = (one[name].values for name in ("layer", "rank", "probability"))
+    first = f"first at state {states[rank.argmin()]}" if rank.min() == 0 else "nowhere"
+    return f"""The answer {quoted(answer)} has rank {rank[0]} (0: best) at the embedding and is the lens's best token
+        {first}. It has half of its final probability ({p[-1]:.3f}) at state {states[(p >= p[-1] / 2).argmax()]}."""
 
 
-def settled_sentence(layers, n_layer):
-    """layers: (token,) of lens.settled."""
+@sentence
+def settled(layers: Sequence[int], n_layer: int) -> str:
+    """layers: (token,) of lens.settled; n_layer: the last state."""
     layers = np.asarray(layers)
-    return (
-        f"The prediction settles at state {np.median(layers):.0f} of {n_layer} "
-        + (
-            f"in the median over tokens; earliest at {layers.min()} (position {layers.argmin()}), latest at "
-            f"{layers.max()} (position {layers.argmax()}). "
-            if layers.min() < layers.max()
-            else "for every token. "
-        )
-        + f"{(layers > 0.8 * n_layer).mean():.0%} of the positions change their mind in the last fifth of the layers."
-    )
+    return f"""The prediction settles at state {np.median(layers):.0f} of {n_layer} in the median over tokens, earliest
+        at {layers.min()} (position {layers.argmin()}). {(layers > 0.8 * n_layer).mean():.0%} of the positions change
+        their mind in the last fifth of the layers."""
 
 
-def attribution_sentence(table, pieces):
-    """table: logit_attribution of pieces[0] against pieces[1]."""
+@sentence
+def attribution(table: pd.DataFrame, pieces: Sequence) -> str:
+    """table: lens.logit_attribution of pieces[0] against pieces[1]."""
     sums, blocks = table.groupby("component")["value"].sum(), table[table["layer"] >= 0]
-    most, least = blocks.loc[blocks["value"].idxmax()], blocks.loc[blocks["value"].idxmin()]
-    return (
-        f"{quoted(pieces[0])} leads {quoted(pieces[1])} by {table.attrs['total']:.2f} in logit (captured: "
-        f"{table.attrs['captured']:.2f}): {sums['attention']:+.2f} from attention, {sums['ffn']:+.2f} from the "
-        "feed-forward "
-        f"blocks, {sums['embedding']:+.2f} from the embedding. {most['component']} of layer {int(most['layer'])} "
-        f"adds most ({most['value']:+.2f}); "
-        + (
-            f"{least['component']} of layer {int(least['layer'])} works hardest against it ({least['value']:+.2f})."
-            if least["value"] < 0
-            else "no layer works against it."
-        )
-    )
+    most, least = (blocks.loc[at] for at in (blocks["value"].idxmax(), blocks["value"].idxmin()))
+    return f"""{quoted(pieces[0])} leads {quoted(pieces[1])} by {table.attrs["total"]:.2f} in logit (captured:
+        {table.attrs["captured"]:.2f}): {sums["attention"]:+.2f} from attention, {sums["ffn"]:+.2f} from the FFN,
+        {sums["embedding"]:+.2f} from the embedding. {most["component"]} of layer {most["layer"]} adds most
+        ({most["value"]:+.2f}), {least["component"]} of layer {least["layer"]} least ({least["value"]:+.2f})."""
 
 
-def importance_sentence(table):
-    """table: layer_importance."""
-    rho = table.attrs["spearman"]["both"]
-    agree = f" Rank correlation of the two: {rho:.2f}." if np.isfinite(rho) else ""
-    best, worst = table["both"].idxmin(), table["both"].idxmax()
-    proxy = table["influence"].idxmin()
-    rank = int(table["both"].rank()[proxy])
+@sentence
+def importance(table: pd.DataFrame) -> str:
+    """table: states.layer_importance."""
+    both, proxy = table["both"], table["influence"].idxmin()
     if len(table) == 1:
-        return (
-            f"Removing the only layer changes the loss by {table.loc[worst, 'both']:+.2f} nats per token. With one "
-            "layer there is no order to compare with Block Influence's."
-        )
-    return (
-        (
-            ""
-            if table["both"].max() > 0
-            else "No layer costs anything here: without any of them the loss is lower. "
-        )
-        + f"Removing layer {worst} costs most ({table.loc[worst, 'both']:+.2f} nats per token), layer {best} least "
-        f"({table.loc[best, 'both']:+.2f}). Block Influence calls layer {proxy} the least important; by ablation it is "
-        f"number {rank} of {len(table)} from the harmless end.{agree}"
-    )
+        return f"Removing the only layer changes the loss by {both.iloc[0]:+.2f} nats per token."
+    agree = some(table.attrs["spearman"]["both"], " (rank correlation of the two: {:.2f})", "")
+    return f"""Removing layer {both.idxmax()} costs most ({both.max():+.2f} nats per token), layer {both.idxmin()} least
+        ({both.min():+.2f}). Block Influence calls layer {proxy} the least important; by ablation it is number
+        {both.rank()[proxy]:.0f} of {len(table)} from the harmless end{agree}."""
 
 
-def cka_sentence(values, chance):
-    """values, chance: cka_map."""
-    near = np.diag(values, 1)
-    far = values[0, -1]
+@sentence
+def similarity(values: np.ndarray, chance: float) -> str:
+    """values, chance: states.cka_map of one run."""
     if not np.isfinite(values).all():
-        return "In some state all tokens after the first are the same: there is nothing that another could resemble."
-    cut = int(near.argmin())
-    return (
-        f"Neighbouring states have a CKA of {near.mean():.3f} on average; the largest step is from state {cut} to "
-        f"{cut + 1} "
-        f"({near.min():.3f}). First and last have {far:.2f}. The same states with their tokens shuffled give "
-        f"{chance:.2f}: "
-        "only what is above that says something."
-    )
+        return "In some state all tokens after the first are the same: nothing can resemble it."
+    near = np.diag(values, 1)
+    cut = near.argmin()
+    return f"""Neighbouring states have a CKA of {near.mean():.3f} on average, least from state {cut} to {cut + 1}
+        ({near[cut]:.3f}). Shuffled tokens give {chance:.2f}: only what is above that says something."""
 
 
-def divergence_sentence(data, what):
-    """data: divergence; what: the two runs in words."""
-    by_layer = data["distance"].mean("pair").values
-    same = (data["distance"] == 0).all("layer").values
-    peak = int(by_layer.argmax())
-    apart = np.flatnonzero(~same)
-    start = (
-        f"{int(same.sum())} of {len(same)} paired positions have identical states in every layer; "
-    )
-    start = start if same.any() else ""
-    if not len(apart):
-        return f"{what}: all paired positions have identical states in every layer."
-    last = data.isel(pair=apart[-1])
-    return (
-        f"{what}: {start}the mean relative distance is largest at state {peak} ({by_layer[peak]:.3f}) and "
-        f"{by_layer[-1]:.3f} after the last layer. At position {int(last['position'])} it goes from "
-        f"{float(last['distance'][0]):.3f} to {float(last['distance'][-1]):.3f}."
-    )
+@sentence
+def divergence(data: xr.Dataset, what: str) -> str:
+    """data: compare.divergence; what: the two runs in words."""
+    distance = data["distance"]
+    mean, same = distance.mean("pair").values, (distance == 0).all("layer").values
+    alike = f"{same.sum()} of {counted(len(same), 'paired position')} have identical states"
+    return f"""{what}: {alike} in every layer. The mean relative distance is largest at state {mean.argmax()}
+        ({mean.max():.3f}), and {mean[-1]:.3f} after the last layer."""
 
 
-def answers_sentence(names, same, source, target):
-    """What the two answers are. names: the two pieces; same: whether both prompts have one best
-    token; source, target: the first's lead over the second in either run (logits)."""
-    first, second = (quoted(piece) for piece in names)
+@sentence
+def answers(pieces: Sequence, leads: Sequence[float]) -> str:
+    """pieces: the two answers; leads: the first's lead over the second in either run (logits)."""
+    first, second = map(quoted, pieces)
     whose = f"The first prompt's best token is {first}, the second's {second}"
-    if same:
-        whose = f"Both prompts have {first} for their best token; against it stands the second's next best, {second}"
-    return f"{whose}. The lead of {first} is {source:+.2f} logits in the first run and {target:+.2f} in the second."
+    if leads[1] > 0:
+        whose = f"Both prompts' best token is {first}, the second's next best {second}"
+    return f"{whose}. {first} leads by {leads[0]:+.2f} logits in the first run, {leads[1]:+.2f} in the second."
 
 
-def patch_sentence(values, layers, positions, pieces, n_layer):
-    """values: (layer, position) restored shares."""
-    values = np.asarray(values)
-    if np.isnan(values).all():
-        return (
-            "No share is given: the two prompts' answers are no farther apart than rounding can put them, so that "
-            "there is nothing to bring back. Choose prompts whose best next tokens differ."
-        )
-    i, j = np.unravel_index(np.nanargmax(values), values.shape)
-    half = {int(p): np.asarray(layers)[column >= 0.5] for p, column in zip(positions, values.T)}
-    spans = "; ".join(
-        f"position {p} {quoted(pieces[p])}: {span('state', where)}"
-        for p, where in half.items()
-        if len(where)
-    )
-    spans = f"At least half of the answer comes back from {spans}." if spans else ""
-    return (
-        f"The largest share is {values[i, j]:.2f}, at state {layers[i]} and position {positions[j]} "
-        f"{quoted(pieces[positions[j]])}. "
-        + (spans or "No single patch brings back half of the answer.")
-    )
+@sentence
+def patches(shares: xr.DataArray, pieces: Sequence) -> str:
+    """shares: compare.patch_map; pieces: of the whole prompt."""
+    if not shares.size:
+        return "No patching: it needs two different prompts of the same number of tokens."
+    table = shares.to_series()  # (layer, position)
+    if table.isna().all():
+        return "No share is given: the two answers are no farther apart than rounding can put them."
+    state, at = table.idxmax()
+    half = table[table >= 0.5].reset_index("layer")["layer"].groupby(level="position")
+    spans = [f"position {p} {quoted(pieces[p])}: {span('state', states)}" for p, states in half]
+    back = f"At least half of the answer comes back from {'; '.join(spans)}."
+    return f"""The largest share is {table.max():.2f}, at state {state} and position {at} {quoted(pieces[at])}.
+        {back if spans else "No single patch brings back half of the answer."}"""
 
 
-def quantization_sentence(data, change, names):
-    """data: divergence of two files on one text; change: output_change; names: of both."""
-    by_layer = data["distance"].isel(pair=slice(1, None)).median("pair").values
-    steps = np.diff(by_layer)
-    return (
-        f"Between {names[0]} and {names[1]} the median relative distance of the later tokens goes from "
-        f"{by_layer[0]:.3f} to "
-        f"{by_layer[-1]:.3f}, most in layer {int(steps.argmax())} ({steps.max():+.3f}). The predictions differ by a "
-        "mean KL "
-        f"of {change['kl'].mean():.4f} nats and name the same best token at {change['same_top'].mean():.0%} of the "
-        "positions."
-    )
+@sentence
+def drift(data: xr.Dataset, models: Sequence[str]) -> str:
+    """data: compare.divergence of two files on one text."""
+    median = data["distance"].isel(pair=slice(1, None)).median("pair").values
+    steps = np.diff(median)
+    return f"""Between {models[0]} and {models[1]} the median relative distance of the later tokens goes from
+        {median[0]:.3f} to {median[-1]:.3f}, most in layer {steps.argmax()} ({steps.max():+.3f})."""
 
 
-def models_sentence(values, chance, change, names):
-    """Two models of different shape: values, chance: cka_map of both; change: output_change; names:
-    of both."""
+@sentence
+def unlike(values: np.ndarray, chance: float, models: Sequence[str]) -> str:
+    """values, chance: states.cka_map of two models of different shape."""
     best = np.asarray(values).max(1)
-    return (
-        f"The states of {names[0]} and {names[1]} share no space; by CKA a state of the first resembles its nearest "
-        "state of the "
-        f"second at {best.mean():.2f} on average ({best.min():.2f} at least; shuffled tokens give {chance:.2f}). "
-        "The predictions "
-        f"differ by a mean KL of {change['kl'].mean():.4f} nats and name the same best token at "
-        f"{change['same_top'].mean():.0%} of the positions."
-    )
+    return f"""The states of {models[0]} and {models[1]} share no space; by CKA a state of the first resembles its
+        nearest of the second at {best.mean():.2f} on average (shuffled tokens: {chance:.2f})."""
 
 
-def generation_sentence(table):
-    """table: generation_table."""
-    unsure, late = table.loc[table["entropy"].idxmax()], table.loc[table["settled"].idxmax()]
+@sentence
+def predictions(change: pd.DataFrame) -> str:
+    """change: compare.output_change."""
+    return f"""The predictions differ by a mean KL of {change["kl"].mean():.4f} nats and name the same best token at
+        {change["same_top"].mean():.0%} of the positions."""
+
+
+@sentence
+def generation(table: pd.DataFrame) -> str:
+    """table: compare.generation_table."""
+    unsure, n = table.loc[table["entropy"].idxmax()], counted(len(table), "token")
     rho = rank_correlation(table["entropy"], table["settled"])
-    agree = f" Entropy and settling state have a rank correlation of {rho:.2f} over {len(table)} tokens."
-    agree = agree if np.isfinite(rho) else ""
-    settled = (
-        f"settled latest on the token at position {int(late['position'])} (state {int(late['settled'])})"
-        if table["settled"].nunique() > 1
-        else f"settled on every token at state {int(late['settled'])}"
-    )
-    return (
-        f"The model was least sure before {quoted(unsure['piece'])} (position {int(unsure['position'])}: entropy "
-        f"{unsure['entropy']:.2f} nats, probability {unsure['probability']:.2f}) and {settled}.{agree}"
-    )
+    return f"""The model was least sure before {quoted(unsure["piece"])} (position {unsure["position"]}: entropy
+        {unsure["entropy"]:.2f} nats, probability {unsure["probability"]:.2f}). Over {n} entropy and settling state have
+        {some(rho, "a rank correlation of {:.2f}", "no rank correlation")}."""
 
 
-def graph_sentence(nodes, edges):
-    """nodes, edges: stream_graph."""
+@sentence
+def graph(nodes: pd.DataFrame, edges: pd.DataFrame) -> str:
+    """nodes, edges: graph.stream_graph."""
     # State 0 of a model with a tied output matrix names its own token.
     inner = nodes[nodes["layer"].between(1, nodes["layer"].max() - 1)].sort_values("probability")
-    strong = edges[edges["kind"] == "attention"].sort_values("weight")
-    text = f"{len(nodes):,} nodes and {len(edges):,} edges. "
-    if len(strong):
-        edge = strong.iloc[-1]
-        text += (
-            f"The strongest attention edge (the first token and the token itself aside) goes from {edge['src']} "
-            f"to {edge['dst']} (layer:position), weight {edge['weight']:.2f}. "
-        )
+    size = f"{counted(len(nodes), 'node')} and {counted(len(edges), 'edge')}."
     if inner.empty:
-        return text + "There is no state between the embedding and the last one."
+        return f"{size} There is no state between the embedding and the last one."
     sure = inner.iloc[-1]
-    return text + (
-        f"Between the embedding and the last state the lens is surest at {sure['id']}: "
-        f"{quoted(sure['says'])} with probability {sure['probability']:.2f}."
-    )
+    return f"""{size} Between the embedding and the last state the lens is surest at {sure["id"]} (layer:position):
+        {quoted(sure["says"])} with probability {sure["probability"]:.2f}."""
 
 
-def routing_sentence(load, entropy):
-    """Where the load is most uneven and the router most and least decided."""
-    values, even = np.asarray(load), 1 / load.shape[1]
-    layer, expert = np.unravel_index(values.argmax(), values.shape)
-    by_layer = entropy.mean("token")
-    most, least = (
-        int(entropy["layer"][i]) for i in (by_layer.values.argmin(), by_layer.values.argmax())
-    )
-    idle = int((values == 0).sum())
-    return (
-        f"The busiest expert is {expert} of layer {int(load['layer'][layer])} with {values.max():.0%} of the "
-        "choices (even "
-        f"load: {even:.0%}); {idle} of {values.size} experts were never chosen in this text. The router is most "
-        "decided "
-        f"in layer {most} (entropy {float(by_layer.min()):.2f} nats) and least in layer {least} "
-        f"({float(by_layer.max()):.2f}; {np.log(load.shape[1]):.2f} would be undecided)."
-    )
+@sentence
+def routing(load: xr.DataArray, entropy: xr.DataArray) -> str:
+    """load: routing.expert_load; entropy: routing.routing_entropy."""
+    shares = pd.DataFrame(load.values, load["layer"].values).stack()
+    mean = pd.Series(entropy.mean("token").values, entropy["layer"].values)
+    (layer, expert), n = shares.idxmax(), load.shape[1]
+    return f"""The busiest expert is {expert} of layer {layer} with {shares.max():.0%} of the choices (even load:
+        {1 / n:.0%}); {(shares == 0).sum()} of {counted(len(shares), "expert")} were never chosen. The router is most
+        decided in layer {mean.idxmin()} (entropy {mean.min():.2f} nats) and least in layer {mean.idxmax()}
+        ({mean.max():.2f}; {np.log(n):.2f} would be undecided)."""
 
 
-def same_experts_sentence(shares, what):
-    """shares: routing.same_experts; what: the other run in words."""
-    worst = int(shares["layer"][int(shares.values.argmin())])
-    return (
-        f"{what} sends the tokens to {float(shares.mean()):.0%} of the same experts, mean over layers; least in "
-        f"layer {worst} "
-        f"({float(shares.min()):.0%})."
-    )
+@sentence
+def same_experts(shares: xr.DataArray, model: str) -> str:
+    """shares: routing.same_experts; model: the other one."""
+    at, least, mean = int(shares.idxmin("layer")), float(shares.min()), float(shares.mean())
+    return f"{model} sends tokens to {mean:.0%} of the same experts; least in layer {at} ({least:.0%})."
 
 
-def kind_sentence(distance):
-    """Which kind of token has experts of its own. distance: of experts_by_kind."""
-    gain = (distance["distance"] - distance["expected"]).sort_values(ascending=False)
-    kind = gain.index[0]
-    row = distance.loc[kind]
-    return (
-        f"The load of {kind} tokens ({int(row['n'])} of them) is farthest from that of all tokens beyond chance: total "
-        f"variation distance {row['distance']:.2f}, where {int(row['n'])} tokens drawn at random give "
-        f"{row['expected']:.2f}. A small number of tokens cannot show more than a hint."
-    )
+@sentence
+def kinds(distance: pd.DataFrame) -> str:
+    """distance: of routing.experts_by_kind."""
+    kind = (distance["distance"] - distance["expected"]).idxmax()
+    n, found, expected = distance.loc[kind, ["n", "distance", "expected"]]
+    return f"""The load of {kind} tokens ({n:.0f} of them) is farthest from that of all tokens beyond chance: total
+        variation distance {found:.2f}, where {n:.0f} tokens drawn at random give {expected:.2f}."""

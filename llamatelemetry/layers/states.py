@@ -5,10 +5,13 @@ hidden is (layer 0..n, token, embd), 0 what enters the first layer; attn_out and
 token, embd). The first token is kept apart: its state is often hundreds of times longer than the
 others' (Sun et al. 2024)."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..capture.edits import Edit, ablate_layer
 from ..capture.finite import measured
 from ..maths import rank_correlation, ratio
 
@@ -25,17 +28,16 @@ def _stream(hidden):
     return h
 
 
-def norm_table(hidden):
+def norm_table(hidden: xr.DataArray) -> pd.DataFrame:
     """Length of the stream: DataFrame indexed by layer (0..n): first (the first token's), and low,
     median, high (10th, 50th and 90th percentile) over the other tokens."""
     norms = np.linalg.norm(_stream(hidden), axis=-1)  # (layer, token)
     low, median, high = np.quantile(norms[:, 1:], [0.1, 0.5, 0.9], axis=1)
-    return pd.DataFrame(
-        {"first": norms[:, 0], "low": low, "median": median, "high": high}
-    ).rename_axis("layer")
+    columns = {"first": norms[:, 0], "low": low, "median": median, "high": high}
+    return pd.DataFrame(columns).rename_axis("layer")
 
 
-def massive_activations(hidden, pieces):
+def massive_activations(hidden: xr.DataArray, pieces: Sequence) -> pd.DataFrame:
     """Values larger than 100 and at least 1,000 times the median magnitude of their layer (Sun et
     al. 2024).
 
@@ -43,33 +45,33 @@ def massive_activations(hidden, pieces):
     """
     h = np.abs(_stream(hidden))
     median = np.median(h, axis=(1, 2))
-    layer, token, dim = np.nonzero(
-        (h > MASSIVE_VALUE) & (h >= MASSIVE_RATIO * median[:, None, None])
-    )
-    table = pd.DataFrame(
-        {
-            "layer": layer,
-            "position": token,
-            "piece": [pieces[t] for t in token],
-            "dim": dim,
-            "value": np.asarray(hidden, dtype=np.float64)[layer, token, dim],
-        }
-    )
+    large = (h > MASSIVE_VALUE) & (h >= MASSIVE_RATIO * median[:, None, None])
+    layer, token, dim = np.nonzero(large)
+    table = pd.DataFrame({"layer": layer, "position": token})
+    table["piece"] = [pieces[t] for t in token]
+    table["dim"] = dim
+    table["value"] = np.asarray(hidden, dtype=np.float64)[large]
     table["ratio"] = table["value"].abs() / median[layer]
     return table.sort_values("ratio", ascending=False, ignore_index=True)
 
 
-def magnitude_quantiles(hidden, quantiles=(0.5, 0.9, 0.99, 0.999, 1.0)):
+def magnitude_quantiles(
+    hidden: xr.DataArray, quantiles: Sequence[float] = (0.5, 0.9, 0.99, 0.999, 1.0)
+) -> pd.DataFrame:
     """Quantiles of the magnitude of the stream's values: DataFrame indexed by layer, one column per
     quantile, over the tokens after the first; first: the largest of the first token."""
     h = np.abs(_stream(hidden))
-    table = pd.DataFrame(
-        np.quantile(h[:, 1:].reshape(len(h), -1), quantiles, axis=1).T, columns=list(quantiles)
-    )
+    values = np.quantile(h[:, 1:].reshape(len(h), -1), quantiles, axis=1)
+    table = pd.DataFrame(values.T, columns=list(quantiles))
     return table.assign(first=h[:, 0].max(-1)).rename_axis("layer")
 
 
-def ffn_sparsity(ffn_act, widths=None, energy=0.9, small=0.01):
+def ffn_sparsity(
+    ffn_act: xr.DataArray,
+    widths: Sequence[int] | None = None,
+    energy: float = 0.9,
+    small: float = 0.01,
+) -> pd.DataFrame:
     """How few neurons of the feed-forward blocks are active: DataFrame indexed by layer, means over
     the tokens.
 
@@ -84,21 +86,16 @@ def ffn_sparsity(ffn_act, widths=None, energy=0.9, small=0.01):
         power = -np.sort(-(a**2), axis=1)
         total = np.maximum(power.sum(1, keepdims=True), 1e-300)
         needed = 1 + (np.cumsum(power, axis=1) < energy * total).sum(1)
-        rows.append(
-            (
-                layer,
-                (a == 0).mean(),
-                (a < small * a.max(1, keepdims=True)).mean(),
-                needed.mean() / a.shape[1],
-                (power[:, :1] / total).mean(),
-            )
-        )
-    return pd.DataFrame(rows, columns=["layer", "zero", "small", "needed", "largest"]).set_index(
-        "layer"
-    )
+        below = (a < small * a.max(1, keepdims=True)).mean()
+        largest = (power[:, :1] / total).mean()
+        rows.append((layer, (a == 0).mean(), below, needed.mean() / a.shape[1], largest))
+    columns = ["layer", "zero", "small", "needed", "largest"]
+    return pd.DataFrame(rows, columns=columns).set_index("layer")
 
 
-def additions(hidden, attn_out, ffn_out):
+def additions(
+    hidden: xr.DataArray, attn_out: xr.DataArray, ffn_out: xr.DataArray
+) -> list[np.ndarray]:
     """What the blocks of every layer add, float64 (layer, token, embd) each; zeros where a layer
     has no such block."""
     n = len(hidden) - 1
@@ -110,30 +107,29 @@ def additions(hidden, attn_out, ffn_out):
     return parts
 
 
-def sum_error(hidden, attn_out, ffn_out):
+def sum_error(hidden: xr.DataArray, attn_out: xr.DataArray, ffn_out: xr.DataArray) -> pd.DataFrame:
     """How far embedding + all additions up to a layer is from the captured stream: DataFrame
     indexed by layer (1..n): error, the largest difference; relative, to the largest value of the
     layer. Float32 rounding gives about 1e-6."""
     h = measured(hidden, np.float64)
     summed = h[0] + np.cumsum(np.add(*additions(hidden, attn_out, ffn_out)), axis=0)
     error = np.abs(summed - h[1:]).max(axis=(1, 2))
-    table = pd.DataFrame(
-        {"error": error, "relative": error / np.maximum(np.abs(h[1:]).max(axis=(1, 2)), 1e-30)}
-    )
+    largest = np.maximum(np.abs(h[1:]).max(axis=(1, 2)), 1e-30)
+    table = pd.DataFrame({"error": error, "relative": error / largest})
     return table.set_axis(pd.RangeIndex(1, len(h), name="layer"))
 
 
-def contributions(hidden, attn_out, ffn_out):
+def contributions(
+    hidden: xr.DataArray, attn_out: xr.DataArray, ffn_out: xr.DataArray
+) -> xr.Dataset:
     """What attention and FFN add, against the stream they add to: Dataset of (part, layer, token).
 
     norm: length of the addition; relative: over the length of the stream before it; cosine: of
     addition and stream. NaN where a layer has no such block."""
     h = measured(hidden, np.float64)
     attention, ffn = additions(hidden, attn_out, ffn_out)
-    added, before = (
-        np.stack([attention, ffn]),
-        np.stack([h[:-1], h[:-1] + attention]),
-    )  # (part, layer, token, embd)
+    added = np.stack([attention, ffn])  # (part, layer, token, embd)
+    before = np.stack([h[:-1], h[:-1] + attention])
     norm, length = np.linalg.norm(added, axis=-1), np.linalg.norm(before, axis=-1)
     norm[norm == 0] = np.nan
     dims = ("part", "layer", "token")
@@ -148,7 +144,9 @@ def contributions(hidden, attn_out, ffn_out):
     )
 
 
-def projection(hidden, attn_out, ffn_out, position=-1):
+def projection(
+    hidden: xr.DataArray, attn_out: xr.DataArray, ffn_out: xr.DataArray, position: int = -1
+) -> pd.DataFrame:
     """Which layers write the final state of one token: x . final / |final|^2 of every addition.
 
     DataFrame indexed by layer: attention, ffn, cumulative (embedding and everything up to the
@@ -163,19 +161,20 @@ def projection(hidden, attn_out, ffn_out, position=-1):
     return table
 
 
-def block_influence(hidden):
+def block_influence(hidden: xr.DataArray) -> pd.DataFrame:
     """1 - cosine of what enters and what leaves a layer, mean over tokens: Block Influence (Men et
     al. 2024, arXiv:2403.03853). DataFrame indexed by layer: influence, over the tokens after the
     first; first: of that one."""
     h = _stream(hidden)
     unit = h / np.maximum(np.linalg.norm(h, axis=-1, keepdims=True), 1e-300)
     change = 1 - (unit[:-1] * unit[1:]).sum(-1)  # (layer, token)
-    return pd.DataFrame({"influence": change[:, 1:].mean(1), "first": change[:, 0]}).rename_axis(
-        "layer"
-    )
+    table = pd.DataFrame({"influence": change[:, 1:].mean(1), "first": change[:, 0]})
+    return table.rename_axis("layer")
 
 
-def cka_map(hidden, other=None, seed=0):
+def cka_map(
+    hidden: xr.DataArray, other: xr.DataArray | None = None, seed: int = 0
+) -> tuple[np.ndarray, float]:
     """Linear centred kernel alignment (Kornblith et al. 2019), 0 to 1, between all layers, without
     the first token: (map (layer, layer of other), chance).
 
@@ -197,19 +196,30 @@ def cka_map(hidden, other=None, seed=0):
     return np.einsum("ist,jst->ij", a, b), float(chance)
 
 
-def layer_importance(hidden, sweep):
+def ablations(attention: Iterable[int], ffn: Iterable[int]) -> dict[str, list[Edit]]:
+    """What engine.sweep tries to see which layers matter: {"attention 3": edits, "ffn 3": ..}, and
+    "both 3", for the layers that have that block."""
+    edits = {f"attention {layer}": ablate_layer(layer, "attention") for layer in attention}
+    edits |= {f"ffn {layer}": ablate_layer(layer, "ffn") for layer in ffn}
+    layers = sorted({int(name.split()[1]) for name in edits})
+    both = {
+        layer: [edits[name] for name in (f"attention {layer}", f"ffn {layer}") if name in edits]
+        for layer in layers
+    }
+    return edits | {f"both {layer}": sum(parts, []) for layer, parts in both.items()}
+
+
+def layer_importance(hidden: xr.DataArray, sweep: pd.DataFrame) -> pd.DataFrame:
     """Block Influence beside what ablation does: DataFrame indexed by layer: influence, and the
     rise of the loss (nats per token) without the layer's attention, ffn and both.
 
-    sweep: DataFrame of engine.sweep with names "attention 3", "ffn 3", "both 3". attrs["spearman"]:
-    rank correlations of influence with each of the three."""
-    table = block_influence(hidden)[["influence"]]
+    sweep: DataFrame of engine.sweep with the `ablations`. attrs["spearman"]: rank correlations of
+    influence with each of the three."""
+    table, correlations = block_influence(hidden)[["influence"]], {}
     for part in ("attention", "ffn", "both"):
         named = sweep["loss_change"].items()
         rows = {int(name.split()[1]): value for name, value in named if name.startswith(f"{part} ")}
         table[part] = pd.Series(rows, dtype=float)
-    table.attrs["spearman"] = {
-        part: rank_correlation(table["influence"], table[part])
-        for part in ("attention", "ffn", "both")
-    }
+        correlations[part] = rank_correlation(table["influence"], table[part])
+    table.attrs["spearman"] = correlations
     return table

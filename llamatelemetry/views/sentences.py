@@ -21,9 +21,8 @@ def sentence(function: Callable[Arguments, str]) -> Callable[Arguments, str]:
 
     @functools.wraps(function)
     def said(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
-        return textwrap.fill(
-            function(*args, **kwargs), WIDTH, break_long_words=False, break_on_hyphens=False
-        )
+        text = " ".join(function(*args, **kwargs).split())
+        return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
     return said
 

@@ -8,7 +8,7 @@ document. Printed lines, canvases and `textContent` need nothing beyond `token_t
 import codecs
 import html as _html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -71,9 +71,13 @@ def _visible(char: str) -> str:
     return char if char.isprintable() and not _INVISIBLE.match(char) else f"\\x{ord(char):02x}"
 
 
-def token_labels(pieces: Iterable[str | bytes]) -> list[str]:
-    """Labels for tokens in order, each one once: 'position text'."""
-    return [f"{position} {token_text(piece)}" for position, piece in enumerate(pieces)]
+def token_labels(
+    pieces: Sequence[str | bytes], positions: Iterable[int] | None = None
+) -> list[str]:
+    """Labels for tokens, each one once: 'position text'. positions: which of the pieces, all where
+    left out."""
+    chosen = enumerate(pieces) if positions is None else ((at, pieces[at]) for at in positions)
+    return [f"{position} {token_text(piece)}" for position, piece in chosen]
 
 
 def token_columns(frame: "pd.DataFrame") -> "pd.DataFrame":
