@@ -7,16 +7,6 @@ from .ggml import FLAG_INPUT, MAX_SRC, Tensor
 
 VIEWS = {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"}
 NORMS = {"RMS_NORM", "NORM", "L2_NORM", "GROUP_NORM"}
-# Operations that mix positions other than by softmax attention: convolutions over time, state-space
-# scans, linear attention. A layer whose block holds one of these and no softmax is recurrent.
-RECURRENT = set(
-    "SSM_CONV SSM_SCAN RWKV_WKV6 RWKV_WKV7 GATED_LINEAR_ATTN GATED_DELTA_NET SOLVE_TRI CUMSUM".split()
-)
-# The few names that the graph cannot do without: the final norm, an encoder's states, the logits;
-# what leaves a layer where bypasses (per-layer embeddings, several streams) hide it from the paths;
-# the matrices that make logits.
-NORMED, STATES, OUTPUT, LAYER_OUTPUT = "result_norm", "result_embd", "result_output", "l_out"
-OUTPUT_MATRICES = ("output.weight", "token_embd.weight")
 _LAYER = re.compile(r"-(\d+)(?: \(.*\))*$")
 _COPY = re.compile(r"^[^#]+#(.*)#\d+$")
 
@@ -25,20 +15,7 @@ class Node:
     """One tensor of the graph. index: its position in the order of evaluation, -1 for leaves
     (weights, inputs)."""
 
-    __slots__ = (
-        "index",
-        "address",
-        "op",
-        "name",
-        "ne",
-        "nb",
-        "type",
-        "params",
-        "flags",
-        "src",
-        "data",
-        "users",
-    )
+    __slots__ = tuple("index address op name ne nb type params flags src data users".split())
 
     def __init__(self, index, address, op, name, tensor):
         self.index, self.address, self.op, self.name = index, address, op, name

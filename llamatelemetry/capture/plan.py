@@ -16,12 +16,15 @@ class Tap:
 
     index: int
     name: str
-    op: str
-    shape: tuple  # of one token's values: (width,) or (head, feature); (head,) for scores and attention
+    shape: tuple  # of one token's values: (width,), (head, feature); (head,) of scores, attention
     view: tuple | None = None
     token_dim: int = 1
     source: int | None = None  # read this source of the node instead of its result
     grid: int = 0  # 2 for (head, query, key), 1 for (query, key)
+
+    @classmethod
+    def of(cls, node, shape, *view, **how):
+        return cls(node.index, node.name, shape, *view, **how)
 
 
 @dataclass
@@ -35,27 +38,25 @@ class Plan:
     layers: list = field(default_factory=list)
     why_not: dict = field(default_factory=dict)  # stage -> reason
     masks: dict = field(default_factory=dict)  # mask -> layers that share it
-    output: dict = field(
-        default_factory=dict
-    )  # what happens to the logits: softcap (0: none), bias
+    output: dict = field(default_factory=dict)  # done to the logits: softcap (0: none), bias
 
     def put(self, stage, layer, *taps):
         if taps and all(tap is not None for tap in taps):
             self.taps.setdefault(stage, {})[layer] = list(taps)
 
+    def of(self, stage):
+        """{layer: [Tap, ...]}"""
+        return self.taps.get(stage, {})
+
     def found(self, stage):
         """The layers that have a stage, in order; [None] for one without layers."""
-        return [layer for layer in STAGES[stage].layers(self.n_layer) if layer in self.of(stage)]
+        return sorted(self.of(stage), key=lambda layer: layer or 0)
 
     def missing(self, stage):
         """The layers that have it not."""
         return [
             layer for layer in STAGES[stage].layers(self.n_layer) if layer not in self.of(stage)
         ]
-
-    def of(self, stage):
-        """{layer: [Tap, ...]}"""
-        return self.taps.get(stage, {})
 
     def why(self, stage):
         """Why layers have it not, in words; "" where all have it."""
@@ -80,7 +81,7 @@ def view_tap(node, token_dim):
     if source.is_leaf:
         return None
     layout = (node.data - source.data, node.ne[:3], node.nb[:3])
-    return Tap(source.index, source.name, source.op, (node.ne[1], node.ne[0]), layout, token_dim)
+    return Tap.of(source, (node.ne[1], node.ne[0]), layout, token_dim)
 
 
 def node_tap(node, n_tokens):
@@ -90,9 +91,4 @@ def node_tap(node, n_tokens):
     sizes = [size for size in source.ne if size != 1] or [1]
     if source.is_leaf or n_tokens > 1 and sizes[-1] != n_tokens:
         return None
-    return Tap(
-        source.index,
-        source.name,
-        source.op,
-        (source.ne[0] * source.ne[1] * source.ne[2] // n_tokens,),
-    )
+    return Tap.of(source, (source.ne[0] * source.ne[1] * source.ne[2] // n_tokens,))

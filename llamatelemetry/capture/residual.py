@@ -5,71 +5,31 @@ block adds is what the sums between two of those nodes add. Where the stream is 
 (normalized between blocks, several strands), of two summands the one that the other was computed
 from is the stream."""
 
-from .graph import (
-    LAYER_OUTPUT,
-    NORMED,
-    NORMS,
-    OUTPUT,
-    OUTPUT_MATRICES,
-    RECURRENT,
-    STATES,
-    VIEWS,
-    base,
-    between,
-    cone,
-    cut_nodes,
-)
-from .plan import float_param, node_tap
+from .ends import final_norm_input, find_embedding, find_sink
+from .graph import NORMS, VIEWS, base, between, cone, cut_nodes
+from .plan import node_tap
 
 # The stream passes through these unchanged in meaning: rows picked (all of them here), views,
 # copies.
 PASSING = VIEWS | {"GET_ROWS", "CONT", "CPY"}
-WHY_NO_LOGITS = "its graph computes none, as an encoder's does not"
+# What leaves a layer has this name wherever the graph has bypasses (per-layer embeddings, several
+# streams) that hide it from the paths.
+LAYER_OUTPUT = "l_out"
+# Operations that mix positions other than by softmax attention: convolutions over time, state-space
+# scans, linear attention. A layer whose block holds one of these and no softmax is recurrent.
+RECURRENT = set(
+    "SSM_CONV SSM_SCAN RWKV_WKV6 RWKV_WKV7 GATED_LINEAR_ATTN GATED_DELTA_NET SOLVE_TRI CUMSUM".split()
+)
+PRODUCTS = {"MUL_MAT", "MUL_MAT_ID"}
 WHY_NO_SUM = (
     "the stream is not a sum of what the blocks add (several streams, or mixed by learned weights)"
 )
 
 
-def _named(graph, *names):
-    """The last node of one of these names, or None."""
-    return next((node for node in reversed(graph.nodes) if node.name in names), None)
-
-
-def find_logits(graph):
-    """The node that holds the logits: by its name, or the last one where the output matrix made it
-    (PLaMo 3 leaves it unnamed). None for an encoder's graph, which ends in states."""
-    node = named = _named(graph, OUTPUT)
-    if named is None and graph.nodes[-1].name not in (NORMED, STATES):
-        node = _product(graph.nodes[-1])
-        node = graph.nodes[-1] if node is not None and node.src[0].name in OUTPUT_MATRICES else None
-    return node
-
-
-def _product(node):
-    """The matrix product that a node was computed from, back through scales, biases and soft-caps;
-    None without one."""
-    while not node.is_leaf and node.op != "MUL_MAT":
-        node = node.src[0]
-    return None if node.is_leaf else node
-
-
-def _sink(graph):
-    """Where the stream ends: in the logits, or in an encoder's last states."""
-    return find_logits(graph) or _named(graph, NORMED, STATES) or graph.nodes[-1]
-
-
-def _embedding(graph):
-    lookups = [
-        n for n in graph.nodes if n.op == "GET_ROWS" and n.src[0].is_weight and n.src[1].is_leaf
-    ]
-    tokens = [n for n in lookups if n.src[0].name == "token_embd.weight"]
-    return (tokens or lookups or graph.nodes)[0]
-
-
 def find_stream(graph, n_layer, attention):
     """The residual stream: {layer: node} that enters layer 0..n_layer-1 and, at n_layer, leaves the
     last."""
-    sink, source = _sink(graph), _embedding(graph)
+    sink, source = find_sink(graph), find_embedding(graph)
     path = between(source, sink)
     cuts = cut_nodes(path) if path else []
     first = {}
@@ -82,9 +42,8 @@ def find_stream(graph, n_layer, attention):
         before = [node for node in cuts if layer in first and node.index < first[layer]]
         if before:
             stream[layer] = before[-1]
-        if (
-            layer == 0 and 0 in outputs
-        ):  # after embedding norms and the like: the last node that layer 0 adds to
+        if layer == 0 and 0 in outputs:
+            # After embedding norms and the like: the last node that layer 0 adds to.
             products = [n.index for n in path if n.layer == 0 and n.op == "MUL_MAT"]
             mixer = attention.index if attention else min(products, default=outputs[0].index)
             adds = [
@@ -94,47 +53,12 @@ def find_stream(graph, n_layer, attention):
             ]
             stream[layer] = adds[-1] if adds else stream.get(layer)
         hidden = not before or layer and before[-1].index < first.get(layer - 1, 0)
+        # By its name where a bypass hides it or several cuts offer themselves.
         if layer - 1 in outputs and (hidden or outputs[layer - 1] in cuts):
-            stream[layer] = outputs[
-                layer - 1
-            ]  # by its name where a bypass hides it or several cuts offer themselves
-    last = _final_norm_input(sink)
+            stream[layer] = outputs[layer - 1]
+    last = final_norm_input(sink)
     stream[n_layer] = last if last in cuts else outputs.get(n_layer - 1, last)
     return {layer: node for layer, node in stream.items() if node is not None}
-
-
-def _final_norm_input(sink):
-    if sink.name == STATES:  # an encoder whose layers end in a norm: nothing follows the stream
-        return sink
-    node = sink if sink.name == NORMED else _before_output(sink)
-    steps = 0
-    while node is not None and node.op not in NORMS and steps < 8:
-        node, steps = (node.src[0] if node.src and not node.src[0].is_leaf else None), steps + 1
-    return node.src[0] if node is not None else None
-
-
-def _before_output(sink):
-    """The activations that the output matrix multiplies."""
-    product = _product(sink)
-    return None if product is None else product.src[1]
-
-
-def find_ends(plan, graph, stream, n_tokens):
-    node, plan.output = find_logits(graph), {"softcap": 0.0, "bias": False}
-    final = _named(graph, NORMED, STATES) if node is None else _before_output(node)
-    if node is None:
-        plan.why_not["logits"] = WHY_NO_LOGITS
-    else:
-        plan.put("logits", None, node_tap(node, n_tokens))
-    while node is not None and not node.is_leaf and node.op != "MUL_MAT":
-        if node.op == "TANH":
-            plan.output["softcap"] = 1.0 / float_param(node.src[0], 0)
-        plan.output["bias"] |= node.op == "ADD" and node.src[1].is_leaf
-        node = node.src[0]
-    if final is not None and not final.is_leaf:
-        plan.put("final_norm", None, node_tap(final, n_tokens))
-    for layer, node in stream.items():
-        plan.put("hidden", layer, node_tap(node, n_tokens))
 
 
 def find_block(plan, graph, layer, stream, softmax, n_tokens):
@@ -151,21 +75,17 @@ def find_block(plan, graph, layer, stream, softmax, n_tokens):
     terms = _terms(end, start)
     facts["sum"] = terms is not None
     if terms is None:
-        named = [
-            node
-            for node in cone(end, {start})
-            if node.name == f"{LAYER_OUTPUT}-{layer}" and node.op == "ADD"
-        ]
+        name = f"{LAYER_OUTPUT}-{layer}"
+        named = [node for node in cone(end, {start}) if node.name == name and node.op == "ADD"]
         terms = _local_terms(named[0] if named else end, mixers, layer)
     if terms is None:
-        plan.why_not.setdefault("attn_out", WHY_NO_SUM)
-        plan.why_not.setdefault("ffn_out", WHY_NO_SUM)
+        plan.why_not |= {"attn_out": WHY_NO_SUM, "ffn_out": WHY_NO_SUM}
         return
     additions, sums = terms
     stops = sums | {start}
     mixing = [node for node in additions if cone(node, stops - {node}) & mixers]
     rest = [node for node in additions if node not in mixing]
-    if recurrent == set() and softmax is None and mixing == [] and rest:
+    if rest and not (recurrent or softmax or mixing):
         facts["kind"] = "ffn"
     plan.put("attn_out", layer, *(node_tap(node, n_tokens) for node in mixing))
     plan.put("ffn_out", layer, *(node_tap(node, n_tokens) for node in rest))
@@ -173,8 +93,10 @@ def find_block(plan, graph, layer, stream, softmax, n_tokens):
         entry = _entry(nodes, stops)
         if entry is not None:
             plan.put(stage, layer, node_tap(entry, n_tokens))
-    if len(rest) == 1 and not _expert_products(rest, stops):
-        down = _last_product(rest[0], stops)
+    products = [node for node in cone(rest[0], stops) if node.op in PRODUCTS] if rest else []
+    if len(rest) == 1 and all(node.op == "MUL_MAT" for node in products):
+        products = [node for node in products if not node.src[1].is_leaf]
+        down = max(products, key=lambda node: node.index, default=None)
         if down is not None and down.src[0].is_weight:
             plan.put("ffn_act", layer, node_tap(down.src[1], n_tokens))
 
@@ -245,11 +167,8 @@ def _local_terms(end, mixers, layer):
         sums.add(node)
         additions.append(added)
         below = _passed(kept, set())
-        if (
-            cone(added, sums | {below}) & mixers
-            or below.is_leaf
-            or below.layer not in (None, layer)
-        ):
+        mixed = cone(added, sums | {below}) & mixers
+        if mixed or below.is_leaf or below.layer not in (None, layer):
             sums.add(below)
             return _split_sums(additions), sums
         node = kept
@@ -274,10 +193,10 @@ def _split_sums(nodes):
         while inner.op == "GET_ROWS":
             inner = base(inner.src[0])
         if inner.op == "ADD" and not any(base(source).is_leaf for source in inner.src[:2]):
-            cones = [cone(source, set()) for source in inner.src[:2]]
+            one, other = (cone(source, set()) for source in inner.src[:2])
             mixes = [
-                any(n.op == "SOFT_MAX" or _is_recurrent(n) for n in c - o)
-                for c, o in (cones, cones[::-1])
+                any(step.op == "SOFT_MAX" or _is_recurrent(step) for step in own)
+                for own in (one - other, other - one)
             ]
             if any(mixes) and not all(mixes):
                 parts.extend(inner.src[:2])
@@ -288,29 +207,12 @@ def _split_sums(nodes):
 
 def _entry(nodes, stops):
     """The normalized input of a block: what its first weight matrices multiply."""
-    best = None
-    for node in nodes:
-        for inner in cone(node, stops):
-            if inner.op in ("MUL_MAT", "MUL_MAT_ID") and inner.src[0].is_weight:
-                given = inner.src[1]
-                if any(p.op in ("MUL_MAT", "MUL_MAT_ID") for p in cone(given, stops)):
-                    continue
-                source = base(given)
-                if (
-                    source not in stops
-                    and not source.is_leaf
-                    and (best is None or source.index < best.index)
-                ):
-                    best = source
-    return best
-
-
-def _expert_products(nodes, stops):
-    return [inner for node in nodes for inner in cone(node, stops) if inner.op == "MUL_MAT_ID"]
-
-
-def _last_product(node, stops):
-    products = [
-        inner for inner in cone(node, stops) if inner.op == "MUL_MAT" and not inner.src[1].is_leaf
-    ]
-    return max(products, key=lambda inner: inner.index, default=None)
+    found = []
+    for inner in {inner for node in nodes for inner in cone(node, stops)}:
+        if inner.op in PRODUCTS and inner.src[0].is_weight:
+            given = inner.src[1]
+            source = base(given)
+            first = all(before.op not in PRODUCTS for before in cone(given, stops))
+            if first and source not in stops and not source.is_leaf:
+                found.append(source)
+    return min(found, key=lambda node: node.index, default=None)

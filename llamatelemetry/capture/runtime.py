@@ -95,16 +95,19 @@ class Runtime:
     @cached_property
     def predicts(self):
         """What the model's graph says of its predictions: a prediction.Prediction."""
-        return prediction.look(self.api, self.ggml, self.model)
+        return prediction.look(self)
 
     @property
     def name(self):
         """The model in an error: its file and architecture."""
         return f"{Path(self.path).name} (architecture {self.architecture!r})"
 
-    @property
+    @cached_property
     def architecture(self):
-        return prediction.architecture(self.api, self.model)
+        """The file's general.architecture."""
+        room = ctypes.create_string_buffer(128)
+        self.api.llama_model_meta_val_str(self.model, b"general.architecture", room, len(room))
+        return room.value.decode(errors="replace")
 
     def check_predicts(self):
         """CaptureError, by name, where the model does not say what comes next."""
@@ -157,19 +160,36 @@ class Runtime:
         """An empty context in place of the present one. settings: fields of llama_context_params;
         the others are llama.cpp's defaults, automatic flash attention among them."""
         self.close_context()
+        self.context = self._new_context(**settings)
+        self.n_ctx, self.n_batch = settings["n_ctx"], settings["n_batch"]
+
+    def _new_context(self, **settings):
         params = self.api.llama_context_default_params()
         params.n_threads = params.n_threads_batch = self.threads
         for name, value in settings.items():
             setattr(params, name, value)
         self.variant.set_context(params)
-        self.context = self.api.llama_init_from_model(self.model, params)
-        if not self.context:
+        context = self.api.llama_init_from_model(self.model, params)
+        if not context:
             raise ModelLoadError(
                 f"llama.cpp cannot make a context of {params.n_ctx} tokens for {self.path}: out of "
                 "memory?"
             )
-        self.variant.apply(self.context)
-        self.n_ctx, self.n_batch = params.n_ctx, params.n_batch
+        self.variant.apply(context)
+        return context
+
+    def decode_apart(self, tokens, observe):
+        """Decode a few tokens in a small context of their own, seen by observe(address, ask)."""
+        kept, sizes = self.context, {"n_batch": 32, "n_ubatch": 32, "n_seq_max": 1}
+        self.context = self._new_context(
+            n_ctx=256, **sizes, flash_attn_type=0, no_perf=True, cb_eval=self._callback
+        )
+        try:
+            self.decode(tokens, observe=observe)
+        finally:
+            self.api.llama_free(self.context)
+            self.context = kept
+            self.ggml.forget()
 
     def clear(self):
         """Forget every token in the context."""

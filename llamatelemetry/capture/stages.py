@@ -4,13 +4,21 @@ Attention is a softmax whose result multiplies values; queries, keys and values 
 the two products around it. `residual` finds the stream and the blocks. Names only tell the layer,
 and the stream where per-layer inputs bypass it."""
 
+from .ends import find_ends
 from .ggml import DTYPES
 from .graph import NORMS, VIEWS, base
 from .plan import Plan, Tap, float_param, node_tap, view_tap
-from .residual import find_block, find_ends, find_stream
+from .residual import find_block, find_stream
 
 # Walking back from a query to its rotation: anything that keeps the shape.
 ELEMENTWISE = VIEWS | NORMS | {"SCALE", "MUL", "CONT", "CPY", "CLAMP"}
+# What a router's values are, by the operation that makes them.
+ROUTERS = {
+    "SOFT_MAX": "softmax",
+    "SIGMOID": "sigmoid",
+    "SQRT_SOFTPLUS": "logits",
+    "MUL_MAT": "logits",
+}
 
 
 def find_stages(graph, n_tokens, n_layer):
@@ -45,55 +53,42 @@ def _attention_nodes(graph, n_layer):
 
 def _attention(plan, graph, layer, softmax, n_tokens):
     scores, cap, before_cap = softmax.src[0], 0.0, 1.0
-    while (
-        scores.op != "MUL_MAT"
-    ):  # between the product and the softmax: scale, soft-cap, ALiBi bias
-        if (
-            scores.op == "SCALE" and scores.src[0].op == "TANH"
-        ):  # cap * tanh(before_cap * scores / cap)
-            cap = float_param(scores, 0)
+    while scores.op != "MUL_MAT":  # from the product to the softmax: scale, soft-cap, ALiBi bias
+        if scores.op == "SCALE" and scores.src[0].op == "TANH":
+            cap = float_param(scores, 0)  # cap * tanh(before_cap * scores / cap)
             before_cap = float_param(scores.src[0].src[0], 0) * cap
         scores = scores.src[0]
     values = next(user for user in softmax.users if user.op == "MUL_MAT" and user.src[1] is softmax)
     mask = softmax.src[1] if len(softmax.src) > 1 else None
-    plan.layers[layer].update(
-        kind="attention",
-        scale=float_param(softmax, 0),
-        softcap=cap,
-        before_cap=before_cap,
-        max_bias=float_param(softmax, 1),
-        sinks=len(softmax.src) > 2,
-    )
-    heads = (softmax.ne[2],)
-    plan.put("attention", layer, Tap(softmax.index, softmax.name, softmax.op, heads, grid=2))
-    plan.put("scores", layer, Tap(scores.index, scores.name, scores.op, heads, grid=2))
+    plan.layers[layer] |= {
+        "kind": "attention",
+        "scale": float_param(softmax, 0),
+        "softcap": cap,
+        "before_cap": before_cap,
+        "max_bias": float_param(softmax, 1),
+        "sinks": len(softmax.src) > 2,
+    }
+    n_head = softmax.ne[2]
+    plan.put("attention", layer, Tap.of(softmax, (n_head,), grid=2))
+    plan.put("scores", layer, Tap.of(scores, (n_head,), grid=2))
     if mask is not None and mask.type in DTYPES:
         plan.masks.setdefault(mask.address, []).append(layer)
-        plan.put("mask", layer, Tap(softmax.index, softmax.name, softmax.op, (), source=1, grid=1))
+        plan.put("mask", layer, Tap.of(softmax, (), source=1, grid=1))
 
     query = scores.src[1].src[0] if scores.src[1].op == "PERMUTE" else scores.src[1]
     plan.put("q", layer, view_tap(query, 2))
     plan.put("q_pre", layer, _before_rope(query))
-    n_kv, width = scores.src[0].ne[2], scores.src[0].ne[0]
     key = _stored(graph, scores.src[0]) or scores.src[0]
-    plan.put("k", layer, _rows_tap(key, n_kv, width, n_tokens))
+    plan.put("k", layer, _rows_tap(key, scores.src[0].ne[2], scores.src[0].ne[0], n_tokens))
     plan.put("k_pre", layer, _before_rope(key))
-    n_kv_v, width_v = values.src[0].ne[2], values.ne[0]
     value = _stored(graph, values.src[0]) or values.src[0]
-    plan.put("v", layer, _rows_tap(value, n_kv_v, width_v, n_tokens))
+    plan.put("v", layer, _rows_tap(value, values.src[0].ne[2], values.ne[0], n_tokens))
 
-    result = values
-    while (
-        result.op != "CONT" and result.users and result.users[0].op in VIEWS | {"CONT", "MUL_MAT"}
-    ):
+    result, ops = values, VIEWS | {"CONT", "MUL_MAT"}
+    while result.op != "CONT" and result.users and result.users[0].op in ops:
         result = result.users[0]
     if result.op == "CONT":
-        n_head = softmax.ne[2]
-        plan.put(
-            "attn_heads",
-            layer,
-            Tap(result.index, result.name, result.op, (n_head, result.ne[0] // n_head)),
-        )
+        plan.put("attn_heads", layer, Tap.of(result, (n_head, result.ne[0] // n_head)))
 
 
 def _leaf(node):
@@ -119,31 +114,28 @@ def _stored(graph, read):
 def _rows_tap(node, n_heads, width, n_tokens):
     """Keys or values of all tokens as (token, head, feature), whether stored as rows, elements or
     not at all."""
-    if node.op == "CONT" and node.ne[:2] == (
-        n_tokens,
-        width,
-    ):  # values transposed where there is no cache
-        node = node.src[0]
-    while node.op in VIEWS and not (
-        node.ne[2] == n_tokens and node.ne[1] == n_heads and node.ne[0] == width
-    ):
-        if node.ne[1] == n_tokens and node.ne[0] >= n_heads * width and node.ne[2] == 1:
+    if node.op == "CONT" and node.ne[:2] == (n_tokens, width):
+        node = node.src[0]  # values, transposed where there is no cache
+    wide = n_heads * width
+
+    def flat(node):
+        return node.ne[1] == n_tokens and node.ne[0] >= wide
+
+    while node.op in VIEWS and node.ne[:3] != (width, n_heads, n_tokens):
+        if flat(node) and node.ne[2] == 1:
             break
         node = node.src[0]
     source = base(node)
-    if source.is_leaf:
-        return None
-    if node.ne[2] == n_tokens and node.ne[1] == n_heads and node.ne[0] >= width:
-        layout = (node.data - source.data, (width, n_heads, n_tokens), node.nb[:3])
-    elif node.ne[1] == n_tokens and node.ne[0] >= n_heads * width:
-        layout = (
-            node.data - source.data,
-            (width, n_heads, n_tokens),
-            (node.nb[0], width * node.nb[0], node.nb[1]),
-        )
+    if node.ne[1:3] == (n_heads, n_tokens) and node.ne[0] >= width:
+        strides = node.nb[:3]
+    elif flat(node):
+        strides = (node.nb[0], width * node.nb[0], node.nb[1])
     else:
         return None
-    return Tap(source.index, source.name, source.op, (n_heads, width), layout, 2)
+    if source.is_leaf:
+        return None
+    layout = (node.data - source.data, (width, n_heads, n_tokens), strides)
+    return Tap.of(source, (n_heads, width), layout, 2)
 
 
 def _before_rope(node):
@@ -161,39 +153,22 @@ def _experts(plan, graph, n_layer, n_tokens):
     by index."""
     for node in graph.nodes:
         layer = node.layer
-        if (
-            node.op != "MUL_MAT_ID"
-            or layer is None
-            or layer >= n_layer
-            or layer in plan.taps.get("experts", {})
-        ):
+        if layer is None or layer >= n_layer:
             continue
-        chosen = node.src[2]
-        source = base(chosen)
-        if source.is_leaf:
-            continue
-        ids = (chosen.data - source.data, chosen.ne[:2], chosen.nb[:2])
-        plan.put("experts", layer, Tap(source.index, source.name, source.op, (chosen.ne[0],), ids))
-        router = source.src[0] if source.src else None
-        while (
-            router is not None
-            and not router.is_leaf
-            and router.op not in ("SOFT_MAX", "SIGMOID", "SQRT_SOFTPLUS")
-        ):
-            if router.op == "MUL_MAT":
-                break
-            router = router.src[0] if router.src else None
-        if router is not None and not router.is_leaf:
-            plan.layers[layer]["router"] = {"SOFT_MAX": "softmax", "SIGMOID": "sigmoid"}.get(
-                router.op, "logits"
-            )
-            plan.put("router", layer, node_tap(router, n_tokens))
-    for node in graph.nodes:
-        layer = node.layer
-        if node.op == "MUL" and node.name.startswith("ffn_moe_weighted") and layer is not None:
+        if node.op == "MUL_MAT_ID" and layer not in plan.of("experts"):
+            chosen = node.src[2]
+            source = base(chosen)
+            if source.is_leaf:
+                continue
+            ids = (chosen.data - source.data, chosen.ne[:2], chosen.nb[:2])
+            plan.put("experts", layer, Tap.of(source, (chosen.ne[0],), ids))
+            router = source.src[0] if source.src else None
+            while router is not None and not router.is_leaf and router.op not in ROUTERS:
+                router = router.src[0] if router.src else None
+            if router is not None and not router.is_leaf:
+                plan.layers[layer]["router"] = ROUTERS[router.op]
+                plan.put("router", layer, node_tap(router, n_tokens))
+        elif node.op == "MUL" and node.name.startswith("ffn_moe_weighted"):
             weights = base(node.src[1])
             if not weights.is_leaf:
-                slots = node.src[1].ne[1]
-                plan.put(
-                    "expert_weights", layer, Tap(weights.index, weights.name, weights.op, (slots,))
-                )
+                plan.put("expert_weights", layer, Tap.of(weights, (node.src[1].ne[1],)))

@@ -16,29 +16,34 @@ def token_ids(api, vocab, text, add_special=True, parse_special=True):
             "this model's file holds no tokenizer: pass token ids instead of a text."
         )
     data = text.encode("utf-8", "surrogateescape")
-    room = (
-        len(data) + 16
-    )  # enough for most; a normalizer may make more of a character than it has bytes
-    while True:
+
+    def ask(room):
         ids = (ctypes.c_int32 * room)()
-        count = api.llama_tokenize(vocab, data, len(data), ids, room, add_special, parse_special)
-        if count >= 0:
-            return list(ids[:count])
-        if -count <= room or -count >= 2**31:  # not a size that it asks for
-            raise CaptureError(
-                f"llama.cpp could not tokenize a text of {len(data):,} bytes (it answered {count})."
-            )
-        room = -count
+        special = add_special, parse_special
+        return ids, api.llama_tokenize(vocab, data, len(data), ids, room, *special)
+
+    # Enough for most; a normalizer may make more of a character than it has bytes.
+    what = f"could not tokenize a text of {len(data):,} bytes"
+    return _with_room(ask, len(data) + 16, what)
 
 
 def token_piece(api, vocab, token):
     """The bytes of a token, special ones by name."""
-    room = 64
-    while True:
+
+    def ask(room):
         piece = ctypes.create_string_buffer(room)
-        count = api.llama_token_to_piece(vocab, token, piece, room, 0, True)
+        return piece, api.llama_token_to_piece(vocab, token, piece, room, 0, True)
+
+    return _with_room(ask, 64, f"gives no piece of token {token}")
+
+
+def _with_room(ask, room, what):
+    """What ask(room) gives, as much as it says; asked again with the room that it wants where it
+    answers with its negative."""
+    while True:
+        found, count = ask(room)
         if count >= 0:
-            return piece.raw[:count]
-        if -count <= room:
-            raise CaptureError(f"llama.cpp gives no piece of token {token} (it answered {count}).")
+            return found[:count]
+        if -count <= room or -count >= 2**31:  # not a size that it asks for
+            raise CaptureError(f"llama.cpp {what} (it answered {count}).")
         room = -count
