@@ -218,10 +218,10 @@ class InferenceEngine(Serving):
 
         Returns a Dataset of (layer, head), means over query rows of: entropy (nats),
         normalized_entropy (by the log of the number of keys), distance (tokens), sink (mass on the
-        first token: Xiao et al. 2023), top (the largest weight), mass (row sum); and pattern scores
-        as TransformerLens's head detector defines them with error_measure="mul" (Olsson et al.
-        2022): previous_token, duplicate_token, induction, and each of patterns={name: [(query,
-        key), ...]}; NaN where the text has no such pair: no token twice, one token in all."""
+        first token: Xiao et al. 2023), top (the largest weight), mass (row sum); and the score of
+        each of patterns={name: [(query, key), ...]}, the share of all attention that lies on these
+        pairs: what TransformerLens's head detector computes with error_measure="mul". NaN where a
+        pattern has no pair, or the text one token."""
         return self._call("head_statistics", text, layers=layers, patterns=patterns)
 
     def score(self, text: Prompt, edits: Edits = ()) -> pd.DataFrame:

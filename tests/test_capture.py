@@ -393,9 +393,10 @@ def test_a_run_that_has_to_be_planned_again_counts_nothing_twice(tmp_path):
 
     runtime = Runtime(str(tiny_model("llama", tmp_path)), threads=1, cache_type="f32")
     runs = Runs(runtime, "llama")
-    means = runs.means(IDS, [1])
+    mean = [ablate_head(1, 0, "mean")]
+    means = runs.means(IDS, mean)
     runs.plan(IDS).n_nodes += 1
-    np.testing.assert_array_equal(runs.means(IDS, [1])[1], means[1])
+    np.testing.assert_array_equal(runs.means(IDS, mean)[1], means[1])
     runs.plan(IDS).n_nodes += 1
     reducer = HeadStatistics(IDS, {})
 

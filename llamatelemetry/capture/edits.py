@@ -59,13 +59,7 @@ def scale(stage, layer, factor, head=None, positions=None):
     """Multiply a stage of a layer by a factor; `head` and `positions` restrict it."""
     if isinstance(factor, bool) or not isinstance(factor, (int, float, np.number)):
         raise CaptureError(f"factor is a number, not {factor!r}.")
-    return Edit(
-        stage,
-        _index(layer),
-        None if head is None else _index(head),
-        _positions(positions),
-        float(factor),
-    )
+    return _edit(stage, layer, head, positions, factor=float(factor))
 
 
 def patch(stage, layer, source, positions=None, head=None):
@@ -93,14 +87,8 @@ def patch(stage, layer, source, positions=None, head=None):
         )
     else:
         values = source[stage].sel(layer=layer).values
-    values = np.ascontiguousarray(values, np.float32)
-    return Edit(
-        stage,
-        _index(layer),
-        None if head is None else _index(head),
-        _positions(positions),
-        1.0,
-        values,
+    return _edit(
+        stage, layer, head, positions, factor=1.0, values=np.ascontiguousarray(values, np.float32)
     )
 
 
@@ -121,7 +109,34 @@ def _index(value, what="layer and head are"):
     return int(value)
 
 
-def _positions(positions):
-    if positions is None:
-        return None
-    return tuple(_index(position, "positions are") for position in np.atleast_1d(positions))
+def _edit(stage, layer, head, positions, **change):
+    head = None if head is None else _index(head)
+    if positions is not None:
+        positions = tuple(_index(one, "positions are") for one in np.atleast_1d(positions))
+    return Edit(stage, _index(layer), head, positions, **change)
+
+
+def pack(edits, new_file):
+    """Edits as rows for JSON; the arrays of patches go through files, whose paths new_file()
+    gives."""
+    rows = []
+    for edit in flatten(edits):
+        rows.append(vars(edit) | {"values": None})
+        if edit.values is not None:
+            rows[-1]["values"] = str(new_file())
+            np.save(rows[-1]["values"], edit.values)
+    return rows
+
+
+def unpack(rows):
+    """The edits that `pack` made rows of."""
+    return [
+        Edit(
+            **row
+            | {
+                "positions": row["positions"] and tuple(row["positions"]),
+                "values": np.load(row["values"]) if row["values"] else None,
+            }
+        )
+        for row in rows
+    ]

@@ -70,37 +70,34 @@ class Score:
         if base is not None:
             row["loss_change"] = loss - base.summary()["loss"]
             paired = (base.columns["logprob"] - self.columns["logprob"])[:-1]
-            row["loss_change_err"] = (
-                float(paired.std(ddof=1) / len(paired) ** 0.5) if len(paired) > 1 else float("nan")
-            )
+            error = paired.std(ddof=1) / len(paired) ** 0.5 if len(paired) > 1 else np.nan
+            row["loss_change_err"] = float(error)
             row["kl"] = float(self.columns["kl"][:-1].mean())
-            row["top1_agreement"] = float(
-                (self.columns["top_id"] == base.columns["top_id"])[:-1].mean()
-            )
+            same = self.columns["top_id"] == base.columns["top_id"]
+            row["top1_agreement"] = float(same[:-1].mean())
         return row
 
 
-def score(runs, tokens, edits, **options):
+def score(runs, tokens, edits, means=None, **options):
     """Run a text with edits and Score it."""
     if len(tokens) < 2:
         raise CaptureError(
             "scoring predicts each token from those before it: give at least two tokens."
         )
-    means = options.pop("means", None) or runs.means_for(tokens, edits)
+    means = runs.means(tokens, edits) if means is None else means
     result = Score(tokens, **options)
-    runs.run(
-        tokens,
-        lambda recorder, plan: runs.apply(recorder, plan, edits, len(tokens), means),
-        on_logits=result,
-    )
+
+    def setup(recorder, plan):
+        runs.apply(recorder, plan, edits, len(tokens), means)
+
+    runs.run(tokens, setup, on_logits=result)
     return result
 
 
 def sweep(runs, tokens, variants, progress):
     """{name: summary} of every variant (a list of edits) against the run without edits."""
     base = score(runs, tokens, (), keep=True)
-    layers = sorted({edit.layer for edits in variants.values() for edit in edits if edit.mean})
-    means = runs.means(tokens, layers) if layers else None
+    means = runs.means(tokens, [edit for edits in variants.values() for edit in edits])
     rows = {}
     for number, (name, edits) in enumerate(variants.items()):
         rows[name] = score(runs, tokens, edits, reference=base.kept, means=means).summary(base)
@@ -130,19 +127,17 @@ class HeadStatistics:
         self._pool = ThreadPoolExecutor(self.threads)
         rows = [np.asarray(value, int).reshape(-1, 2) for value in pairs.values()]
         found = np.vstack([np.empty((0, 2), int), *rows])
-        number = np.repeat(
-            np.arange(len(rows)), [len(some) for some in rows]
-        )  # of the pattern that a pair belongs to
+        # of the pattern that a pair belongs to
+        number = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
         order = found[:, 0].argsort(kind="stable")
-        self.patterns, self._pairs = (
-            list(pairs),
-            (*found[order].T, number[order]),
-        )  # query, key, pattern
+        self.patterns = list(pairs)
+        self._pairs = (*found[order].T, number[order])  # query, key, pattern
         # What this text has no pair of positions for: attention to nothing is no 0.
         self._absent = {name for name, some in zip(self.patterns, rows) if not len(some)}
         self._absent |= {"normalized_entropy"} if self.n < 2 else set()
         self.sums = {}  # layer -> {measure: (head,)}, "patterns": (head, pattern)
-        self._on_device = {}  # layer -> [(head, measure), (head, pattern) if there are any], fetched once at the end
+        # layer -> [(head, measure), (head, pattern) if there are any], fetched once at the end
+        self._on_device = {}
 
     def restart(self):
         self.sums.clear()
@@ -155,11 +150,8 @@ class HeadStatistics:
                 return
             found = [self.device.row_sums(values, past)]
             if self.patterns:
-                found.append(
-                    self.device.pair_sums(
-                        values, *self._here(past, values.shape[1]), len(self.patterns)
-                    )
-                )
+                here = self._here(past, values.shape[1])
+                found.append(self.device.pair_sums(values, *here, len(self.patterns)))
             before = self._on_device.get(layer)
             self._on_device[layer] = [a + b for a, b in zip(before, found)] if before else found
 
@@ -185,9 +177,8 @@ class HeadStatistics:
         starts = range(0, n_query, rows)
         count = min(self.threads, len(starts))
 
-        def share(
-            number,
-        ):  # its own rows to each: handing them out block by block costs more than the arithmetic
+        # Its own rows to each: handing them out block by block costs more than the arithmetic.
+        def share(number):
             sums, logs = {}, np.empty(n_head * rows * min(self.n, past + n_query), np.float32)
             for start in starts[number::count]:
                 stop = min(start + rows, n_query)
@@ -230,14 +221,12 @@ class HeadStatistics:
             sums[layer] = dict(zip(MEASURES, on_host(rows).T)) | {"patterns": pairs}
         layers = sorted(sums)
         heads = max(len(sums[layer]["mass"]) for layer in layers)
-        out = {
-            name: np.full((len(layers), heads), np.nan) for name in ("mass", *NAMES, *self.patterns)
-        }
+        names = ("mass", *NAMES, *self.patterns)
+        out = {name: np.full((len(layers), heads), np.nan) for name in names}
         for place, layer in enumerate(layers):
             check_finite(sums[layer]["mass"], "attention", layer)
             found = sums[layer] | dict(zip(self.patterns, sums[layer]["patterns"].T))
-            for name, row in ((name, rows[place]) for name, rows in out.items()):
-                if name not in self._absent:
-                    whole = found["mass"] if name in self.patterns else self.n
-                    row[: len(found[name])] = found[name] / whole
+            for name in out.keys() - self._absent:
+                whole = found["mass"] if name in self.patterns else self.n
+                out[name][place, : len(found[name])] = found[name] / whole
         return out, layers

@@ -1,9 +1,12 @@
 """What happens at a node: edits are written into it, stages are copied out of it, reducers look at
 it in place."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ..errors import CaptureError
+from .edits import Edit
 from .ggml import Scratch, Tensor
 from .names import STAGES
 
@@ -79,21 +82,20 @@ def on_host(values):
     return values if isinstance(values, np.ndarray) else values.get()
 
 
+@dataclass
 class Copy:
-    """Copies one stage of one layer into its place in a capture. Several taps of a stage add up."""
+    """Copies one stage of one layer into its place in a capture. Several taps of a stage add up.
 
-    def __init__(self, target, stage, first, queries=None, rounded=None, device=None):
-        """target: (token, ...) or (..., query, key), the whole text; queries: {position: row} or
-        None for all; rounded: the cache's number format, in which attention sees keys and values;
-        device: for CuPy's values."""
-        self.target, self.stage, self.first, self.queries, self.rounded = (
-            target,
-            stage,
-            first,
-            queries,
-            rounded,
-        )
-        self._device = device
+    target: (token, ...) or (..., query, key), the whole text; first: this tap is written, the
+    others are added; queries: {position: row} or None for all; rounded: the cache's number format,
+    in which attention sees keys and values; device: for CuPy's values."""
+
+    target: np.ndarray
+    stage: str
+    first: bool
+    queries: dict | None = None
+    rounded: np.dtype | None = None
+    device: object = None
 
     def __call__(self, values, past):
         if STAGES[self.stage].grid:
@@ -105,54 +107,51 @@ class Copy:
         if self.first:
             self._store(place, values)
         else:
-            if self._device:
-                self._device.drain()  # what is added to must have arrived
+            if self.device:
+                self.device.drain()  # what is added to must have arrived
             place += on_host(values)
 
     def _store(self, place, values):
         if isinstance(values, np.ndarray):
             place[...] = values
         else:
-            self._device.to_host(place, values)
+            self.device.to_host(place, values)
 
     def _grid(self, values, past):
         n_query = values.shape[-2]
         n_key = min(values.shape[-1], self.target.shape[-1])
         heads = (slice(len(values)),) if values.ndim == 3 else ()
         if self.queries is None:
-            rows, chosen = slice(past, past + n_query), slice(None)
-        else:
-            here = [
-                (row, position - past)
-                for position, row in self.queries.items()
-                if 0 <= position - past < n_query
-            ]
-            if not here:
-                return
-            rows, chosen = map(list, zip(*here))
-        place = self.target[(*heads, rows)]
-        if self.queries is None:
+            place = self.target[(*heads, slice(past, past + n_query))]
             self._store(place[..., :n_key], values[..., :n_key])
             place[..., n_key:] = 0  # keys that came after these queries' part of the text
-        else:
+            return
+        here = [
+            (row, position - past)
+            for position, row in self.queries.items()
+            if 0 <= position - past < n_query
+        ]
+        if here:
+            rows, chosen = map(list, zip(*here))
             self.target[(*heads, rows, slice(n_key))] = on_host(values[..., chosen, :n_key])
             self.target[(*heads, rows, slice(n_key, None))] = 0
 
 
+@dataclass
 class Apply:
     """Applies an Edit at a tap. first: of several taps that add up, this one takes the new values,
     the others none."""
 
-    def __init__(self, edit, first=True, mean=None):
-        self.edit, self.first, self.mean = edit, first, mean
+    edit: Edit
+    first: bool = True
+    mean: np.ndarray | None = None
 
     def __call__(self, values, past):
         edit = self.edit
         target = values.swapaxes(0, 1) if STAGES[edit.stage].grid else values  # (token, ...)
-        positions = (
-            range(len(target)) if edit.positions is None else [p - past for p in edit.positions]
-        )
-        rows = np.array([row for row in positions if 0 <= row < len(target)], int)
+        everywhere = range(past, past + len(target))
+        positions = everywhere if edit.positions is None else edit.positions
+        rows = np.array([one - past for one in positions if one in everywhere], int)
         if not rows.size:
             return False
         if edit.head is not None:
@@ -182,9 +181,8 @@ class Apply:
                 f"{int(positions[-1])} was asked for: name `positions` that both runs have."
             )
         given = given[positions]
-        if (
-            STAGES[edit.stage].grid
-        ):  # the cache is longer than the text, or holds only what came in this batch and before
+        if STAGES[edit.stage].grid:
+            # The cache is longer than the text, or holds only what came in this batch and before.
             n_key = old.shape[-1]
             if given[..., n_key:].any():
                 raise CaptureError(

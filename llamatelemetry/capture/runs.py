@@ -11,19 +11,15 @@ from .names import STAGES
 from .recorder import Apply, Copy, PlanMismatch, Recorder, on_host
 from .stages import find_stages
 
-PLAN_TOKENS = (
-    3  # enough for the graph of a prompt; recurrent models have another graph for a single token
-)
+# Enough for the graph of a prompt; recurrent models have another graph for a single token.
+PLAN_TOKENS = 3
 
 
 class Runs:
     def __init__(self, runtime, architecture):
         self.runtime, self.architecture = runtime, architecture
+        self.n_layer = runtime.n_layer
         self._plans = {}  # whether a single token -> Plan
-
-    @property
-    def n_layer(self):
-        return self.runtime.n_layer
 
     def plan(self, tokens):
         """The Plan of the graph that decodes these tokens."""
@@ -81,29 +77,29 @@ class Runs:
         predicts nothing, NotFiniteError where they are no numbers."""
         if on_logits or sampler:
             self.runtime.check_predicts()
-        try:
-            return self._run(list(tokens), setup, all_logits, on_logits, sampler)
-        except PlanMismatch:
-            self._make_plan(tokens[: self.runtime.n_batch])
-            for again in filter(None, (restart, sampler and sampler.restart)):
-                again()
-        except NotFiniteError:
-            self.locate(tokens, setup)
-            raise
-        try:
-            return self._run(list(tokens), setup, all_logits, on_logits, sampler)
-        except PlanMismatch:
-            raise CaptureError(
-                f"the graph of architecture {self.architecture!r} changes within one prompt in a way that capture does "
-                "not follow; try a prompt of at most 512 tokens."
-            ) from None
+        for last in (False, True):
+            try:
+                return self._run(list(tokens), setup, all_logits, on_logits, sampler)
+            except PlanMismatch:
+                if last:
+                    raise CaptureError(
+                        f"the graph of architecture {self.architecture!r} changes within one prompt in a way that "
+                        "capture does not follow; try a prompt of at most 512 tokens."
+                    ) from None
+                self._make_plan(tokens[: self.runtime.n_batch])
+                for again in filter(None, (restart, sampler and sampler.restart)):
+                    again()
+            except NotFiniteError:
+                self.locate(tokens, setup)
+                raise
 
     def locate(self, tokens, setup=None):
         """Raise NotFiniteError for the first stage, in the order of evaluation, that holds a value
         that is no number; return where a run of these tokens has none."""
 
+        file = Path(self.runtime.path).name
+
         def watch(stage, layer):
-            file = Path(self.runtime.path).name
             return lambda values, past: check_finite(on_host(values), stage, layer, file) is None
 
         def watch_all(recorder, plan):
@@ -177,10 +173,10 @@ class Runs:
                 mean = means[edit.layer][edit.head] if edit.mean else None
                 recorder.on(tap, Apply(edit, number == 0, mean))
 
-    def means(self, tokens, layers):
-        """{layer: (head, feature)} mean over positions of every head's output, for mean
-        ablation."""
-        sums = {}
+    def means(self, tokens, edits):
+        """{layer: (head, feature)} mean over positions of every head's output, of the layers that
+        mean ablation among the edits needs."""
+        layers, sums = {edit.layer for edit in edits if edit.mean}, {}
 
         def setup(recorder, plan):
             for layer in layers:
@@ -190,12 +186,9 @@ class Runs:
         def add(layer, values):
             sums[layer] = sums.get(layer, 0) + on_host(values.sum(0, dtype=np.float64))
 
-        self.run(tokens, setup, all_logits=False, restart=sums.clear)
+        if layers:
+            self.run(tokens, setup, all_logits=False, restart=sums.clear)
         return {layer: (total / len(tokens)).astype(np.float32) for layer, total in sums.items()}
-
-    def means_for(self, tokens, edits):
-        layers = {edit.layer for edit in edits if edit.mean}
-        return self.means(tokens, sorted(layers)) if layers else {}
 
     def capture(self, tokens, stages, arena, *, layers=None, queries=None, edits=(), sampler=None):
         """Copy stages of a run into an arena. Returns (tokens, {stage: {layers, offset, shape,
@@ -203,22 +196,45 @@ class Runs:
 
         arena(n_bytes) gives a buffer, which may hold what an earlier capture left there.
         """
-        means = self.means_for(tokens, edits)
-        plan = self.plan(tokens)
+        means, plan = self.means(tokens, edits), self.plan(tokens)
         total = len(tokens) + (sampler.limit if sampler else 0)
         rows = None if queries is None else {position: row for row, position in enumerate(queries)}
+        layout, n_bytes = self._layout(plan, stages, layers, total, rows)
+        memory, arrays = arena(n_bytes), {}
+        for stage, part in layout.items():
+            array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
+            if part["uneven"]:  # what a layer does not have is not a number
+                array.fill(MISSING if array.dtype.kind == "f" else -1)
+            arrays[stage] = array if STAGES[stage].per_layer else array[None]
+        cache, device = DTYPES[self.runtime.cache_type], self.runtime.ggml.device
+        layer_facts = [dict(facts) for facts in plan.layers]
+
+        def setup(recorder, plan):
+            self._watch_masks(recorder, plan, layer_facts)
+            self.apply(recorder, plan, edits, total, means)
+            for stage, array in arrays.items():
+                rounded = cache if STAGES[stage].cached else None
+                for target, layer in zip(array, layout[stage]["layers"]):
+                    if not STAGES[stage].grid and target.ndim == 3:
+                        target = target.swapaxes(0, 1)  # (token, head, feature), as in the graph
+                    for number, tap in enumerate(self.taps(plan, stage, layer)):
+                        recorder.on(tap, Copy(target, stage, number == 0, rows, rounded, device))
+
+        needs_all = any(STAGES[stage].late for stage in stages) or bool(edits)
+        tokens = self.run(tokens, setup, all_logits=needs_all, sampler=sampler)
+        return tokens, layout, layer_facts
+
+    def _layout(self, plan, stages, layers, total, rows):
+        """({stage: where its array lies in an arena}, bytes of the arena)."""
         layout, n_bytes = {}, 0
         for stage in stages:
-            facts = STAGES[stage]
-            kept = self.layers_of(plan, stage, layers)
+            facts, kept = STAGES[stage], self.layers_of(plan, stage, layers)
             shapes = [self.taps(plan, stage, layer)[0].shape for layer in kept]
             widths = tuple(max(sizes) for sizes in zip(*shapes))
             if facts.grid:
                 shape = (*widths, total if rows is None else len(rows), total)
-            elif len(widths) == 2:
-                shape = (widths[0], total, widths[1])
             else:
-                shape = (total, *widths)
+                shape = (*widths[:-1], total, widths[-1])
             shape = (len(kept), *shape) if facts.per_layer else shape
             layout[stage] = {
                 "layers": kept,
@@ -228,38 +244,7 @@ class Runs:
                 "uneven": len(set(shapes)) > 1,
             }
             n_bytes += -(-int(np.prod(shape)) * 4 // 64) * 64
-        memory = arena(n_bytes)
-        arrays = {
-            stage: np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
-            for stage, part in layout.items()
-        }
-
-        for stage, array in arrays.items():
-            if layout[stage][
-                "uneven"
-            ]:  # layers of different widths: what a layer does not have is not a number
-                array.fill(MISSING if array.dtype.kind == "f" else -1)
-        cache, device = DTYPES[self.runtime.cache_type], self.runtime.ggml.device
-
-        layer_facts = [dict(facts) for facts in plan.layers]
-
-        def setup(recorder, plan):
-            self._watch_masks(recorder, plan, layer_facts)
-            self.apply(recorder, plan, edits, total, means)
-            for stage, array in arrays.items():
-                for place, layer in enumerate(layout[stage]["layers"]):
-                    target = array[place] if STAGES[stage].per_layer else array
-                    if not STAGES[stage].grid and target.ndim == 3:
-                        target = target.swapaxes(
-                            0, 1
-                        )  # (token, head, feature), as the graph has it
-                    for number, tap in enumerate(self.taps(plan, stage, layer)):
-                        rounded = cache if STAGES[stage].cached else None
-                        recorder.on(tap, Copy(target, stage, number == 0, rows, rounded, device))
-
-        needs_all = any(STAGES[stage].late for stage in stages) or bool(edits)
-        tokens = self.run(tokens, setup, all_logits=needs_all, sampler=sampler)
-        return tokens, layout, layer_facts
+        return layout, n_bytes
 
     def _watch_masks(self, recorder, plan, layer_facts):
         """Note which layers' masks hide earlier positions in this run: a sliding window that the

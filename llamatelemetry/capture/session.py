@@ -16,7 +16,7 @@ from ..files.vocabulary import named
 from ..gpus.cores import physical_cores
 from ..server.loading import described, least_context
 from .data import Capture, token_table
-from .edits import flatten
+from .edits import pack
 from .names import STAGES
 
 # Arenas kept between captures, each at most 1/8 of what its folder has free.
@@ -129,75 +129,63 @@ class CaptureSession:
             raise CaptureError(
                 f"unknown stage {unknown[:1] or stages!r}; stages are {', '.join(STAGES)}."
             )
-        layers, queries = _chosen("layers", layers), _chosen("queries", queries)
-        generate, seed = (
-            whole("generate", generate, 0, error=CaptureError),
-            whole("seed", seed, 0, error=CaptureError),
-        )
-        temperature = finite("temperature", temperature, 0, error=CaptureError)
+        request = {
+            "prompt": prompt(text_or_ids),
+            "stages": stages,
+            "layers": _chosen("layers", layers),
+            "queries": _chosen("queries", queries),
+            "generate": whole("generate", generate, 0, error=CaptureError),
+            "temperature": finite("temperature", temperature, 0, error=CaptureError),
+            "seed": whole("seed", seed, 0, error=CaptureError),
+        }
         arena = self._free.pop() if self._free else self._file("arena")
         try:
-            answer = self._call(
-                "capture",
-                prompt=prompt(text_or_ids),
-                stages=stages,
-                path=str(arena),
-                layers=layers,
-                queries=queries,
-                edits=self._pack(edits),
-                generate=generate,
-                temperature=temperature,
-                seed=seed,
-            )
+            answer = self._call("capture", path=str(arena), edits=self._pack(edits), **request)
             memory = np.memmap(arena, np.uint8, "c")  # the user's own copy where it is written to
         except BaseException:
             arena.unlink(missing_ok=True)
             raise
         weakref.finalize(memory, self._release, self._free, arena)
-        ids = answer["tokens"]
-        self._say_two_starts(text_or_ids, ids)
+        self._say_two_starts(text_or_ids, answer["tokens"])
+        return self._captured(answer, memory, request["queries"])
+
+    def _captured(self, answer, memory, queries):
+        """The Capture in an arena's memory, without the positions kept free for tokens that were
+        not generated because the text ended."""
+        ids, parts = answer["tokens"], {}
         there = None if queries is None else [query for query in queries if query < len(ids)]
-        parts = {}
-        for stage, part in answer["layout"].items():
+        sizes = dict.fromkeys(("token", "query", "key"), len(ids))
+        if there is not None:
+            sizes["query"] = len(there)
+        for name, part in answer["layout"].items():
+            stage = STAGES[name]
             array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
-            if (
-                STAGES[stage].grid and queries is not None
-            ):  # a text that ended early has fewer positions than asked for
-                array = array[..., : len(there), :]
-            kept = None if part["layers"] == [None] else part["layers"]
-            parts[stage] = (
-                _crop(stage, array, len(ids), queries),
-                kept,
-                there if STAGES[stage].grid else None,
-            )
+            array = array[tuple(slice(sizes.get(dim)) for dim in stage.all_dims)]
+            layers = part["layers"] if stage.per_layer else None
+            parts[name] = (array, layers, there if stage.grid else None)
         generated = [position >= answer["n_prompt"] for position in range(len(ids))]
-        return Capture(
-            parts, (ids, self._pieces(ids), generated), self.model_facts(), answer["layers"]
-        )
+        tokens = (ids, self._pieces(ids), generated)
+        return Capture(parts, tokens, self.model_facts(), answer["layers"])
 
     def score(self, text_or_ids, edits=()):
         """As InferenceEngine.score."""
-        answer = self._call("score", prompt=prompt(text_or_ids), edits=self._pack(edits))
-        self._say_two_starts(text_or_ids, answer["tokens"])
-        tokens = self._tokens(answer["tokens"]).iloc[1:].drop(columns="generated")
-        columns = {name: values for name, values in answer["table"].items() if name != "kl"}
+        answer = self._ask("score", text_or_ids, edits=self._pack(edits))
+        ids, table = answer["tokens"], answer["table"]
+        tokens = token_table(ids, self._pieces(ids), False).iloc[1:].drop(columns="generated")
+        columns = {name: values for name, values in table.items() if name != "kl"}
         return pd.concat([tokens.reset_index(drop=True), pd.DataFrame(columns)], axis=1)
 
     def sweep(self, text_or_ids, variants, progress=True):
         """As InferenceEngine.sweep."""
         if not isinstance(variants, dict):
             raise CaptureError(f"variants are {{name: edits}}, not {type(variants).__name__}.")
-        packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
         from tqdm.auto import tqdm
 
+        packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
         with tqdm(total=len(variants), desc="ablations", disable=not progress) as bar:
-            answer = self._call(
-                "sweep",
-                lambda done: bar.update(done - bar.n),
-                prompt=prompt(text_or_ids),
-                variants=packed,
+            answer = self._ask(
+                "sweep", text_or_ids, lambda done: bar.update(done - bar.n), variants=packed
             )
-        self._say_two_starts(text_or_ids, answer["tokens"])
         names = pd.Index(list(variants), name="name", tupleize_cols=False)
         table = pd.DataFrame(list(answer["rows"].values()), index=names)
         table.attrs["base_loss"] = answer["base"]["loss"]
@@ -209,33 +197,20 @@ class CaptureSession:
 
         pairs = {name: np.asarray(value).tolist() for name, value in (patterns or {}).items()}
         layers = _chosen("layers", layers)
-        answer = self._call(
-            "head_statistics", prompt=prompt(text_or_ids), layers=layers, patterns=pairs
-        )
-        self._say_two_starts(text_or_ids, answer["tokens"])
+        answer = self._ask("head_statistics", text_or_ids, layers=layers, patterns=pairs)
         data = {name: (("layer", "head"), np.asarray(v)) for name, v in answer["table"].items()}
         return xr.Dataset(data, {"layer": answer["layers"]}, {"n_tokens": len(answer["tokens"])})
 
     def time_decode(self, text_or_ids, repeat=3, all_logits=True):
         """Seconds of each of `repeat` plain decodes: the yardstick of the benchmarks."""
-        return self._call(
-            "time_decode", prompt=prompt(text_or_ids), repeat=repeat, all_logits=all_logits
-        )["seconds"]
+        times = {"repeat": repeat, "all_logits": all_logits}
+        return self._ask("time_decode", text_or_ids, **times)["seconds"]
 
     def model_facts(self):
-        model = self.model
-        return {
-            name: getattr(model, name)
-            for name in (
-                "name",
-                "architecture",
-                "n_layer",
-                "n_head",
-                "n_kv_head",
-                "n_embd",
-                "n_vocab",
-            )
-        } | {"file": model.path.name + self._variant, "gpu": self.facts["gpu"]}
+        names = "name architecture n_layer n_head n_kv_head n_embd n_vocab".split()
+        facts = {name: getattr(self.model, name) for name in names}
+        file = self.model.path.name + self._variant
+        return facts | {"file": file, "gpu": self.facts["gpu"]}
 
     @property
     def alive(self):
@@ -251,9 +226,6 @@ class CaptureSession:
 
     def __exit__(self, *_):
         self.close()
-
-    def _tokens(self, ids):
-        return token_table(ids, self._pieces(ids), [False] * len(ids))
 
     def _pieces(self, ids):
         return named(self.model.pieces, ids)
@@ -280,18 +252,13 @@ class CaptureSession:
         return path
 
     def _pack(self, edits):
-        """Edits as JSON; the arrays of patches go through files."""
-        rows = []
-        for edit in flatten(edits):
-            row = {
-                name: getattr(edit, name)
-                for name in ("stage", "layer", "head", "positions", "factor", "mean")
-            }
-            if edit.values is not None:
-                row["values"] = str(self._file("patch", ".npy"))
-                np.save(row["values"], edit.values)
-            rows.append(row)
-        return rows
+        return pack(edits, lambda: self._file("patch", ".npy"))
+
+    def _ask(self, command, text_or_ids, hear=None, **arguments):
+        """The worker's answer to a command on a text; "tokens" are its ids."""
+        answer = self._call(command, hear, prompt=prompt(text_or_ids), **arguments)
+        self._say_two_starts(text_or_ids, answer["tokens"])
+        return answer
 
     def _call(self, command, hear=None, **arguments):
         try:
@@ -311,11 +278,3 @@ def _chosen(name, values):
             f"{name} is None for all, or whole numbers, at least one; not {values.tolist()!r}."
         )
     return sorted(set(values.tolist()))
-
-
-def _crop(stage, array, n_tokens, queries):
-    """Cut off the positions kept free for tokens that were not generated because the text ended."""
-    sized = {"token", "key"} | ({"query"} if queries is None else set())
-    return array[
-        tuple(slice(n_tokens) if dim in sized else slice(None) for dim in STAGES[stage].all_dims)
-    ]

@@ -4,13 +4,14 @@ memory-mapped files."""
 import errno
 import mmap
 import os
+import time
 
 import numpy as np
 
 from ..child import serve
 from ..errors import CaptureError, NotFiniteError
 from .device import open_device
-from .edits import Edit
+from .edits import unpack
 from .measures import HeadStatistics, score, sweep
 from .runs import Runs
 
@@ -31,12 +32,9 @@ class Sampler:
             return None
         self._left -= 1
         if self._temperature > 0:
-            noise = self._random.gumbel(
-                size=logits.shape
-            )  # argmax of logits/T + Gumbel noise samples the softmax
-            token = int(np.argmax(logits / self._temperature + noise))
-        else:
-            token = int(np.argmax(logits))
+            # The largest of logits / T + Gumbel noise is a sample of the softmax.
+            logits = logits / self._temperature + self._random.gumbel(size=logits.shape)
+        token = int(np.argmax(logits))
         self._ended = self._is_end(token)
         return token
 
@@ -44,7 +42,6 @@ class Sampler:
 class Worker:
     def __init__(self, tell):
         self.tell = tell
-        self.runs = self.runtime = None
         self._arenas = {}  # path -> mapped memory, kept while its file is used again
 
     def load(self, path, architecture, **options):
@@ -71,11 +68,7 @@ class Worker:
         return self.runs.stages()
 
     def tokens(self, prompt):
-        tokens = (
-            self.runtime.tokenize(prompt)
-            if isinstance(prompt, str)
-            else [int(token) for token in prompt]
-        )
+        tokens = self.runtime.tokenize(prompt) if isinstance(prompt, str) else prompt
         bad = [token for token in tokens if not 0 <= token < self.runtime.n_vocab]
         if bad:
             raise CaptureError(
@@ -84,18 +77,7 @@ class Worker:
         self.runtime.check_length(len(tokens))
         return tokens
 
-    def capture(
-        self,
-        prompt,
-        stages,
-        path,
-        layers=None,
-        queries=None,
-        edits=(),
-        generate=0,
-        temperature=0.0,
-        seed=0,
-    ):
+    def capture(self, prompt, path, stages, layers, queries, edits, generate, temperature, seed):
         tokens = self.tokens(prompt)
         n_prompt = len(tokens)
         for position in queries or ():
@@ -105,16 +87,13 @@ class Worker:
                 )
         sampler = Sampler(generate, temperature, seed, self.runtime.is_end) if generate else None
 
-        def arena(n_bytes):
-            return self._arena(path, max(n_bytes, 1))
-
         tokens, layout, facts = self.runs.capture(
             tokens,
             stages,
-            arena,
+            lambda n_bytes: self._arena(path, max(n_bytes, 1)),
             layers=layers,
             queries=queries,
-            edits=_edits(edits),
+            edits=unpack(edits),
             sampler=sampler,
         )
         return {"tokens": tokens, "n_prompt": n_prompt, "layout": layout, "layers": facts}
@@ -147,31 +126,30 @@ class Worker:
         if memory is not None and self.runtime.ggml.device:
             self.runtime.ggml.device.unpin(np.frombuffer(memory, np.uint8).ctypes.data)
 
-    def score(self, prompt, edits=()):
+    def score(self, prompt, edits):
         tokens = self.tokens(prompt)
-        return {"tokens": tokens, "table": score(self.runs, tokens, _edits(edits)).table()}
+        return {"tokens": tokens, "table": score(self.runs, tokens, unpack(edits)).table()}
 
     def sweep(self, prompt, variants):
         tokens = self.tokens(prompt)
-        variants = {name: _edits(rows) for name, rows in variants.items()}
+        variants = {name: unpack(rows) for name, rows in variants.items()}
         base, rows = sweep(self.runs, tokens, variants, lambda done: self.tell(done=done))
         return {"tokens": tokens, "base": base, "rows": rows}
 
-    def head_statistics(self, prompt, layers=None, patterns=None):
+    def head_statistics(self, prompt, layers, patterns):
         tokens = self.tokens(prompt)
         if self.runtime.predicts.ahead:
             raise CaptureError(
                 f"{self.runtime.name} attends to later tokens, too: these statistics are of attention "
                 'that looks back. capture(stages="attention") gives its weights.'
             )
-        for name, pairs in (patterns or {}).items():
+        for name, pairs in patterns.items():
             if any(not 0 <= key <= query < len(tokens) for query, key in pairs):
                 raise CaptureError(
                     f"pattern {name!r} has a pair outside of the text's {len(tokens)} tokens."
                 )
-        reducer = HeadStatistics(
-            tokens, patterns or {}, self.runtime.ggml.device, self.runtime.threads
-        )
+        device = self.runtime.ggml.device
+        reducer = HeadStatistics(tokens, patterns, device, self.runtime.threads)
 
         def setup(recorder, plan):
             for layer in self.runs.layers_of(plan, "attention", layers):
@@ -184,16 +162,11 @@ class Worker:
         except NotFiniteError:
             self.runs.locate(tokens)
             raise
-        return {
-            "tokens": tokens,
-            "layers": kept,
-            "table": {name: v.tolist() for name, v in table.items()},
-        }
+        table = {name: values.tolist() for name, values in table.items()}
+        return {"tokens": tokens, "layers": kept, "table": table}
 
-    def time_decode(self, prompt, repeat=3, all_logits=True):
+    def time_decode(self, prompt, repeat, all_logits):
         """Seconds of plain decodes without any callback action: what benchmarks compare with."""
-        import time
-
         tokens, seconds = self.tokens(prompt), []
         for _ in range(repeat):
             started = time.perf_counter()
@@ -201,15 +174,7 @@ class Worker:
             for past, piece in self.runtime.pieces(tokens, len(tokens)):
                 self.runtime.decode(piece, past, 0 if all_logits else past + len(piece) - 1)
             seconds.append(time.perf_counter() - started)
-        return {"seconds": seconds}
-
-
-def _edits(rows):
-    values = [np.load(row["values"]) if row.get("values") else None for row in rows]
-    return [
-        Edit(**(row | {"values": v, "positions": row["positions"] and tuple(row["positions"])}))
-        for row, v in zip(rows, values)
-    ]
+        return {"tokens": tokens, "seconds": seconds}
 
 
 if __name__ == "__main__":
