@@ -232,7 +232,7 @@ ATTENTION = [
     lambda a: say.token_map(a[1, 1], "abc"),
     lambda a: output.first_shares(a, a),
     lambda a: inside.attention_divergence(a, a),
-    lambda a: similarity.js_sums(a, [0, 1, 2]),
+    lambda a: similarity.divergence_sums(a, [0, 1, 2]),
     lambda a: semantic.semantic_scores(a, [0, 1, 2], [1, 2, 3], np.eye(3)),
 ]
 
