@@ -59,7 +59,7 @@ def bench(
 
 def speeds(runs: list[dict]) -> dict[str, float]:
     """llama-bench's JSON output -> prompt_tps, generation_tps and their *_err."""
-    row = {}
+    row: dict[str, float] = {}
     for run in runs:
         name = "prompt_tps" if run["n_gen"] == 0 else "generation_tps"
         row |= {name: run["avg_ts"], f"{name}_err": run["stddev_ts"]}

@@ -127,7 +127,7 @@ def quantizations(
             continue
         path = Path(folder) / f"{name}{'-imatrix' if imatrix else ''}.gguf"
         if not _made_from(path, [reference] + [imatrix] * (imatrix is not None)):
-            quantize(reference, path, name, imatrix=imatrix, progress=progress)
+            quantize(reference, path, str(name), imatrix=imatrix, progress=progress)
         paths.append(path)
     return dict(zip(labels(paths), paths))
 

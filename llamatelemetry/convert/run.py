@@ -23,7 +23,7 @@ def run_tool(
     `total` finds it."""
     from tqdm.auto import tqdm
 
-    tail = deque(maxlen=400)
+    tail: deque[str] = deque(maxlen=400)
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

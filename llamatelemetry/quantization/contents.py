@@ -79,6 +79,7 @@ def grid_share(file: GGUFFile, matrices: int = 8, rows: int = 32, seed: int = 0)
     return float(even[varied].mean()) if varied.any() else 1.0  # constant weights lie on any grid
 
 
-def some_of(n: int, count: int, seed: int) -> np.ndarray:
+def some_of(n: int, count: int, seed: int) -> list[int]:
     """`count` of the numbers below n, or all of them, drawn without repetition, in order."""
-    return np.sort(np.random.default_rng(seed).choice(n, min(count, n), replace=False))
+    chosen = np.random.default_rng(seed).choice(n, min(count, n), replace=False)
+    return np.sort(chosen).tolist()

@@ -144,7 +144,7 @@ def attention(maps: Mapping[str, xr.DataArray], shown: str, *, title: str) -> go
     for bits in maps.values():
         text = "layer %{y}, head %{x}: %{customdata:.5f} bits<extra></extra>"
         scale.draw(figure, bits.to_pandas(), hovertemplate=text)
-    figure.update_yaxes(autorange="reversed", **theme.whole(bits["layer"].values))
+    figure.update_yaxes(autorange="reversed", **theme.whole(bits["layer"].values.tolist()))
     figure.update_xaxes(dtick=1 if bits.sizes["head"] <= 32 else 4)
     return _menu(figure, list(maps), shown)
 

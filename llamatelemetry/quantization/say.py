@@ -56,7 +56,9 @@ def ladder(table: pd.DataFrame, reference: str) -> str:
 def percentiles(table: pd.DataFrame) -> str:
     """How much of the farthest file's divergence sits in few tokens."""
     row = table.loc[table["kld_mean"].idxmax()]
-    times = some(ratio(row.kld_mean, row.kld_median, NOISE), "{:.1f}", "no measurable number of")
+    times = some(
+        float(ratio(row.kld_mean, row.kld_median, NOISE)), "{:.1f}", "no measurable number of"
+    )
     ends = f"half of the tokens below {row.kld_median:.3g} nats, 1 in 100 above {row.kld_p99:.3g}"
     return f"{row.name}: {ends}; the mean is {times} times the median."
 
@@ -108,7 +110,7 @@ def costs(table: pd.DataFrame, kld: float) -> str:
     whole = f"{len(table)} costs add up to {total:.3g} nats"
     if not total > NOISE:
         return f"No part costs anything alone: {whole}."
-    share = some(ratio(total, kld, NOISE), "{:.0%} of ", "beside ")
+    share = some(float(ratio(total, kld, NOISE)), "{:.0%} of ", "beside ")
     return f"Most costs {_largest(table, 'cost')}. The {whole}, {share}the {kld:.3g} of the whole file."
 
 
