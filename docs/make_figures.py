@@ -38,7 +38,7 @@ FIGURES = (
         "words",
         "Words as rows of the embedding matrix",
         "13",
-        "plots.projection_figure(views, colour",
+        "figures.projections(maps.views, tokens.loc[words.id]",
         700,
         None,
     ),

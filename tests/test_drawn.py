@@ -182,13 +182,14 @@ def changes():
 
 
 def tokens_in_plane():
-    plane = (np.random.default_rng(0).normal(size=(N, 2)), np.array([0.6, 0.2]))
-    return figures.sense_figure({0: plane}, ["a", NAME] * (N // 2), TEXTS, title=NAME)
+    x, y = np.random.default_rng(0).normal(size=(2, N))
+    table = {"layer": 0, "sense": ["a", NAME] * (N // 2), "text": TEXTS, "x": x, "y": y}
+    return figures.planes(pd.DataFrame(table | {"variance": 0.8}), title=NAME)
 
 
 def analogies():
     words = dict(zip("abcd", [TEXTS] * 4))
-    return figures.analogy_figure(
+    return figures.analogies(
         pd.DataFrame(words | {"answer": PIECES, "rank": 1, "rank_without": 2}), title=NAME
     )
 

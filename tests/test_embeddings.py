@@ -3,11 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
 from llamatelemetry import maths
 from llamatelemetry.backend import get_backend
-from llamatelemetry.embeddings import context, figures, groups, say, vectors
-from llamatelemetry.embeddings import words as lists
+from llamatelemetry.embeddings import context, figures, groups, lists, say, vectors
+from llamatelemetry.errors import EmbeddingError
 
 RNG = np.random.default_rng(7)
 GAUSS = RNG.standard_normal((3000, 24)).astype(np.float32)
@@ -46,7 +47,7 @@ def test_anisotropy_of_known_matrices(matrix, expected):
 def test_anisotropy_is_the_mean_over_all_pairs_across_blocks(monkeypatch):
     monkeypatch.setattr(maths, "BLOCK", 7)
     rows = GAUSS[:50] + 1
-    cosine = vectors.unit(rows) @ vectors.unit(rows).T
+    cosine = maths.unit(rows) @ maths.unit(rows).T
     assert vectors.anisotropy(rows) == pytest.approx(
         cosine[~np.eye(50, dtype=bool)].mean(), abs=1e-6
     )
@@ -76,7 +77,7 @@ def test_effective_rank_as_defined_by_roy_and_vetterli(values, rank):
 
 
 def test_effective_rank_of_nothing():
-    with pytest.raises(vectors.EmbeddingError, match="zero"):
+    with pytest.raises(EmbeddingError, match="zero"):
         vectors.effective_rank([0, 0])
 
 
@@ -96,9 +97,10 @@ def test_random_spectrum_is_that_of_gaussian_matrices(shape):
     np.testing.assert_allclose(vectors.random_spectrum(*shape), measured, rtol=0.06)
 
 
-def test_token_statistics_of_planted_rows():
+def test_table_of_planted_tokens():
     rows = np.array([[3, 4], [0, 0], [3, 4], [-4, 3]], np.float32)
-    table = vectors.token_statistics(rows)
+    table = vectors.token_table(rows, [" a", "b", b"\xe2", "<s>"], [1, 1, 1, 3])
+    assert table.kind.tolist() == ["word start", "word part", "byte", "special"]
     np.testing.assert_allclose(table.norm, [5, 0, 5, 5])
     np.testing.assert_allclose(table.mean_cosine, [1 / 3, 0, 1 / 3, 0], atol=1e-6)
     assert table.copies.tolist() == [2, 1, 2, 1]
@@ -108,14 +110,14 @@ def test_token_statistics_of_planted_rows():
 def test_damaged_rows_are_named(value):
     rows = GAUSS[:100].copy()
     rows[[3, 41], 5] = value
-    with pytest.raises(vectors.EmbeddingError, match="token 3, 41"):
-        vectors.token_statistics(rows)
+    with pytest.raises(EmbeddingError, match="token 3, 41"):
+        maths.check_rows(rows)
 
 
 @pytest.mark.parametrize("bad", [np.ones(4), np.ones((1, 4)), np.ones((2, 2, 2))])
 def test_what_is_no_embedding_matrix_is_refused(bad):
-    with pytest.raises(vectors.EmbeddingError, match="two rows or more"):
-        vectors.check_rows(bad)
+    with pytest.raises(EmbeddingError, match="two rows or more"):
+        maths.check_rows(bad)
 
 
 def test_unused_tokens_planted_in_every_way():
@@ -126,7 +128,8 @@ def test_unused_tokens_planted_in_every_way():
     rows[60] = rows[50]
     pieces, types = [f" w{i}" for i in range(400)], np.ones(400, int)
     pieces[10], types[20] = b"\xff", 5
-    table = vectors.unused_tokens(rows, types, pieces)
+    tokens = vectors.token_table(rows, pieces, types)
+    table = vectors.unused_tokens(rows, tokens)
     assert dict(zip(table.id, table.why)) == {
         10: "byte that UTF-8 never has",
         20: "marked unused in the file",
@@ -136,15 +139,22 @@ def test_unused_tokens_planted_in_every_way():
         40: "as close to those",
     }
     assert table.why.tolist().index("as close to those") == 4, "known ones come first"
-    said = say.unused_sentence(table, np.linalg.norm(rows, axis=1))
+    said = say.unused(table, tokens)
     assert "4 tokens are known" in said and "2 more" in said and "would tell them" in said
 
 
 def test_no_unused_token_without_anything_to_compare_with():
-    table = vectors.unused_tokens(
-        GAUSS, np.ones(len(GAUSS), int), [f" w{i}" for i in range(len(GAUSS))]
-    )
-    assert len(table) == 0 and "Nothing here tells" in say.unused_sentence(table, np.ones(3))
+    pieces = [f" w{i}" for i in range(len(GAUSS))]
+    tokens = vectors.token_table(GAUSS, pieces, np.ones(len(GAUSS), int))
+    table = vectors.unused_tokens(GAUSS, tokens)
+    assert len(table) == 0 and "Nothing here tells" in say.unused(table, tokens)
+
+
+def test_norms_of_one_kind_are_not_compared():
+    tokens = vectors.token_table(GAUSS, [" w"] * len(GAUSS), np.ones(len(GAUSS), int))
+    assert "median" in say.norms(tokens) and "kinds" not in say.norms(tokens)
+    numbers = tokens.assign(kind=np.where(np.arange(len(GAUSS)) < 9, "number", "space"))
+    assert "smallest median" in say.norms(numbers)
 
 
 # Words
@@ -183,7 +193,8 @@ PIECES = [
     ],
 )
 def test_kinds_of_tokens(piece, type, kind):
-    assert vectors.token_kinds([piece], [type]).tolist() == [kind] and kind in vectors.KINDS
+    table = vectors.token_table(GAUSS[:2], [piece] * 2, [type] * 2)
+    assert table.kind.tolist() == [kind] * 2 and kind in vectors.KINDS
 
 
 def test_words_are_found_as_in_a_text_first_and_others_reported():
@@ -194,19 +205,18 @@ def test_words_are_found_as_in_a_text_first_and_others_reported():
         ("red", "colours", 4),
     ]
     assert table.attrs["skipped"] == ["horse"]
-    assert "horse" in say.words_sentence(table)
+    assert "horse" in say.words(table)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (dict(only=["animals", "planets"]), "No category 'planets'. Known: animals, colours"),
-        (dict(strict=True), "Not one token in this vocabulary: horse"),
         (dict(only=["colours"]), "Not one token in this vocabulary: teal"),
     ],
 )
 def test_words_that_cannot_be_had(arguments, message):
-    with pytest.raises(vectors.EmbeddingError, match=message):
+    with pytest.raises(EmbeddingError, match=message):
         vectors.word_table(PIECES, {"animals": ["cat", "horse"], "colours": ["teal"]}, **arguments)
 
 
@@ -230,7 +240,7 @@ def test_analogies_with_planted_offsets():
     )
     assert table.loc[0, ["answer", "rank"]].tolist() == [" queen", 1]
     assert table.attrs["skipped"] == [("man", "x", "a", "b")]
-    assert "1 left out" in say.analogy_sentence(table)
+    assert "first in 100% of 1 questions" in say.analogies(table)
 
 
 def test_analogy_ranks_count_all_better_tokens():
@@ -249,7 +259,7 @@ def test_analogy_ranks_count_all_better_tokens():
         1,
         2,
     )
-    with pytest.raises(vectors.EmbeddingError, match="four words"):
+    with pytest.raises(EmbeddingError, match="four words"):
         vectors.analogies(rows, [" a", " b", " c", " d", " e", " f"], [("a", "b", "c", "zebra")])
 
 
@@ -259,17 +269,17 @@ def test_analogy_ranks_count_all_better_tokens():
 def test_planted_clusters_are_found_and_shuffled_labels_are_not(cpu, planted):
     points, names = planted
     near = cpu.neighbors(points, 10)[1]
-    found = cpu.kmeans(vectors.unit(points), 4)
+    found = cpu.kmeans(maths.unit(points), 4)
     table = groups.cluster_agreement(points, {"k-means": found}, names, near, rounds=30)
     assert table.value["categories", "purity"] == 1 and table.value["k-means", "adjusted Rand"] == 1
     assert table.value["categories", "silhouette"] > 0.8
     assert table.shuffled["categories", "purity"] == pytest.approx(29 / 119, abs=0.03)  # chance
     assert abs(table.shuffled["k-means", "adjusted Rand"]) < 0.02
-    assert "100% of a word's nearest neighbours" in say.clusters_sentence(table)
+    assert "100% of a word's nearest neighbours" in say.agreement(table)
     counts = groups.contingency(found, names)
     assert sorted(counts.to_numpy().ravel().tolist()) == [0] * 12 + [30] * 4
     assert np.trace(counts.to_numpy()) == 120, "columns follow the categories"
-    assert "for 4 of 4 categories" in say.contingency_sentence(counts, "k-means")
+    assert "for 4 of 4 categories" in say.contingency(counts, "k-means")
 
 
 def test_noise_is_left_out_and_one_cluster_says_nothing(cpu, planted):
@@ -282,17 +292,16 @@ def test_noise_is_left_out_and_one_cluster_says_nothing(cpu, planted):
         "some", "adjusted Rand"
     ] == pytest.approx(0.1)
     assert table.loc[[("one", "silhouette"), ("none", "adjusted Rand")], "value"].isna().all()
-    assert "nothing to compare" in say.clusters_sentence(table)
-    assert "noise" in say.contingency_sentence(
-        groups.contingency(clusterings["none"], names), "none"
-    )
+    assert "nothing to compare" in say.agreement(table) and "nan" not in say.agreement(table)
+    noise = groups.contingency(clusterings["none"], names)
+    assert "for 0 of 4 categories: none" in say.contingency(noise, "none")
 
 
 def test_purity_and_overlap_by_hand():
     near = np.array([[1, 2], [0, 2], [0, 1]])
     assert groups.neighborhood_purity(near, ["x", "x", "y"]) == pytest.approx(2 / 6)
     np.testing.assert_allclose(groups.neighbor_overlap(near, [[2, 1], [2, 5], [4, 5]]), [1, 0.5, 0])
-    with pytest.raises(vectors.EmbeddingError, match="same rows"):
+    with pytest.raises(EmbeddingError, match="same rows"):
         groups.neighbor_overlap(near, near[:2])
 
 
@@ -322,27 +331,26 @@ def test_network_of_planted_neighbours(cpu, planted):
     )
     one = edges.iloc[0]
     cosine = float(
-        vectors.unit(points[[(one.src - 5) // 3]])[0]
-        @ vectors.unit(points[[(one.dst - 5) // 3]])[0]
+        maths.unit(points[[(one.src - 5) // 3]])[0] @ maths.unit(points[[(one.dst - 5) // 3]])[0]
     )
     assert one.cosine == pytest.approx(cosine, abs=1e-5)
-    assert "30 tokens" in say.network_sentence(edges, 120, parts, 0.5)
 
 
-def test_threshold_above_every_cosine_gives_an_empty_network(cpu, planted):
-    ids = np.arange(120)
-    edges = groups.neighbor_edges(*cpu.neighbors(planted[0], 3), ids, threshold=1.1)
-    assert len(edges) == 0 and len(np.unique(groups.components(edges, ids))) == 120
-    assert "lower the threshold" in say.network_sentence(edges, 120, None, 1.1)
-
-
-def test_hubs_sentence_counts_places():
-    near = np.array([[0, 1], [0, 2], [0, 1]])
-    said = say.hubs_sentence(near, ["x", "y", "z"])
-    assert said.startswith(
-        "50% of all places in the neighbour lists go to 1 of 3 tokens, most (3) to 'x'"
+def test_network_of_categories_says_what_stays_inside_and_who_is_named_most(cpu, planted):
+    points, names = planted
+    tokens = pd.DataFrame({"piece": [f" w{i}" for i in range(120)]})
+    around = pd.Series(names, index=pd.RangeIndex(120, name="id"))
+    nodes, edges = groups.network(points, around, 3, 0.5, cpu)
+    assert nodes.named.sum() == 360 and np.bincount(nodes.part).tolist() == [30] * 4
+    said = say.network(nodes, edges, tokens, 0.5).replace("\n", " ")
+    assert "0 of 120 tokens have no edge" in said
+    assert (
+        "100% stay inside one category; by chance 25%" in said
+        and f"'␣w{nodes.named.idxmax()}'" in said
     )
-    assert "0 tokens are nobody's" in said
+    nodes, edges = groups.network(points, around, 3, 1.1, cpu)
+    assert len(edges) == 0 and nodes.part.nunique() == 120
+    assert "lower the threshold" in say.network(nodes, edges, tokens, 1.1)
 
 
 def test_surroundings_take_the_category_of_the_nearest_word():
@@ -351,13 +359,40 @@ def test_surroundings_take_the_category_of_the_nearest_word():
     )
     around = groups.surroundings(words, [[0.1, 0.4], [0.2, 0.3]], [[20, 7], [7, 3]])
     assert around.to_dict() == {3: "colours", 7: "colours", 10: "animals", 20: "colours"}
-    edges = pd.DataFrame(
-        {"src": [3, 7], "dst": [7, 10], "cosine": [0.9, 0.8], "mutual": [True, False]}
-    )
-    said = say.network_sentence(edges, 4, groups.components(edges, around.index), 0.5, around)
-    assert (
-        "50% of edges stay inside one category; by chance 62%" in said and "1 have no edge" in said
-    )
+
+
+def test_nearest_rows_are_others_and_the_isolated_come_first(cpu, planted):
+    points, _ = planted
+    sample = np.array([3, 40, 80])
+    distances, near = groups.nearest(points, sample, 4, cpu, progress=False)
+    expected = cpu.neighbors(points, 4)
+    np.testing.assert_array_equal(near, expected[1][sample])
+    tokens = pd.DataFrame({"piece": [f" w{i}" for i in range(120)], "kind": "word start"})
+    table = groups.isolated(tokens.rename_axis("id"), sample, distances, near)
+    assert table.cosine.is_monotonic_increasing and set(table.id) == set(sample)
+    assert dict(zip(table.id, table.nearest_piece)) == {
+        row: f" w{other}" for row, other in zip(sample, near[:, 0])
+    }
+    assert f"least {table.cosine[0]:.2f}" in say.isolated(table)
+
+
+def test_projections_keep_neighbours_and_say_how_many(cpu, planted, monkeypatch):
+    points, _ = planted
+    monkeypatch.setattr(cpu, "umap", lambda x, n, *rest: 2 * cpu.pca(x, n)[0])
+    near = cpu.neighbors(points, 5)[1]
+    maps = groups.projections(points, near, cpu, n_neighbors=10)
+    assert {name: view.shape for name, view in maps.views.items()} == {
+        "UMAP": (120, 3),
+        "PCA": (120, 3),
+    }
+    low = cpu.neighbors(maps.views["PCA"], 5, metric="euclidean")[1]
+    assert maps.kept["PCA"] == pytest.approx(groups.neighbor_overlap(near, low).mean())
+    said = say.projections(maps, "points").replace("\n", " ")
+    assert f"PCA {maps.kept['PCA']:.0%}. Three principal" in said
+    sample = np.arange(0, 120, 10)
+    whole = groups.vocabulary_map(points, sample, near[sample], cpu, n_neighbors=10)
+    np.testing.assert_array_equal(whole.views["UMAP"], maps.views["UMAP"])
+    assert 0 < whole.kept["UMAP"] <= 1 and "principal" not in say.projections(whole, "points")
 
 
 def test_precision_of_the_same_and_of_rounded_rows(cpu):
@@ -369,7 +404,7 @@ def test_precision_of_the_same_and_of_rounded_rows(cpu):
         and (same.overlap == 1).all()
         and same.cosine.min() > 1 - 1e-6
     )
-    assert "are the same" in say.precision_sentence(same, 10, "Q8_0", "Q8_0")
+    assert "100% of tokens keep all 10" in say.precision(same, 10, "Q8_0", "Q8_0")
     coarse = np.round(rows * 2) / 2
     table = groups.precision(rows, coarse, near, cpu.neighbors(coarse, 10)[1])
     expected = (
@@ -377,7 +412,7 @@ def test_precision_of_the_same_and_of_rounded_rows(cpu):
     )
     np.testing.assert_allclose(table.cosine, expected, atol=1e-5)
     assert 0.3 < table.overlap.mean() < 1
-    with pytest.raises(vectors.EmbeddingError, match="different models"):
+    with pytest.raises(EmbeddingError, match="different models"):
         groups.precision(rows, rows[:, :8], near, near)
 
 
@@ -413,10 +448,9 @@ def test_sense_separation_grows_from_zero_and_beats_shuffled_senses(senses):
     assert table.agreement[0] == pytest.approx(3 / 7)  # all are tied: chance
     assert (np.diff(table.separation) > 0).all() and table.agreement[5] == 1
     assert (table.separation[2:] > table.shuffled_p95[2:]).all() and abs(table.shuffled).max() < 0.1
-    said = say.senses_sentence(table)
-    assert "largest" in said and "at layer 5, the last" in said
-    assert "in 6" not in said and "first at layer 0" not in said
-    assert context.separation(layers[4], sense, words) == pytest.approx(table.separation[4])
+    said = say.separation(table, "sense")
+    assert "is 0.00 at layer 0 and largest" in said and "at layer 5;" in said
+    assert "first at layer 0" not in said
 
 
 def test_shuffled_senses_do_not_separate(senses):
@@ -424,14 +458,13 @@ def test_shuffled_senses_do_not_separate(senses):
     flat = np.tile(np.tile(["one", "two"], 4), 2)  # half of each sense in each
     table = context.separation_by_layer(layers, flat, words, rounds=100)
     assert not (table.separation > table.shuffled_p95 + 1e-9).any()
-    assert "At no layer" in say.senses_sentence(table)
+    assert "At no layer" in say.separation(table, "sense")
 
 
 def test_a_direction_that_all_share_does_not_count(senses):
     layers, sense, words = senses
-    assert context.separation(layers[3] + 1000, sense, words) == pytest.approx(
-        context.separation(layers[3], sense, words), abs=1e-3
-    )
+    table = context.separation_by_layer(layers[[3, 3]] + [[[0]], [[1000]]], sense, words, rounds=2)
+    assert table.separation[0] == pytest.approx(table.separation[1], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +477,7 @@ def test_a_direction_that_all_share_does_not_count(senses):
     ],
 )
 def test_occurrences_that_cannot_be_compared(senses, change, message):
-    with pytest.raises(vectors.EmbeddingError, match=message):
+    with pytest.raises(EmbeddingError, match=message):
         context.separation_by_layer(*change(*senses), rounds=2)
 
 
@@ -453,74 +486,129 @@ def test_the_last_occurrence_of_a_word_is_found_and_a_split_word_named():
         {"position": range(5), "piece": ["The", " bank", " by", " bank", b"\xe2"]}
     )
     assert context.word_position(tokens, "bank") == 3
-    with pytest.raises(vectors.EmbeddingError, match="'river' is no single token"):
+    with pytest.raises(EmbeddingError, match="'river' is no single token"):
         context.word_position(tokens, "river")
+
+
+def test_states_are_taken_at_the_word_and_before_it_one_capture_at_a_time():
+    """Captures come from a generator: what is kept must be copies."""
+
+    class Fake(dict):
+        tokens = pd.DataFrame(
+            {"position": range(3), "id": [7, 8, 9], "piece": ["a", " b", " bank"]}
+        )
+        hidden = property(lambda self: self["hidden"])
+
+    def captures():
+        data = np.empty((2, 3, 4), np.float32)
+        for number in (1, 2):
+            data[:] = number * np.arange(1, 25).reshape(2, 3, 4)
+            hidden = xr.DataArray(data, dims=("layer", "token", "embd"), coords={"layer": [0, 1]})
+            yield Fake(hidden=hidden, final_norm=hidden[1])
+            data[:] = np.nan
+
+    states = context.word_states(captures(), ["bank", "bank"])
+    assert states.at_word.dims == ("layer", "occurrence", "embd") and states.id.values.tolist() == [
+        9,
+        9,
+    ]
+    assert states.at_word.sel(layer=1).values[:, 0].tolist() == [21, 42]
+    assert states.before.sel(layer=0).values[:, 0].tolist() == [5, 10]
+    means = context.sentence_states(captures())
+    assert means.hidden.dims == ("layer", "sentence", "embd")
+    np.testing.assert_allclose(means.hidden[:, 0], means.hidden[:, 1], rtol=1e-6)
+    assert means.final_norm.values[:, 0].tolist() == [17, 34]
+
+
+def test_occurrences_are_of_words_that_are_one_token():
+    cases = context.occurrences({"cat": {"pet": ["a cat"]}, "zebra": {"x": ["a zebra"]}}, PIECES)
+    assert cases.to_dict("records") == [{"word": "cat", "sense": "pet", "text": "a cat"}]
+    topics = context.topics({"sea": ["one", "two"]})
+    assert topics.label.tolist() == ["sea 1", "sea 2"]
 
 
 def test_principal_plane_holds_planar_points_and_survives_equal_ones():
     flat = np.zeros((9, 7))
     flat[:, 2:4] = RNG.standard_normal((9, 2))
-    scores, shares = context.principal_plane(flat)
-    assert shares.sum() == pytest.approx(1)
+    scores, share = context.principal_plane(flat)
+    assert share == pytest.approx(1)
     distance = lambda x: np.linalg.norm(x[:, None] - x[None], axis=-1)
     np.testing.assert_allclose(distance(scores), distance(flat), atol=1e-9)
     assert not context.principal_plane(np.ones((5, 3)))[0].any()
 
 
+@pytest.fixture(scope="module")
+def bank(senses):
+    """The planes of the word "bank" in the planted states."""
+    layers, sense, words = senses
+    states = xr.DataArray(layers, dims=("layer", "occurrence", "embd"), coords={"layer": range(6)})
+    cases = pd.DataFrame({"word": words, "sense": sense, "text": [f"<i>{i}" for i in range(16)]})
+    with pytest.raises(EmbeddingError, match="choose one of bank, light"):
+        context.planes(states, cases, "spring")
+    return context.planes(states, cases, "bank", panels=3)
+
+
+def test_planes_of_a_word_move_apart(bank):
+    assert bank.layer.unique().tolist() == [0, 1, 5] and len(bank) == 24
+    apart = bank.groupby("layer").apart.first()
+    assert apart[0] == 0 and apart[5] > 3 and f"and {apart[5]:.1f} at" in say.planes(bank)
+    assert "one sense, 'one'" in say.planes(bank[bank.sense == "one"])
+
+
+def test_the_closest_sentences_are_named():
+    topics = context.topics({"sea": ["a", "b"], "sky": ["c"]})
+    cosines = np.array([[1, 0.5, 0.2], [0.5, 1, 0.3], [0.2, 0.3, 1]])
+    assert say.sentences(cosines, topics).endswith(
+        "'a' and 'b', 0.50. Closest of two topics: 'b' and 'c', 0.30."
+    )
+    assert say.sentences(cosines[:2, :2], topics[:2]).endswith("Closest of two topics: none.")
+    figure = figures.sentences(cosines, topics, title="t")
+    assert figure.data[0].y[2] == "sky 1: c"
+
+
 # Figures
 
 
-def test_projection_figure_carries_every_token_once_per_view_and_escapes_it(planted):
+def _tokens(pieces):
+    return pd.DataFrame({"piece": pieces, "norm": 1.0})
+
+
+def test_projections_carry_every_token_once_per_view_and_escape_it(planted):
     points, names = planted
-    pieces = [" <b>&", *[" w"] * 119]
-    figure = figures.projection_figure(
-        {"UMAP": points[:, :3], "PCA": points[:, 3:6]},
-        names,
-        pieces,
-        range(120),
-        np.ones(120),
-        title="t",
-    )
+    views = {"UMAP": points[:, :3], "PCA": points[:, 3:6]}
+    figure = figures.projections(views, _tokens([" <b>&", *[" w"] * 119]), names, title="t")
     assert [len(trace.x) for trace in figure.data] == [30] * 8
     assert figure.data[0].text[0] == "␣&lt;b&gt;&amp;"
-    assert [trace.showlegend for trace in figure.data] == [True] * 4 + [False] * 4
+    assert [trace.showlegend for trace in figure.data] == [True, False] * 4
     assert "id" in figure.data[0].hovertemplate and "norm" in figure.data[0].hovertemplate
+    assert figure.layout.scene2.xaxis.title.text == "PCA 1"
 
 
 def test_more_groups_than_colours_stay_apart():
     names = np.array([f"group {i}" for i in range(20)])
-    figure = figures.projection_figure(
-        {"UMAP": np.eye(20, 3)}, names, names, range(20), np.ones(20), title="t"
-    )
+    figure = figures.projections({"UMAP": np.eye(20, 3)}, _tokens(names), names, title="t")
     looks = {(trace.marker.color, trace.marker.symbol) for trace in figure.data}
     assert len(looks) == 20
 
 
-def test_figures_hold_the_numbers_they_were_given(senses, planted, cpu):
+def test_figures_hold_the_numbers_they_were_given(senses, planted, bank, cpu):
     layers, sense, words = senses
     table = context.separation_by_layer(layers, sense, words, rounds=5)
-    figure = figures.separation_figure(
-        {"senses": table}, title="t", points={"server": (5, 0.3, 0.9)}
-    )
+    server = pd.DataFrame({"separation": [0.3], "agreement": [0.9]})
+    figure = figures.separation({"senses": table}, title="t", points={"server": server})
     np.testing.assert_allclose(figure.data[0].y, table.separation)
-    assert figure.data[-1].y == (0.9,)
+    assert figure.data[-1].x == (5,) and figure.data[-1].y == (0.9,)
     norms = np.linalg.norm(GAUSS, axis=1)
-    box = figures.norm_figure(norms, np.repeat(["a", "b"], 1500), title="t").data[0]
-    assert box.median[0] in (
-        pytest.approx(np.median(norms[:1500])),
-        pytest.approx(np.median(norms[1500:])),
-    )
-    bars = figures.cosine_figure({"raw": vectors.random_cosines(GAUSS)}, title="t").data[0]
+    tokens = pd.DataFrame({"norm": norms, "kind": np.repeat(["a", "b"], 1500)})
+    box = figures.norms(tokens, title="t").data[0]
+    medians = sorted([np.median(norms[:1500]), np.median(norms[1500:])])
+    np.testing.assert_allclose(box.median, medians)
+    bars = figures.cosines({"raw": vectors.random_cosines(GAUSS)}, title="t").data[0]
     assert sum(bars.y) == pytest.approx(1)
-    planes = {layer: context.principal_plane(layers[layer, :8]) for layer in (0, 3, 5)}
-    assert (
-        len(figures.sense_figure(planes, sense[:8], [f"<i>{i}" for i in range(8)], title="t").data)
-        == 6
-    )
-    assert "farthest apart at layer 5" in say.plane_sentence(planes, sense[:8].tolist())
+    assert len(figures.planes(bank, title="t").data) == 6
     near = cpu.neighbors(planted[0], 10)[1]
     same = groups.precision(planted[0], planted[0], near, near)
-    figure = figures.precision_figure(same, title="t", other="Q8_0")
+    figure = figures.precision(same, "Q8_0", title="t")
     assert sum(figure.data[0].y) == 120 and list(figure.data[1].x) == [1.0]
 
 
@@ -529,11 +617,14 @@ def test_smollm2_matrix(smollm2):
     from llamatelemetry import GGUFFile
 
     model = GGUFFile(smollm2)
-    matrix = model.tensor("token_embd.weight")
+    matrix = vectors.token_embedding(model)
+    np.testing.assert_array_equal(matrix, model.tensor("token_embd.weight"))
     assert matrix.shape == (model.n_vocab, model.n_embd)
+    assert vectors.stored_as(model) == "Q8_0 (8.50 bits)"
     words = vectors.word_table(model.pieces, lists.CATEGORIES)
     assert len(words) > 180 and words.category.nunique() == len(lists.CATEGORIES)
-    unused = vectors.unused_tokens(matrix, model.token_types, model.pieces)
+    tokens = vectors.token_table(matrix, model.pieces, model.token_types)
+    unused = vectors.unused_tokens(matrix, tokens)
     assert {"<jupyter_start>", "<gh_stars>"} <= set(unused.piece), "rows that training left equal"
     assert (vectors.analogies(matrix, model.pieces, lists.ANALOGIES)["rank"] == 1).mean() > 0.5
     near = get_backend("cpu").neighbors(matrix[words.id], 10)[1]
@@ -544,6 +635,5 @@ def test_bars_of_kept_neighbours_are_as_wide_as_one_neighbour():
     """The width came from the smallest share: where none kept fewer than two of ten, bars ran into
     one another."""
     kept = pd.DataFrame({"cosine": [0.9, 0.95, 0.99, 1.0], "overlap": [0.2, 0.8, 0.9, 1.0]})
-    assert figures.precision_figure(kept, title="t", other="Q5_0").data[1].width == pytest.approx(
-        0.08
-    )
+    figure = figures.precision(kept, "Q5_0", title="t")
+    assert figure.data[1].width == pytest.approx(0.08)

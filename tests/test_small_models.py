@@ -334,7 +334,7 @@ def test_one_category_is_nothing_to_agree_with():
     near = np.argsort(((points[:, None] - points) ** 2).sum(-1), 1)[:, 1:4]
     labels = {"k-means": np.arange(12) % 2}
     table = groups.cluster_agreement(points, labels, ["colours"] * 12, near, rounds=5)
-    said = embeddings_sentences.clusters_sentence(table)
+    said = embeddings_sentences.agreement(table)
     assert not NO_NUMBER.search(said) and "of one category" in said and "Rand index" not in said
 
 

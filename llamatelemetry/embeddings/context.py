@@ -1,13 +1,48 @@
-"""Contextual embeddings: the same word in different sentences, layer by layer."""
+"""Contextual embeddings: the same word in different sentences, and whole sentences, layer by
+layer."""
+
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import xarray as xr
+from numpy.typing import ArrayLike
 
+from ..capture.data import Capture
 from ..errors import EmbeddingError
 from ..maths import unit
+from .vectors import word_table
 
 
-def word_position(tokens, word):
+def occurrences(
+    senses: Mapping[str, Mapping[str, Sequence[str]]], pieces: Sequence[str | bytes]
+) -> pd.DataFrame:
+    """The sentences of the words that are one token of a vocabulary: DataFrame (word, sense, text).
+
+    senses: {word: {sense: [sentence, ...]}}. EmbeddingError where no word is one token."""
+    known = set(word_table(pieces, {"": list(senses)}).word)
+    rows = [
+        (word, sense, text)
+        for word in senses
+        if word in known
+        for sense, texts in senses[word].items()
+        for text in texts
+    ]
+    return pd.DataFrame(rows, columns=["word", "sense", "text"])
+
+
+def topics(sentences: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Sentences by topic, {topic: [sentence, ...]}, as a DataFrame (topic, label, text); a label is
+    the topic and a number."""
+    rows = [
+        (topic, f"{topic} {number}", text)
+        for topic, texts in sentences.items()
+        for number, text in enumerate(texts, 1)
+    ]
+    return pd.DataFrame(rows, columns=["topic", "label", "text"])
+
+
+def word_position(tokens: pd.DataFrame, word: str) -> int:
     """Position of the last token that is `word` (spaces aside). tokens: DataFrame with position and
     piece.
 
@@ -19,29 +54,71 @@ def word_position(tokens, word):
         if isinstance(piece, str) and piece.strip() == word
     ]
     if not at:
-        pieces = [piece for piece in tokens.piece]
         raise EmbeddingError(
-            f"{word!r} is no single token in {pieces}. Choose a word that this vocabulary keeps whole "
-            "(word_table tells), and sentences that have it."
+            f"{word!r} is no single token in {list(tokens.piece)}. Choose a word that this vocabulary "
+            "keeps whole (word_table tells), and sentences that have it."
         )
     return int(at[-1])
 
 
-def separation(vectors, labels, groups=None):
-    """Mean cosine of pairs with the same label minus mean cosine of pairs with different labels.
+def word_states(captures: Iterable[Capture], words: Sequence[str]) -> xr.Dataset:
+    """The residual stream at one word of each capture (stage "hidden") and at the token before it.
 
-    vectors: (n, embd); labels: (n,); groups: (n,), only pairs inside one group count (one word's
-    senses), each group with the same weight. 0: labels tell nothing; at most 2. The mean row is
-    subtracted first, so that a direction that all share does not count."""
-    return _separation(_cosines(vectors), np.asarray(labels), _pairs(groups, len(labels)))
+    -> at_word, before: (layer, occurrence, embd); id: (occurrence,), the word's token. Captures are
+    read one by one: give a generator."""
+    found = []
+    for capture, word in zip(captures, words):
+        position = word_position(capture.tokens, word)
+        here = capture.hidden.isel(token=position, drop=True).copy()
+        before = capture.hidden.isel(token=max(position - 1, 0), drop=True).copy()
+        rows = {"at_word": here, "before": before, "id": capture.tokens.id[position]}
+        found.append(xr.Dataset(rows))
+    return xr.concat(found, dim="occurrence").transpose("layer", ...)
 
 
-def separation_by_layer(layers, labels, groups=None, rounds=200, seed=0):
-    """`separation` at every layer, beside what labels shuffled inside each group give.
+def sentence_states(captures: Iterable[Capture]) -> xr.Dataset:
+    """Means over the tokens of each capture (stages "hidden", "final_norm").
 
-    layers: (layer, n, embd). -> DataFrame indexed by layer: separation, shuffled (mean),
-    shuffled_p95, agreement (share of rows whose nearest row of the same group has their label; ties
-    count by their share), agreement_shuffled (mean)."""
+    -> hidden: (layer, sentence, embd), each token's state first scaled to length 1, since one
+    token's can be far longer than the others' together; final_norm: (sentence, embd), as it is."""
+    found = []
+    for capture in captures:
+        hidden = capture.hidden.copy(data=unit(capture.hidden)).mean("token")
+        rows = {"hidden": hidden, "final_norm": capture["final_norm"].mean("token")}
+        found.append(xr.Dataset(rows))
+    return xr.concat(found, dim="sentence").transpose("layer", ...)
+
+
+def same_direction(first: ArrayLike, second: ArrayLike) -> np.ndarray:
+    """Cosine of each row with the other table's. (n, width), (n, width) -> (n,) float32"""
+    return (unit(first) * unit(second)).sum(axis=1)
+
+
+def centred_cosines(vectors: ArrayLike) -> np.ndarray:
+    """Cosines of all pairs of rows minus their mean row, so that a direction that all share does
+    not count. (n, width) -> (n, n) float64"""
+    vectors = np.asarray(vectors, np.float64)
+    rows = unit(vectors - vectors.mean(axis=0)).astype(np.float64)
+    return rows @ rows.T
+
+
+def separation_by_layer(
+    layers: ArrayLike,
+    labels: ArrayLike,
+    groups: ArrayLike | None = None,
+    rounds: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How far labels lie apart at every layer, beside what labels shuffled inside each group give.
+
+    Separation: mean cosine of pairs with the same label minus mean cosine of pairs with different
+    labels, after the mean row is subtracted; 0: labels tell nothing; at most 2. Agreement: share of
+    rows whose nearest row has their label; ties count by their share. layers: (layer, n, embd);
+    labels: (n,); groups: (n,), only rows of one group are compared (one word's senses), each group
+    with the same weight.
+
+    -> DataFrame indexed by layer: separation, shuffled (mean), shuffled_p95, agreement,
+    agreement_shuffled (mean)."""
     layers, labels = np.asarray(layers), pd.factorize(np.asarray(labels))[0]
     if layers.ndim != 3 or layers.shape[1] != len(labels):
         raise EmbeddingError(
@@ -51,43 +128,20 @@ def separation_by_layer(layers, labels, groups=None, rounds=200, seed=0):
         raise EmbeddingError(
             "The hidden states hold NaN or infinity: capture them again, or check the model file."
         )
-    pairs, rng = _pairs(groups, len(labels)), np.random.default_rng(seed)
-    trials = [_shuffle(labels, pairs, rng) for _ in range(rounds)]
+    members, rng = _members(groups, len(labels)), np.random.default_rng(seed)
+    trials = [_shuffle(labels, members, rng) for _ in range(rounds)]
     rows = []
     for layer in layers:
-        cosine = _cosines(layer)  # (n, n)
-        base = [_separation(cosine, trial, pairs) for trial in trials]
-        near = [_agreement(cosine, trial, pairs) for trial in trials]
-        rows.append(
-            (
-                _separation(cosine, labels, pairs),
-                np.mean(base),
-                np.quantile(base, 0.95),
-                _agreement(cosine, labels, pairs),
-                np.mean(near),
-            )
-        )
+        cosine = centred_cosines(layer)
+        base = [_separation(cosine, trial, members) for trial in trials]
+        near = [_agreement(cosine, trial, members) for trial in trials]
+        value, agreement = (of(cosine, labels, members) for of in (_separation, _agreement))
+        rows.append((value, np.mean(base), np.quantile(base, 0.95), agreement, np.mean(near)))
     columns = ["separation", "shuffled", "shuffled_p95", "agreement", "agreement_shuffled"]
-    return pd.DataFrame(rows, columns=columns, index=pd.RangeIndex(len(layers), name="layer"))
+    return pd.DataFrame(rows, pd.RangeIndex(len(layers), name="layer"), columns)
 
 
-def principal_plane(vectors):
-    """The two directions of largest variance: (n, embd) -> (scores (n, 2), share of the variance
-    (2,)); zeros where all rows are equal."""
-    centred = np.asarray(vectors, np.float64) - np.mean(vectors, axis=0, dtype=np.float64)
-    if not np.abs(centred).max() > 1e-6 * max(np.abs(vectors).max(), 1e-30):
-        return np.zeros((len(centred), 2)), np.zeros(2)
-    left, values, _ = np.linalg.svd(centred, full_matrices=False)
-    return left[:, :2] * values[:2], values[:2] ** 2 / (values**2).sum()
-
-
-def _cosines(vectors):
-    vectors = np.asarray(vectors, np.float64)
-    rows = unit(vectors - vectors.mean(axis=0)).astype(np.float64)
-    return rows @ rows.T
-
-
-def _pairs(groups, n):
+def _members(groups, n):
     """One index array per group."""
     codes = np.zeros(n, int) if groups is None else pd.factorize(np.asarray(groups))[0]
     members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
@@ -127,3 +181,47 @@ def _agreement(cosine, labels, members):
         same = labels[index][:, None] == labels[index]
         values.append(((nearest & same).sum(axis=1) / nearest.sum(axis=1)).mean())
     return float(np.mean(values))
+
+
+def planes(
+    states: xr.DataArray, occurrences: pd.DataFrame, word: str, panels: int = 6
+) -> pd.DataFrame:
+    """One word's occurrences in the plane of largest variance, at layer 0 and at layers spread
+    evenly over the rest.
+
+    states: (layer, occurrence, embd); occurrences: DataFrame (word, sense, text). -> DataFrame, one
+    row per layer and occurrence: layer, sense, text, x, y, variance (share that the plane holds; 0,
+    as x and y are, where all are one point), apart (distance of the first two senses' means over
+    their own spread). EmbeddingError where the word has no occurrence."""
+    one = (occurrences.word == word).to_numpy()
+    if not one.any():
+        known = ", ".join(sorted(set(occurrences.word)))
+        raise EmbeddingError(f"No sentences with {word!r} as one token: choose one of {known}.")
+    places = np.linspace(1, states.sizes["layer"] - 1, panels - 1).round().astype(int)
+    tables = []
+    for layer in states.layer.to_numpy()[np.unique([0, *places])]:
+        scores, variance = principal_plane(states.sel(layer=layer).to_numpy()[one])
+        table = occurrences.loc[one, ["sense", "text"]].assign(x=scores[:, 0], y=scores[:, 1])
+        tables.append(table.assign(layer=int(layer), variance=variance, apart=_apart(table)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _apart(points):
+    """Distance of the means of the first two senses, over the spread inside them; 0 for one sense
+    and for one point."""
+    senses = points.groupby("sense", sort=False)[["x", "y"]]
+    means, spread = senses.mean().to_numpy(), senses.var(ddof=0).sum(axis=1)[:2].mean() ** 0.5
+    return float(np.linalg.norm(means[0] - means[1]) / spread) if len(means) > 1 and spread else 0.0
+
+
+def principal_plane(vectors: ArrayLike) -> tuple[np.ndarray, float]:
+    """The two directions of largest variance: (n, embd) -> (scores (n, 2), the share of the
+    variance that they hold); zeros where all rows are equal."""
+    from sklearn.decomposition import PCA
+
+    vectors = np.asarray(vectors, np.float64)
+    centred = vectors - vectors.mean(axis=0)
+    if not np.abs(centred).max() > 1e-6 * max(np.abs(vectors).max(), 1e-30):
+        return np.zeros((len(vectors), 2)), 0.0
+    plane = PCA(2, svd_solver="full")
+    return plane.fit_transform(vectors), float(plane.explained_variance_ratio_.sum())

@@ -1,448 +1,268 @@
-"""Figures of token embeddings: projections, spectra, clusters, analogies, senses by layer, two
-precisions."""
+"""Figures of token embeddings: norms, spectra, projections, clusters, analogies, senses by layer,
+two precisions."""
+
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
-from ..views.text import plotly, token_text
-from ..views.theme import (
-    CATEGORIES,
-    COLOR,
-    MAGNITUDE,
-    axis_values,
-    decades,
-    titled,
-    whole,
-)
+from ..views import theme
+from ..views.text import plotly, shorten, token_text
+from ..views.theme import CATEGORIES, COLOR, axis_values, decades, titled, whole
 
-_SYMBOLS = (
-    "circle",
-    "diamond",
-    "square",
-    "cross",
-    "x",
-)  # 3-D markers; colours repeat after len(CATEGORIES) groups
+# 3-D markers; colours repeat after len(CATEGORIES) groups
+_SYMBOLS = ("circle", "diamond", "square", "cross", "x")
+_SERIES = (COLOR["embedding"], CATEGORIES[0], COLOR["baseline"])
+_LEGEND = dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right")
 
 
-def piece_labels(pieces):
+def piece_labels(pieces: Iterable[str | bytes]) -> list[str]:
     """Token texts for Plotly: spaces and newlines visible, escaped."""
     return [plotly(token_text(piece)) for piece in pieces]
 
 
-def projection_figure(
-    views, groups, pieces, ids, norms, *, title, extra=None, size=3.5, height=560
-):
-    """The same tokens in one or two 3-D projections, side by side.
-
-    views: {"UMAP": (n, 3), "PCA": (n, 3)}; groups: (n,) names that give the colour; ids, norms:
-    (n,) for the hover box; extra: {name: (n,) values} for it too."""
-    labels, groups = np.array(piece_labels(pieces)), np.asarray(groups)
-    columns = {
-        "id": np.asarray(ids),
-        "norm": np.round(np.asarray(norms, float), 3),
-        **(extra or {}),
-    }
-    names = sorted(set(groups.tolist()), key=lambda name: (-(groups == name).sum(), str(name)))
-    figure = make_subplots(
-        1,
-        len(views),
-        specs=[[{"type": "scene"}] * len(views)],
-        subplot_titles=axis_values(views),
-        horizontal_spacing=0.02,
-    )
-    template = (
-        "<b>%{text}</b><br>%{meta}<br>"
-        + "<br>".join(f"{name} %{{customdata[{number}]}}" for number, name in enumerate(columns))
-        + "<extra></extra>"
-    )
-    for column, (_, xyz) in enumerate(views.items(), 1):
-        xyz = np.asarray(xyz, np.float32)
-        for number, name in enumerate(names):
-            here = groups == name
-            figure.add_scatter3d(
-                x=xyz[here, 0],
-                y=xyz[here, 1],
-                z=xyz[here, 2],
-                mode="markers",
-                text=labels[here],
-                meta=plotly(name),
-                customdata=np.stack(
-                    [np.asarray(values)[here] for values in columns.values()], axis=1
-                ),
-                hovertemplate=template,
-                name=plotly(f"{name} ({here.sum():,})"),
-                legendgroup=str(name),
-                showlegend=column == 1,
-                marker=dict(
-                    size=size,
-                    opacity=float(
-                        np.clip(1500 / here.sum(), 0.12, 0.8)
-                    ),  # else 10,000 hide the rest
-                    color=CATEGORIES[number % len(CATEGORIES)],
-                    symbol=_SYMBOLS[number // len(CATEGORIES) % len(_SYMBOLS)],
-                ),
-                row=1,
-                col=column,
-            )
-    for view, scene in zip(views, ("scene", "scene2")):
-        axes = {
-            f"{axis}axis": dict(
-                title=f"{view} {number}",
-                showticklabels=False,
-                showspikes=False,
-                backgroundcolor="rgba(0,0,0,0)",
-                gridcolor="rgba(128,128,128,0.35)",
-            )
-            for number, axis in enumerate("xyz", 1)
-        }
-        figure.update_layout(
-            {scene: dict(**axes, aspectmode="cube", camera=dict(eye=dict(x=1.4, y=1.4, z=0.85)))}
-        )
-    return figure.update_layout(
-        **titled(title),
-        height=height,
-        margin=dict(l=0, r=0, t=80, b=0),
-        legend=dict(orientation="h", y=-0.02, itemsizing="constant"),
-    )
-
-
-def norm_figure(norms, kinds, *, title):
+def norms(tokens: pd.DataFrame, *, title: str) -> go.Figure:
     """Box per kind of token (quartiles, whiskers at the 1st and 99th percentile), computed here so
-    that the figure holds no more than it shows. norms: (n,); kinds: (n,) names."""
-    norms, kinds = np.asarray(norms, float), np.asarray(kinds)
-    figure = go.Figure(
-        layout=dict(
-            **titled(title),
-            xaxis_title="norm of the embedding row (Euclidean)",
-            yaxis_title="kind of token",
-            height=420,
-            showlegend=False,
-        )
-    )
-    for kind in sorted(
-        set(kinds.tolist()), key=lambda name: float(np.median(norms[kinds == name]))
-    ):
-        low, q1, median, q3, high = np.percentile(norms[kinds == kind], [1, 25, 50, 75, 99])
-        label = plotly(f"{kind} ({(kinds == kind).sum():,})")
-        figure.add_box(
-            y=[label],
-            q1=[q1],
-            median=[median],
-            q3=[q3],
-            lowerfence=[low],
-            upperfence=[high],
-            orientation="h",
-            name=plotly(kind),
-            line_color=COLOR["embedding"],
-        )
-    return figure
+    that the figure holds no more than it shows. tokens: `token_table`."""
+    kinds = tokens.groupby("kind")["norm"]
+    parts = kinds.quantile([0.01, 0.25, 0.5, 0.75, 0.99]).unstack().sort_values(0.5)
+    ends = dict(zip(("lowerfence", "q1", "median", "q3", "upperfence"), parts.to_numpy().T))
+    labels = [plotly(f"{kind} ({count:,})") for kind, count in kinds.size()[parts.index].items()]
+    figure = go.Figure(layout=dict(**titled(title), height=420, yaxis_title="kind of token"))
+    figure.add_box(y=labels, **ends, orientation="h", name="", line_color=COLOR["embedding"])
+    return figure.update_xaxes(title="norm of the embedding row (Euclidean)")
 
 
-def spectrum_figure(values, centred, random, *, title):
-    """Singular values as a share of their sum: as stored, centred, and of a random matrix of the
-    same shape."""
-    figure = go.Figure(
-        layout=dict(
-            **titled(title),
-            xaxis_title="singular value (largest first)",
-            yaxis_title="share of the sum of singular values",
-            height=420,
-            legend=dict(x=0.98, y=0.98, xanchor="right"),
-        )
-    )
-    for name, line, color, dash in (
-        ("as stored", values, COLOR["embedding"], "solid"),
-        ("minus the mean row", centred, CATEGORIES[0], "solid"),
-        ("random Gaussian matrix", random, COLOR["baseline"], "dash"),
-    ):
-        line = np.asarray(line)[np.asarray(line) > 0]
-        figure.add_scatter(
-            x=np.arange(1, len(line) + 1),
-            y=line / line.sum(),
-            mode="lines",
-            name=name,
-            line=dict(color=color, dash=dash),
-            hovertemplate="number %{x}: %{y:.5f}<extra></extra>",
-        )
+def cosines(series: Mapping[str, ArrayLike], *, title: str) -> go.Figure:
+    """Histograms of cosines over one another. series: {name: (n,) cosines of random pairs}"""
+    legend = dict(x=0.02, y=0.98)
+    figure = go.Figure(layout=dict(**titled(title), barmode="overlay", bargap=0, legend=legend))
+    edges = np.linspace(-1, 1, 101)
+    for (name, values), color in zip(series.items(), _SERIES):
+        count, name = np.histogram(values, edges)[0], plotly(name)
+        hover = f"cosine %{{x:.2f}}: %{{y:.4f}}<extra>{name}</extra>"
+        look = dict(name=name, opacity=0.65, marker_color=color, hovertemplate=hover)
+        figure.add_bar(x=(edges[:-1] + edges[1:]) / 2, y=count / count.sum(), **look)
+    figure.update_xaxes(title="cosine of a random pair of tokens")
+    return figure.update_yaxes(title="share of pairs").update_layout(height=380)
+
+
+def spectrum(spectra: Mapping[str, ArrayLike], *, title: str) -> go.Figure:
+    """Singular values as a share of their sum. spectra: {name: (n,) values, largest first}, the
+    last one a baseline, drawn dashed."""
+    figure = go.Figure(layout=dict(**titled(title), height=420))
+    for number, ((name, values), color) in enumerate(zip(spectra.items(), _SERIES), 1):
+        values = np.asarray(values)[np.asarray(values) > 0]
+        line = dict(color=color, dash="dash" if number == len(spectra) else "solid")
+        look = dict(mode="lines", name=plotly(name), line=line)
+        hover = "number %{x}: %{y:.5f}<extra></extra>"
+        x, y = np.arange(1, len(values) + 1), values / values.sum()
+        figure.add_scatter(x=x, y=y, hovertemplate=hover, **look)
+    figure.update_xaxes(title="singular value (largest first)")
+    figure.update_yaxes(title="share of the sum of singular values")
+    figure.update_layout(legend=dict(x=0.98, y=0.98, xanchor="right"))
     return decades(decades(figure, "x"), "y")
 
 
-def cosine_figure(series, *, title, x_title="cosine of a random pair of tokens"):
-    """Histograms of cosines over one another. series: {name: values}"""
-    edges = np.linspace(-1, 1, 101)
-    colors = (COLOR["embedding"], CATEGORIES[0], COLOR["baseline"])
-    figure = go.Figure(
-        layout=dict(
-            **titled(title),
-            xaxis_title=plotly(x_title),
-            yaxis_title="share of pairs",
-            height=380,
-            barmode="overlay",
-            bargap=0,
-            legend=dict(x=0.02, y=0.98),
-        )
+def projections(
+    views: Mapping[str, np.ndarray],
+    tokens: pd.DataFrame,
+    groups: ArrayLike,
+    *,
+    title: str,
+    size: float = 3.5,
+    height: int = 560,
+) -> go.Figure:
+    """The same tokens in one or two 3-D projections, side by side.
+
+    views: {"UMAP": (n, 3), "PCA": (n, 3)}; tokens: (n) rows of `token_table`; groups: (n,) names
+    that give the colour."""
+    groups, labels = np.asarray(groups), np.array(piece_labels(tokens.piece))
+    about = np.column_stack([tokens.index, tokens.norm.round(3)])
+    hover = (
+        "<b>%{text}</b><br>%{meta}<br>id %{customdata[0]}<br>norm %{customdata[1]}<extra></extra>"
     )
-    for (name, values), color in zip(series.items(), colors):
-        name = plotly(name)
-        count = np.histogram(values, edges)[0]
-        figure.add_bar(
-            x=(edges[:-1] + edges[1:]) / 2,
-            y=count / count.sum(),
-            name=name,
-            opacity=0.65,
-            marker_color=color,
-            hovertemplate="cosine %{x:.2f}: %{y:.4f}<extra>" + name + "</extra>",
-        )
-    return figure
+    scenes, names = [[{"type": "scene"}] * len(views)], axis_values(views)
+    layout = dict(specs=scenes, subplot_titles=names, horizontal_spacing=0.02)
+    figure = make_subplots(1, len(views), **layout)
+    largest_first = sorted(
+        set(groups.tolist()), key=lambda name: (-(groups == name).sum(), str(name))
+    )
+    for number, name in enumerate(largest_first):
+        here = groups == name
+        color = CATEGORIES[number % len(CATEGORIES)]
+        symbol = _SYMBOLS[number // len(CATEGORIES) % len(_SYMBOLS)]
+        opacity = float(np.clip(1500 / here.sum(), 0.12, 0.8))  # else 10,000 hide the rest
+        look = dict(marker=dict(size=size, opacity=opacity, color=color, symbol=symbol))
+        look |= dict(mode="markers", name=plotly(f"{name} ({here.sum():,})"), legendgroup=str(name))
+        look |= dict(text=labels[here], meta=plotly(name), customdata=about[here])
+        for column, view in enumerate(views.values(), 1):
+            x, y, z = np.asarray(view, np.float32)[here].T
+            look |= dict(showlegend=column == 1, hovertemplate=hover)
+            figure.add_scatter3d(x=x, y=y, z=z, row=1, col=column, **look)
+    plain = dict(showticklabels=False, showspikes=False, backgroundcolor="rgba(0,0,0,0)")
+    plain["gridcolor"] = "rgba(128,128,128,0.35)"
+    figure.update_scenes(aspectmode="cube", camera_eye=dict(x=1.4, y=1.4, z=0.85))
+    for column, view in enumerate(views, 1):
+        axes = {
+            f"{axis}axis": dict(title=f"{view} {i}", **plain) for i, axis in enumerate("xyz", 1)
+        }
+        figure.update_scenes(axes, col=column)
+    legend = dict(orientation="h", y=-0.02, itemsizing="constant")
+    margin = dict(l=0, r=0, t=80, b=0)
+    return figure.update_layout(**titled(title), height=height, margin=margin, legend=legend)
 
 
-def agreement_figure(table, *, title):
+def agreement(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Bars of `cluster_agreement`, with the 95th percentile of shuffled labels as a mark."""
     labels = [plotly(f"{grouping}: {measure}") for grouping, measure in table.index]
-    figure = go.Figure(
-        layout=dict(
-            **titled(title),
-            height=340,
-            legend=dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right"),
-            xaxis_title="value (1 is the best; 0 is no structure, for purity see the mark)",
-        )
-    )
-    figure.add_bar(
-        x=table.value,
-        y=labels,
-        orientation="h",
-        name="measured",
-        marker_color=COLOR["embedding"],
-        text=table.value.map("{:.2f}".format),
-        hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-    )
-    figure.add_scatter(
-        x=table.shuffled_p95,
-        y=labels,
-        mode="markers",
-        name="95th percentile of shuffled labels",
-        marker=dict(symbol="line-ns", size=16, line=dict(width=3, color=COLOR["baseline"])),
-        hovertemplate="%{y}: %{x:.4f}<extra>shuffled</extra>",
-    )
+    figure = go.Figure(layout=dict(**titled(title), height=340, legend=_LEGEND))
+    look = dict(orientation="h", name="measured", marker_color=COLOR["embedding"])
+    text, hover = table.value.map("{:.2f}".format), "%{y}: %{x:.4f}<extra></extra>"
+    figure.add_bar(x=table.value, y=labels, text=text, hovertemplate=hover, **look)
+    mark = dict(symbol="line-ns", size=16, line=dict(width=3, color=COLOR["baseline"]))
+    look = dict(mode="markers", name="95th percentile of shuffled labels", marker=mark)
+    hover = "%{y}: %{x:.4f}<extra>shuffled</extra>"
+    figure.add_scatter(x=table.shuffled_p95, y=labels, hovertemplate=hover, **look)
+    figure.update_xaxes(title="value (1 is the best; 0 is no structure, for purity see the mark)")
     return figure.update_yaxes(autorange="reversed")
 
 
-def contingency_figure(tables, *, title):
+def contingency(tables: Mapping[str, pd.DataFrame], *, title: str) -> go.Figure:
     """Category x cluster counts, one heatmap per clustering. tables: {name: DataFrame of
     `contingency`}"""
-    figure = make_subplots(
-        1,
-        len(tables),
-        subplot_titles=axis_values(tables),
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-    )
+    layout = dict(subplot_titles=axis_values(tables), shared_yaxes=True, horizontal_spacing=0.03)
+    figure = make_subplots(1, len(tables), **layout)
+    hover = "%{y}, cluster %{x}: %{z} words<extra></extra>"
+    look = dict(texttemplate="%{text}", coloraxis="coloraxis", hovertemplate=hover)
     for column, table in enumerate(tables.values(), 1):
         names = ["noise" if cluster < 0 else str(cluster) for cluster in table.columns]
-        figure.add_heatmap(
-            z=table.to_numpy(),
-            x=names,
-            y=axis_values(table.index),
-            text=table.to_numpy(),
-            row=1,
-            col=column,
-            texttemplate="%{text}",
-            coloraxis="coloraxis",
-            hovertemplate="%{y}, cluster %{x}: %{z} words<extra></extra>",
-        )
+        labels, counts = axis_values(table.index), table.to_numpy()
+        figure.add_heatmap(z=counts, text=counts, x=names, y=labels, row=1, col=column, **look)
     figure.update_xaxes(title="cluster", type="category").update_yaxes(autorange="reversed")
-    return figure.update_layout(
-        **titled(title),
-        height=420,
-        coloraxis=dict(colorscale=MAGNITUDE, colorbar=dict(title=dict(text="words"))),
-    )
+    colors = dict(colorscale=theme.MAGNITUDE, colorbar=dict(title=dict(text="words")))
+    return figure.update_layout(**titled(title), height=420, coloraxis=colors)
 
 
-def analogy_figure(table, *, title):
+def analogies(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Rank of each expected answer with the offset (b - a + c) and by cosine to c alone, on a
-    logarithmic scale."""
+    logarithmic scale. table: `analogies`."""
     labels = [plotly(f"{q.a} : {q.b} = {q.c} : {q.d}") for q in table.itertuples()]
-    figure = go.Figure(
-        layout=dict(
-            **titled(title),
-            height=180 + 22 * len(table),
-            xaxis_title="rank of the expected token in the whole vocabulary (1 is the best)",
-            legend=dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right"),
-        )
-    )
+    figure = go.Figure(layout=dict(**titled(title), height=180 + 22 * len(table), legend=_LEGEND))
+    look = dict(mode="lines", showlegend=False, hoverinfo="skip")
+    look["line"] = dict(color=COLOR["baseline"], width=1)
     for label, row in zip(labels, table.itertuples()):
-        figure.add_scatter(
-            x=[row.rank, row.rank_without],
-            y=[label] * 2,
-            mode="lines",
-            showlegend=False,
-            line=dict(color=COLOR["baseline"], width=1),
-            hoverinfo="skip",
-        )
-    for name, column, color in (
-        ("without the offset", "rank_without", COLOR["baseline"]),
-        ("with the offset", "rank", COLOR["embedding"]),
+        figure.add_scatter(x=[row.rank, row.rank_without], y=[label] * 2, **look)
+    hover = "%{y}<br>rank %{x}, first with the offset: %{text}<extra></extra>"
+    look = dict(mode="markers", text=piece_labels(table.answer), hovertemplate=hover)
+    for name, ranks, color in (
+        ("without the offset", table["rank_without"], COLOR["baseline"]),
+        ("with the offset", table["rank"], COLOR["embedding"]),
     ):
-        figure.add_scatter(
-            x=table[column],
-            y=labels,
-            mode="markers",
-            name=name,
-            marker=dict(color=color, size=9),
-            text=piece_labels(table.answer),
-            hovertemplate="%{y}<br>rank %{x}, first with the offset: %{text}<extra></extra>",
-        )
-    return decades(figure, "x").update_yaxes(autorange="reversed", tickfont=dict(size=11))
+        figure.add_scatter(x=ranks, y=labels, name=name, marker=dict(color=color, size=9), **look)
+    figure.update_xaxes(title="rank of the expected token in the whole vocabulary (1 is the best)")
+    return decades(figure, "x").update_yaxes(autorange="reversed", tickfont_size=11)
 
 
-def separation_figure(tables, *, title, points=None):
+def separation(
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    title: str,
+    points: Mapping[str, pd.DataFrame] | None = None,
+) -> go.Figure:
     """Separation and nearest-neighbour agreement by layer, with what shuffled labels give.
 
-    tables: {name: DataFrame of `separation_by_layer`}; points: {name: (layer, separation,
-    agreement)}, single measurements drawn as stars."""
-    figure = make_subplots(
-        1, 2, subplot_titles=("separation", "nearest has the same label"), horizontal_spacing=0.12
-    )
-    for number, (name, table) in enumerate(tables.items()):
-        color, name = CATEGORIES[number % len(CATEGORIES)], plotly(name)
-        for column, value in ((1, "separation"), (2, "agreement")):
-            figure.add_scatter(
-                x=table.index,
-                y=table[value],
-                mode="lines+markers",
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1,
-                marker=dict(size=5),
-                line=dict(color=color),
-                row=1,
-                col=column,
-                hovertemplate="layer %{x}: %{y:.3f}<extra>" + name + "</extra>",
-            )
+    tables: {name: DataFrame of `separation_by_layer`}; points: {name: the same, of one row that
+    belongs to no layer}, drawn as stars at the last layer."""
+    titles = ("separation", "nearest has the same label")
+    figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.12)
     first = next(iter(tables.values()))
-    for column, value, name in (
-        (1, "shuffled_p95", "shuffled, 95th percentile"),
-        (2, "agreement_shuffled", "shuffled, mean"),
-    ):
-        figure.add_scatter(
-            x=first.index,
-            y=first[value],
-            mode="lines",
-            name=name,
-            row=1,
-            col=column,
-            line=dict(color=COLOR["baseline"], dash="dash" if column == 1 else "dot"),
-            hovertemplate="layer %{x}: %{y:.3f}<extra>shuffled</extra>",
+
+    def draw(column, x, y, name, hover, **look):
+        look |= dict(
+            name=name, legendgroup=name, hovertemplate=hover + "<extra>" + name + "</extra>"
         )
-    for name, (layer, *values) in (points or {}).items():
-        name = plotly(name)
-        for column, value in enumerate(values, 1):
-            figure.add_scatter(
-                x=[layer],
-                y=[value],
-                mode="markers",
-                name=name,
-                showlegend=column == 1,
-                row=1,
-                col=column,
-                legendgroup=name,
-                marker=dict(symbol="star", size=13, color=CATEGORIES[5]),
-                hovertemplate="%{y:.3f}<extra>" + name + "</extra>",
-            )
+        figure.add_scatter(x=x, y=y, row=1, col=column, **look)
+
+    for column, value, chance, called, dash in (
+        (1, "separation", "shuffled_p95", "shuffled, 95th percentile", "dash"),
+        (2, "agreement", "agreement_shuffled", "shuffled, mean", "dot"),
+    ):
+        shared = dict(showlegend=column == 1)
+        for (name, table), color in zip(tables.items(), CATEGORIES):
+            look = dict(mode="lines+markers", marker=dict(size=5), line=dict(color=color), **shared)
+            draw(column, table.index, table[value], plotly(name), "layer %{x}: %{y:.3f}", **look)
+        look = dict(mode="lines", line=dict(color=COLOR["baseline"], dash=dash))
+        draw(column, first.index, first[chance], called, "layer %{x}: %{y:.3f}", **look)
+        star = dict(symbol="star", size=13, color=CATEGORIES[5])
+        for name, table in (points or {}).items():
+            look = dict(mode="markers", marker=star, **shared)
+            draw(column, first.index[-1:], table[value], plotly(name), "%{y:.3f}", **look)
     figure.update_xaxes(title="layer (0 is the embedding)", **whole(first.index))
     figure.update_yaxes(title="same minus different label (cosine)", row=1, col=1)
     figure.update_yaxes(title="share", range=[0, 1.03], row=1, col=2)
     return figure.update_layout(**titled(title), height=420, legend=dict(orientation="h", y=-0.25))
 
 
-def sense_figure(planes, senses, texts, *, title):
-    """One word's occurrences in the plane of largest variance, one panel per layer.
-
-    planes: {layer: (scores (n, 2), variance shares (2,))} from `principal_plane`; senses, texts:
-    (n,)."""
+def planes(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """One word's occurrences in the plane of largest variance, one panel per layer. table:
+    `context.planes`."""
+    panels = table.groupby("layer")
     titles = [
-        f"layer {layer}: {shares.sum():.0%} of the variance"
-        if shares.any()
-        else f"layer {layer}: one point"
-        for layer, (_, shares) in planes.items()
+        f"layer {layer}: {share:.0%} of the variance" if share else f"layer {layer}: one point"
+        for layer, share in panels.variance.first().items()
     ]
-    columns = min(len(planes), 3)
-    rows = -(-len(planes) // columns)
-    figure = make_subplots(
-        rows, columns, subplot_titles=titles, horizontal_spacing=0.06, vertical_spacing=0.2
-    )
-    senses, texts = np.asarray(senses), np.array([plotly(text) for text in texts])
-    for place, (scores, _) in enumerate(planes.values()):
-        for number, sense in enumerate(dict.fromkeys(senses.tolist())):
-            here = senses == sense
-            figure.add_scatter(
-                x=scores[here, 0],
-                y=scores[here, 1],
-                mode="markers",
-                name=plotly(sense),
-                legendgroup=sense,
-                showlegend=place == 0,
-                text=texts[here],
-                row=place // columns + 1,
-                col=place % columns + 1,
-                marker=dict(
-                    size=10, color=CATEGORIES[number], symbol=("circle", "diamond")[number % 2]
-                ),
-                hovertemplate="%{text}<extra>" + plotly(sense) + "</extra>",
+    columns = min(len(titles), 3)
+    rows = -(-len(titles) // columns)
+    layout = dict(subplot_titles=titles, horizontal_spacing=0.06, vertical_spacing=0.2)
+    figure = make_subplots(rows, columns, **layout)
+    for place, (_, panel) in enumerate(panels):
+        where = dict(row=place // columns + 1, col=place % columns + 1, showlegend=place == 0)
+        for number, (sense, here) in enumerate(panel.groupby("sense", sort=False)):
+            name, texts = plotly(sense), list(map(plotly, here.text))
+            symbol = ("circle", "diamond")[number % 2]
+            look = dict(
+                marker=dict(size=10, color=CATEGORIES[number], symbol=symbol), mode="markers"
             )
-    figure.update_xaxes(showticklabels=False, title=dict(text="PC 1", standoff=2)).update_yaxes(
-        showticklabels=False
+            look |= dict(
+                name=name, legendgroup=sense, hovertemplate=f"%{{text}}<extra>{name}</extra>"
+            )
+            figure.add_scatter(x=here.x, y=here.y, text=texts, **look, **where)
+    figure.update_xaxes(showticklabels=False, title=dict(text="PC 1", standoff=2))
+    figure.update_yaxes(showticklabels=False).update_yaxes(
+        title=dict(text="PC 2", standoff=2), col=1
     )
-    figure.update_yaxes(title=dict(text="PC 2", standoff=2), col=1)
-    return figure.update_layout(
-        **titled(title), height=80 + 290 * rows, margin_t=90, legend=dict(orientation="h", y=-0.1)
-    )
+    legend = dict(orientation="h", y=-0.1)
+    return figure.update_layout(**titled(title), height=80 + 290 * rows, margin_t=90, legend=legend)
 
 
-def precision_figure(table, *, title, other):
+def sentences(cosines: np.ndarray, topics: pd.DataFrame, *, title: str) -> go.Figure:
+    """Cosines of all pairs of sentences, (n, n). topics: `context.topics`."""
+    titles = dict(title=title, x_title="sentence", y_title="sentence", unit="cosine")
+    y = [f"{label}: {shorten(text, 32)}" for label, text in zip(topics.label, topics.text)]
+    return theme.heatmap(cosines, topics.label, y, **titles, signed=True, zmax=1, height=640)
+
+
+def precision(table: pd.DataFrame, other: str, *, title: str) -> go.Figure:
     """Histograms over tokens: cosine to the reference row, and neighbours kept. table: DataFrame of
-    `precision`."""
-    figure = make_subplots(
-        1,
-        2,
-        horizontal_spacing=0.12,
-        subplot_titles=(
-            "cosine to the reference row",
-            plotly(f"neighbours also nearest in {other}"),
-        ),
-    )
+    `precision`; other: how the second precision is called."""
+    titles = ("cosine to the reference row", plotly(f"neighbours also nearest in {other}"))
+    figure = make_subplots(1, 2, horizontal_spacing=0.12, subplot_titles=titles)
     low = float(table.cosine.min())
     edges = np.linspace(low, 1, 51) if 1 - low > 1e-9 else np.array([1 - 1e-9, 1 + 1e-9])
     count = np.histogram(table.cosine.clip(edges[0], edges[-1]), edges)[0]
-    figure.add_bar(
-        x=(edges[:-1] + edges[1:]) / 2,
-        y=count,
-        width=np.diff(edges),
-        row=1,
-        col=1,
-        marker_color=COLOR["embedding"],
-        hovertemplate="cosine %{x:.5f}: %{y} tokens<extra></extra>",
-    )
+    look = dict(width=np.diff(edges), marker_color=COLOR["embedding"])
+    look["hovertemplate"] = "cosine %{x:.5f}: %{y} tokens<extra></extra>"
+    figure.add_bar(x=(edges[:-1] + edges[1:]) / 2, y=count, row=1, col=1, **look)
     kept, tokens = np.unique(table.overlap.round(4), return_counts=True)
-    step = np.diff(
-        np.union1d([0, 1], kept)
-    ).min()  # one neighbour, where any two of the shares differ by one
-    figure.add_bar(
-        x=kept,
-        y=tokens,
-        width=0.8 * step,
-        marker_color=CATEGORIES[0],
-        row=1,
-        col=2,
-        hovertemplate="%{x:.0%} kept: %{y} tokens<extra></extra>",
-    )
-    figure.update_xaxes(title="cosine", row=1, col=1).update_yaxes(title="tokens")
-    figure.update_xaxes(
-        title="share of a token's nearest neighbours",
-        range=[-0.05, 1.07],
-        tickformat=".0%",
-        row=1,
-        col=2,
-    )
+    step = np.diff(np.union1d([0, 1], kept)).min()  # one neighbour, where two shares differ by one
+    look = dict(width=0.8 * step, marker_color=CATEGORIES[0])
+    look["hovertemplate"] = "%{x:.0%} kept: %{y} tokens<extra></extra>"
+    figure.add_bar(x=kept, y=tokens, row=1, col=2, **look)
+    figure.update_xaxes(title="cosine", col=1).update_yaxes(title="tokens")
+    axis = dict(title="share of a token's nearest neighbours", tickformat=".0%")
+    figure.update_xaxes(range=[-0.05, 1.07], col=2, **axis)
     return figure.update_layout(**titled(title), height=380, showlegend=False, bargap=0)

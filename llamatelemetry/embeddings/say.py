@@ -1,337 +1,178 @@
-"""Sentences under the embedding figures: each says what its numbers say, computed, never fixed."""
+"""Sentences under the figures of token embeddings: each says what its numbers say, computed, never
+fixed. Arguments are what the measures of this room return; `tokens` is `vectors.token_table`."""
 
 import numpy as np
+import pandas as pd
 
-from ..maths import ratio
-from ..views.sentences import some
-from ..views.text import quoted
-
-
-def _quoted(pieces, limit=6):
-    return ", ".join(map(quoted, list(pieces)[:limit]))
+from ..views.sentences import listed, quoted, sentence, some
+from .groups import Projections
+from .vectors import effective_rank
 
 
-def words_sentence(table):
-    """table: `word_table`."""
-    skipped = table.attrs.get("skipped", [])
-    text = f"{len(table)} words in {table.category.nunique()} categories are one token each"
-    if not skipped:
-        return text + "; none had to be left out."
-    return text + f"; left out, because this vocabulary splits them: {', '.join(skipped)}."
+@sentence
+def norms(tokens: pd.DataFrame) -> str:
+    x, by_kind = tokens["norm"], tokens.groupby("kind")["norm"]
+    said = f"Norms run from {x.min():.3g} to {x.max():.3g}, with median {x.median():.3g}."
+    medians = by_kind.median()[by_kind.size() >= 5].sort_values()
+    if len(medians) < 2:
+        return said
+    low, high = (f"{medians.index[end]!r} ({medians.iloc[end]:.3g})" for end in (0, -1))
+    return f"{said} Of kinds with five or more, {low} has the smallest median, {high} the largest."
 
 
-def norm_sentence(norms, kinds):
-    norms, kinds = np.asarray(norms), np.asarray(kinds)
-    names = [name for name in dict.fromkeys(kinds.tolist()) if (kinds == name).sum() >= 5] or list(
-        dict.fromkeys(kinds)
-    )
-    medians = {name: float(np.median(norms[kinds == name])) for name in names}
-    low, high = min(medians, key=medians.get), max(medians, key=medians.get)
-    text = (
-        f"Norms run from {norms.min():.3g} to {norms.max():.3g}, with median {np.median(norms):.3g} and a spread "
-        f"(standard deviation over mean) of {some(ratio(norms.std(), norms.mean()), '{:.1%}', 'none')}."
-    )
-    if low == high:
-        return text
-    return text + (
-        f" Of kinds with five tokens or more, {low!r} has the smallest median ({medians[low]:.3g}), "
-        f"{high!r} the largest ({medians[high]:.3g})."
-    )
+@sentence
+def cosines(anisotropy: float, raw: np.ndarray, centred: np.ndarray) -> str:
+    sample = f"{raw.mean():.3f} ± {raw.std() / len(raw) ** 0.5:.3f} in the sample"
+    said = f"The mean cosine of two tokens is {anisotropy:.3f} over all pairs ({sample})."
+    without = f"without the mean row {np.mean(centred > 0):.0%}, of mean {centred.mean():.3f}"
+    return f"{said} {np.mean(raw > 0):.0%} of random pairs have a cosine above 0, {without}."
 
 
-def spectrum_sentence(rank, rank_centred, rank_random, values, width):
-    """Effective ranks of the matrix, the centred one and a random one; values: singular values as
-    stored."""
-    energy = np.asarray(values) ** 2 / np.sum(np.asarray(values) ** 2)
-    most = int(np.searchsorted(np.cumsum(energy), 0.9)) + 1
-    return (
-        f"The effective rank is {rank:.0f} of {width} ({rank_centred:.0f} without the mean row, {rank_random:.0f} "
-        f"for a random matrix of this shape). The first direction holds {energy[0]:.1%} of the squared "
-        f"norm, and {most} of {width} directions hold 90% of it."
-    )
+@sentence
+def spectrum(spectra: dict[str, np.ndarray]) -> str:
+    ranks = [f"{effective_rank(values):.0f} ({name})" for name, values in spectra.items()]
+    energy = next(iter(spectra.values())) ** 2
+    share, n = np.cumsum(energy) / energy.sum(), len(energy)
+    said = f"Effective ranks, at most {n}: {listed(ranks)}. The first direction holds"
+    most = f"{(share < 0.9).sum() + 1} of {n} directions hold 90%"
+    return f"{said} {share[0]:.1%} of the squared norm as stored, and {most}."
 
 
-def anisotropy_sentence(value, raw, centred, n):
-    """value: exact over all pairs; raw, centred: cosines of random pairs."""
-    error = np.std(raw) / np.sqrt(len(raw))
-    return (
-        f"Two different tokens have a mean cosine of {value:.3f} over all {n * (n - 1) // 2:,} pairs (random "
-        f"sample: {np.mean(raw):.3f} ± {error:.3f}); without the mean row it is {np.mean(centred):.3f}. "
-        f"{np.mean(np.asarray(raw) > 0):.0%} of random pairs point the same way (cosine above 0), "
-        f"{np.mean(np.asarray(centred) > 0):.0%} after centring."
-    )
+@sentence
+def central(tokens: pd.DataFrame) -> str:
+    cosine, pieces = tokens.mean_cosine, tokens.sort_values("mean_cosine").piece.map(quoted)
+    said = f"Most central (mean cosine to all others up to {cosine.max():.3f}): {listed(pieces[:-6:-1])}."
+    return f"{said} Farthest from the rest (down to {cosine.min():.3f}): {listed(pieces[:5])}."
 
 
-def projection_sentence(kept, k, variance, what):
-    """kept: {view: mean share of the k nearest neighbours kept}; variance: share that 3 principal
-    components hold."""
-    best = max(kept, key=kept.get)
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in kept.items())
-    return (
-        f"Of each token's {k} nearest neighbours among these {what}, the three dimensions keep: {shares}. "
-        f"Neighbourhoods are read best in {best}; three principal components hold "
-        f"{some(variance, '{:.0%}', 'none')} of the variance."
-    )
-
-
-def clusters_sentence(table):
-    """table: `cluster_agreement`."""
-    purity = table.loc[("categories", "purity")]
-    parts = [
-        f"{purity.value:.0%} of a word's nearest neighbours share its category "
-        f"(shuffled labels: {purity.shuffled:.0%})."
-        if np.isfinite(purity.value)
-        else "The words are of one category, or each of its own: there is nothing that clusters could agree with."
-    ]
-    for name in [
-        grouping
-        for grouping in dict.fromkeys(table.index.get_level_values(0))
-        if grouping != "categories"
-    ]:
-        row = table.loc[(name, "adjusted Rand")]
-        noise = f", {row.noise:.0%} noise" if row.noise else ""
-        if np.isnan(row.value) or np.isnan(purity.value):
-            parts.append(
-                f"{name} finds {row.clusters:.0f} cluster(s){noise}: nothing to compare with the categories."
-            )
-            continue
-        above = "above" if row.value > row.shuffled_p95 else "not above"
-        parts.append(
-            f"{name} finds {row.clusters:.0f} clusters{noise}, adjusted Rand index {row.value:.2f}, {above} "
-            f"95% of shuffles ({row.shuffled_p95:.2f})."
-        )
-    return " ".join(parts)
-
-
-def contingency_sentence(table, name):
-    """table: `contingency`: which categories one cluster holds nearly alone, and which are spread
-    most."""
-    found = table[[cluster for cluster in table.columns if cluster >= 0]]
-    if not found.shape[1]:
-        return f"{name} calls every word noise."
-    pure = [
-        category
-        for category, row in found.iterrows()
-        if row.max() >= 0.9 * table.loc[category].sum()
-        and row.max() >= 0.9 * found[row.idxmax()].sum()
-    ]
-    spread = (found.max(axis=1) / table.sum(axis=1)).sort_values()
-    named = f" ({', '.join(pure)})" if pure else ""
-    return (
-        f"{name}: for {len(pure)} of {len(table)} categories{named} one cluster holds nine tenths of its words and "
-        f"little else. Spread most is {spread.index[0]!r}: {spread.iloc[0]:.0%} of its words "
-        "are in one cluster."
-    )
-
-
-def whole_sentence(kept, k, n, kinds, points, sample):
-    """kept: mean share of the k nearest neighbours that the map of all n tokens keeps; points: (n,
-    3); sample: ids."""
-    kinds, points = np.asarray(kinds), np.asarray(points, np.float64)
-    spread = {
-        kind: float(
-            np.linalg.norm(
-                points[kinds == kind] - points[kinds == kind].mean(axis=0), axis=1
-            ).mean()
-        )
-        for kind in sorted(set(kinds.tolist()))
-        if (kinds == kind).sum() >= 20
-    }
-    text = f"The map of {n:,} tokens keeps {kept:.0%} of the {k} nearest neighbours of {len(sample):,} tokens."
-    if len(spread) < 2:
-        return text
-    return text + (
-        f" Tokens of kind {min(spread, key=spread.get)!r} lie closest to their own centre, those of kind "
-        f"{max(spread, key=spread.get)!r} farthest from it."
-    )
-
-
-def pairs_sentence(cosines, texts, labels):
-    """The closest pair of sentences, and the closest of two topics. cosines: (n, n)"""
-    labels = np.asarray(labels)
-    upper = np.triu(np.ones_like(cosines, bool), 1)
-    a, b = np.unravel_index(np.where(upper, cosines, -np.inf).argmax(), cosines.shape)
-    across = upper & (labels[:, None] != labels)
-    c, d = np.unravel_index(np.where(across, cosines, -np.inf).argmax(), cosines.shape)
-    if not across.any():
-        return f"Closest: {texts[a]!r} and {texts[b]!r} ({cosines[a, b]:.2f}). There is one topic."
-    return (
-        f"Closest: {texts[a]!r} and {texts[b]!r} ({cosines[a, b]:.2f}). Closest of two topics: {texts[c]!r} "
-        f"({labels[c]}) and {texts[d]!r} ({labels[d]}), {cosines[c, d]:.2f}."
-    )
-
-
-def hubs_sentence(neighbors, pieces):
-    """neighbors: (n, k) indices; pieces: (n,). Hubs (Radovanovic et al. 2010): rows that many have
-    as a neighbour."""
-    named = np.bincount(np.asarray(neighbors).ravel(), minlength=len(pieces))
-    order = np.argsort(-named, kind="stable")
-    top = max(len(pieces) // 100, 1)
-    return (
-        f"{named[order[:top]].sum() / named.sum():.0%} of all places in the neighbour lists go to "
-        f"{top:,} of {len(pieces):,} tokens, most ({named[order[0]]:,}) to {quoted(pieces[order[0]])}; "
-        f"{(named == 0).sum():,} tokens are nobody's neighbour."
-    )
-
-
-def network_sentence(edges, n_nodes, parts, threshold, labels=None):
-    """edges: `neighbor_edges`; parts: `components`; labels: Series of names by token id, to count
-    edges inside one."""
-    if not len(edges):
-        return f"No pair reaches a cosine of {threshold:g}: lower the threshold."
-    alone = n_nodes - len(set(edges.src) | set(edges.dst))
-    text = ""
-    if labels is not None:
-        inside = (labels[edges.src].to_numpy() == labels[edges.dst].to_numpy()).mean()
-        chance = labels.value_counts(normalize=True).pow(2).sum()
-        text = f" {inside:.0%} of edges stay inside one category; by chance {chance:.0%}."
-    return (
-        f"{n_nodes:,} tokens, {len(edges):,} edges of cosine {edges.cosine.min():.2f} to {edges.cosine.max():.2f}; "
-        f"{edges.mutual.mean():.0%} are mutual. The largest connected part has "
-        f"{np.bincount(parts).max():,} tokens; {alone:,} have no edge at threshold {threshold:g}."
-        + text
-    )
-
-
-def central_sentence(statistics, pieces):
-    """statistics: `token_statistics`."""
-    order = np.argsort(statistics.mean_cosine.to_numpy())
-    low, high = order[:5], order[::-1][:5]
-    return (
-        f"Most central (mean cosine to all others up to {statistics.mean_cosine.max():.3f}): "
-        f"{_quoted(pieces[i] for i in high)}. Farthest from the rest (down to {statistics.mean_cosine.min():.3f}): "
-        f"{_quoted(pieces[i] for i in low)}."
-    )
-
-
-def isolated_sentence(cosine, pieces, ids):
-    """cosine: (n,) of each sampled token to its nearest neighbour in the whole vocabulary."""
-    order = np.argsort(cosine)[:5]
-    return (
-        f"Among {len(ids):,} sampled tokens the nearest neighbour has a median cosine of {np.median(cosine):.2f}; "
-        f"most isolated (from {np.min(cosine):.2f}): {_quoted(pieces[ids[i]] for i in order)}."
-    )
-
-
-def unused_sentence(table, norms):
-    """table: `unused_tokens`; norms: (vocabulary,)."""
+@sentence
+def unused(table: pd.DataFrame, tokens: pd.DataFrame) -> str:
     if not len(table):
-        return (
-            "Nothing here tells an unused token: none is marked in the file, no two rows are equal, none is zero, "
-            "and there is no impossible byte to compare with."
-        )
-    close = table[table.why == "as close to those"]
-    others = np.delete(norms, table.id)
-    low, high = np.percentile(others, [1, 99]) if len(others) else (-np.inf, np.inf)
-    apart = table.norm.quantile(0.75) < low or table.norm.quantile(0.25) > high
-    known = len(table) - len(close)
-    text = f"{known:,} tokens are known to be unused by their row, their byte or the file"
-    text += (
-        f"; {len(close):,} more are as close to those as a cosine of {close.score.min():.2f}, for example "
-        f"{_quoted(close.piece)}."
-        if len(close)
-        else "; no other token is as close to those."
-    )
-    return text + (
-        f" Their norm has median {table.norm.median():.3g}, the vocabulary's {np.median(norms):.3g}: the "
-        f"norm alone {'would' if apart else 'would not'} tell them."
-    )
+        return "Nothing here tells an unused token: no mark in the file, no equal rows, no zeros, no impossible byte."
+    close = table.score[table.why == "as close to those"]
+    theirs, every = table["norm"], tokens["norm"]
+    said = f"{len(table) - len(close):,} tokens are known to be unused by their row, their byte or the file"
+    said += f"; {len(close):,} more are as close to those{some(close.min(), ' as a cosine of {:.2f}', '')}."
+    low, high = every.drop(table.id).quantile([0.01, 0.99])
+    would = "would" if theirs.quantile(0.75) < low or theirs.quantile(0.25) > high else "would not"
+    medians = f"median {theirs.median():.3g}, the vocabulary's {every.median():.3g}"
+    return f"{said} Their norms ({medians}) {would} tell them apart from the rest."
 
 
-def analogy_sentence(table):
-    first, without = (table["rank"] == 1).mean(), (table["rank_without"] == 1).mean()
-    text = (
-        f"Of {len(table)} questions, {first:.0%} have the expected token first (median rank "
-        f"{table['rank'].median():.0f}); without the offset, {without:.0%} (median rank "
-        f"{table['rank_without'].median():.0f})."
-    )
-    worse = table[table["rank"] > table["rank_without"]]
-    if len(worse):
-        text += f" The offset makes {len(worse)} worse, most {worse.loc[worse['rank'].idxmax(), 'd']!r}."
-    if table.attrs.get("skipped"):
-        text += f" {len(table.attrs['skipped'])} left out: a word is not one token."
-    return text
+@sentence
+def words(table: pd.DataFrame) -> str:
+    split = f"this vocabulary splits {listed(table.attrs['skipped'])}"
+    return f"{len(table)} words of {table.category.nunique()} categories are one token; {split}."
 
 
-def senses_sentence(table, what="the sense of a word"):
-    """table: `separation_by_layer`."""
-    best = int(table.separation.idxmax())
-    above = table.index[
-        table.separation > table.shuffled_p95 + 1e-9
-    ]  # equal rows differ by rounding
+@sentence
+def projections(maps: Projections, what: str) -> str:
+    kept = listed(f"{name} {share:.0%}" for name, share in maps.kept.items())
+    said = f"Of each token's {maps.k} nearest neighbours among these {what}, three dimensions keep: {kept}."
+    variance = some(maps.variance, "Three principal components hold {:.0%} of the variance.", "")
+    return f"{said} {variance}"
+
+
+@sentence
+def agreement(table: pd.DataFrame) -> str:
+    purity = table.loc[("categories", "purity")]
+    if np.isnan(purity.value):
+        return "The words are of one category, or each of its own: there is nothing that clusters could agree with."
+    said = f"{purity.value:.0%} of a word's nearest neighbours share its category; shuffled, {purity.shuffled:.0%}."
+    for name, row in table.xs("adjusted Rand", level="measure").iterrows():
+        index = some(row.value, "adjusted Rand index {:.2f}", "nothing to compare")
+        chance = some(row.shuffled_p95, " (95% of shuffles: at most {:.2f})", "")
+        said += f" {name}: {row.clusters:.0f} cluster(s), {row.noise:.0%} noise, {index}{chance}."
+    return said
+
+
+@sentence
+def contingency(table: pd.DataFrame, name: str) -> str:
+    found = table.loc[:, table.columns >= 0]
+    most = (found.div(table.sum(axis=1), axis=0) >= 0.9) & (found.div(found.sum()) >= 0.9)
+    pure = table.index[most.any(axis=1)]
+    said = f"{name}: one cluster holds nine tenths of the words and little else"
+    return f"{said} for {len(pure)} of {len(table)} categories: {listed(pure)}."
+
+
+@sentence
+def isolated(table: pd.DataFrame) -> str:
+    said = f"Cosine of {len(table):,} sampled tokens to their nearest neighbours"
+    return f"{said}: median {table.cosine.median():.2f}, least {table.cosine.min():.2f}."
+
+
+@sentence
+def network(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: pd.DataFrame, least: float) -> str:
+    if not len(edges):
+        return f"No pair reaches a cosine of {least:g}: lower the threshold."
+    alone = len(nodes) - len(np.union1d(edges.src, edges.dst))
+    inside = np.equal(*(nodes.category[edges[end]].to_numpy() for end in ("src", "dst"))).mean()
+    chance = nodes.category.value_counts(normalize=True).pow(2).sum()
+    said = f"{alone:,} of {len(nodes):,} tokens have no edge of cosine {least:g} or more. Of {len(edges):,}"
+    said += f" edges, {inside:.0%} stay inside one category; by chance {chance:.0%}."
+    hub = f"{quoted(tokens.piece[nodes.named.idxmax()])} is a near neighbour of {nodes.named.max():,} others"
+    return f"{said} {hub}, the most; {(nodes.named == 0).sum():,} tokens are of none."
+
+
+@sentence
+def analogies(table: pd.DataFrame) -> str:
+    ranks, without = table["rank"], table["rank_without"]
+    first, alone = f"{(ranks == 1).mean():.0%}", f"{(without == 1).mean():.0%} without the offset"
+    said = f"The expected token comes first in {first} of {len(table)} questions, in {alone}."
+    return f"{said} The offset worsens the rank of {listed(map(repr, table.d[ranks > without]))}."
+
+
+@sentence
+def separation(table: pd.DataFrame, what: str) -> str:
+    best = table.loc[table.separation.idxmax()]
+    first = round(table.separation.iloc[0], 2) + 0.0  # no "-0.00"
+    clear = table.shuffled_p95 + 1e-9  # equal rows differ by rounding
+    above = table.index[table.separation > clear]
     if not len(above):
         return f"At no layer does {what} separate better than 95% of shuffled labels do."
-    last = (
-        f"and is {table.separation.iloc[-1]:.2f} at the last"
-        if best != table.index[-1]
-        else "the last"
-    )
-    first = (
-        round(table.separation.iloc[0], 2) + 0.0
-    )  # no "-0.00": equal rows differ by rounding, of either sign
-    return (
-        f"Separation by {what} goes from {first:.2f} at layer {table.index[0]} to its largest, "
-        f"{table.separation[best]:.2f}, at layer {best}, {last}. It is above 95% of shuffled labels at "
-        f"{len(above)} of {len(table)} layers, first at layer {above[0]}. At layer {best}, "
-        f"{table.agreement[best]:.0%} of nearest neighbours agree; shuffled, "
-        f"{table.agreement_shuffled[best]:.0%}."
-    )
+    said = f"Separation by {what} is {first:.2f} at layer 0 and largest, {best.separation:.2f}, at layer {best.name};"
+    said += f" it is above 95% of shuffled labels at {len(above)} of {len(table)} layers, first at layer {above[0]}."
+    near, chance = best.agreement, best.agreement_shuffled
+    return f"{said} At the largest, {near:.0%} have their nearest inside; shuffled, {chance:.0%}."
 
 
-def control_sentence(table, control):
-    """table, control: `separation_by_layer` at the word and at the token before it."""
-    best = int(control.separation.idxmax())
-    more = table.index[table.separation > control.separation]
-    return (
-        f"The token before the word, which carries the sentence but not the word, reaches "
-        f"{control.separation[best]:.2f} at layer {best}; the word separates more than that token at "
-        f"{len(more)} of {len(table)} layers"
-        + (f", first at layer {more[0]}." if len(more) else ".")
-    )
+@sentence
+def control(table: pd.DataFrame, before: pd.DataFrame) -> str:
+    best, more = int(before.separation.idxmax()), table.index[table.separation > before.separation]
+    said = f"The token before the word reaches {before.separation[best]:.2f} at layer {best}"
+    return f"{said}; the word separates more at {len(more)} of {len(table)} layers."
 
 
-def plane_sentence(planes, senses):
-    """planes: {layer: (scores, shares)}: in which of the panels the two senses lie farthest apart,
-    in units of their own spread."""
-    names = list(dict.fromkeys(senses))
-    if len(names) < 2:
-        return f"All sentences have one sense, {names[0]!r}: there is none to be apart from."
-    ratios = {}
-    for layer, (scores, _) in planes.items():
-        parts = [scores[np.asarray(senses) == name] for name in names[:2]]
-        spread = np.sqrt(np.mean([part.var(axis=0).sum() for part in parts]))
-        ratios[layer] = (
-            float(np.linalg.norm(parts[0].mean(axis=0) - parts[1].mean(axis=0)) / spread)
-            if spread
-            else 0.0
-        )
-    best = max(ratios, key=ratios.get)
-    return (
-        f"Distance of {names[0]!r} from {names[1]!r} in these planes, over their own spread: "
-        + ", ".join(f"{ratio:.1f} at layer {layer}" for layer, ratio in ratios.items())
-        + (f"; farthest apart at layer {best}." if ratios[best] else ": not apart anywhere.")
-    )
+@sentence
+def planes(table: pd.DataFrame) -> str:
+    senses, apart = table.sense.unique(), table.groupby("layer").apart.first()
+    if len(senses) < 2:
+        return f"All sentences have one sense, {senses[0]!r}: there is none to be apart from."
+    values = listed(f"{value:.1f} at layer {layer}" for layer, value in apart.items())
+    return f"Distance of {senses[0]!r} from {senses[1]!r} over their own spread: {values}."
 
 
-def topics_sentence(row, first):
-    """row: one row of `separation_by_layer`, for sentence embeddings; first: the same at layer
-    0."""
-    above = "above" if row.separation > row.shuffled_p95 else "not above"
-    return (
-        f"llama-server's embeddings: sentences of one topic are closer by {row.separation:.2f} than of different "
-        f"ones, {above} 95% of shuffled topics ({row.shuffled_p95:.2f}); bare token embeddings give "
-        f"{first.separation:.2f}. {row.agreement:.0%} have their nearest sentence in their own topic "
-        f"(shuffled: {row.agreement_shuffled:.0%})."
-    )
+@sentence
+def server(row: pd.Series, first: pd.Series) -> str:
+    said = f"llama-server's embeddings separate topics by {row.separation:.2f}, bare token embeddings by"
+    said += f" {first.separation:.2f}; 95% of shuffles by at most {row.shuffled_p95:.2f}. {row.agreement:.0%}"
+    return f"{said} have their nearest in their own topic; shuffled, {row.agreement_shuffled:.0%}."
 
 
-def precision_sentence(table, k, reference, other):
-    """table: `precision`; reference, other: how the two are called."""
-    if table.relative_error.max() == 0:
-        return f"All {len(table):,} rows are the same in {reference} and {other}: the embedding has one type in both."
-    return (
-        f"Rows of {other} have a cosine of {table.cosine.mean():.5f} to {reference} on average and of "
-        f"{table.cosine.min():.5f} at worst, and differ by {table.relative_error.mean():.2%} of their "
-        f"norm. Of each token's {k} nearest neighbours {table.overlap.mean():.0%} stay; "
-        f"{(table.overlap == 1).mean():.0%} of tokens keep all {k}."
-    )
+@sentence
+def sentences(cosines: np.ndarray, topics: pd.DataFrame) -> str:
+    topic, upper = topics.topic.to_numpy(), np.triu(np.ones_like(cosines, bool), 1)
+    closest = []
+    for pairs in (upper, upper & (topic[:, None] != topic)):
+        a, b = np.unravel_index(np.where(pairs, cosines, -np.inf).argmax(), cosines.shape)
+        named = f"{topics.text[a]!r} and {topics.text[b]!r}, {cosines[a, b]:.2f}"
+        closest.append(named if pairs.any() else "none")
+    return f"Closest: {closest[0]}. Closest of two topics: {closest[1]}."
+
+
+@sentence
+def precision(table: pd.DataFrame, k: int, reference: str, other: str) -> str:
+    cosine, error, kept = table.cosine, table.relative_error.mean(), table.overlap
+    said = f"To {reference}, rows of {other} have a cosine of {cosine.mean():.5f} on average and {cosine.min():.5f} at"
+    said += f" worst, and differ by {error:.2%} of their norm. Of each token's {k} nearest neighbours {kept.mean():.0%}"
+    return f"{said} stay; {(kept == 1).mean():.0%} of tokens keep all {k}."

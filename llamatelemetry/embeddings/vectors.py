@@ -4,22 +4,58 @@ analogies.
 Everything here takes the matrix as (vocabulary, width) float32, one row per token id, and works in
 blocks of rows."""
 
+from collections.abc import Collection, Mapping, Sequence
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from .. import maths
 from ..errors import EmbeddingError
+from ..files.gguf import GGUFFile
 from ..maths import blocks, check_rows, unit
 
+EMBEDDING = "token_embd.weight"
 KINDS = ("word start", "word part", "number", "symbol", "space", "other script", "byte", "special")
 
 
-def token_kinds(pieces, types):
-    """What each token is, by its text and the file's token type: one of KINDS per token.
+def token_embedding(gguf: GGUFFile) -> np.ndarray:
+    """The token embeddings of a file, (vocabulary, width) float32, dequantized in blocks of rows
+    with a progress bar. EmbeddingError where a row holds NaN or infinity (ids named)."""
+    from tqdm.auto import tqdm
 
-    pieces: texts, bytes where not UTF-8; types: (n,) ints, 1 normal, 6 byte, others special. ->
-    (n,) array of str"""
-    return np.array([_kind(piece, kind) for piece, kind in zip(pieces, np.asarray(types).tolist())])
+    matrix = np.empty(gguf.tensors.loc[EMBEDDING, "shape"], np.float32)
+    steps = -(-len(matrix) // 4096)
+    for start, block in tqdm(gguf.iter_rows(EMBEDDING, 4096), total=steps, desc="dequantizing"):
+        matrix[start : start + len(block)] = block
+    return check_rows(matrix)
+
+
+def stored_as(gguf: GGUFFile) -> str:
+    """The precision of the token embeddings in a file: "Q8_0 (8.50 bits)"."""
+    row = gguf.tensors.loc[EMBEDDING]
+    return f"{row['type']} ({row['bits_per_weight']:.2f} bits)"
+
+
+def token_table(
+    matrix: np.ndarray, pieces: Sequence[str | bytes], types: ArrayLike
+) -> pd.DataFrame:
+    """What is known of every token, a DataFrame indexed by id: piece, type (as in the file), kind
+    (one of KINDS), norm (as stored), mean_cosine (to all other tokens, exact), copies (tokens that
+    have the same row to the last bit, itself included).
+
+    pieces: texts, bytes where not UTF-8; types: (n,) ints, 1 normal, 6 byte, others special."""
+    parts = [np.linalg.norm(block.astype(np.float64), axis=1) for _, block in blocks(matrix)]
+    norm = np.concatenate(parts)
+    total = sum(unit(block).sum(axis=0, dtype=np.float64) for _, block in blocks(matrix))
+    mean_cosine = np.concatenate([unit(block) @ total for _, block in blocks(matrix)])
+    rows = pd.Series([hash(row.tobytes()) for row in matrix])
+    table = pd.DataFrame({"piece": pd.Series(pieces, dtype=object), "type": np.asarray(types)})
+    table["kind"] = [_kind(piece, kind) for piece, kind in zip(pieces, table.type)]
+    table["norm"] = norm
+    table["mean_cosine"] = (mean_cosine - (norm > 0)) / (len(matrix) - 1)
+    table["copies"] = rows.map(rows.value_counts())
+    return table.rename_axis("id")
 
 
 def _kind(piece, kind):
@@ -38,15 +74,18 @@ def _kind(piece, kind):
     return "word start" if piece[0] == " " else "word part"
 
 
-def word_table(pieces, categories, only=None, strict=False):
+def word_table(
+    pieces: Sequence[str | bytes],
+    categories: Mapping[str, Sequence[str]],
+    only: Collection[str] | None = None,
+) -> pd.DataFrame:
     """The tokens that are whole words of a list, first as they stand inside a text (' cat'), else
     bare ('cat').
 
     categories: {category: [word, ...]}; only: names of the categories wanted, None for all. ->
     DataFrame (word, category, id, piece), one row per word; `.attrs["skipped"]` lists the words
-    that this vocabulary splits into several tokens. strict=True makes those an EmbeddingError that
-    names them. EmbeddingError too for an unknown category, and where no word at all is one token.
-    """
+    that this vocabulary splits into several tokens. EmbeddingError for an unknown category, and
+    where no word at all is one token."""
     wanted = list(categories) if only is None else list(only)
     unknown = [name for name in wanted if name not in categories]
     if unknown:
@@ -64,19 +103,18 @@ def word_table(pieces, categories, only=None, strict=False):
                 skipped.append(word)
             else:
                 rows.append((word, category, where[piece], piece))
-    if skipped and (strict or not rows):
+    if not rows:
         raise EmbeddingError(
             f"Not one token in this vocabulary: {', '.join(skipped[:20])}"
             f"{' and more' if len(skipped) > 20 else ''}. Choose other words."
         )
-    table = pd.DataFrame(rows, columns=["word", "category", "id", "piece"]).drop_duplicates(
-        "id", ignore_index=True
-    )
+    table = pd.DataFrame(rows, columns=["word", "category", "id", "piece"])
+    table = table.drop_duplicates("id", ignore_index=True)
     table.attrs["skipped"] = skipped
     return table
 
 
-def anisotropy(matrix):
+def anisotropy(matrix: np.ndarray) -> float:
     """Mean cosine of two different random rows (Ethayarajh 2019, arXiv:1909.00512), exactly, over
     all pairs: (|sum of unit rows|^2 - n) / (n (n - 1)). 0: directions spread evenly; 1: all rows
     point one way."""
@@ -90,23 +128,28 @@ def anisotropy(matrix):
     return float((total @ total - count) / (count * (count - 1)))
 
 
-def random_cosines(matrix, pairs=20000, center=False, seed=0):
+def random_cosines(
+    matrix: np.ndarray, pairs: int = 20000, center: bool = False, seed: int = 0
+) -> np.ndarray:
     """Cosines of `pairs` random pairs of different rows, float32 (pairs,); center: after
     subtracting the mean row."""
     rng = np.random.default_rng(seed)
     first = rng.integers(0, len(matrix), pairs)
     second = (first + rng.integers(1, len(matrix), pairs)) % len(matrix)  # never the row itself
-    mean = np.mean(matrix, axis=0, dtype=np.float64).astype(np.float32) if center else np.float32(0)
+    mean = _mean_row(matrix) if center else np.float32(0)
     out = np.empty(pairs, np.float32)
     for start in range(0, pairs, maths.BLOCK):
         part = slice(start, start + maths.BLOCK)
-        out[part] = (unit(matrix[first[part]] - mean) * unit(matrix[second[part]] - mean)).sum(
-            axis=1
-        )
+        a, b = unit(matrix[first[part]] - mean), unit(matrix[second[part]] - mean)
+        out[part] = (a * b).sum(axis=1)
     return out
 
 
-def spectrum(matrix, center=False):
+def _mean_row(matrix):
+    return np.mean(matrix, axis=0, dtype=np.float64).astype(np.float32)
+
+
+def spectrum(matrix: np.ndarray, center: bool = False) -> np.ndarray:
     """Singular values of the matrix, largest first, float64 (width,), from its width x width Gram
     matrix, so that the vocabulary's length costs no memory. Values below 1e-7 of the largest are
     not resolved. center: of the matrix minus its mean row."""
@@ -121,18 +164,16 @@ def spectrum(matrix, center=False):
     return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0))
 
 
-def effective_rank(singular_values):
+def effective_rank(singular_values: ArrayLike) -> float:
     """exp of the entropy of the singular values' shares (Roy and Vetterli 2007, "The effective
     rank"): n for n equal values, 1 for one value that is not zero."""
-    share = np.asarray(singular_values, np.float64)
-    if not share.sum() > 0:
+    values = np.asarray(singular_values, np.float64)
+    if not values.sum() > 0:
         raise EmbeddingError("All singular values are zero: the matrix has no rank.")
-    share = share / share.sum()
-    share = share[share > 0]
-    return float(np.exp(-(share * np.log(share)).sum()))
+    return float(np.exp(maths.entropy(values / values.sum())))
 
 
-def random_spectrum(n, width):
+def random_spectrum(n: int, width: int) -> np.ndarray:
     """Singular values of an n x width matrix of independent Gaussian entries, mean square 1, as
     expected for large n (Marchenko and Pastur 1967): what a spectrum without any structure looks
     like. float64 (min(n, width),)"""
@@ -144,67 +185,43 @@ def random_spectrum(n, width):
     return np.sqrt(np.interp(middle, share / share[-1], at) * max(n, width))[::-1]
 
 
-def token_statistics(matrix):
-    """Per token: norm (as stored), mean_cosine (to all other tokens, exact), copies (tokens that
-    have the same row to the last bit, itself included). -> DataFrame indexed by id."""
-    check_rows(matrix)
-    norm = np.concatenate(
-        [np.linalg.norm(block.astype(np.float64), axis=1) for _, block in blocks(matrix)]
-    )
-    total = sum(unit(block).sum(axis=0, dtype=np.float64) for _, block in blocks(matrix))
-    mean_cosine = np.concatenate([unit(block) @ total for _, block in blocks(matrix)])
-    mean_cosine = (mean_cosine - (norm > 0)) / (len(matrix) - 1)
-    rows = pd.Series([hash(row.tobytes()) for row in matrix])
-    copies = rows.map(rows.value_counts()).to_numpy()
-    table = pd.DataFrame({"norm": norm, "mean_cosine": mean_cosine, "copies": copies})
-    table.index.name = "id"
-    return table
-
-
-def unused_tokens(matrix, types, pieces, statistics=None, at_least=0.95):
+def unused_tokens(matrix: np.ndarray, tokens: pd.DataFrame, at_least: float = 0.95) -> pd.DataFrame:
     """Tokens that training seems never to have touched (Land and Bartolo 2024, arXiv:2405.05417).
 
-    Known ones first: the file marks them unused (type 5), their row is zero, or equal to another
-    token's to the last bit (training would have moved the two apart), or they are bytes that UTF-8
-    never has. Then every token whose cosine to the mean of the known ones, both after subtracting
-    the mean row, is `at_least` (their score). -> DataFrame (id, piece, why, score, norm), known
-    ones first, best score first; empty where nothing is known, because there is then nothing to
-    compare with."""
-    statistics = token_statistics(matrix) if statistics is None else statistics
+    tokens: `token_table`. Known ones first: the file marks them unused (type 5), their row is zero,
+    or equal to another token's to the last bit (training would have moved the two apart), or they
+    are bytes that UTF-8 never has. Then every token whose cosine to the mean of the known ones,
+    both after subtracting the mean row, is `at_least` (their score). -> DataFrame (id, piece, why,
+    score, norm), known ones first, best score first; empty where nothing is known, because there
+    is then nothing to compare with."""
     why = np.full(len(matrix), "", dtype=object)
-    why[[_impossible_byte(piece) for piece in pieces]] = "byte that UTF-8 never has"
-    why[statistics.copies.to_numpy() > 1] = "same row as another token"
-    why[statistics.norm.to_numpy() == 0] = "row of zeros"
-    why[np.asarray(types) == 5] = "marked unused in the file"
+    why[tokens.piece.map(_impossible_byte)] = "byte that UTF-8 never has"
+    why[tokens.copies > 1] = "same row as another token"
+    why[tokens.norm == 0] = "row of zeros"
+    why[tokens.type == 5] = "marked unused in the file"
     known = np.flatnonzero(why != "")
     score = np.zeros(len(matrix), np.float32)
     if len(known):
-        mean = np.mean(matrix, axis=0, dtype=np.float64).astype(np.float32)
+        mean = _mean_row(matrix)
         center = unit(unit(matrix[known] - mean).mean(axis=0, keepdims=True))[0]
         score = np.concatenate([unit(block - mean) @ center for _, block in blocks(matrix)])
         why[(why == "") & (score >= at_least)] = "as close to those"
     ids = np.flatnonzero(why != "")
     ids = ids[np.lexsort((-score[ids], why[ids] == "as close to those"))]
-    return pd.DataFrame(
-        {
-            "id": ids,
-            "piece": [pieces[i] for i in ids],
-            "why": why[ids],
-            "score": score[ids],
-            "norm": statistics.norm.to_numpy()[ids],
-        }
-    )
+    found = tokens.loc[ids, ["piece", "norm"]].assign(why=why[ids], score=score[ids])
+    return found.reset_index()[["id", "piece", "why", "score", "norm"]]
 
 
 def _impossible_byte(piece):
-    return (
-        isinstance(piece, bytes)
-        and len(piece) == 1
-        and piece[0] in (0xC0, 0xC1, *range(0xF5, 0x100))
-    )
+    never = (0xC0, 0xC1, *range(0xF5, 0x100))
+    return isinstance(piece, bytes) and len(piece) == 1 and piece[0] in never
 
 
-def analogies(matrix, pieces, questions):
+def analogies(
+    matrix: np.ndarray,
+    pieces: Sequence[str | bytes],
+    questions: Sequence[tuple[str, str, str, str]],
+) -> pd.DataFrame:
     """ "a is to b as c is to d" by 3CosAdd (Mikolov et al. 2013): tokens by cosine to b - a + c,
     without a, b and c themselves, in whatever case and spacing the vocabulary has them.
 
@@ -224,22 +241,19 @@ def analogies(matrix, pieces, questions):
         if isinstance(piece, str):
             variants.setdefault(piece.strip().lower(), []).append(number)
     abcd = np.array([[ids[word] for word in question] for question in asked])  # (questions, 4)
-    a, b, c, d = (unit(matrix[column]) for column in abcd.T)
+    a, b, c, _ = (unit(matrix[column]) for column in abcd.T)
     score, alone = (
         np.concatenate([unit(block) @ target.T for _, block in blocks(matrix)]).T
         for target in (unit(b - a + c), c)
     )  # (questions, vocabulary)
     for row, question in enumerate(asked):
-        left_out = [
-            i for word in question[:3] for i in variants[word.strip().lower()] if i != abcd[row, 3]
-        ]
+        same = [i for word in question[:3] for i in variants[word.strip().lower()]]
+        left_out = [i for i in same if i != abcd[row, 3]]
         score[row, left_out] = alone[row, left_out] = -np.inf
-    rank, without = (
-        1 + (values > np.take_along_axis(values, abcd[:, 3:], axis=1)).sum(axis=1)
-        for values in (score, alone)
-    )
     table = pd.DataFrame(asked, columns=["a", "b", "c", "d"])
     table["answer"] = [pieces[i] for i in score.argmax(axis=1)]
-    table["rank"], table["rank_without"] = rank, without
+    for column, values in (("rank", score), ("rank_without", alone)):
+        expected = np.take_along_axis(values, abcd[:, 3:], axis=1)
+        table[column] = 1 + (values > expected).sum(axis=1)
     table.attrs["skipped"] = [question for question in questions if question not in asked]
     return table

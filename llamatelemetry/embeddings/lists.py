@@ -7,24 +7,24 @@ In SENSES the word stands at the end: a causal model knows only what came before
 CATEGORIES = {
     name: words.split()
     for name, words in {
-        "animals": "cat dog horse cow pig sheep goat lion tiger bear wolf fox rabbit mouse elephant monkey snake frog bird "
-        "eagle duck chicken fish shark whale bee ant spider butterfly deer",
+        "animals": "cat dog horse cow pig sheep goat lion tiger bear wolf fox rabbit mouse elephant monkey snake frog "
+        "bird eagle duck chicken fish shark whale bee ant spider butterfly deer",
         "colours": "red blue green yellow orange purple pink brown black white grey gray gold silver violet crimson "
         "scarlet turquoise magenta beige maroon teal indigo",
-        "numbers": "one two three four five six seven eight nine ten eleven twelve thirteen fifteen sixteen twenty thirty "
-        "forty fifty sixty ninety hundred thousand million billion",
-        "countries": "France Germany Spain Italy England Scotland Ireland Poland Russia China Japan India Brazil Mexico "
-        "Canada Australia Egypt Turkey Greece Sweden Norway Denmark Finland Portugal Austria Hungary Kenya "
+        "numbers": "one two three four five six seven eight nine ten eleven twelve thirteen fifteen sixteen twenty "
+        "thirty forty fifty sixty ninety hundred thousand million billion",
+        "countries": "France Germany Spain Italy England Scotland Ireland Poland Russia China Japan India Brazil "
+        "Mexico Canada Australia Egypt Turkey Greece Sweden Norway Denmark Finland Portugal Austria Hungary Kenya "
         "Nigeria Vietnam Thailand",
-        "food": "bread cheese butter milk rice pasta pizza soup salad meat beef pork sugar salt pepper honey apple banana "
-        "lemon tomato potato onion garlic carrot cake chocolate coffee tea wine beer",
+        "food": "bread cheese butter milk rice pasta pizza soup salad meat beef pork sugar salt pepper honey apple "
+        "banana lemon tomato potato onion garlic carrot cake chocolate coffee tea wine beer",
         "body": "head hair face eye ear nose mouth lip tongue neck shoulder arm elbow wrist hand finger thumb chest "
         "stomach hip leg knee ankle foot toe skin bone heart lung brain",
-        "professions": "doctor nurse teacher lawyer engineer farmer soldier pilot chef baker artist writer singer actor "
-        "dancer carpenter mechanic scientist professor journalist architect dentist surgeon priest judge "
+        "professions": "doctor nurse teacher lawyer engineer farmer soldier pilot chef baker artist writer singer "
+        "actor dancer carpenter mechanic scientist professor journalist architect dentist surgeon priest judge "
         "accountant secretary librarian photographer electrician",
-        "motion": "walk run jump swim fly crawl climb dance march slide roll fall rise drive ride sail chase follow enter "
-        "leave arrive return travel wander rush hurry escape",
+        "motion": "walk run jump swim fly crawl climb dance march slide roll fall rise drive ride sail chase follow "
+        "enter leave arrive return travel wander rush hurry escape",
     }.items()
 }
 
