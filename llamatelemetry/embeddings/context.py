@@ -119,26 +119,27 @@ def separation_by_layer(
 
     -> DataFrame indexed by layer: separation, shuffled (mean), shuffled_p95, agreement,
     agreement_shuffled (mean)."""
-    layers, labels = np.asarray(layers), pd.factorize(np.asarray(labels))[0]
-    if layers.ndim != 3 or layers.shape[1] != len(labels):
+    states, codes = np.asarray(layers), pd.factorize(np.asarray(labels))[0]
+    n = len(codes)
+    if states.ndim != 3 or states.shape[1] != n:
         raise EmbeddingError(
-            f"layers must be (layer, {len(labels)}, embd), one row per label, not {layers.shape}."
+            f"layers must be (layer, {n}, embd), one row per label, not {states.shape}."
         )
-    if not np.isfinite(layers).all():
+    if not np.isfinite(states).all():
         raise EmbeddingError(
             "The hidden states hold NaN or infinity: capture them again, or check the model file."
         )
-    members, rng = _members(groups, len(labels)), np.random.default_rng(seed)
-    trials = [_shuffle(labels, members, rng) for _ in range(rounds)]
+    members, rng = _members(groups, n), np.random.default_rng(seed)
+    trials = [_shuffle(codes, members, rng) for _ in range(rounds)]
     rows = []
-    for layer in layers:
+    for layer in states:
         cosine = centred_cosines(layer)
         base = [_separation(cosine, trial, members) for trial in trials]
         near = [_agreement(cosine, trial, members) for trial in trials]
-        value, agreement = (of(cosine, labels, members) for of in (_separation, _agreement))
+        value, agreement = (of(cosine, codes, members) for of in (_separation, _agreement))
         rows.append((value, np.mean(base), np.quantile(base, 0.95), agreement, np.mean(near)))
     columns = ["separation", "shuffled", "shuffled_p95", "agreement", "agreement_shuffled"]
-    return pd.DataFrame(rows, pd.RangeIndex(len(layers), name="layer"), columns)
+    return pd.DataFrame(rows, pd.RangeIndex(len(states), name="layer"), columns)
 
 
 def _members(groups, n):

@@ -2,6 +2,7 @@
 two precisions."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ _SERIES = (COLOR["embedding"], CATEGORIES[0], COLOR["baseline"])
 _LEGEND = dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right")
 
 
-def piece_labels(pieces: Iterable[str | bytes]) -> list[str]:
+def _labels(pieces: Iterable[str | bytes]) -> list[str]:
     """Token texts for Plotly: spaces and newlines visible, escaped."""
     return [plotly(token_text(piece)) for piece in pieces]
 
@@ -80,7 +81,7 @@ def projections(
 
     views: {"UMAP": (n, 3), "PCA": (n, 3)}; tokens: (n) rows of `token_table`; groups: (n,) names
     that give the colour."""
-    groups, labels = np.asarray(groups), np.array(piece_labels(tokens.piece))
+    groups, labels = np.asarray(groups), np.array(_labels(tokens.piece))
     about = np.column_stack([tokens.index, tokens.norm.round(3)])
     hover = (
         "<b>%{text}</b><br>%{meta}<br>id %{customdata[0]}<br>norm %{customdata[1]}<extra></extra>"
@@ -96,7 +97,9 @@ def projections(
         color = CATEGORIES[number % len(CATEGORIES)]
         symbol = _SYMBOLS[number // len(CATEGORIES) % len(_SYMBOLS)]
         opacity = float(np.clip(1500 / here.sum(), 0.12, 0.8))  # else 10,000 hide the rest
-        look = dict(marker=dict(size=size, opacity=opacity, color=color, symbol=symbol))
+        look: dict[str, Any] = dict(
+            marker=dict(size=size, opacity=opacity, color=color, symbol=symbol)
+        )
         look |= dict(mode="markers", name=plotly(f"{name} ({here.sum():,})"), legendgroup=str(name))
         look |= dict(text=labels[here], meta=plotly(name), customdata=about[here])
         for column, view in enumerate(views.values(), 1):
@@ -106,9 +109,9 @@ def projections(
     plain = dict(showticklabels=False, showspikes=False, backgroundcolor="rgba(0,0,0,0)")
     plain["gridcolor"] = "rgba(128,128,128,0.35)"
     figure.update_scenes(aspectmode="cube", camera_eye=dict(x=1.4, y=1.4, z=0.85))
-    for column, view in enumerate(views, 1):
+    for column, method in enumerate(views, 1):
         axes = {
-            f"{axis}axis": dict(title=f"{view} {i}", **plain) for i, axis in enumerate("xyz", 1)
+            f"{axis}axis": dict(title=f"{method} {i}", **plain) for i, axis in enumerate("xyz", 1)
         }
         figure.update_scenes(axes, col=column)
     legend = dict(orientation="h", y=-0.02, itemsizing="constant")
@@ -124,9 +127,9 @@ def agreement(table: pd.DataFrame, *, title: str) -> go.Figure:
     text, hover = table.value.map("{:.2f}".format), "%{y}: %{x:.4f}<extra></extra>"
     figure.add_bar(x=table.value, y=labels, text=text, hovertemplate=hover, **look)
     mark = dict(symbol="line-ns", size=16, line=dict(width=3, color=COLOR["baseline"]))
-    look = dict(mode="markers", name="95th percentile of shuffled labels", marker=mark)
+    shuffled = dict(mode="markers", name="95th percentile of shuffled labels", marker=mark)
     hover = "%{y}: %{x:.4f}<extra>shuffled</extra>"
-    figure.add_scatter(x=table.shuffled_p95, y=labels, hovertemplate=hover, **look)
+    figure.add_scatter(x=table.shuffled_p95, y=labels, hovertemplate=hover, **shuffled)
     figure.update_xaxes(title="value (1 is the best; 0 is no structure, for purity see the mark)")
     return figure.update_yaxes(autorange="reversed")
 
@@ -157,7 +160,7 @@ def analogies(table: pd.DataFrame, *, title: str) -> go.Figure:
     for label, row in zip(labels, table.itertuples()):
         figure.add_scatter(x=[row.rank, row.rank_without], y=[label] * 2, **look)
     hover = "%{y}<br>rank %{x}, first with the offset: %{text}<extra></extra>"
-    look = dict(mode="markers", text=piece_labels(table.answer), hovertemplate=hover)
+    look = dict(mode="markers", text=_labels(table.answer), hovertemplate=hover)
     for name, ranks, color in (
         ("without the offset", table["rank_without"], COLOR["baseline"]),
         ("with the offset", table["rank"], COLOR["embedding"]),

@@ -41,8 +41,9 @@ def nearest(
 
     ids: (n,) of those rows. -> (distances, ids), both (n, k)"""
     queries = matrix[np.asarray(ids)]
-    found = backend.neighbors(matrix, k + 1, metric=metric, queries=queries, progress=progress)
-    return drop_self(*found, ids)
+    options = dict(metric=metric, queries=queries, progress=progress)
+    distances, neighbors = backend.neighbors(matrix, k + 1, **options)
+    return drop_self(distances, neighbors, ids)
 
 
 def drop_self(
@@ -140,20 +141,21 @@ def cluster_agreement(
     columns."""
     from sklearn.metrics import adjusted_rand_score, pairwise_distances, silhouette_score
 
-    categories = pd.factorize(np.asarray(categories))[0]
+    codes = pd.factorize(np.asarray(categories))[0]
     distance = np.maximum(pairwise_distances(unit(points), metric="cosine"), 0)
     np.fill_diagonal(distance, 0)
     silhouette = partial(silhouette_score, metric="precomputed")
     purity = partial(neighborhood_purity, neighbors)
     rows = {
-        ("categories", "silhouette"): _row(partial(silhouette, distance), categories, rounds, seed),
-        ("categories", "purity"): _row(purity, categories, rounds, seed),
+        ("categories", "silhouette"): _row(partial(silhouette, distance), codes, rounds, seed),
+        ("categories", "purity"): _row(purity, codes, rounds, seed),
     }
     for name, labels in clusterings.items():
-        kept = np.asarray(labels) >= 0
-        found, noise = np.asarray(labels)[kept], float(1 - kept.mean())
+        clusters = np.asarray(labels)
+        kept = clusters >= 0
+        found, noise = clusters[kept], float(1 - kept.mean())
         tight = partial(silhouette, distance[np.ix_(kept, kept)])
-        agree = partial(adjusted_rand_score, categories[kept])
+        agree = partial(adjusted_rand_score, codes[kept])
         rows[name, "silhouette"] = _row(tight, found, rounds, seed, noise)
         rows[name, "adjusted Rand"] = _row(agree, found, rounds, seed, noise)
     index = pd.MultiIndex.from_tuples(rows, names=["grouping", "measure"])
@@ -229,13 +231,13 @@ def neighbor_edges(
     return edges.assign(src=ids[edges.src], dst=ids[edges.dst], mutual=edges.mutual > 1)
 
 
-def components(edges: pd.DataFrame, ids: ArrayLike) -> np.ndarray:
+def components(edges: pd.DataFrame, ids: np.ndarray) -> np.ndarray:
     """Connected parts of a network: the number of each node's part, largest part 0. -> (n,)
     int64"""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    place = pd.Series(np.arange(len(ids)), index=np.asarray(ids))
+    place = pd.Series(np.arange(len(ids)), index=ids)
     ends = (place[edges.src].to_numpy(), place[edges.dst].to_numpy())
     graph = coo_matrix((np.ones(len(edges)), ends), (len(ids), len(ids)))
     labels = connected_components(graph, directed=False)[1]

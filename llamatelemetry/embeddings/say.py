@@ -24,7 +24,7 @@ def norms(tokens: pd.DataFrame) -> str:
 def cosines(anisotropy: float, raw: np.ndarray, centred: np.ndarray) -> str:
     sample = f"{raw.mean():.3f} ± {raw.std() / len(raw) ** 0.5:.3f} in the sample"
     said = f"The mean cosine of two tokens is {anisotropy:.3f} over all pairs ({sample})."
-    without = f"without the mean row {np.mean(centred > 0):.0%}, of mean {centred.mean():.3f}"
+    without = f"without the mean row {np.mean(centred > 0):.0%} (mean {centred.mean():.3f})"
     return f"{said} {np.mean(raw > 0):.0%} of random pairs have a cosine above 0, {without}."
 
 

@@ -92,17 +92,18 @@ def word_table(
         raise EmbeddingError(
             f"No category {', '.join(map(repr, unknown))}. Known: {', '.join(categories)}."
         )
-    where = {}
+    where: dict[str | bytes, int] = {}
     for number, piece in enumerate(pieces):
         where.setdefault(piece, number)
-    rows, skipped = [], []
+    rows: list[tuple] = []
+    skipped: list[str] = []
     for category in wanted:
         for word in categories[category]:
-            piece = next((p for p in (f" {word}", word) if p in where), None)
-            if piece is None:
+            found = next((text for text in (f" {word}", word) if text in where), None)
+            if found is None:
                 skipped.append(word)
             else:
-                rows.append((word, category, where[piece], piece))
+                rows.append((word, category, where[found], found))
     if not rows:
         raise EmbeddingError(
             f"Not one token in this vocabulary: {', '.join(skipped[:20])}"
@@ -236,7 +237,7 @@ def analogies(
         raise EmbeddingError(
             "No analogy has four words that are one token each. Choose other words."
         )
-    variants = {}
+    variants: dict[str, list[int]] = {}
     for number, piece in enumerate(pieces):
         if isinstance(piece, str):
             variants.setdefault(piece.strip().lower(), []).append(number)
