@@ -246,7 +246,9 @@ def sentences(cosines: np.ndarray, topics: pd.DataFrame, *, title: str) -> go.Fi
     """Cosines of all pairs of sentences, (n, n). topics: `context.topics`."""
     titles = dict(title=title, x_title="sentence", y_title="sentence", unit="cosine")
     y = [f"{label}: {shorten(text, 32)}" for label, text in zip(topics.label, topics.text)]
-    return theme.heatmap(cosines, topics.label, y, **titles, signed=True, zmax=1, height=640)
+    return theme.heatmap(
+        cosines, topics.label.tolist(), y, **titles, signed=True, zmax=1, height=640
+    )
 
 
 def precision(table: pd.DataFrame, other: str, *, title: str) -> go.Figure:
