@@ -222,6 +222,7 @@ def test_cuml_counts_neighbours_without_the_point_itself():
     assert apart[1] < 1e-3 and min(apart[0], apart[2]) > 0.1
 
 
+@pytest.mark.slow
 def test_rows_without_a_place_in_umap_are_named_with_the_reason(backend):
     x = np.zeros((41, 8), np.float32)
     x[:, 0] = 1
@@ -260,6 +261,7 @@ def test_every_reason_of_umap_is_said(monkeypatch, metric, change, reason):
         cpu.umap(x, metric=metric)
 
 
+@pytest.mark.slow
 def test_zeros_have_a_place_in_umap(backend):
     x = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     x[:3] = 0

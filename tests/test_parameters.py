@@ -5,6 +5,7 @@ import ast
 import json
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import models
@@ -21,11 +22,13 @@ NOTEBOOKS = {
     path.name[:2]: path
     for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 }
-TYPED = {number: declared(parameters_cell(path)) for number, path in NOTEBOOKS.items()}
+CELLS = {number: parameters_cell(path) for number, path in NOTEBOOKS.items()}
+TYPED = {number: declared(cell) for number, cell in CELLS.items()}
 NAMES = [(number, name) for number, names in TYPED.items() for name in names]
 SMALL = {"LAYER": 1, "HEAD": 0, "MODEL": None}  # what does not fit the tiny model
 
 
+@cache
 def check_cell(number):
     """The notebook's imports that its check needs, and the check itself: the statements that call
     parameters.check."""
@@ -80,7 +83,7 @@ def run_check(tiny, tmp_path, monkeypatch):
 
     def run(number, **given):
         values = {}
-        exec(parameters_cell(NOTEBOOKS[number]), values)
+        exec(CELLS[number], values)
         small = {name: value for name, value in SMALL.items() if name in values} | {
             "MODEL": str(tiny)
         }
@@ -329,7 +332,7 @@ def test_types_are_those_of_the_tool():
 @pytest.mark.parametrize("number", NOTEBOOKS)
 def test_defaults_are_of_the_declared_types(number):
     values = {}
-    exec(parameters_cell(NOTEBOOKS[number]), values)
+    exec(CELLS[number], values)
     given = {name: values[name] for name in TYPED[number]}
     assert fit(NOTEBOOKS[number], given) == given
 
