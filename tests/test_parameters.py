@@ -30,8 +30,8 @@ SMALL = {"LAYER": 1, "HEAD": 0, "MODEL": None}  # what does not fit the tiny mod
 
 @cache
 def check_cell(number):
-    """The notebook's imports that its check needs, and the check itself: the statements that call
-    parameters.check."""
+    """The notebook's imports that its check needs, and the check itself: the statements of
+    `parameters` up to its check."""
     cells = [
         "".join(cell["source"])
         for cell in json.loads(NOTEBOOKS[number].read_text())["cells"]
@@ -43,7 +43,7 @@ def check_cell(number):
         if (
             isinstance(node, ast.ImportFrom | ast.Import)
             and "cuda" not in said
-            or "parameters.check(" in said
+            or "parameters." in said
             or said.startswith("words = ")
         ):
             found.append(node)
