@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import ArrayLike
 
 from ..capture import rounding
 from ..capture.data import Capture
@@ -36,31 +37,31 @@ class Unembedding:
     softcap: float | None = None
     output_bias: np.ndarray | float = 0.0
 
-    def normalize(self, x):
+    def normalize(self, x: ArrayLike) -> np.ndarray:
         """What the output matrix multiplies, from states of the residual stream. (.., embd) -> (..,
         embd) float64"""
         return self.multiplier * normalized(measured(x), self.gguf, self.norm)
 
-    def rows(self, ids):
+    def rows(self, ids: ArrayLike) -> np.ndarray:
         """Rows of the output matrix W. (n, embd) float64"""
         return self.gguf.rows(self.gguf.output_name, ids).astype(np.float64)
 
-    def offset(self, ids):
+    def offset(self, ids: ArrayLike | slice) -> np.ndarray | float:
         """The output's bias of the tokens `ids`: (n,), or 0 where the file has none."""
         return self.output_bias if np.ndim(self.output_bias) == 0 else self.output_bias[ids]
 
-    def finish(self, products, ids):
+    def finish(self, products: np.ndarray, ids: ArrayLike | slice) -> np.ndarray:
         """Products with rows `ids` of W -> logits. (.., n) -> (.., n)"""
         logits = self.scale * (products + self.offset(ids))
         return logits if not self.softcap else self.softcap * np.tanh(logits / self.softcap)
 
-    def uncapped(self, logits):
+    def uncapped(self, logits: np.ndarray) -> np.ndarray:
         """Logits as they were before the soft-cap."""
         if not self.softcap:
             return logits
         return self.softcap * np.arctanh(np.clip(logits / self.softcap, -1 + 1e-9, 1 - 1e-9))
 
-    def logits(self, x, ids):
+    def logits(self, x: ArrayLike, ids: ArrayLike) -> np.ndarray:
         """Logits of the tokens `ids` for states x. (.., embd) -> (.., n)"""
         return self.finish(self.normalize(x) @ self.rows(ids).T, ids)
 
@@ -106,7 +107,9 @@ def _with_scale(head, final, logits):
     return replace(head, scale=scale)
 
 
-def logit_error(head, captured, positions=None):
+def logit_error(
+    head: Unembedding, captured: Capture, positions: np.ndarray | None = None
+) -> pd.DataFrame:
     """The lens of the last layer against the captured logits: DataFrame per position (error,
     tolerance, ratio).
 
@@ -130,13 +133,18 @@ def logit_error(head, captured, positions=None):
         larger = difference.max(1) > error
         allowed = np.where(larger, tolerance[np.arange(len(at)), at], allowed)
         error = np.maximum(error, difference.max(1))
-    return pd.DataFrame(
-        {"error": error, "tolerance": allowed, "ratio": worst},
-        index=pd.Index(positions, name="position"),
-    )
+    index = pd.Index(positions, name="position")
+    return pd.DataFrame({"error": error, "tolerance": allowed, "ratio": worst}, index)
 
 
-def lens(head, hidden, targets, final_logits=None, k=5, progress=False):
+def lens(
+    head: Unembedding,
+    hidden: xr.DataArray,
+    targets: ArrayLike,
+    final_logits: ArrayLike | None = None,
+    k: int = 5,
+    progress: bool = False,
+) -> xr.Dataset:
     """The logit lens at every layer and token.
 
     hidden: (layer, token, embd); targets: (token,) ids, one per position; final_logits: (token,
@@ -154,19 +162,11 @@ def lens(head, hidden, targets, final_logits=None, k=5, progress=False):
     unique, where = np.unique(targets, return_inverse=True)
     own = _products(head, x, unique)[np.arange(len(x)), np.tile(where, layers)]
     state = _Sums(len(x), k)
-    cross, model = (
-        np.zeros(len(x)),
-        None if final_logits is None else log_softmax(final_logits),
-    )  # (token, vocab)
+    cross = np.zeros(len(x))
+    model = None if final_logits is None else log_softmax(final_logits)  # (token, vocab)
     blocks = head.gguf.iter_rows(head.gguf.output_name, size)
-    for start, weights in tqdm(
-        blocks,
-        total=-(-n_vocab // size),
-        desc="logit lens",
-        unit="block",
-        disable=not progress,
-        leave=False,
-    ):
+    shown = dict(desc="logit lens", unit="block", disable=not progress, leave=False)
+    for start, weights in tqdm(blocks, total=-(-n_vocab // size), **shown):
         ids = slice(start, start + len(weights))
         logits = head.finish(x @ weights.T, ids).astype(np.float32)
         state.add(logits, start, own, everyone)
@@ -198,18 +198,15 @@ class _Sums:
         self.best = high
         above = logits > own[:, None].astype(np.float32)
         inside = (targets >= start) & (targets < start + logits.shape[1])
-        above[rows[inside], targets[inside] - start] = (
-            False  # products of another shape round the last bit otherwise
-        )
+        # A token is not above itself: products of another shape round the last bit otherwise.
+        above[rows[inside], targets[inside] - start] = False
         self.rank += above.sum(1)
         here = np.argpartition(-logits, min(k, logits.shape[1]) - 1, axis=1)[:, :k]
         values = np.concatenate([self.top_logit, np.take_along_axis(logits, here, 1)], axis=1)
         ids = np.concatenate([self.top, here + start], axis=1)
         order = np.argsort(-values, axis=1, kind="stable")[:, :k]
-        self.top_logit, self.top = (
-            np.take_along_axis(values, order, 1),
-            np.take_along_axis(ids, order, 1),
-        )
+        self.top_logit = np.take_along_axis(values, order, 1)
+        self.top = np.take_along_axis(ids, order, 1)
 
     @property
     def lse(self):
@@ -231,24 +228,18 @@ def _dataset(state, own, cross, model, hidden, layers, tokens):
     result["top"] = ((*dims, "best"), state.top.reshape(*shape, -1))
     probability = np.exp(state.top_logit - state.lse[:, None])
     result["top_probability"] = ((*dims, "best"), probability.reshape(*shape, -1))
-    numbers = (
-        hidden["layer"].values
-        if isinstance(hidden, xr.DataArray) and "layer" in hidden.coords
-        else range(layers)
-    )
-    return xr.Dataset(
-        result, coords={"layer": list(numbers), "position": ("token", np.arange(tokens))}
-    )
+    numbers = getattr(hidden, "coords", {}).get("layer", range(layers))
+    coords = {"layer": np.asarray(numbers), "position": ("token", np.arange(tokens))}
+    return xr.Dataset(result, coords)
 
 
-def settled(dataset):
-    """(token,) layer from which on the lens's best token is the last layer's, without
-    interruption."""
-    same = (
-        dataset["top"].isel(best=0).values == dataset["top"].isel(best=0, layer=-1).values
-    )  # (layer, token)
+def settled(data: xr.Dataset) -> np.ndarray:
+    """(token,) layer from which on the lens's best token is the last layer's, without interruption.
+    data: of `lens`."""
+    best = data["top"].isel(best=0).values
+    same = best == best[-1]  # (layer, token)
     since = np.where(same.all(0), 0, len(same) - np.argmin(same[::-1], axis=0))
-    return dataset["layer"].values[since]
+    return data["layer"].values[since]
 
 
 def logit_attribution(
