@@ -38,17 +38,9 @@ def token_map(
     # Upright labels take their pixels from the rows.
     below = 8 * min(theme.TICK, max(map(len, columns)))
     part = max(320, below + min(760, 120 + 18 * len(rows)))
-    figure = theme.heatmap(
-        _visible(values, queries),
-        columns,
-        rows,
-        title=title,
-        x_title="key token",
-        y_title="query token",
-        unit=unit,
-        zmax=zmax,
-        height=720 if len(rows) == len(columns) else part,
-    )
+    look = dict(title=title, x_title="key token", y_title="query token", unit=unit, zmax=zmax)
+    look["height"] = 720 if len(rows) == len(columns) else part
+    figure = theme.heatmap(_visible(values, queries), columns, rows, **look)
     figure.update_xaxes(tickangle=-90)
     return theme.label_ticks(theme.label_ticks(figure, columns, "x"), rows, "y")
 
@@ -59,17 +51,9 @@ def layer_head_map(
     """One value per head: (layer, head) drawn with layers to the right and heads downwards."""
     values = np.asarray(values).T  # (head, layer)
     n_head, n_layer = values.shape
-    figure = theme.heatmap(
-        values,
-        list(range(n_layer)),
-        list(range(n_head)),
-        title=title,
-        x_title="layer",
-        y_title="head",
-        unit=unit,
-        zmax=zmax,
-        height=max(320, 150 + 18 * n_head),
-    )
+    look = dict(title=title, x_title="layer", y_title="head", unit=unit, zmax=zmax)
+    look["height"] = max(320, 150 + 18 * n_head)
+    figure = theme.heatmap(values, list(range(n_layer)), list(range(n_head)), **look)
     figure.update_xaxes(dtick=max(1, n_layer // 16))
     return figure.update_yaxes(dtick=max(1, n_head // 16))
 
@@ -85,27 +69,14 @@ def depth_profile(table: pd.DataFrame, *, title: str) -> go.Figure:
     for col, (column, name) in enumerate(panels.items(), start=1):
         place = dict(row=1, col=col)
         mean = table.groupby("layer")[column].mean()
-        figure.add_scatter(
-            x=table["layer"],
-            y=table[column],
-            mode="markers",
-            marker=dict(color=theme.CATEGORIES[4], size=5),
-            name="one head",
-            showlegend=col == 1,
-            customdata=table["head"],
-            hovertemplate="layer %{x}, head %{customdata}: %{y:.4f}<extra></extra>",
-            **place,
-        )
-        figure.add_scatter(
-            x=mean.index,
-            y=mean,
-            mode="lines",
-            line=dict(color=theme.COLOR["attention"], width=3),
-            name="mean of heads",
-            showlegend=col == 1,
-            hovertemplate="layer %{x}, mean: %{y:.4f}<extra></extra>",
-            **place,
-        )
+        dots = dict(mode="markers", marker=dict(color=theme.CATEGORIES[4], size=5), name="one head")
+        dots["hovertemplate"] = "layer %{x}, head %{customdata}: %{y:.4f}<extra></extra>"
+        line = dict(mode="lines", line=dict(color=theme.COLOR["attention"], width=3))
+        line["hovertemplate"] = "layer %{x}, mean: %{y:.4f}<extra></extra>"
+        shown = place | dict(showlegend=col == 1)
+        values, heads = table[column], table["head"]
+        figure.add_scatter(x=table["layer"], y=values, customdata=heads, **dots, **shown)
+        figure.add_scatter(x=mean.index, y=mean, name="mean of heads", **line, **shown)
         figure.update_yaxes(title=name, rangemode="tozero", **place)
         figure.update_xaxes(title="layer", **theme.whole(mean.index), **place)
     return figure.update_layout(**theme.titled(title), height=400, legend=_LEGEND)
@@ -158,17 +129,9 @@ def _scale(unit, largest, x):
 def rollout(rolled: ArrayLike, pieces: list, *, title: str) -> go.Figure:
     """Rollout of one query after every layer: (layer, key)."""
     labels = token_labels(pieces)
-    figure = theme.heatmap(
-        np.asarray(rolled),
-        labels,
-        list(range(len(rolled))),
-        title=title,
-        x_title="input token",
-        y_title="after layer",
-        unit="rollout",
-        zmax=1.0,
-        height=440,
-    )
+    look = dict(x_title="input token", y_title="after layer", unit="rollout", zmax=1.0, height=440)
+    layers = list(range(len(rolled)))
+    figure = theme.heatmap(np.asarray(rolled), labels, layers, title=title, **look)
     figure.update_xaxes(tickangle=-90)
     return theme.label_ticks(figure, labels, "x")
 

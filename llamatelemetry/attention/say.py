@@ -42,10 +42,10 @@ def depth_profile(table: pd.DataFrame) -> str:
 @sentence
 def sinks(table: pd.DataFrame) -> str:
     """How many heads are sinks, and where. table: patterns.head_table."""
-    rate = table.groupby("layer")["sink"].mean()
+    sink, rate = table["sink"], table.groupby("layer")["sink"].mean()
     return (
-        f"{table['sink'].sum()} of {counted(len(table), 'head')} ({table['sink'].mean():.0%}) give the first token "
-        f"more than {SINK_THRESHOLD} on average: more than half of a layer's heads in {(rate > 0.5).sum()} of "
+        f"{sink.sum()} of {counted(len(sink), 'head')} ({sink.mean():.0%}) give the first token more than "
+        f"{SINK_THRESHOLD} on average, more than half of the heads in {(rate > 0.5).sum()} of "
         f"{counted(len(rate), 'layer')}."
     )
 
@@ -110,9 +110,8 @@ def residual(added: xr.Dataset, shares: pd.DataFrame) -> str:
 def logit_build_up(lead: pd.DataFrame, pieces: list) -> str:
     """What separates pieces[0] from pieces[1]. lead: lens.logit_attribution of the two."""
     sums, blocks = lead.groupby("component")["value"].sum(), lead[lead["layer"] >= 0]
-    said = listed(
-        f"{value:+.2f} from {name}" for name, value in sums.items() if abs(value) >= 0.005
-    )
+    parts = sums[sums.abs() >= 0.005].items()
+    said = listed(f"{value:+.2f} from {name}" for name, value in parts)
     most = blocks.groupby("layer")["value"].sum()
     return (
         f"{quoted(pieces[0])} leads {quoted(pieces[1])} by {lead.attrs['captured']:.2f} in logit: {said}. "

@@ -136,7 +136,7 @@ function paintEdges(dim) {
         context.strokeStyle = EDGE ? EDGE.colors[group] : colors.line;
         context.globalAlpha = Math.min(1, dim * dense * (0.5 + 0.35 * level));
       }
-      if (segment(edges[k], kinds ? 1.5 * Math.min(group, 2) : 0)) { inPath++; drawn++; }
+      if (segment(edges[k], kinds ? 2 * Math.min(group, 2) : 0)) { inPath++; drawn++; }
     }
     if (inPath) context.stroke();
   }
