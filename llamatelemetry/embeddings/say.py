@@ -4,7 +4,7 @@ fixed. Arguments are what the measures of this room return; `tokens` is `vectors
 import numpy as np
 import pandas as pd
 
-from ..views.sentences import listed, quoted, sentence, some
+from ..views.sentences import counted, listed, quoted, sentence, some
 from .groups import Projections
 from .vectors import effective_rank
 
@@ -82,7 +82,8 @@ def agreement(table: pd.DataFrame) -> str:
     for name, row in table.xs("adjusted Rand", level="measure").iterrows():
         index = some(row.value, "adjusted Rand index {:.2f}", "nothing to compare")
         chance = some(row.shuffled_p95, " (95% of shuffles: at most {:.2f})", "")
-        said += f" {name}: {row.clusters:.0f} cluster(s), {row.noise:.0%} noise, {index}{chance}."
+        clusters = counted(int(row.clusters), "cluster")
+        said += f" {name}: {clusters}, {row.noise:.0%} noise, {index}{chance}."
     return said
 
 
