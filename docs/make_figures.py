@@ -62,7 +62,7 @@ FIGURES = (
         "quantizations",
         "What each step down in precision costs",
         "16",
-        "plots.ladder(",
+        "figures.ladder(",
         700,
         (None, "The reference"),
     ),

@@ -85,7 +85,7 @@ def weight_errors(table: pd.DataFrame) -> str:
 def embeddings(table: pd.DataFrame) -> str:
     """How well embeddings keep their place. table: embedding_preservation."""
     kind, mean = table.attrs["type"], table[["cosine", "overlap"]].mean()
-    return f"mean cosine {mean.cosine:.5f}, {mean.overlap:.1%} of ten neighbours kept by {kind}"
+    return f"mean cosine {mean.cosine:.5f}, {mean.overlap:.1%} of ten neighbours kept in {kind}"
 
 
 @sentence_by_name
