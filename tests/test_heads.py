@@ -329,9 +329,6 @@ def test_clusters_cover_and_pairs_of_planted_groups(planted_distance):
     assert (
         first["a"] == "L0H0" and first["b"] == "L0H1" and first["distance"] == pytest.approx(0.005)
     )
-    assert similarity.nearest_heads(planted_distance, names, (1, 0), 1) == [
-        ("L1H1", pytest.approx(0.04))
-    ]
     rand, jaccard = similarity.stability([planted_distance**2] * 3, [1, 1, 1], found, n_boot=3)
     assert (rand == 1).all() and (jaccard == 1).all()
     coordinates, share = similarity.classical_mds(planted_distance, 1)

@@ -66,13 +66,6 @@ def clusters(labels: np.ndarray, silhouette: float, rand: np.ndarray, jaccard: p
 
 
 @sentence
-def dense(labels: np.ndarray) -> str:
-    """Of similarity.dense_groups."""
-    groups, left = counted(labels.max() + 1, "dense group"), (labels < 0).mean()
-    return f"HDBSCAN, which may leave heads out, finds {groups} and leaves {left:.0%} out."
-
-
-@sentence
 def distances(same: float, other: float) -> str:
     """Of similarity.layer_distances."""
     if np.isnan([same, other]).all():
@@ -98,32 +91,22 @@ def cover(pairs: pd.DataFrame, curve: pd.DataFrame, n_heads: int, groups: dict |
 
 
 @sentence
-def importance(table: pd.DataFrame, base_loss: float) -> str:
+def importance(table: pd.DataFrame, base_loss: float, everyone: dict) -> str:
+    """everyone: of importance.population."""
     change, error = table["loss_change"], table["error"]
     worst = table.loc[change.idxmax()]
     by = f"{worst['loss_change']:+.3f}{some(worst['error'], ' ± {:.3f}', '')}"
     most = f"L{worst['layer']:.0f}H{worst['head']:.0f}, {by} on a loss of {base_loss:.2f} nats per token"
-    up = counted((change > 2 * error).sum(), "head raises", "heads raise")
-    down = counted((change < -2 * error).sum(), "lowers", "lower")
-    costliest = (
-        "Costliest is" if change.max() > 0 else "No head costs anything; the least gain is without"
-    )
-    return (
-        f"{costliest} {most}. {up} and {down} it by more than two standard errors; of {len(table)} tested, "
-        f"about {0.046 * len(table) / 2:.0f} of either sign would by chance alone."
-    )
-
-
-@sentence
-def population(found: dict) -> str:
-    """Of importance.population."""
-    (mean, low, high), (share, share_low, share_high) = found["mean"], found["share"]
-    who = f"From {found['sampled']} of {counted(found['of'], 'head')}"
-    if found["sampled"] == found["of"]:
-        return f"{who}: the mean loss change is {mean:+.4f} nats per token, and {share:.0%} cost over 0.01."
+    up, down = (change > 2 * error).sum(), (change < -2 * error).sum()
+    clear = f"{counted(up, 'head raises', 'heads raise')} and {counted(down, 'lowers', 'lower')} it by more"
+    (mean, low, high), (share, share_low, share_high) = everyone["mean"], everyone["share"]
     interval, share_interval = f"{low:+.4f} to {high:+.4f}", f"{share_low:.0%} to {share_high:.0%}"
-    said = f"the mean loss change is {mean:+.4f} nats per token (95% interval {interval})"
-    return f"{who}: {said}, and {share:.0%} cost over 0.01 ({share_interval})."
+    return (
+        f"{'Costliest is' if change.max() > 0 else 'No head costs anything; the last is'} {most}. "
+        f"{clear} than two standard errors; of {len(table)} tested, about {0.046 * len(table) / 2:.0f} of "
+        f"either sign would by chance alone. Of all {counted(everyone['of'], 'head')} the mean change is "
+        f"{mean:+.4f} ({interval}), and {share:.0%} ({share_interval}) cost more than 0.01."
+    )
 
 
 @sentence
@@ -174,7 +157,7 @@ def depth(depth: pd.DataFrame, earned: xr.DataArray) -> str:
     peaks = known["peak layer"].reindex(held).sort_values(kind="stable")
     said = listed(f"{name} {layer:.0f}" for name, layer in peaks.items())
     fall = f"{rho.idxmin()} falls most ({rho.min():+.2f})"
-    return f"With depth {drift} and {fall}. Layer of the highest mean of what a head is: {said}."
+    return f"With depth {drift} and {fall}. Layers of the highest means: {said}."
 
 
 @sentence
@@ -184,16 +167,13 @@ def side_by_side(shown: Mapping[tuple[int, int], str]) -> str:
 
 
 @sentence
-def typical(
-    profiled: xr.Dataset, table: pd.DataFrame, found: pd.DataFrame, layer: int, head: int
-) -> str:
+def typical(profiled: xr.Dataset, found: pd.DataFrame, layer: int, head: int) -> str:
     """Of profile.typical_texts of that head."""
     one = profiled.sel(layer=layer, head=head, measure=found.index)
-    first = found.index[int((one["value"] - one["baseline"]).fillna(-1).argmax("measure"))]
-    own = table.set_index(["layer", "head"]).loc[(layer, head), "labels"]
+    first = (one["value"] - one["baseline"]).to_series().fillna(-1).idxmax()
     text, score, mean = found.loc[first]
     best = f"{first}, highest on {text}: {score:.2f}, against {mean:.2f} on average over its texts"
-    return f"L{layer}H{head} carries: {own}. Its score farthest above the baseline is {best}."
+    return f"The score of L{layer}H{head} farthest above its baseline is {best}."
 
 
 @sentence
@@ -205,13 +185,6 @@ def survival(comparison: pd.DataFrame, one: str, other: str) -> str:
     moved = f"{most.name} of {most['head']}, by {most['largest_change']:.3f}"
     found = f"Of {had} labels in {one}, {hold}, where {gained} are new."
     return f"{found} The score that moved most is {moved}."
-
-
-@sentence
-def nearest(name: str, near: Sequence[tuple[str, float]]) -> str:
-    """Of similarity.nearest_heads of the head called `name`."""
-    said = ", ".join(f"{other} at {apart:.3f}" for other, apart in near)
-    return f"Nearest to {name}: {said}." if near else f"There is no head beside {name}."
 
 
 @sentence

@@ -143,12 +143,13 @@ def dense_groups(backend, coordinates: np.ndarray) -> np.ndarray:
 
 
 def describe_clusters(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each cluster of a head table: heads, layers, mean sink, local and entropy, and the
-    commonest labels."""
+    """Of each cluster of a head table: heads, layers, the share that is in a dense group, mean
+    sink, local and entropy, and the commonest labels."""
     groups = table.groupby("cluster")
     return groups.agg(
         heads=("head", "size"),
         layers=("layer", lambda layer: f"{layer.min()} to {layer.max()}"),
+        dense=("dense", lambda group: (group >= 0).mean()),
         sink=("sink", "mean"),
         local=("local", "mean"),
         entropy=("entropy", "mean"),
@@ -255,15 +256,6 @@ def group_agreement(
     p = (1 + np.sum(chance <= inside - outside)) / (1 + n_shuffle)
     across = layer_distances(distance, names)[1]
     return {"inside": inside, "outside": outside, "other_layers": across, "p": p}
-
-
-def nearest_heads(
-    distance: np.ndarray, names: Names, name: tuple[int, int], k: int = 3
-) -> list[tuple[str, float]]:
-    """The k heads nearest to `name`: [("L3H2", distance), ...]."""
-    row, labels = distance[names.index(name)], head_names(names)
-    order = [i for i in np.argsort(row, kind="stable") if names[i] != name][:k]
-    return [(labels[i], float(row[i])) for i in order]
 
 
 def links(
