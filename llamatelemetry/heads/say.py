@@ -99,13 +99,15 @@ def importance(table: pd.DataFrame, base_loss: float, everyone: dict) -> str:
     most = f"L{worst['layer']:.0f}H{worst['head']:.0f}, {by} on a loss of {base_loss:.2f} nats per token"
     up, down = (change > 2 * error).sum(), (change < -2 * error).sum()
     clear = f"{counted(up, 'head raises', 'heads raise')} and {counted(down, 'lowers', 'lower')} it by more"
-    (mean, low, high), (share, share_low, share_high) = everyone["mean"], everyone["share"]
-    interval, share_interval = f"{low:+.4f} to {high:+.4f}", f"{share_low:.0%} to {share_high:.0%}"
+    (mean, *ends), (share, *share_ends) = everyone["mean"], everyone["share"]
+    sample = everyone["sampled"] < everyone["of"]  # else there is no interval
+    interval = " ({:+.4f} to {:+.4f})".format(*ends) if sample else ""
+    share_interval = " ({:.0%} to {:.0%})".format(*share_ends) if sample else ""
     return (
         f"{'Costliest is' if change.max() > 0 else 'No head costs anything; the last is'} {most}. "
         f"{clear} than two standard errors; of {len(table)} tested, about {0.046 * len(table) / 2:.0f} of "
         f"either sign would by chance alone. Of all {counted(everyone['of'], 'head')} the mean change is "
-        f"{mean:+.4f} ({interval}), and {share:.0%} ({share_interval}) cost more than 0.01."
+        f"{mean:+.4f}{interval}, and {share:.0%}{share_interval} cost more than 0.01."
     )
 
 
