@@ -14,7 +14,7 @@ import pytest
 
 from llamatelemetry import GGUFFile, ModelNotFoundError, ParameterError
 from llamatelemetry.files.registry import TYPES
-from llamatelemetry.heads import texts
+from llamatelemetry.heads import behaviours
 from llamatelemetry.tools import parameter_rules, parameters
 from llamatelemetry.tools.parameter_types import declared, fit, parameters_cell
 
@@ -314,9 +314,9 @@ def test_texts_and_layers_that_do_not_do_are_named(given, message):
 
 
 def test_the_kinds_that_are_made_are_reserved():
-    rule = parameters.texts(reserved=texts.MADE)
+    rule = parameters.texts(reserved=behaviours.MADE)
     assert (
-        all(rule({name: ["a"]}, None, {}) for name in texts.MADE)
+        all(rule({name: ["a"]}, None, {}) for name in behaviours.MADE)
         and rule({"mine": ["a"]}, None, {}) is None
     )
 

@@ -3,6 +3,7 @@ score is the attention on them: the pairs, the score and what chance gives (the 
 all here."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import xarray as xr
@@ -27,6 +28,33 @@ LOCAL, FAR, OFFSETS = 4, 16, 9
 # Queries that are looked at in a text, and in a shuffled version: long texts stay cheap.
 ROWS, SHUFFLE_ROWS = 128, 24
 DELIMITERS = set(".,;:!?()[]{}<>\"'`|-\n\t")
+MADE = ("random", "templates")  # kinds that are generated; every other kind is natural
+
+
+@dataclass
+class Text:
+    """One text: token ids, the pieces to show, and `pairs`, {behaviour: [(pair, 2) query and key
+    positions, and shuffled versions of them]}."""
+
+    name: str
+    kind: str
+    ids: list[int]
+    pieces: list[str | bytes]
+    pairs: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def natural(self) -> bool:
+        return self.kind not in MADE
+
+    @property
+    def patterns(self) -> dict[str, np.ndarray]:
+        """The pairs as head_statistics takes them: "induction~0", "induction~1" the first shuffled
+        version."""
+        return {
+            f"{name}~{number}": pairs
+            for name, versions in self.pairs.items()
+            for number, pairs in enumerate(versions)
+        }
 
 
 def natural_pairs(pieces: Sequence[str | bytes], queries: np.ndarray) -> dict[str, np.ndarray]:
@@ -71,7 +99,7 @@ def is_delimiter(piece: str | bytes) -> bool:
     return bool(text) and set(text) <= DELIMITERS | {" ", "▁"} and text not in (" ", "▁")
 
 
-def add_pairs(text, shuffles: int, rng: np.random.Generator) -> None:
+def add_pairs(text: Text, shuffles: int, rng: np.random.Generator) -> None:
     """Fill in `text.pairs`: of each behaviour that its kind of text shows, the pairs and `shuffles`
     shuffled versions of them."""
     n = len(text.ids)
@@ -113,7 +141,7 @@ def same_distance(pairs: np.ndarray, n: int, rng: np.random.Generator) -> np.nda
     return np.array(out)
 
 
-def scores(text, statistics: xr.Dataset) -> dict[str, np.ndarray]:
+def scores(text: Text, statistics: xr.Dataset) -> dict[str, np.ndarray]:
     """The scores of every head in a text: {behaviour: (version, layer, head)}, the attention on the
     pairs per query that has one; version 0 is the behaviour's own pairs, the rest is shuffled.
 
@@ -129,7 +157,9 @@ def scores(text, statistics: xr.Dataset) -> dict[str, np.ndarray]:
 
 
 def collect(
-    texts: Sequence, statistics: Sequence[xr.Dataset], semantic: dict[str, np.ndarray] | None = None
+    texts: Sequence[Text],
+    statistics: Sequence[xr.Dataset],
+    semantic: dict[str, np.ndarray] | None = None,
 ) -> xr.Dataset:
     """Scores of every head in every text: Dataset (text, layer, head), and of each behaviour `name`
     the shuffled `name~` (text, shuffle, layer, head); NaN where a text does not have a behaviour.
@@ -139,9 +169,9 @@ def collect(
     found = []
     for text, stats in zip(texts, statistics):
         plain = {name: stats[name].values[None] for name in PLAIN} if text.natural else {}
-        more = {"semantic": semantic[text.name]} if text.name in (semantic or {}) else {}
+        more = {"semantic": semantic[text.name]} if semantic and text.name in semantic else {}
         found.append(plain | scores(text, stats) | more)
-    data = {}
+    data: dict[str, tuple] = {}
     for name in dict.fromkeys(name for one in found for name in one):
         empty = np.full_like(next(one[name] for one in found if name in one), np.nan)
         values = np.stack([one.get(name, empty) for one in found])  # (text, version, layer, head)

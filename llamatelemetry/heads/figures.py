@@ -2,6 +2,7 @@
 topic only lie beside its measures: importance.py has importance_figures.py."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ LEGEND = dict(orientation="h", y=1.1, x=0)  # above the figure
 BASELINE = dict(color=theme.COLOR["key"], width=2)
 
 
-def finished(figure: go.Figure, title: str, x: str = "", y: str = "", **layout) -> go.Figure:
+def finished(figure: go.Figure, title: str, x: str = "", y: str = "", **layout: Any) -> go.Figure:
     """A figure with its title, plain text, and the titles of its axes."""
     figure.update_xaxes(title_text=x or None).update_yaxes(title_text=y or None)
     return figure.update_layout(**theme.titled(title), **layout)
@@ -65,7 +66,7 @@ def measures(profiled: xr.Dataset, names: Sequence[str], *, title: str) -> go.Fi
     """Small maps, one per measure: layer across, head down; shares on one scale, "semantic" around
     zero. Hover: value, interval, highest shuffled score."""
     figure, cells, rows = _panels(list(names), 2, 0.28, horizontal_spacing=0.07)
-    layers, heads = profiled["layer"].values, profiled["head"].values
+    layers, heads = profiled["layer"].values.tolist(), profiled["head"].values.tolist()
     for name, (row, column) in zip(names, cells):
         part = profiled.sel(measure=name).transpose("head", "layer")
         heat = dict(z=np.round(part["value"].values, 4), x=layers, y=heads, hovertemplate=HOVER)
@@ -212,7 +213,7 @@ def depth(profiled: xr.Dataset, names: Sequence[str], *, title: str) -> go.Figur
     options = dict(horizontal_spacing=0.1, shared_xaxes=True)
     figure, cells, rows = _panels(list(names), 2, 0.3, **options)
     finished(figure, title, "", "share", height=150 * rows + 110)
-    layers = profiled["layer"].values
+    layers = profiled["layer"].values.tolist()
     mode = "lines" if len(layers) > 1 else "markers"
     for name, (row, column) in zip(names, cells):
         value = profiled["value"].sel(measure=name).values  # (layer, head)
@@ -245,7 +246,7 @@ def side_by_side(
     if not shown:
         figure = go.Figure().add_annotation(text="no head to show", showarrow=False)
         hidden = dict(xaxis_visible=False, yaxis_visible=False)
-        return finished(figure, title, height=200, **hidden)
+        return finished(figure, title, height=200).update_layout(**hidden)
     notes = [f"L{layer}H{head}: {note}".rstrip(": ") for (layer, head), note in shown.items()]
     notes = [plotly(theme.shorten(note, 33)) for note in notes]
     figure, cells, rows = _panels(notes, min(3, len(notes)), 0.16, horizontal_spacing=0.04)

@@ -2,6 +2,7 @@
 pruning orders."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ def sample_heads(heads: Heads, count: int, seed: int = 0) -> list[tuple[int, int
     """At most `count` of the heads: as many from every layer as can be, drawn at random."""
     if count >= len(heads):
         return list(heads)
-    rng, seen, keyed = np.random.default_rng(seed), {}, []
+    rng, seen, keyed = np.random.default_rng(seed), dict[int, int](), []
     for layer, head in (heads[i] for i in rng.permutation(len(heads))):
         seen[layer] = seen.get(layer, 0) + 1
         keyed.append((seen[layer], rng.random(), (layer, head)))
@@ -61,14 +62,14 @@ def population(
     threshold: float = 0.01,
     n_boot: int = 1000,
     seed: int = 0,
-) -> dict:
+) -> dict[str, Any]:
     """What a sample of heads says about all of them: "mean" loss change and the "share" above
     `threshold` nats, each (value, low, high) with its 95% bootstrap interval, narrowed for a sample
     that is a good part of the whole (finite population); "sampled", "of": numbers of heads."""
     values, rng = np.asarray(values, float), np.random.default_rng(seed)
     draws = values[rng.integers(0, len(values), (n_boot, len(values)))]
     narrow = np.sqrt(max(0.0, 1 - len(values) / n_heads))
-    found = {"sampled": len(values), "of": n_heads}
+    found: dict[str, Any] = {"sampled": len(values), "of": n_heads}
     for name, all_of, drawn in (
         ("mean", values, draws),
         ("share", values > threshold, draws > threshold),

@@ -2,19 +2,25 @@
 baselines, labels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from ..maths import rank_correlation
-from .behaviours import LABELS, collect
+from .behaviours import LABELS, Text, collect
 from .semantic import sample_rows, semantic_scores
 from .similarity import divergence_sums
 
 
 def measure(
-    engine, texts: Sequence, *, distances: bool = True, backend=None, seed: int = 0
+    engine: Any,
+    texts: Sequence[Text],
+    *,
+    distances: bool = True,
+    backend: Any = None,
+    seed: int = 0,
 ) -> tuple[xr.Dataset, np.ndarray, np.ndarray]:
     """Every head on every text: behaviours.collect's Dataset of scores, and for the natural texts
     the sums (text, head, head) of divergences between heads and how many query rows (text,) each is
@@ -49,7 +55,7 @@ def profile(scores: xr.Dataset, n_boot: int = 500, seed: int = 0) -> xr.Dataset:
     texts, NaN for one text, which resampling gives back as it is; baseline, baseline_high: mean and
     largest of the shuffled versions' means over texts (NaN without a baseline); n_texts."""
     rng, parts = np.random.default_rng(seed), []
-    for name, array in scores.data_vars.items():
+    for name, array in ((str(name), array) for name, array in scores.data_vars.items()):
         if "text" not in array.dims or name.endswith("~"):
             continue
         have = np.flatnonzero(np.isfinite(array.values).any(axis=(1, 2)))
@@ -136,7 +142,7 @@ def label_counts(earned: xr.DataArray, profiled: xr.Dataset) -> pd.DataFrame:
 def label_heads(profiled: xr.Dataset, earned: xr.DataArray) -> dict[tuple[int, int], str]:
     """Of every label that some head earns, the head with the highest score among those that do:
     {(layer, head): its labels as text}."""
-    found = {}
+    found: dict[tuple[int, int], list[str]] = {}
     for name in earned["label"].values:
         mask = earned.sel(label=name)
         if mask.any():
@@ -194,7 +200,7 @@ def compare(
         if name == "mass" or name not in other["measure"].values:
             continue
         first, second = one.sel(measure=name), other["value"].sel(measure=name)
-        change = np.abs(first["value"] - second)
+        change = abs(first["value"] - second)
         if change.isnull().all():
             continue
         layer, head = highest(change)

@@ -5,6 +5,7 @@ to other words."""
 from collections.abc import Sequence
 
 import numpy as np
+import xarray as xr
 
 from ..capture.finite import measured
 from ..maths import unit
@@ -20,8 +21,8 @@ def sample_rows(n_tokens: int, count: int = 24, seed: int = 0) -> np.ndarray:
 
 
 def semantic_scores(
-    attention,
-    rows: Sequence[int],
+    attention: xr.DataArray | np.ndarray,
+    rows: Sequence[int] | np.ndarray,
     ids: Sequence[int],
     embeddings: np.ndarray,
     shuffles: int = 20,

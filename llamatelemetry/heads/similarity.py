@@ -2,10 +2,12 @@
 redundancy. Heads are numbered as the rows of profile.head_table: layer by layer, those that are
 there; `names` are their (layer, head)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from ..capture.finite import measured
 from ..maths import jensen_shannon, ratio
@@ -14,7 +16,9 @@ BLOCK = 2**18  # attention weights of a temporary: few fit a processor's cache
 Names = Sequence[tuple[int, int]]
 
 
-def divergence_sums(attention, rows: Sequence[int], backend=None) -> np.ndarray:
+def divergence_sums(
+    attention: xr.DataArray | np.ndarray, rows: Sequence[int] | np.ndarray, backend: Any = None
+) -> np.ndarray:
     """Sum over query rows of the Jensen-Shannon divergence between every two heads' rows, bits:
     (head, head) float64.
 
@@ -64,7 +68,9 @@ def classical_mds(distance: np.ndarray, n: int = 2) -> tuple[np.ndarray, np.ndar
     return np.pad(scores, ((0, 0), (0, n - scores.shape[1]))), np.pad(shares, (0, n - len(shares)))
 
 
-def maps(distance: np.ndarray, backend, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def maps(
+    distance: np.ndarray, backend: Any, seed: int = 0
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Coordinates of classical scaling (head, <= 10), and heads in the plane, {name of the map:
     (head, 2)}: the first two of them, and UMAP of all where there are more than 16 heads."""
     coordinates, shares = classical_mds(distance, min(10, max(2, len(distance) - 1)))
@@ -133,7 +139,7 @@ def stability(
     return rand, pd.Series(overlap.mean(0), pd.Index(names, name="cluster"), name="jaccard")
 
 
-def dense_groups(backend, coordinates: np.ndarray) -> np.ndarray:
+def dense_groups(backend: Any, coordinates: np.ndarray) -> np.ndarray:
     """HDBSCAN's labels (-1: left out) of heads by their coordinates; all are left out where there
     are too few."""
     least = max(3, len(coordinates) // 50)
@@ -189,7 +195,7 @@ def closest_pairs(distance: np.ndarray, names: Names, count: int = 10) -> pd.Dat
     )
 
 
-def head_names(names: Names) -> list[str]:
+def head_names(names: Iterable[tuple[int, int]]) -> list[str]:
     """[(3, 2), ...] -> ["L3H2", ...]"""
     return [f"L{layer}H{head}" for layer, head in names]
 

@@ -3,47 +3,19 @@ and sentences from templates whose grammar is known."""
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .behaviours import add_pairs
+from .behaviours import Text, add_pairs
 
-MADE = ("random", "templates")  # kinds that are generated here; every other kind is natural
-EACH = 4  # texts of each of them
+EACH = 4  # texts of each kind that is made here
 NOUNS = "farmer teacher sailor doctor king child horse bird dog cat lawyer writer driver painter soldier guard".split()
 VERBS = "sees follows helps carries watches finds leaves meets paints calls sends builds".split()
 ADJECTIVES = "old young tall quiet small happy tired clever brown strange".split()
 PLACES = "river house bridge garden market tower school forest".split()
 DETERMINERS = "the a this every".split()
-
-
-@dataclass
-class Text:
-    """One text: token ids, the pieces to show, and `pairs`, {behaviour: [(pair, 2) query and key
-    positions, and shuffled versions of them]}."""
-
-    name: str
-    kind: str
-    ids: list[int]
-    pieces: list[str | bytes]
-    pairs: dict[str, list[np.ndarray]] = field(default_factory=dict)
-
-    @property
-    def natural(self) -> bool:
-        return self.kind not in MADE
-
-    @property
-    def patterns(self) -> dict[str, np.ndarray]:
-        """The pairs as head_statistics takes them: "induction~0", "induction~1" the first shuffled
-        version."""
-        return {
-            f"{name}~{number}": pairs
-            for name, versions in self.pairs.items()
-            for number, pairs in enumerate(versions)
-        }
 
 
 def default_texts(
@@ -107,7 +79,7 @@ def plain_tokens(pieces: Sequence[str | bytes], token_types: Sequence[int]) -> n
         return piece[:1] in " ▁" and piece[1:].isascii() and piece[1:].isalpha()
 
     ordinary = np.flatnonzero(np.asarray(token_types) == 1)
-    words = [i for i in ordinary if is_word(pieces[i])]
+    words = [i for i in ordinary if is_word(pieces[int(i)])]
     return np.array(words) if len(words) >= 200 else ordinary
 
 
@@ -168,7 +140,7 @@ def template_text(
 ) -> Text:
     """Sentences from templates; its pairs are verb and subject, noun and determiner, closing and
     opening bracket."""
-    made, pieces = _Sentences(rng), []
+    made, pieces = _Sentences(rng), list[str | bytes]()
     while len(pieces) < max_tokens - 16:
         made.sentence()
         tokens = tokenize(made.text)
