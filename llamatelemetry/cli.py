@@ -9,7 +9,7 @@ from . import __version__
 from .errors import LlamaTelemetryError
 
 
-def main(arguments=None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run one command; errors of the package become one message on stderr and exit status 1."""
     arguments, typed = _typed(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(arguments)
@@ -126,24 +126,17 @@ def list_models(options):
     table = list_models()
     if options.here:
         table = table[table["here"]]
-    size = (
-        table["size_bytes"]
-        .map(lambda value: f"{value / 1e6:,.0f} MB", na_action="ignore")
-        .fillna("")
-    )
+    size = table["size_bytes"].map(lambda n: f"{n / 1e6:,.0f} MB", na_action="ignore")
     shown = {
         "name": table["name"],
         "parameters": table["parameters"].fillna(""),
-        "here": size,
+        "here": size.fillna(""),
         "repo": table["repo"].fillna(""),
     }
-    widths = {
-        title: max([len(title), *map(len, map(str, column))]) for title, column in shown.items()
-    }
-    print("  ".join(f"{title:{width}}" for title, width in widths.items()).rstrip())
-    for row in zip(*shown.values(), strict=True):
-        cells = zip(map(str, row), widths.values(), strict=True)
-        print("  ".join(f"{value:{width}}" for value, width in cells).rstrip())
+    rows = [list(shown), *zip(*shown.values())]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(f"{cell!s:{width}}" for cell, width in zip(row, widths)).rstrip())
 
 
 def infer(options):
@@ -158,9 +151,8 @@ def infer(options):
             seed=options.seed,
         )
     print(result.text)
-    print(
-        f"{result.tokens_generated} tokens, {result.tokens_per_sec:.1f} tokens/s", file=sys.stderr
-    )
+    said = f"{result.tokens_generated} tokens, {result.tokens_per_sec:.1f} tokens/s"
+    print(said, file=sys.stderr)
 
 
 def capture_text(options):
@@ -178,14 +170,11 @@ def capture_text(options):
     check_output(out, [model])
     with InferenceEngine() as engine:
         engine.load_model(model, auto_start=False, silent=True)
-        capture = engine.capture(
-            options.text, stages=tuple(filter(None, options.stages.replace(" ", "").split(",")))
-        )
+        stages = tuple(filter(None, options.stages.replace(" ", "").split(",")))
+        capture = engine.capture(options.text, stages=stages)
         for stage in capture.stages:
-            print(
-                f"{stage}: "
-                + ", ".join(f"{dim} {size}" for dim, size in capture[stage].sizes.items())
-            )
+            sizes = (f"{dim} {size}" for dim, size in capture[stage].sizes.items())
+            print(f"{stage}: {', '.join(sizes)}")
         capture.save(out)
     print(f"{shown(options.out)}: {out.stat().st_size / 1e6:,.1f} MB")
 

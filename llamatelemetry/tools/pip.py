@@ -1,6 +1,7 @@
-"""pip of this Python, in a process of its own."""
+"""pip of this Python, in a process of its own, and what it has installed."""
 
 import importlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -19,3 +20,11 @@ def pip(*arguments: object, **variables: str) -> str | None:
     if done.returncode == 0:
         return None
     return done.stderr.strip() or f"pip ended with exit status {done.returncode}"
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
