@@ -104,33 +104,13 @@ def install_missing(extras: Sequence[str] = EXTRAS) -> list[str]:
     seen |= alone
     while wanted:
         versions = {name: _here(name) for name in wanted}
-        old += [
-            f"{name} {versions[name]} (asked for: {need.specifier})"
-            for name, need in wanted.items()
-            if versions[name]
-            and need
-            and not need.specifier.contains(versions[name], prereleases=True)
-        ]
-        absent = [name for name in wanted if versions[name] is None]
+        old += _other_versions(wanted, versions)
+        absent = [name for name, version in versions.items() if version is None]
         ask = [name for name in absent if not _is_protected(name)]
-        attached = [name for name in ask if name in wheels]
-        # One that is damaged stops all
-        if attached and _pip("--no-index", *(wheels[name] for name in attached)):
-            lost |= {
-                name: f"{wheels[name]}: {error}"
-                for name in attached
-                if (error := _pip("--no-index", wheels[name]))
-            }
-        for name in ask:
-            if _here(name) is None:
-                error = silent or _pip(f"{name}{need.specifier if (need := wanted[name]) else ''}")
-                silent = error if _SILENT.search(error or "") else None
-                lost.setdefault(name, error)
-        lost |= {
-            name: "it is part of the image and never installed from here"
-            for name in absent
-            if name not in ask
-        }
+        lost |= _from_wheels([name for name in ask if name in wheels], wheels)
+        refused, silent = _from_index([name for name in ask if not _here(name)], wanted, silent)
+        lost = refused | lost
+        lost |= dict.fromkeys(set(absent) - set(ask), _THE_IMAGES_OWN)
         new = [name for name in ask if _here(name)]
         done += new
         wanted = {}
@@ -148,3 +128,34 @@ def install_missing(extras: Sequence[str] = EXTRAS) -> list[str]:
     if old:
         said.append(f"Left as the image has them: {', '.join(old)}.")
     return said
+
+
+_THE_IMAGES_OWN = "it is part of the image and never installed from here"
+
+
+def _other_versions(wanted, versions):
+    """What is here in a version that was not asked for, to be said."""
+    for name, need in wanted.items():
+        version = versions[name]
+        if version and need and not need.specifier.contains(version, prereleases=True):
+            yield f"{name} {version} (asked for: {need.specifier})"
+
+
+def _from_wheels(names, wheels):
+    """Install attached wheels, all at once, and where one that is damaged stops all, one by one;
+    {name: error} of those that fail."""
+    if not names or not _pip("--no-index", *(wheels[name] for name in names)):
+        return {}
+    errors = {name: _pip("--no-index", wheels[name]) for name in names}
+    return {name: f"{wheels[name]}: {error}" for name, error in errors.items() if error}
+
+
+def _from_index(names, wanted, silent):
+    """Install from the index what the attached wheels did not give: ({name: error}, the error with
+    which the index was silent, or None)."""
+    errors = {}
+    for name in names:
+        need = wanted[name]
+        errors[name] = silent or _pip(f"{name}{need.specifier if need else ''}")
+        silent = errors[name] if _SILENT.search(errors[name] or "") else None
+    return errors, silent
