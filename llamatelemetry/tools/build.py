@@ -140,42 +140,14 @@ def _build_into(folder: Path, recipe: dict, jobs: int) -> Path:
 
 def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
     # Without pip's cache: its wheels are not keyed by CMAKE_ARGS.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        f"llama-cpp-python=={VERSION}",
-        "--no-deps",
-        "--wheel-dir",
-        str(out),
-        "--no-binary",
-        "llama-cpp-python",
-        "--no-cache-dir",
-        "--verbose",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--config-settings",
-        "cmake.verbose=false",
-    ]
-    env = os.environ | {
-        "CMAKE_ARGS": " ".join(f"'-D{name}={value}'" for name, value in flags.items()),
-        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
-        "PYTHONUNBUFFERED": "1",
-    }
-    for name in ("FORCE_CMAKE", "SKBUILD_CMAKE_ARGS"):
-        env.pop(name, None)
-    # CMake before 3.29 looks for the toolkit on PATH only
-    if "GGML_CUDA" in flags and (nvcc := _nvcc()):
-        env |= {
-            "CUDACXX": nvcc,
-            "PATH": os.pathsep.join((str(Path(nvcc).parent), env.get("PATH", os.defpath))),
-        }
+    command = [sys.executable, "-m", "pip", "wheel", f"llama-cpp-python=={VERSION}"]
+    command += ["--no-deps", "--wheel-dir", str(out), "--no-binary", "llama-cpp-python"]
+    command += ["--no-cache-dir", "--verbose", "--disable-pip-version-check", "--no-input"]
+    command += ["--config-settings", "cmake.verbose=false"]
     tail = deque(maxlen=400)
-    bar = progress("fetching sources")
     process = subprocess.Popen(
         command,
-        env=env,
+        env=_environment(flags, jobs),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -183,7 +155,7 @@ def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
         start_new_session=True,
     )
     try:
-        with open(log, "w") as file, bar:
+        with open(log, "w") as file, progress("fetching sources") as bar:
             for line in process.stdout:
                 file.write(line)
                 tail.append(line.rstrip())
@@ -201,6 +173,21 @@ def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
             process.wait()
     if process.returncode:
         raise EngineBuildError(failure(tail, log))
+
+
+def _environment(flags, jobs):
+    env = os.environ | {
+        "CMAKE_ARGS": " ".join(f"'-D{name}={value}'" for name, value in flags.items()),
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
+        "PYTHONUNBUFFERED": "1",
+    }
+    for name in ("FORCE_CMAKE", "SKBUILD_CMAKE_ARGS"):
+        env.pop(name, None)
+    # CMake before 3.29 looks for the toolkit on PATH only
+    if "GGML_CUDA" in flags and (nvcc := _nvcc()):
+        path = os.pathsep.join((str(Path(nvcc).parent), env.get("PATH", os.defpath)))
+        env |= {"CUDACXX": nvcc, "PATH": path}
+    return env
 
 
 def _check_tools(cuda: str | None) -> None:
@@ -221,12 +208,8 @@ def _check_tools(cuda: str | None) -> None:
             f"CUDACXX (looked in {', '.join(CUDA_FOLDERS)}, too)."
         )
     # Else half an hour of compiling ends with a library that is not found.
-    if (
-        cuda
-        and (names := _runtime())
-        and not _runtime_folder()
-        and (why := needs.lacking({"libraries": names}))
-    ):
+    names = _runtime() if cuda and not _runtime_folder() else []
+    if names and (why := needs.lacking({"libraries": names})):
         raise EngineBuildError(
             f"An engine built with CUDA {_nvcc_release()} {why}: install that CUDA's runtime and "
             "cuBLAS, or name their folder in LD_LIBRARY_PATH."
