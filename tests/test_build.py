@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from processes import gone
 
-from llamatelemetry.tools import build, build_log, needs, recipes
+from llamatelemetry.tools import build, build_log, cuda_toolkit, needs, recipes
 from llamatelemetry.tools.slim import slim
 
 pytest.importorskip("wheel", reason="the package wheel is not installed")
@@ -133,12 +133,12 @@ def test_flags_are_the_pinned_commit_and_relative_paths():
 
 
 def test_a_cuda_build_needs_no_driver_and_no_nccl_and_is_keyed_by_its_toolkit(monkeypatch):
-    monkeypatch.setattr(recipes, "_nvcc_release", lambda: "12.8")
+    monkeypatch.setattr(cuda_toolkit, "nvcc_release", lambda: "12.8")
     recipe = recipes.recipe(cuda="75", portable=True)
     assert (
         recipe["flags"]["GGML_CUDA_NO_VMM"] == "ON" and recipe["flags"]["GGML_CUDA_NCCL"] == "OFF"
     )
-    monkeypatch.setattr(recipes, "_nvcc_release", lambda: "13.0")
+    monkeypatch.setattr(cuda_toolkit, "nvcc_release", lambda: "13.0")
     assert recipes.key(recipes.recipe(cuda="75", portable=True)) != recipes.key(recipe)
     assert not any("CUDA" in name for name in recipes.recipe(portable=True)["flags"])
 
@@ -257,7 +257,7 @@ def toolkits(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    monkeypatch.setattr(recipes, "CUDA_FOLDERS", (str(tmp_path / "local"),))
+    monkeypatch.setattr(cuda_toolkit, "FOLDERS", (str(tmp_path / "local"),))
 
     def make(name, parent="local"):
         folder = tmp_path / parent / name / "bin"
@@ -271,20 +271,22 @@ def toolkits(tmp_path, monkeypatch):
 
 
 def test_nvcc_is_found_where_toolkits_lie(toolkits, tmp_path, monkeypatch):
-    assert recipes._nvcc() is None and recipes._nvcc_release() is None
+    assert cuda_toolkit.nvcc() is None and cuda_toolkit.nvcc_release() is None
     older, newer = toolkits("cuda-9.2"), toolkits("cuda-12.8")
-    assert recipes._nvcc() == newer and recipes._nvcc_release() == "12.8"  # 12 is newer than 9
+    assert (
+        cuda_toolkit.nvcc() == newer and cuda_toolkit.nvcc_release() == "12.8"
+    )  # 12 is newer than 9
     chosen = toolkits("cuda")  # what the machine's owner made the default
-    assert recipes._nvcc() == chosen
+    assert cuda_toolkit.nvcc() == chosen
     for name, home in (("CUDA_PATH", "p"), ("CUDA_HOME", "h")):
         found = toolkits(home, "homes")
         monkeypatch.setenv(name, str(Path(found).parents[1]))
-        assert recipes._nvcc() == found
+        assert cuda_toolkit.nvcc() == found
     on_path = toolkits("x", "path")
     monkeypatch.setenv("PATH", str(Path(on_path).parent))
-    assert recipes._nvcc() == on_path
+    assert cuda_toolkit.nvcc() == on_path
     monkeypatch.setenv("CUDACXX", older)
-    assert recipes._nvcc() == older
+    assert cuda_toolkit.nvcc() == older
     monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
     monkeypatch.setenv("CXX", on_path)  # some compiler, so that only nvcc is missing
     with pytest.raises(
@@ -497,7 +499,7 @@ def configure(source_distribution, tmp_path, monkeypatch):
     which not every machine with nvcc has: configuring only looks whether it is there."""
     import tqdm
 
-    if recipes._nvcc() is None:
+    if cuda_toolkit.nvcc() is None:
         pytest.skip("no nvcc on this machine")
 
     class UntilCompiling(tqdm.tqdm):
@@ -555,7 +557,7 @@ def test_cuda_build_is_configured_where_there_is_no_driver(configure):
     )
     assert "libcublas.so" in links and "libcuda.so" not in links
     cache = (ninja.parent / "CMakeCache.txt").read_text()
-    assert re.search(r"CMAKE_CUDA_COMPILER:\w+=(.+)", cache)[1] == recipes._nvcc()
+    assert re.search(r"CMAKE_CUDA_COMPILER:\w+=(.+)", cache)[1] == cuda_toolkit.nvcc()
     assert re.search(
         r"^CUDA_cuda_driver_LIBRARY:\w+=$", cache, re.MULTILINE
     )  # and none was found after all

@@ -427,6 +427,10 @@ def test_an_engine_that_was_built_without_the_gpu_says_why(kaggle, send, capsys)
     )
 
 
+def test_what_decides_what_an_engine_holds_is_there():
+    assert all((CHECKOUT / name).is_file() for name in push.BUILDERS)
+
+
 def test_the_sentences_of_our_own_that_tell_of_no_gpu_are_recognized():
     for name in ("kaggle/engine/build_engine.py", "llamatelemetry/kaggle/engine.py"):
         assert sessions.NO_GPU.search((CHECKOUT / name).read_text()), name

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import StageError
@@ -30,11 +31,18 @@ DATASET_S = 45 * 60  # until a dataset is ready
 ATTEMPTS = 4  # of what fails in passing
 # Decide what an engine wheel holds
 BUILDERS = tuple(
-    f"llamatelemetry/tools/{name}.py" for name in ("build", "recipes", "slim", "needs")
+    f"llamatelemetry/tools/{name}.py"
+    for name in ("build", "recipes", "cuda_toolkit", "slim", "needs")
 )
 
 
-def push(folder="staged", names=(), wait=True, again=False, poll_s=30):
+def push(
+    folder: str | os.PathLike = "staged",
+    names: Sequence[str] = (),
+    wait: bool = True,
+    again: bool = False,
+    poll_s: float = 30,
+) -> None:
     """Send staged folders with the official `kaggle` client: datasets, the engine kernel, then the
     notebooks.
 
@@ -138,7 +146,7 @@ class State:
         os.replace(scratch, self.path)
 
 
-def content_of(folder, *more):
+def content_of(folder: Path, *more: object) -> str:
     """A hash of a folder's files, and of what else its result depends on.
 
     Of a wheel the files in it count: one that is built again has other dates.

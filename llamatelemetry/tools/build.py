@@ -22,20 +22,10 @@ from ..errors import EngineBuildError, OutputError
 from ..files.outputs import path_of, written
 from ..files.places import cache_dir
 from ..gpus.cores import usable_cores
-from . import needs
+from . import cuda_toolkit, needs
 from .build_log import failure, progress
 from .pip import pip
-from .recipes import (
-    CUDA_FOLDERS,
-    MANIFEST,
-    VERSION,
-    _nvcc,
-    _nvcc_release,
-    _runtime,
-    _runtime_folder,
-    key,
-    recipe,
-)
+from .recipes import MANIFEST, VERSION, key, recipe
 
 
 def reckoned(cuda: str | None) -> str:
@@ -184,7 +174,7 @@ def _environment(flags, jobs):
     for name in ("FORCE_CMAKE", "SKBUILD_CMAKE_ARGS"):
         env.pop(name, None)
     # CMake before 3.29 looks for the toolkit on PATH only
-    if "GGML_CUDA" in flags and (nvcc := _nvcc()):
+    if "GGML_CUDA" in flags and (nvcc := cuda_toolkit.nvcc()):
         path = os.pathsep.join((str(Path(nvcc).parent), env.get("PATH", os.defpath)))
         env |= {"CUDACXX": nvcc, "PATH": path}
     return env
@@ -201,17 +191,17 @@ def _check_tools(cuda: str | None) -> None:
             f"No C++ compiler ({' or '.join(compiler)}): install one "
             "(Debian, Ubuntu: apt-get install g++)."
         )
-    if cuda and _nvcc() is None:
+    if cuda and cuda_toolkit.nvcc() is None:
         named = os.environ.get("CUDACXX")
         raise EngineBuildError(
             f"No CUDA compiler{f' at $CUDACXX ({named})' if named else ''}: put nvcc on PATH or set "
-            f"CUDACXX (looked in {', '.join(CUDA_FOLDERS)}, too)."
+            f"CUDACXX (looked in {', '.join(cuda_toolkit.FOLDERS)}, too)."
         )
     # Else half an hour of compiling ends with a library that is not found.
-    names = _runtime() if cuda and not _runtime_folder() else []
+    names = cuda_toolkit.runtime() if cuda and not cuda_toolkit.runtime_folder() else []
     if names and (why := needs.lacking({"libraries": names})):
         raise EngineBuildError(
-            f"An engine built with CUDA {_nvcc_release()} {why}: install that CUDA's runtime and "
+            f"An engine built with CUDA {cuda_toolkit.nvcc_release()} {why}: install that CUDA's runtime and "
             "cuBLAS, or name their folder in LD_LIBRARY_PATH."
         )
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import NotebookError, ParameterError
@@ -38,7 +39,7 @@ _PLACE = "formula-7c1f-{}-here"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def find(folder: Path, names=()) -> list[Path]:
+def find(folder: Path, names: Sequence[str] = ()) -> list[Path]:
     """The notebooks of a folder in order, or those whose file name starts with or contains one of
     `names`."""
     every = sorted(Path(folder).glob("*.ipynb"))
@@ -54,7 +55,9 @@ def find(folder: Path, names=()) -> list[Path]:
     return chosen
 
 
-def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress=True) -> Path:
+def run_notebook(
+    path: Path, out: Path, parameters: dict | None = None, progress: bool = True
+) -> Path:
     """Execute one notebook into `out` (also its working directory) and export it; returns the
     executed .ipynb.
 
@@ -106,7 +109,11 @@ def run_notebook(path: Path, out: Path, parameters: dict | None = None, progress
 
 
 def run_all(
-    folder="notebooks", out="executed", names=(), parameters: dict | None = None, typed=False
+    folder: str | os.PathLike = "notebooks",
+    out: str | os.PathLike = "executed",
+    names: Sequence[str] = (),
+    parameters: dict | None = None,
+    typed: bool = False,
 ) -> list[Path]:
     """Run every notebook of the folder (or those named), print where each result is; NotebookError
     at the end.

@@ -12,8 +12,9 @@ import numbers
 import os
 import re
 import types
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from ..compare.texts import place
 from ..errors import LlamaTelemetryError, ParameterError
@@ -42,7 +43,9 @@ _SEVERAL = {
 }
 
 
-def fit(notebook, values, typed=False):
+def fit(
+    notebook: str | os.PathLike, values: Mapping[str, Any] | None, typed: bool = False
+) -> dict[str, Any]:
     """`values` as the notebook's parameters: {name: value}, of the types that its `parameters` cell
     declares.
 
@@ -71,7 +74,7 @@ def fit(notebook, values, typed=False):
     }
 
 
-def parameters_cell(path):
+def parameters_cell(path: str | os.PathLike) -> str:
     """The source of the cell tagged `parameters`, "" where a notebook has none."""
     import nbformat
 
@@ -81,7 +84,7 @@ def parameters_cell(path):
     )
 
 
-def declared(source):
+def declared(source: str) -> dict[str, Any]:
     """{name: type} of a parameters cell: str, int, list[str], int | None, ...; None where neither
     an annotation nor the default says it (a bare None, or something computed)."""
     kinds = {}

@@ -3,35 +3,19 @@
 import contextlib
 import hashlib
 import json
-import os
 import platform
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
-from . import needs
+from . import cuda_toolkit
 
-VERSION = "0.3.36"  # of llama-cpp-python; its change log names the llama.cpp commit, its archive holds no git history
-
-
+# Of llama-cpp-python; its change log names the llama.cpp commit, its archive holds no git history.
+VERSION = "0.3.36"
 COMMIT = "0c1e57098"
-
-
-TOOLS = (
-    "llama-server",
-    "llama-quantize",
-    "llama-perplexity",
-    "llama-imatrix",
-    "llama-bench",
-    "llama-tokenize",
-    "llama-gguf-split",
+TOOLS = tuple(
+    f"llama-{name}"
+    for name in ("server", "quantize", "perplexity", "imatrix", "bench", "tokenize", "gguf-split")
 )
-
-
 MANIFEST = "llama_cpp/lib/engine.json"
-
-
 FLAGS = {
     "LLAMA_BUILD_TOOLS": "ON",
     "LLAMA_BUILD_SERVER": "ON",
@@ -47,7 +31,6 @@ FLAGS = {
     "CMAKE_INSTALL_RPATH": "$ORIGIN;$ORIGIN/../llama_cpp/lib",  # from llama_cpp/lib and from bin
 }
 
-
 # Without the driver's library: CMake stops where it is not found, as on machines without a GPU and
 # in Kaggle's image (which has libcuda.so.1 and not the libcuda.so that CMake looks for, as scripts
 # published for Kaggle say), and what links to it does not load where there is no driver. Only the
@@ -56,9 +39,6 @@ FLAGS = {
 # free and tries again (llama.cpp pull request 22155): its price is memory for temporaries. NCCL
 # would tie the wheel to the NCCL of the machine that builds.
 CUDA_FLAGS = {"GGML_CUDA": "ON", "GGML_CUDA_NO_VMM": "ON", "GGML_CUDA_NCCL": "OFF"}
-
-
-CUDA_FOLDERS = ("/usr/local", "/opt")  # where toolkits lie: cuda, cuda-12.8
 
 
 def cpu_features() -> list[str]:
@@ -78,7 +58,7 @@ def recipe(cuda: str | None = None, portable: bool = False) -> dict:
     flags = dict(FLAGS)
     if cuda:
         flags |= CUDA_FLAGS | {"CMAKE_CUDA_ARCHITECTURES": cuda}
-        if folder := _runtime_folder():
+        if folder := cuda_toolkit.runtime_folder():
             flags["CMAKE_SHARED_LINKER_FLAGS"] = f"-Wl,-rpath,{folder}"
     if portable:
         flags["GGML_NATIVE"] = "OFF"  # AVX2, FMA and F16C instead of all that this CPU has
@@ -90,7 +70,7 @@ def recipe(cuda: str | None = None, portable: bool = False) -> dict:
         "machine": platform.machine(),
         "libc": "-".join(platform.libc_ver()),
         "cpu_features": [] if portable else cpu_features(),
-        "cuda": _nvcc_release() if cuda else None,
+        "cuda": cuda_toolkit.nvcc_release() if cuda else None,
     }
 
 
@@ -99,53 +79,3 @@ def key(recipe: dict) -> str:
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     arch = recipe["flags"].get("CMAKE_CUDA_ARCHITECTURES")
     return f"{recipe['llama_cpp_python']}-{'cuda' + arch.replace(';', '+') if arch else 'cpu'}-{digest}"
-
-
-def _runtime() -> list[str]:
-    """CUDA's own libraries that an engine built here links to."""
-    major = (_nvcc_release() or "").partition(".")[0]
-    return [f"lib{name}.so.{major}" for name in ("cudart", "cublas")] if major else []
-
-
-def _runtime_folder() -> str | None:
-    """The toolkit's folder with those libraries, where the dynamic linker does not find them on its
-    own."""
-    names, nvcc = _runtime(), _nvcc()
-    if not names or needs.lacking({"libraries": names}) is None:
-        return None
-    toolkit = Path(nvcc).resolve().parents[1]
-    folders = (
-        toolkit / name
-        for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
-    )
-    return next(
-        (str(folder) for folder in folders if all((folder / name).is_file() for name in names)),
-        None,
-    )
-
-
-def _nvcc() -> str | None:
-    """$CUDACXX, else nvcc on PATH, in $CUDA_HOME or $CUDA_PATH, in .../cuda, in the newest
-    .../cuda-*."""
-    if os.environ.get("CUDACXX"):
-        return shutil.which(os.environ["CUDACXX"])
-    homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
-    homes += [f"{folder}/cuda" for folder in CUDA_FOLDERS]
-    versioned = [path for folder in CUDA_FOLDERS for path in Path(folder).glob("cuda-*")]
-    homes += sorted(
-        versioned,
-        key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)],
-        reverse=True,
-    )
-    return shutil.which("nvcc") or next(
-        filter(None, (shutil.which(f"{home}/bin/nvcc") for home in homes)), None
-    )
-
-
-def _nvcc_release() -> str | None:
-    nvcc = _nvcc()
-    if nvcc is None:
-        return None
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release ([\d.]+)", text)
-    return found[1] if found else None

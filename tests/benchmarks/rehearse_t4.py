@@ -41,7 +41,7 @@ from pathlib import Path
 from bench_notebooks import FOLDER, Peak
 from common import RESULTS, gpu_used, report, same_machine
 
-from llamatelemetry.tools import recipes
+from llamatelemetry.tools import cuda_toolkit, recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 T4_MIB = 14913  # free on a T4 of a new session
@@ -198,7 +198,7 @@ def kernels(options):
         "CMAKE_INSTALL_RPATH": "$ORIGIN",
     }
     env, steps = (
-        {"CUDACXX": recipes._nvcc(), "LD_PRELOAD": ""},
+        {"CUDACXX": cuda_toolkit.nvcc(), "LD_PRELOAD": ""},
         (
             [
                 "cmake",
@@ -555,7 +555,7 @@ def lacks(part, options):
         return "--until is over"
     if part in ("tests", "notebooks") and not list_gpus():
         return "no NVIDIA GPU"
-    if part in ("kernels", "wheel") and recipes._nvcc() is None:
+    if part in ("kernels", "wheel") and cuda_toolkit.nvcc() is None:
         return "no nvcc"
     if part == "kernels" and not (options.sources and (options.sources / "ggml").is_dir()):
         return "--sources must name llama.cpp's folder"
