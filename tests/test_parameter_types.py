@@ -327,13 +327,14 @@ def test_types_are_no_files_and_lists_hold_paths(files, tmp_path):
 def test_every_file_of_the_notebooks_is_one():
     """Parameters that name models or a text, by what the notebooks' cells say of them."""
     for path in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb")):
+        above = ""  # a comment on the line before
         for line in parameters_cell(path).splitlines():
-            name = line.partition(" = ")[0].partition(":")[0]
-            if (
-                "file" in line.partition("#")[2]
-                or "path" in line.partition("#")[2]
-                or name.endswith("MODEL")
-            ):
+            if line.startswith("#"):
+                above += line
+                continue
+            name, said = line.partition(" = ")[0].partition(":")[0], above + line.partition("#")[2]
+            above = ""
+            if "file" in said or "path" in said or name.endswith("MODEL"):
                 assert name in (*FILES, "TEXT"), line
 
 
