@@ -264,7 +264,7 @@ def test_a_page_with_a_figure_makes_no_request(tmp_path, page):
     source = notebook(
         tmp_path / "n.ipynb",
         "md:$\\sqrt{d}$",
-        "from llamatelemetry.plots import theme; theme.setup()\nimport plotly.graph_objects as go",
+        "from llamatelemetry.views import theme; theme.setup()\nimport plotly.graph_objects as go",
         "go.Figure(go.Heatmap(z=[[A, 2], [3, 4]])).show()",
         "from llamatelemetry.views.page import Page\n"
         "Page('t', '<p id=h></p>', 'document.getElementById(\"h\").textContent=DATA.a', {'a': 'ran'})",
