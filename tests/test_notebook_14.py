@@ -25,12 +25,14 @@ def code(notebook):
 
 
 def said(notebook):
-    return "".join(
+    """What was printed, without the line breaks."""
+    texts = (
         output.text
         for cell in code(notebook)
         for output in cell.outputs
         if output.output_type == "stream" and output.name == "stdout"
     )
+    return " ".join("".join(texts).split())
 
 
 @pytest.fixture(scope="module")
