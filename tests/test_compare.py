@@ -22,7 +22,7 @@ from llamatelemetry import (
     ModelNotFoundError,
     WorkerCrashedError,
 )
-from llamatelemetry.compare import comparison
+from llamatelemetry.compare import comparison, jobs
 from llamatelemetry.compare.comparison import CompareError, compare_quantizations
 from llamatelemetry.compare.texts import TEXT, load_text
 from llamatelemetry.compare.worker import windows
@@ -216,8 +216,8 @@ def test_a_crash_costs_only_the_candidate_that_makes_it(monkeypatch):
             path: {"columns": path, "error": None, "kind": None} for path in job["candidates"]
         }, "exit status 0"
 
-    monkeypatch.setattr(comparison, "_child", child)
-    found = comparison.measure({"candidates": ["good", "bad", "fine"]})
+    monkeypatch.setattr(jobs, "_child", child)
+    found = jobs.measure({"candidates": ["good", "bad", "fine"]})
     assert found["good"]["columns"] == "good" and found["fine"]["error"] is None
     assert found["bad"]["kind"] == "crash" and "signal 6" in found["bad"]["error"]
     assert found["good"]["attempts"] == 2

@@ -1,0 +1,164 @@
+"""Where a comparison is computed: in a child process, in as many as crashes and memory ask for, or
+shared out to the workers of a cluster."""
+
+import os
+import warnings
+
+import numpy as np
+
+from .. import logs
+from ..child import Child
+from ..errors import CaptureError, LlamaTelemetryError, ModelLoadError, WorkerCrashedError
+from ..files import hub
+from ..gpus.cores import physical_cores
+from ..gpus.devices import inference_environment
+
+# Bytes beside the weights: two copies of 256 rows of logits for a vocabulary of 262,144, KV cache.
+BUFFERS = 640 << 20
+
+
+def measure_all(job, progress=False):
+    """`measure` for as many candidates at a time as fit into memory beside the reference."""
+    found = {}
+    for some in _groups(job["reference"], job["candidates"]):
+        found |= measure(job | {"candidates": some}, progress)
+    return found
+
+
+def measure(job, progress=False):
+    """Run the child process on one job; {path: {"columns", "error", "kind", "attempts",
+    "seconds"}}.
+
+    If llama.cpp takes the process down, every unfinished candidate gets a process of its own, so
+    that only the one that does it is lost."""
+    results, crash = _child(job, progress)
+    for path in job["candidates"]:
+        if path in results:
+            results[path]["attempts"] = 1
+        elif len(job["candidates"]) == 1:
+            results[path] = {"error": crash, "kind": "crash", "attempts": 1}
+        else:
+            results |= measure(job | {"candidates": [path]}, progress)
+            results[path]["attempts"] += 1
+    return results
+
+
+def _child(job, progress):
+    """({path: result} of the candidates that are done with, why the process ended or None)."""
+    from tqdm.auto import tqdm
+
+    results = {}
+
+    def hear(windows=None, of=None, failed=None, why=None, kind=None):
+        if failed:
+            results[failed] = {"error": _reason(why, child), "kind": kind}
+        else:
+            meter.total = of
+            meter.update(windows - meter.n)
+
+    child = Child("llamatelemetry.compare.worker", "llama.cpp", inference_environment())
+    with child, tqdm(desc="compare", unit="window", disable=not progress) as meter:
+        try:
+            found = child.call("compare", hear, **_settings(job), folder=str(child.folder))
+        except ModelLoadError as error:
+            why = f"{_reason(error, child)} It is the reference: download or make it again."
+            raise ModelLoadError(why) from None
+        except (WorkerCrashedError, CaptureError) as error:  # the latter: what it did not foresee
+            return results, str(error)
+        for path, file in found["files"].items():
+            columns = _load(file)
+            columns["piece"] = [_text(found["pieces"][str(i)]) for i in columns["id"]]
+            results[path] = {"columns": columns, "error": None, "kind": None}
+    return results, None
+
+
+def _settings(job):
+    threads = job["threads"] or max(1, physical_cores() // job.get("workers_here", 1))
+    return job | {
+        "threads": threads,
+        "gpu_layers": 999 if job["gpu_layers"] is None else job["gpu_layers"],
+    }
+
+
+def _reason(why, child):
+    """The worker's reason with what llama.cpp logged last about it."""
+    words = logs.reason(child.log())
+    return f"{why} It says: {words}" if words else str(why)
+
+
+def _load(path):
+    with np.load(path) as columns:
+        return {name: columns[name] for name in columns}
+
+
+def _text(piece):
+    """A piece's bytes, in hexadecimal, as text; as bytes where they are none."""
+    piece = bytes.fromhex(piece)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return piece
+
+
+def _groups(reference, paths):
+    """Candidates that fit into memory beside the reference at once; the reference is decoded once
+    per group."""
+    import psutil
+
+    from ..gpus.devices import plan
+
+    free = [gpu.free_bytes for gpu in plan().inference] or [psutil.virtual_memory().available]
+    room = 0.8 * sum(free) - hub.size_of(reference) - BUFFERS
+    groups, used = [[]], 0
+    for path in paths:
+        size = hub.size_of(path) + BUFFERS
+        if groups[-1] and used + size > room:
+            groups.append([])
+            used = 0
+        groups[-1].append(path)
+        used += size
+    return groups
+
+
+def distributed(client, job, paths, retries, progress):
+    """Every worker gets a share of the candidates: the reference is read once per worker, not once
+    per candidate."""
+    from tqdm.auto import tqdm
+
+    hosts = [address.rpartition(":")[0] for address in client.nthreads()] or ["none yet"]
+    job = job | {"workers_here": max(map(hosts.count, hosts))}
+    shares = [paths[number :: len(hosts)] for number in range(min(len(paths), len(hosts)))]
+    futures = [
+        client.submit(
+            measure_all,
+            job | {"candidates": share},
+            retries=retries,
+            pure=False,
+            key=f"compare-{number}-{os.urandom(4).hex()}",
+        )
+        for number, share in enumerate(shares)
+    ]
+    found, attempts = {}, {}
+    with tqdm(desc="compare", unit="file", total=len(paths), disable=not progress) as meter:
+        for share, future in zip(shares, futures):
+            try:
+                found |= future.result()
+            except LlamaTelemetryError:
+                raise
+            except Exception as error:  # a worker that died too often, the scheduler's own trouble
+                why = f"{type(error).__name__}: {error}"
+                found |= {path: {"error": why, "kind": "crash"} for path in share}
+            died = client.run_on_scheduler(_suspicious, key=future.key)
+            attempts |= {p: died + found[p].get("attempts", 1) for p in share}
+            if died:
+                warnings.warn(
+                    f"{', '.join(share)}: the worker died {died} time(s); it was started again elsewhere.",
+                    stacklevel=3,
+                )
+            meter.update(len(share))
+    return found, attempts
+
+
+def _suspicious(dask_scheduler, key):
+    task = dask_scheduler.tasks.get(key)
+    return int(task.suspicious) if task else 0
