@@ -143,9 +143,8 @@ def label(stage, array, layers, pieces, queries=None):
     labels[:] = pieces
     for dim in dims:
         if dim in ("token", "query", "key"):
-            chosen = (
-                np.arange(len(pieces)) if dim != "query" or queries is None else np.asarray(queries)
-            )
+            some = dim == "query" and queries is not None
+            chosen = np.asarray(queries) if some else np.arange(len(pieces))
             coords[dim] = (dim, labels[chosen])
             coords[f"{dim}_position"] = (dim, chosen)
     return xr.DataArray(array, dims=dims, coords=coords, name=stage)

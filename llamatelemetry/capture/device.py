@@ -122,10 +122,8 @@ class Device:
             try:
                 self.cupy.cuda.runtime.hostRegister(address, n_bytes, 1)  # for every device
                 self._pinned[address] = n_bytes
-            except (
-                self.cupy.cuda.runtime.CUDARuntimeError
-            ):  # a limit on locked memory: copies are slower, not wrong
-                pass
+            except self.cupy.cuda.runtime.CUDARuntimeError:
+                pass  # a limit on locked memory: copies are slower, not wrong
 
     def unpin(self, address):
         if self._pinned.pop(address, 0):
@@ -139,9 +137,8 @@ class Device:
         ordered = values.transpose(order).astype(target.dtype, copy=False)
         ours = self.cupy.ascontiguousarray(ordered)
         if ours.data.ptr == values.data.ptr:
-            ours = (
-                ours.copy()
-            )  # llama.cpp writes its tensor's memory again before the copy has left
+            # llama.cpp writes its tensor's memory again before the copy has left.
+            ours = ours.copy()
         if self._leaving_bytes + ours.nbytes > IN_FLIGHT:
             self.drain()
         self._leaving.append(ours)

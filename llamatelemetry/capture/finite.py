@@ -20,9 +20,8 @@ def check_finite(values, stage, layer=None, file=None):
     array = np.asarray(values)
     if array.dtype.kind != "f":
         return values
-    for number, part in (
-        zip(layer, array) if np.ndim(layer) else [(layer, array)]
-    ):  # by layer: small temporaries
+    # By layer: small temporaries.
+    for number, part in zip(layer, array) if np.ndim(layer) else [(layer, array)]:
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(part.sum()):  # one pass, nothing written: NaN and infinity survive a sum
                 continue

@@ -36,6 +36,7 @@ class Tensor(ctypes.Structure):
 
 
 FLAG_INPUT = 1
+# enum ggml_type: those of activations, masks and ids.
 DTYPES = {
     0: np.dtype("f4"),
     1: np.dtype("f2"),
@@ -88,9 +89,8 @@ class Ggml:
         are."""
         tensor = Tensor.from_address(address)
         size = self.nbytes(address)
-        ours = (
-            max((tensor.ne[d] - 1) * tensor.nb[d] for d in range(4)) if tensor.type in DTYPES else 0
-        )
+        ours = max((tensor.ne[d] - 1) * tensor.nb[d] for d in range(4))
+        ours = ours if tensor.type in DTYPES else 0
         if self.get_name(address) != address + Tensor.name.offset or not ours <= size:
             raise CaptureError(
                 "this llama.cpp lays out its tensors differently from llama-cpp-python 0.3.36, so captures would be "
@@ -108,9 +108,8 @@ class Ggml:
         if self.device is None:
             return False
         if buffer not in self._on_cuda:
-            self._on_cuda[buffer] = self.buffer_name(buffer).startswith(
-                b"CUDA"
-            ) and not self.on_host(buffer)
+            on_cuda = self.buffer_name(buffer).startswith(b"CUDA")
+            self._on_cuda[buffer] = on_cuda and not self.on_host(buffer)
         return self._on_cuda[buffer]
 
     def array(self, address, layout=None, scratch=None):

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import ModelLoadError
 from ..files.header import Header
 
+# llama.cpp's number of a type, and the field of llama_model_kv_override that holds its values.
 TAGS = {
     "int": (0, "val_i64"),
     "float": (1, "val_f64"),
