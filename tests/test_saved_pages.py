@@ -15,7 +15,7 @@ from llamatelemetry.tools.notebooks import run_notebook
 pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).parents[1]
 CELLS = [
-    "from llamatelemetry.plots import theme\ntheme.setup()",
+    "from llamatelemetry.views import theme\ntheme.setup()",
     "import plotly.graph_objects as go\ngo.Figure(go.Heatmap(z=[[1, 2], [3, 4]])).show()",
     "go.Figure(go.Scatter(y=[1, 3, 2])).show()",
     "theme.setup()  # the first cell run again",
