@@ -88,7 +88,8 @@ class TestNotebook:
             lambda cells: cells[2].update(outputs=[nbformat.v4.new_output("stream", text="x")]),
             "outputs or a number",
         ),
-        (lambda cells: cells[2].update(source="a = 1\n" * 16), "16 lines, 15 are allowed"),
+        (lambda cells: cells[2].update(source="a = 1\n" * 11), "11 lines, 10 are allowed"),
+        (lambda cells: cells[2].update(source=f"a = {89 * '1'}"), "93 wide, 88 columns"),
         (lambda cells: cells[0].metadata.update(tags=[]), "must be tagged"),
     ],
 )

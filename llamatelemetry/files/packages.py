@@ -24,13 +24,13 @@ def package_parts(model: Model) -> tuple[list[Path], str | None]:
     None)."""
     package = PACKAGES.get(model.name)
     folder = _folder_of(package.module) if package else None
-    if folder is None:
+    if package is None or folder is None:
         return [], None
     whole = sorted(folder.rglob("*.gguf"))
     if whole:
         return whole[:1], None
     checksum, file = (folder / "data" / "SHA256SUMS").read_text().split()[:2]
-    parts = []
+    parts: list[Path] = []
     while (part := _folder_of(f"{package.module}_part{len(parts) + 1}")) is not None:
         parts.append(part / "data" / f"{file}.part{len(parts):02d}")
     if not parts or not all(part.is_file() for part in parts):

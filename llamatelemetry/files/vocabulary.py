@@ -27,7 +27,7 @@ def decode_pieces(
         decode = _from_sentencepiece
     else:
         decode = str
-    pieces = []
+    pieces: list[str | bytes] = []
     for token, kind in zip(tokens, np.asarray(types).tolist()):
         if isinstance(token, bytes):
             pieces.append(token)

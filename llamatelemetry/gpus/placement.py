@@ -19,13 +19,14 @@ def placement(processes: Mapping[str, int | None]) -> "pd.DataFrame":
     import pandas as pd
 
     reported = [(gpu, *processes_on(gpu)) for gpu in list_gpus()]
-    absent, rows = _why_absent(reported), []
+    absent = _why_absent(reported)
+    rows: list[tuple] = []
     for name, pid in processes.items():
         here = [(gpu, found[pid]) for gpu, found, _ in reported if pid in found]
         for gpu, memory in here:
-            known = memory is not None
-            note = "" if known else "the driver does not report memory per process"
-            rows.append((name, pid, gpu.index, gpu.name, memory / 2**20 if known else None, note))
+            mib = None if memory is None else memory / 2**20
+            note = "the driver does not report memory per process" if memory is None else ""
+            rows.append((name, pid, gpu.index, gpu.name, mib, note))
         if not here:
             rows.append((name, pid, None, None, None, absent))
     table = pd.DataFrame(rows, columns=["process", "pid", "gpu", "gpu_name", "memory_mib", "note"])

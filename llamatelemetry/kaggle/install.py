@@ -97,7 +97,8 @@ def install_missing(extras: Sequence[str] = EXTRAS) -> list[str]:
     ours = {"llamatelemetry", ENGINE}
     beside = {name for name, wheel in wheels.items() if wheel.parent == folder} - ours
     core = set(_needed("llamatelemetry", (), set()))
-    seen, done, lost, old, silent = set(ours), [], {}, [], None
+    lost: dict[str, str | None] = {}
+    seen, done, old, silent = set(ours), [], [], None
     wanted = _needed("llamatelemetry", extras, seen) | _needed(ENGINE, (), seen)
     alone = (beside | {MODEL}) - seen  # packages whose dependencies are not ours
     wanted |= dict.fromkeys(sorted(alone))

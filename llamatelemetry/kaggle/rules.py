@@ -11,7 +11,8 @@ LIMITS = {
     "notebook": 1_000_000,  # bytes
     "dataset": 200_000_000_000,
     "files": 50,  # at the top of a dataset
-    "cell": 15,  # lines
+    "cell": 10,  # lines
+    "columns": 88,
 }
 _IMPORTS = re.compile(r"^(from \S+ )?import (\([^)]*\)|[^(\n]*$)", re.MULTILINE)
 KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
@@ -120,6 +121,9 @@ def notebook_problems(path):
         first = cell.source.strip().partition("\n")[0][:50]
         if cell.outputs or cell.execution_count is not None:
             yield f"the cell {first!r} has outputs or a number: clear them"
+        columns = max(map(len, cell.source.splitlines()), default=0)
+        if columns > LIMITS["columns"] and "setup" not in tag:
+            yield f"the cell {first!r} is {columns} wide, {LIMITS['columns']} columns are allowed"
         lines = 0 if tag & {"parameters", "setup"} else cell_lines(cell.source)
         if lines > LIMITS["cell"]:
             yield f"the cell {first!r} has {lines} lines, {LIMITS['cell']} are allowed"

@@ -13,9 +13,8 @@ NO_TEMPLATE = r"chat template parsing error|the supplied chat template is not su
 
 def death(when: str, code: int | None, log: str, model: Path) -> LlamaTelemetryError:
     """The error for a server that ended. code: the guard's, 128 + n for signal n; log: its end."""
-    killed = code is not None and code > 128
-    how = f"exit code {code}"
-    if killed and code < 160:
+    how, killed = f"exit code {code}", (code or 0) > 128
+    if code and 128 < code < 160:
         how = f"signal {signal.Signals(code - 128).name}"
     why = logs.reason(log, killed=killed)
     tail = f"{why and f'It says: {why}. '}Its log ends:\n{logs.last_words(log, 40)[-3000:]}"

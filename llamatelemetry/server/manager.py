@@ -301,7 +301,7 @@ def _refuse_port_in_use(host, port):
         ) from error
 
 
-_running = weakref.WeakSet()
+_running: weakref.WeakSet[ServerManager] = weakref.WeakSet()
 
 
 @atexit.register

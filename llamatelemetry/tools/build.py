@@ -48,7 +48,7 @@ def installed() -> dict | None:
         package = importlib.metadata.distribution("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
         return None
-    manifest = Path(package.locate_file(MANIFEST))
+    manifest = Path(str(package.locate_file(MANIFEST)))
     if manifest.is_file():
         return json.loads(manifest.read_text())
     return {
@@ -125,7 +125,7 @@ def _build_into(folder: Path, recipe: dict, jobs: int) -> Path:
         target = folder / key(recipe)
         shutil.rmtree(target, ignore_errors=True)
         ready.rename(target)  # whole or not at all
-    return cached_wheel(recipe)
+    return next(target.glob("*.whl"))
 
 
 def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
@@ -134,7 +134,7 @@ def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
     command += ["--no-deps", "--wheel-dir", str(out), "--no-binary", "llama-cpp-python"]
     command += ["--no-cache-dir", "--verbose", "--disable-pip-version-check", "--no-input"]
     command += ["--config-settings", "cmake.verbose=false"]
-    tail = deque(maxlen=400)
+    tail: deque[str] = deque(maxlen=400)
     process = subprocess.Popen(
         command,
         env=_environment(flags, jobs),
@@ -146,7 +146,7 @@ def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
     )
     try:
         with open(log, "w") as file, progress("fetching sources") as bar:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 file.write(line)
                 tail.append(line.rstrip())
                 step = re.match(r"\s*\[(\d+)/(\d+)\]", line)

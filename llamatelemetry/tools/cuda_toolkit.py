@@ -20,10 +20,10 @@ def runtime() -> list[str]:
 def runtime_folder() -> str | None:
     """The toolkit's folder with those libraries, where the dynamic linker does not find them on its
     own."""
-    names = runtime()
-    if not names or needs.lacking({"libraries": names}) is None:
+    names, program = runtime(), nvcc()
+    if not program or not names or needs.lacking({"libraries": names}) is None:
         return None
-    toolkit = Path(nvcc()).resolve().parents[1]
+    toolkit = Path(program).resolve().parents[1]
     for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         if all((toolkit / name / library).is_file() for library in names):
             return str(toolkit / name)
@@ -38,7 +38,7 @@ def nvcc() -> str | None:
     homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
     homes += [f"{folder}/cuda" for folder in FOLDERS]
     versioned = [path for folder in FOLDERS for path in Path(folder).glob("cuda-*")]
-    homes += sorted(versioned, key=_version, reverse=True)
+    homes += map(str, sorted(versioned, key=_version, reverse=True))
     found = (shutil.which(program) for program in ("nvcc", *(f"{home}/bin/nvcc" for home in homes)))
     return next(filter(None, found), None)
 

@@ -56,7 +56,7 @@ def find(folder: Path, names: Sequence[str] = ()) -> list[Path]:
 
 
 def run_notebook(
-    path: Path, out: Path, parameters: dict | None = None, progress: bool = True
+    path: Path, out: str | os.PathLike, parameters: dict | None = None, progress: bool = True
 ) -> Path:
     """Execute one notebook into `out` (also its working directory) and export it; returns the
     executed .ipynb.
@@ -187,7 +187,7 @@ def export_html(path: Path) -> Path:
 
     path = Path(path)
     notebook = nbformat.read(path, as_version=4)
-    formulas = []
+    formulas: list[str] = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = take_formulas(cell.source, formulas)

@@ -123,15 +123,12 @@ def check_texts(
 
     room: tokens that a prompt may have; None: CONTEXT - GENERATE. Returns {name: tokens} of the
     prompts, as engine.tokenize gives them. Raises ParameterError."""
-    context, generate = values.get("CONTEXT"), values.get("GENERATE", 0)
+    context, generate = values.get("CONTEXT", 0), values.get("GENERATE", 0)
     because = "" if room else f" (CONTEXT {context} - GENERATE {generate})"
     room = room or context - generate
     if room < 2:
-        raise _error(
-            "GENERATE",
-            generate,
-            f"a whole number from 1 to {context - 2} fits beside a prompt in CONTEXT {context}",
-        )
+        fits = f"a whole number from 1 to {context - 2} fits beside a prompt in CONTEXT {context}"
+        raise _error("GENERATE", generate, fits)
     prompts = [name for name in ("PROMPT", "SECOND_PROMPT") if name in values]
     found = {name: engine.tokenize(values[name]) for name in prompts}
     for name, tokens in found.items():
