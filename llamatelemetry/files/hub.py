@@ -31,12 +31,12 @@ def model_files(paths):
     ]
 
 
-def size_of(path):
+def size_of(path: str | os.PathLike) -> int:
     """Bytes of a model file, all its parts together."""
     return sum(part.stat().st_size for part in split_parts(path) if part.exists())
 
 
-def quantization(path):
+def quantization(path: str | os.PathLike) -> str | None:
     """The quantization that a file name states ("Q4_K_M"), or None."""
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", Path(path).stem)
     found = re.search(r"(?<![A-Za-z0-9])([IT]?Q\d\w*|MXFP4\w*|BF16|F16|F32)$", stem, re.IGNORECASE)

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ..errors import LlamaTelemetryError, OutputError, shown
 _SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 
-def path_of(given, error=LlamaTelemetryError):
+def path_of(given: str | bytes | os.PathLike, error: type[Exception] = LlamaTelemetryError) -> Path:
     """A user's path (str, bytes, PathLike) as an absolute one, which stays what it is when the
     working folder changes.
 
@@ -32,7 +33,7 @@ def path_of(given, error=LlamaTelemetryError):
     return path
 
 
-def split_parts(path):
+def split_parts(path: str | os.PathLike) -> list[Path]:
     """All parts of the split GGUF that `path` belongs to, in order; [path] if its name is not that
     of a part."""
     path = Path(path)
@@ -45,7 +46,7 @@ def split_parts(path):
     ]
 
 
-def labels(paths):
+def labels(paths: Iterable[str | os.PathLike]) -> list[str]:
     """A name to show for each of the paths: its stem, with as many of its folders before it as tell
     it from the others.
 
@@ -110,7 +111,7 @@ def check_output(dst, inputs=(), model=False, error=OutputError):
     return dst
 
 
-def folder_of(given, error=OutputError):
+def folder_of(given: str | os.PathLike, error: type[Exception] = OutputError) -> Path:
     """A folder to write to, made where it is not there; `error` where it cannot be."""
     folder = path_of(given, error)
     try:

@@ -11,12 +11,12 @@ from urllib.error import HTTPError
 SECRET_SECONDS = 10  # for one secret; Kaggle's client alone would wait 40
 
 
-def input_dir():
+def input_dir() -> Path:
     """Where attached data are: /kaggle/input, read-only."""
     return Path(os.environ.get("LLAMATELEMETRY_KAGGLE_INPUT", "/kaggle/input"))
 
 
-def working_dir():
+def working_dir() -> Path:
     """Where results go: /kaggle/working, which Kaggle keeps (20 GB); elsewhere the current
     folder."""
     return (
@@ -26,7 +26,7 @@ def working_dir():
     )
 
 
-def temp_dir():
+def temp_dir() -> Path:
     """Where models and scratch go: /kaggle/temp, which Kaggle does not keep; elsewhere the
     system's."""
     if not on_kaggle():
@@ -37,12 +37,12 @@ def temp_dir():
     return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def on_kaggle():
+def on_kaggle() -> bool:
     """Is this a Kaggle session? (Also true where the tests have laid out one.)"""
     return "KAGGLE_KERNEL_RUN_TYPE" in os.environ or input_dir().is_dir()
 
 
-def free_bytes(folder):
+def free_bytes(folder: str | os.PathLike) -> int:
     """Free bytes where `folder` is, or will be once it is made."""
     folder = Path(folder).absolute()
     while not folder.exists():
@@ -55,7 +55,7 @@ silent = (
 )
 
 
-def secret(*labels):
+def secret(*labels: str) -> str | None:
     """The first of these that is a Kaggle secret or an environment variable, else None. Nothing
     prints it."""
     for label in labels:

@@ -1,6 +1,7 @@
 """What a model needs before it is loaded, computed from its file: weights, KV cache, compute
 buffers, per process."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,13 @@ def sliding_layers(gguf: "GGUFFile") -> list[bool]:
     return [layer % period != full for layer in range(gguf.n_layer)]
 
 
-def kv_bytes(gguf, ctx_size, n_parallel=1, n_ubatch=512, swa_full=False):
+def kv_bytes(
+    gguf: "GGUFFile",
+    ctx_size: int,
+    n_parallel: int = 1,
+    n_ubatch: int = 512,
+    swa_full: bool = False,
+) -> int:
     """Bytes of the key and value cache at 16 bit for n_parallel requests of ctx_size tokens."""
 
     def pad(n):
@@ -76,7 +83,7 @@ def weight_bytes(gguf, gpu=True, share=1.0, output=True):
     return int((total - last) * share) + last * output
 
 
-def spread(n_layer, shares):
+def spread(n_layer: int, shares: Sequence[float]) -> list[tuple[float, bool]]:
     """[(share of the layers, whether it has the output)] of each GPU when the weights are split by
     `shares`: whole layers, as llama.cpp deals them out, the output after the last."""
     ends = [sum(shares[: number + 1]) / sum(shares) for number in range(len(shares))]
