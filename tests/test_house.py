@@ -1,8 +1,11 @@
-"""The layout's rules: contracts on imports, what the spine needs, and that no module takes a public
-name."""
+"""The layout's rules: contracts on imports, what the spine needs, sizes, style, types, and that no
+module takes a public name."""
 
+import re
 import subprocess
 import sys
+import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,10 @@ import pytest
 import llamatelemetry
 
 ROOT = Path(__file__).parent.parent
+# Tokens that are no code by themselves.
+LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+PACKAGE = ROOT / "llamatelemetry"
+SUBJECTS = ("attention", "embeddings", "layers", "heads", "quantization")
 SPINE = ("capture", "server", "files", "gpus")
 # What the spine does without: the extras, and what only draws.
 HEAVY = (
@@ -44,10 +51,7 @@ def test_imports_keep_the_contracts():
 
 @pytest.mark.parametrize("room", SPINE)
 def test_the_spine_needs_only_its_own_dependencies(room):
-    modules = [
-        f"llamatelemetry.{room}.{path.stem}"
-        for path in (ROOT / "llamatelemetry" / room).glob("*.py")
-    ]
+    modules = [f"llamatelemetry.{room}.{path.stem}" for path in (PACKAGE / room).glob("*.py")]
     code = (
         f"import importlib, sys\nfor name in {HEAVY!r}: sys.modules[name] = None\n"
         f"for name in {modules!r}: importlib.import_module(name.removesuffix('.__init__'))"
@@ -59,5 +63,45 @@ def test_the_spine_needs_only_its_own_dependencies(room):
 def test_no_module_takes_a_public_name():
     """Importing a submodule sets it as an attribute of its package: a function of that name would
     be gone."""
-    modules = {path.stem for path in (ROOT / "llamatelemetry").iterdir()}
+    modules = {path.stem for path in PACKAGE.iterdir()}
     assert not modules & (set(llamatelemetry.__all__) - {"__version__"})
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check", "--diff")], ids=" ".join)
+def test_style(command):
+    done = run("-m", "ruff", *command, "--no-cache", "--quiet", ".")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@cache
+def code_lines(path):
+    """Lines that hold code: no blank ones, comments or docstrings."""
+    lines, statement = set(), []
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type == tokenize.NEWLINE:
+                if any(one.type != tokenize.STRING for one in statement):
+                    lines.update(*(range(one.start[0], one.end[0] + 1) for one in statement))
+                statement = []
+            elif token.type not in LAYOUT:
+                statement.append(token)
+    return len(lines)
+
+
+def size(*rooms):
+    return sum(code_lines(path) for room in rooms for path in (PACKAGE / room).rglob("*.py"))
+
+
+def test_the_spine_is_as_thin_as_the_readme_promises():
+    promised = re.search(r"under ([\d,]+) lines of code", (ROOT / "README.md").read_text())[1]
+    assert size(*SPINE) < int(promised.replace(",", ""))
+
+
+@pytest.mark.parametrize("room", SUBJECTS)
+def test_a_subject_is_thin(room):
+    assert size(room) <= 1400
+
+
+def test_a_module_is_read_in_one_sitting():
+    sizes = {str(path.relative_to(PACKAGE)): code_lines(path) for path in PACKAGE.rglob("*.py")}
+    assert not {path: lines for path, lines in sizes.items() if lines > 300}
