@@ -12,7 +12,7 @@ from .errors import WorkerCrashedError
 from .files.programs import find_server
 from .gpus import devices
 from .gpus.cores import physical_cores
-from .gpus.fit import Fit, fit, spread
+from .gpus.fit import Fit, Place, fit, place, spread
 from .gpus.placement import placement, proof
 from .server.loading import settle
 from .serving import Serving
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .capture.data import Capture
     from .capture.edits import Edit
     from .capture.session import CaptureSession
+    from .files.gguf import GGUFFile
 
     Prompt = str | Sequence[int]
     Edits = Edit | Sequence[Edit | Sequence[Edit]]
@@ -272,16 +273,41 @@ class InferenceEngine(Serving):
 
         What our own processes hold on the GPU already counts as there. Of several GPUs, the answer
         is that for the one where the most is missing, or the least is left."""
-        model, plan, table = self._loaded(), self.plan, self.placement()
+        model, plan = self._loaded(), self.plan
         sizes = ctx_size or self._server_args["ctx_size"], self._server_args["n_parallel"]
         what = {"capture": capture, "server": server, "gpu": gpu}
         if plan is None or not plan.inference or memory_bytes is not None:
             return fit(model, *sizes, memory_bytes=memory_bytes, **what)
-        ours, found = table[table["process"] != "notebook"], []
+        ours, found = self._held(), []
         now = {gpu.uuid: gpu for gpu in devices.list_gpus()}
         shares = spread(model.n_layer, plan.shares)
         for card, (share, output) in zip(plan.inference, shares):
-            held = ours.loc[ours["gpu"] == card.index, "memory_mib"].fillna(0).sum()
-            there = int(held * 2**20) + now[card.uuid].free_bytes
+            there = ours.get(card.index, 0) + now[card.uuid].free_bytes
             found.append(fit(model, *sizes, memory_bytes=there, share=share, output=output, **what))
         return max(found, key=lambda fit: fit.need_bytes - fit.memory_bytes)
+
+    def place(
+        self,
+        model: GGUFFile,
+        ctx_size: int | None = None,
+        *,
+        kind: str | None = None,
+        capture: bool = True,
+        server: bool = False,
+    ) -> Place:
+        """Where one more model goes while this one stays: see llamatelemetry.gpus.fit.place.
+
+        model: a GGUFFile; kind: it once it is expanded or quantized to this. ctx_size: None for
+        that of the loaded model. Another engine takes the answer:
+        load_model(..., tensor_split=place.tensor_split)."""
+        size = ctx_size or self._server_args.get("ctx_size", 4096)
+        what = {"kind": kind, "capture": capture, "server": server}
+        return place(model, size, **what, ours=self._held())
+
+    def _held(self):
+        """{GPU's index: bytes} that llama-server and the capture worker hold, as far as the driver
+        says."""
+        table = self.placement()
+        known = table[table["process"] != "notebook"].dropna(subset=["gpu", "memory_mib"])
+        sums = known.groupby("gpu")["memory_mib"].sum().items()
+        return {int(gpu): int(mib * 2**20) for gpu, mib in sums}

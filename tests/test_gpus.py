@@ -12,9 +12,11 @@ import pytest
 from llamatelemetry import GpuError
 from llamatelemetry.gpus import devices, placement
 from llamatelemetry.gpus.fit import (
+    as_type,
     compute_bytes,
     fit,
     kv_bytes,
+    place,
     sliding_layers,
     spread,
     weight_bytes,
@@ -443,6 +445,21 @@ def test_what_fits_spread_over_gpus(machine):
     assert "together" not in str(fit(file, 65536, **there))
 
 
+@pytest.fixture
+def cards(machine, monkeypatch):
+    """cards(9, 3) makes this a machine whose GPUs have 9 and 3 GiB free."""
+
+    def make(*free):
+        uuids = machine(len(free))
+        found = [
+            devices.Gpu(index, uuid, "T4", T4, int(gib * 2**30))
+            for index, (uuid, gib) in enumerate(zip(uuids, free))
+        ]
+        monkeypatch.setattr(devices, "list_gpus", lambda: found)
+
+    return make
+
+
 @pytest.mark.parametrize(
     "split, share, output, there, fits",
     [
@@ -451,17 +468,10 @@ def test_what_fits_spread_over_gpus(machine):
         ("1,0", 1, True, 9, True),
     ],
 )
-def test_a_model_must_fit_where_the_least_is_left(
-    machine, monkeypatch, split, share, output, there, fits
-):
+def test_a_model_must_fit_where_the_least_is_left(cards, split, share, output, there, fits):
     from llamatelemetry import InferenceEngine
 
-    uuids = machine(2)
-    ours = [
-        devices.Gpu(i, uuid, "T4", T4, free * 2**30)
-        for i, (uuid, free) in enumerate(zip(uuids, (9, 3)))
-    ]
-    monkeypatch.setattr(devices, "list_gpus", lambda: ours)
+    cards(9, 3)
     engine = InferenceEngine()
     engine.model, engine._server_args = File(weights=8 * 2**30), {"ctx_size": 1024, "n_parallel": 1}
     engine.plan = devices.plan(split)
@@ -470,6 +480,94 @@ def test_a_model_must_fit_where_the_least_is_left(
     assert found.table["weights"][0] == pytest.approx(
         weight_bytes(engine.model, share=share, output=output) / 2**20
     )
+    engine.model = None
+
+
+@pytest.mark.parametrize(
+    "weights, free, split, indices",
+    [
+        (4, (3, 14), "0,1", [1]),  # the analytics GPU
+        (4, (14, 3), "1,0", [0]),
+        (4, (14,), "1", [0]),
+        (8, (3, 8), "0.1364,0.8636", [0, 1]),  # 1.5 and 9.5 of 10 layers and the output
+        (8, (3, 3, 8), None, [0, 1, 2]),
+        (8, (3, 3), None, []),
+        (8, (3,), None, []),
+    ],
+)
+def test_where_a_second_model_goes(cards, weights, free, split, indices):
+    cards(*free)
+    file = File(weights=weights * 2**30)
+    found = place(file, 1024)
+    assert [gpu.index for gpu in found.gpus] == indices and found.fits == bool(indices)
+    assert str(found).startswith("tiny, ") and "capture worker at 1,024 tokens" in str(found)
+    if not found.fits:
+        assert found.tensor_split is None and "fits nowhere: GPU 0 has 3,072 MiB" in str(found)
+        assert "What would fit: the Q" in str(found) or "choose a smaller one" in str(found)
+        return
+    assert split is None or found.tensor_split == split
+    # load_model's plan shows inference these GPUs, and what each gets by it fits there.
+    plan = devices.plan(found.tensor_split)
+    assert plan.inference == found.gpus
+    parts = spread(file.n_layer, plan.shares)
+    for gpu, (share, output) in zip(plan.inference, parts):
+        asked = dict(share=share, output=output, server=False, gpu=True)
+        assert fit(file, 1024, memory_bytes=gpu.free_bytes, **asked).fits
+        assert f"GPU {gpu.index} (" in str(found)
+
+
+def test_what_would_make_room_for_a_second_model(cards):
+    cards(3, 3)
+    file = File(weights=8 * 2**30)
+    assert "is closed" in str(place(file, 1024, ours={0: 8 * 2**30}))
+    assert "is closed" not in str(place(file, 1024, ours={0: 2**30}))
+    cards(9.5, 3)
+    both = place(file, 1024, server=True)
+    assert not both.fits and "captures without the server" in str(both)
+    assert place(file, 1024).tensor_split == "1,0"
+
+
+def test_a_second_model_without_gpus(cards):
+    cards()
+    found = place(File(), 1024)
+    assert found.fits and found.tensor_split is None and found.gpus == ()
+    assert "MiB there" in str(found)
+    assert not place(File(weights=2**50), 1024).fits
+
+
+def test_a_file_that_is_yet_to_be_made(smollm2, cards, tmp_path):
+    from llamatelemetry import GGUFFile
+    from llamatelemetry.convert.expand import expand
+    from llamatelemetry.errors import OptionError
+
+    file = GGUFFile(smollm2)
+    made = GGUFFile(expand(smollm2, tmp_path / "F16.gguf", type="F16", progress=False))
+    reckoned = as_type(file, "F16")
+    assert reckoned.tensors["size_bytes"].equals(made.tensors["size_bytes"])
+    assert reckoned.bits_per_weight == pytest.approx(made.bits_per_weight)
+    assert reckoned.size_bytes == pytest.approx(made.size_bytes, rel=1e-3)
+    assert reckoned.name.endswith("as F16") and file.name != reckoned.name
+    assert file.bits_per_weight < 6  # stays as it is
+    assert as_type(file, "IQ3_XXS").size_bytes < as_type(file, "Q4_K_S").size_bytes
+    with pytest.raises(OptionError, match="no type"):
+        as_type(file, "float")
+    cards(14, 14)
+    assert place(file, 1024, kind="F16").need_bytes == place(made, 1024).need_bytes
+
+
+def test_what_the_engine_holds_is_given_back_by_closing_it(cards, machine, monkeypatch):
+    from llamatelemetry import InferenceEngine
+
+    cards(3, 3)
+    engine = InferenceEngine()
+    engine.model, engine._server_args = File(), {"ctx_size": 1024, "n_parallel": 1}
+    server, worker = 4 * 2**30, 3 * 2**30
+    table = placement.placement({"notebook": 1, "llama-server": 2, "capture worker": 3})
+    table["gpu"], table["memory_mib"] = [1, 0, 0], [100.0, server / 2**20, worker / 2**20]
+    monkeypatch.setattr(engine, "placement", lambda: table)
+    assert engine._held() == {0: server + worker}
+    assert "is closed" in str(engine.place(File(weights=8 * 2**30)))
+    assert "at 512 tokens" in str(engine.place(File(), 512))
     engine.model = None
 
 

@@ -1,10 +1,13 @@
 """What a model needs before it is loaded, computed from its file: weights, KV cache, compute
 buffers, per process."""
 
+import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..errors import OptionError
 from . import devices
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ MIB = 2**20
 # Older GPUs take less.
 CONTEXT_BYTES = 600 * MIB
 # Bits per weight of whole files, about: what is named when a model does not fit.
+FLOATS = {"F32": 32, "F16": 16, "BF16": 16}
 SMALLER = {"Q8_0": 8.5, "Q6_K": 6.6, "Q5_K_M": 5.7, "Q4_K_M": 4.9, "Q3_K_M": 3.9, "Q2_K": 3.0}
 # Period of the layers that see everything, where the file does not say (llama.cpp, src/models);
 # True: it leads.
@@ -70,6 +74,26 @@ def kv_bytes(
         per_head * n_kv * (window if slides else cells)
         for n_kv, slides in zip(heads, sliding_layers(gguf))
     )
+
+
+def as_type(gguf: "GGUFFile", kind: str) -> "GGUFFile":
+    """The file that expanding or quantizing `gguf` to `kind` would make, to be reckoned with before
+    it is there: its tensors' sizes, size_bytes and bits_per_weight. Exact for F32, F16 and BF16
+    (whose vectors are F32), for others about, by the bits per weight of such files."""
+    bits = FLOATS.get(kind) or SMALLER.get(kind)
+    if not bits:  # a mixture takes a little more than its digit says
+        if not (digit := re.search(r"\d", kind)):
+            raise OptionError(f"{kind!r} is no type of a GGUF file: F16, Q8_0, Q4_K_M, ...")
+        bits = int(digit[0]) + 1
+    other, table = copy.copy(gguf), gguf.tensors.copy()
+    wide = table["shape"].map(len).gt(1).map({True: bits, False: 32})
+    table["size_bytes"] = (table["n_elements"] * wide / 8).astype(int)
+    before, size = (int(each["size_bytes"].sum()) for each in (gguf.tensors, table))
+    other.name, other.file_type = f"{gguf.name} as {kind}", kind
+    other.size_bytes = gguf.size_bytes - before + size
+    other.bits_per_weight = 8 * size / int(table["n_elements"].sum())
+    other.tensors = table
+    return other
 
 
 def weight_bytes(gguf, gpu=True, share=1.0, output=True):
@@ -159,6 +183,11 @@ class _Asked:
         """Bytes of all processes together, with these fields changed."""
         return sum(map(sum, replace(self, **changes).needs().values()))
 
+    def part(self, count, output):
+        """Bytes on a GPU that gets `count` of the layers and the output (one more)."""
+        share = (count - output) / max(1, self.gguf.n_layer)
+        return self.total(share=share, output=output) if count else 0
+
 
 def fit(
     gguf: "GGUFFile",
@@ -201,32 +230,132 @@ def fit(
     )
     if need <= memory_bytes:
         return Fit(table, need, memory_bytes, True, f"{gguf.name} fits: {have}.")
-    ways = list(_ways(asked, memory_bytes))
-    mend = "Nothing smaller of this model would: choose a smaller one."
+    ways = [*_ways(asked, lambda other: other.total() <= memory_bytes)]
+    ways += _together(asked, memory_bytes)
+    return Fit(table, need, memory_bytes, False, f"{gguf.name} does not fit: {have}. {_mend(ways)}")
+
+
+def _mend(ways):
     if ways:
-        mend = f"What would fit: {'; '.join(ways)}."
-    return Fit(table, need, memory_bytes, False, f"{gguf.name} does not fit: {have}. {mend}")
+        return f"What would fit: {'; '.join(ways)}."
+    return "Nothing smaller of this model would: choose a smaller one."
 
 
-def _ways(asked, memory_bytes):
-    """What of the same model would fit, as parts of a sentence."""
-    gguf, shorter = asked.gguf, asked.ctx_size // 2
-    while shorter >= 256 and asked.total(ctx_size=shorter) > memory_bytes:
+def _ways(asked, fits):
+    """What of the same model would fit, as parts of a sentence. fits(another _Asked) -> bool."""
+    shorter = asked.ctx_size // 2
+    while shorter >= 256 and not fits(replace(asked, ctx_size=shorter)):
         shorter //= 2
     if shorter >= 256:
         yield f"a context of {shorter:,} tokens (ctx_size={shorter})"
-    if asked.server and asked.capture:
-        alone = asked.total(server=False)
-        if alone <= memory_bytes:
-            yield f"captures without the server, {alone / MIB:,.0f} MiB (auto_start=False)"
-    count = len(devices.visible_gpus()) if asked.gpu and asked.share == 1 else 0
-    if count > 1:
-        parts = spread(gguf.n_layer, [1] * count)
-        if max(asked.total(share=share, output=last) for share, last in parts) <= memory_bytes:
-            shares = ",".join([f"{1 / count:g}"] * count)
-            yield f'{count} GPUs together (tensor_split="{shares}")'
+    alone = replace(asked, server=False)
+    if asked.server and asked.capture and fits(alone):
+        yield f"captures without the server, {alone.total() / MIB:,.0f} MiB (auto_start=False)"
+    here = asked.gguf.bits_per_weight
     for name, bits in SMALLER.items():
-        need = asked.total(scale=bits / gguf.bits_per_weight)
-        if bits < gguf.bits_per_weight and need <= memory_bytes:
-            yield f"the {name} quantization, about {need / MIB:,.0f} MiB"
+        smaller = replace(asked, scale=bits / here)
+        if bits < here and fits(smaller):
+            yield f"the {name} quantization, about {smaller.total() / MIB:,.0f} MiB"
             break
+
+
+def _together(asked, memory_bytes):
+    """The way over all GPUs, where each has as much memory: a list of it, or of nothing."""
+    count = len(devices.visible_gpus()) if asked.gpu and asked.share == 1 else 0
+    parts = spread(asked.gguf.n_layer, [1] * count) if count > 1 else []
+    needs = [asked.total(share=share, output=last) for share, last in parts]
+    if not needs or max(needs) > memory_bytes:
+        return []
+    return [f'{count} GPUs together (tensor_split="{",".join([f"{1 / count:g}"] * count)}")']
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model goes, beside what is there already. fits: does it go anywhere; tensor_split:
+    what load_model takes, None where there is no GPU or no room; gpus: the Gpus that get a part of
+    it; need_bytes: of all its processes, on all of them; sentence: that with numbers, and what
+    would fit where it does not (also str())."""
+
+    fits: bool
+    tensor_split: str | None
+    gpus: tuple[devices.Gpu, ...]
+    need_bytes: int
+    sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+def place(
+    gguf: "GGUFFile",
+    ctx_size: int = 4096,
+    *,
+    kind: str | None = None,
+    n_parallel: int = 1,
+    capture: bool = True,
+    server: bool = False,
+    ours: dict[int, int] | None = None,
+) -> Place:
+    """Where one more model goes, by what the driver says is free now: the analytics GPU alone,
+    another alone, over all of them with layers according to their room, or nowhere; without GPUs
+    the machine's memory counts.
+
+    kind: of a file that is yet to be made from `gguf` ("F16", "Q4_K_M": `as_type`). capture,
+    server: what is needed of it. ours: {GPU's index: bytes} that closing what is loaded would
+    give back, for the sentence. Returns a Place for load_model(tensor_split=place.tensor_split)."""
+    gguf = as_type(gguf, kind) if kind else gguf
+    cards, analytics = devices.visible_gpus(), devices.plan().analytics
+    if not cards:
+        found = fit(gguf, ctx_size, n_parallel, capture=capture, server=server, gpu=False)
+        return Place(found.fits, None, (), found.need_bytes, found.sentence)
+    asked = _Asked(gguf, ctx_size, n_parallel, server, capture, True, 1.0, True)
+    need, who = asked.total(), " and ".join(asked.needs())
+    said = f"{gguf.name}, {need / MIB:,.0f} MiB for the {who} at {ctx_size:,} tokens,"
+    if dealt := _dealt(asked, cards, analytics):
+        used = [(card, part) for card, (_, part) in zip(cards, dealt) if part]
+        where = [f"GPU {card.index} ({part / MIB:,.0f} of {_free(card)})" for card, part in used]
+        split = _split([count for count, _ in dealt])
+        need = sum(part for _, part in used)
+        gpus = tuple(card for card, _ in used)
+        return Place(True, split, gpus, need, f"{said} goes to {' and '.join(where)}.")
+    ways = list(_ways(asked, lambda other: bool(_dealt(other, cards, analytics))))
+    back = [card.free_bytes + (ours or {}).get(card.index, 0) for card in cards]
+    closed = [replace(card, free_bytes=free) for card, free in zip(cards, back)]
+    if closed != cards and _dealt(asked, closed, analytics):
+        ways.insert(0, "the same once the model that is loaded is closed")
+    there = ", ".join(f"GPU {card.index} has {_free(card)}" for card in cards)
+    sentence = f"{said} fits nowhere: {there}. {_mend(ways)}"
+    return Place(False, None, (), need, sentence)
+
+
+def _free(card):
+    return f"{card.free_bytes / MIB:,.0f} MiB free"
+
+
+def _dealt(asked, cards, analytics):
+    """[(layers, bytes)] of each card, the output counted as one more layer after the last: all on
+    one, the analytics GPU first, else over all so that they are filled alike. [] where there is no
+    room."""
+    every = asked.gguf.n_layer + 1
+    for chosen in sorted(cards, key=lambda card: card.uuid != analytics.uuid):
+        if (need := asked.total()) <= chosen.free_bytes:
+            return [(every, need) if card is chosen else (0, 0) for card in cards]
+    for filled in range(1, 21) if len(cards) > 1 else ():
+        dealt, left = [], every
+        for card in cards:
+            parts = ((count, asked.part(count, count == left)) for count in range(left, 0, -1))
+            room = card.free_bytes * filled / 20
+            dealt.append(next((part for part in parts if part[1] <= room), (0, 0)))
+            left -= dealt[-1][0]
+        if not left:
+            return dealt
+    return []
+
+
+def _split(counts):
+    """The shares that make llama.cpp deal out so. It compares fractions in single precision: each
+    bound lies between two layers."""
+    shares, used = list(counts), [number for number, count in enumerate(counts) if count]
+    shares[used[0]] -= 0.5
+    shares[used[-1]] += 0.5
+    return ",".join(f"{share / sum(counts):.4g}" for share in shares)

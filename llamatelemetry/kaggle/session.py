@@ -9,6 +9,7 @@ import time
 from ..errors import LlamaTelemetryError
 from ..files import places
 from ..files.places import free_bytes, on_kaggle, secret, temp_dir, working_dir
+from ..files.scratch import sweep
 from ..gpus import devices
 from ..tools import build
 
@@ -67,6 +68,7 @@ def _folders():
     """Models and scratch to where Kaggle does not keep them, unless the user said otherwise."""
     os.environ.setdefault("HF_HOME", str(temp_dir() / "huggingface"))
     os.environ.setdefault("LLAMATELEMETRY_CACHE", str(temp_dir() / "llamatelemetry"))
+    sweep()
 
 
 def _session_line():

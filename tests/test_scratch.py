@@ -1,0 +1,104 @@
+"""Scratch: a folder per process, gone with it; what is announced, refused and removed."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llamatelemetry.errors import OutputError
+from llamatelemetry.files import places, scratch
+
+MAKES = """
+import os, sys, time
+from llamatelemetry.files.scratch import ScratchFile, scratch
+(scratch() / "half.gguf").write_bytes(b"x")
+print(scratch(), flush=True)
+"""
+
+
+@pytest.fixture
+def temp(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "temp_dir", lambda: tmp_path)
+    monkeypatch.setattr(scratch, "_mine", None)
+    return tmp_path
+
+
+def start(temp, then=""):
+    env = os.environ | {"TMPDIR": str(temp)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAKES + then], env=env, stdout=subprocess.PIPE, text=True
+    )
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_a_folder_goes_with_its_process(temp):
+    process, folder = start(temp)
+    assert process.wait() == 0 and folder.parent == temp and not folder.exists()
+    process, folder = start(temp, "raise SystemExit(3)")
+    assert process.wait() == 3 and not folder.exists()
+
+
+def test_a_folder_of_a_killed_process_goes_at_the_next_start(temp):
+    process, folder = start(temp, "time.sleep(60)")
+    try:
+        scratch.sweep()
+        assert (folder / "half.gguf").is_file()  # its maker is there
+    finally:
+        process.kill()
+    time.sleep(0.1)  # not waited for: a zombie is gone, too
+    mine = scratch.scratch()
+    assert not folder.exists() and mine.is_dir() and scratch.scratch() == mine
+    process.wait()
+    (other := temp / "llamatelemetry-scratch-1-1-1-container").mkdir()
+    (foreign := temp / "llamatelemetry-scratch-of-somebody").mkdir()
+    scratch.sweep()
+    assert other.is_dir() and foreign.is_dir() and mine.is_dir()
+
+
+def test_a_fork_has_a_folder_of_its_own(temp):
+    mine = scratch.scratch()
+    if not (child := os.fork()):
+        theirs = scratch.scratch()
+        scratch._leave(*scratch._mine)
+        os._exit(theirs == mine or theirs.exists() or not mine.exists())
+    assert os.waitpid(child, 0)[1] == 0 and mine.is_dir()
+
+
+def test_who_made_a_name():
+    assert not scratch.gone(f".{scratch.maker()}.partial")
+    pid, start, namespace = scratch.maker().split("-")
+    assert scratch.gone(f".{pid}-{int(start) + 1}-{namespace}.partial")
+    assert not scratch.gone("notes.partial")
+
+
+def test_a_large_file_is_announced_and_removed(temp, capsys):
+    with scratch.ScratchFile("small.gguf", 10**6) as path:
+        path.write_bytes(b"x")
+        assert capsys.readouterr().out == ""
+    assert not path.exists()
+    file = scratch.ScratchFile("F16.gguf", 2 * 10**9)
+    said = capsys.readouterr().out
+    assert "F16.gguf: 2.0 GB in " in said and str(temp) in said
+    Path(file).write_bytes(b"x")
+    again = scratch.ScratchFile("F16.gguf")  # a cell run again
+    assert again.path == file.path and not again.path.exists()
+    again.remove()
+
+
+def test_no_room_is_said_beforehand(temp, monkeypatch):
+    with pytest.raises(OutputError, match=r"big.gguf needs 1000000.0 GB of scratch.*TMPDIR"):
+        scratch.ScratchFile("big.gguf", 10**15)
+    monkeypatch.setattr(scratch, "temp_dir", lambda: temp / "nowhere")
+    monkeypatch.setattr(scratch, "_mine", None)
+    with pytest.raises(OutputError, match="No scratch folder"):
+        scratch.scratch()
+
+
+def test_on_kaggle_scratch_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setenv("LLAMATELEMETRY_KAGGLE_TEMP", str(tmp_path / "temp"))
+    monkeypatch.setattr(scratch, "_mine", None)
+    assert scratch.scratch().parent == places.temp_dir() == tmp_path / "temp"
