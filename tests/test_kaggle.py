@@ -180,6 +180,30 @@ def test_a_service_that_is_silent_is_not_asked_again(session, monkeypatch, first
 # setup()
 
 
+def test_the_first_cell_s_imports_need_nothing_that_setup_installs():
+    """kaggle.setup() installs what the image lacks, so what is imported to call it must not need
+    it."""
+    absent = (
+        "gguf",
+        "pynvml",
+        "xarray",
+        "safetensors",
+        "umap",
+        "igraph",
+        "graphistry",
+        "llama_cpp",
+    )
+    code = (
+        f"import sys\nfor name in {absent!r}: sys.modules[name] = None\n"
+        "from llamatelemetry import InferenceEngine, kaggle\n"
+        "from llamatelemetry.kaggle import engine, install"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def prepared(session, monkeypatch):
     """setup() without pip: what it would install is not the matter here."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelLoadError, ModelNotFoundError, ServerError, shown
-from ..files.gguf import GGUFFile
 from ..files.outputs import path_of
 from ..files.programs import ENGINE_MEND, find_server
 from ..gpus import devices
@@ -99,6 +98,9 @@ class ServerManager:
             "n_gpu_layers": "all" if gpu_layers is not None and gpu_layers < 0 else gpu_layers,
         } | server_kwargs
         if embeddings:
+            # Not above: setup() may only install the gguf package after this module's import
+            from ..files.gguf import GGUFFile
+
             pooling = pooling or pooling_of(GGUFFile(model_path))
             options |= {"embeddings": True, "pooling": pooling}
         # It answers with its model's name, in JSON, which is UTF-8
