@@ -200,6 +200,23 @@ def test_what_is_not_there_is_refused(tmp_path):
         load_text(tmp_path / "none.txt")
 
 
+def test_a_file_is_one_row_under_one_name(tmp_path):
+    """MODEL among the quantizations: its row came twice, and every look at it gave two."""
+    from llamatelemetry.convert.quantize import with_origin
+
+    folder = tmp_path / "other"
+    folder.mkdir()
+    one, other, link = tmp_path / "a.gguf", folder / "a.gguf", tmp_path / "link.gguf"
+    for path in (one, other):
+        path.write_bytes(path.parent.name.encode())
+    link.symlink_to(one)
+    assert list(comparison._named([one, one, link, other])) == [f"{tmp_path.name}/a", "other/a"]
+    assert comparison._named({"x": one, "y": link, "z": other}) == {"x": one, "z": other}
+    paths = {"Q8_0": other, "a": one}
+    assert with_origin(paths, link) == with_origin(paths, one) == paths
+    assert list(with_origin({"a": other}, one)) == ["a", f"{tmp_path.name}/a"]
+
+
 def test_windows_leave_out_the_remainder():
     assert windows(np.arange(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert windows(np.arange(11), 4, 1).tolist() == [[0, 1, 2, 3]]
@@ -222,7 +239,7 @@ def test_a_crash_costs_only_the_candidate_that_makes_it(monkeypatch):
     assert found["bad"]["kind"] == "crash" and "signal 6" in found["bad"]["error"]
     assert found["good"]["attempts"] == 2
     with pytest.raises(WorkerCrashedError, match="bad: llama.cpp ended"):
-        comparison._result({"bad": found["bad"]}, {}, ["bad"], 0)
+        comparison._result({"bad": found["bad"]}, {}, {"bad": "bad"}, 0)
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,14 @@ from llamatelemetry.backend import get_backend
 from llamatelemetry.embeddings import groups
 from llamatelemetry.embeddings import say as embeddings_sentences
 from llamatelemetry.files.gguf import GGUFFile
-from llamatelemetry.heads import figures, similarity
+from llamatelemetry.heads import figures, importance_figures, similarity
 from llamatelemetry.heads import importance as heads_importance
 from llamatelemetry.heads import profile as heads
 from llamatelemetry.heads import say as heads_say
 from llamatelemetry.layers import compare, say, states
 from llamatelemetry.layers import figures as layer_figures
 from llamatelemetry.maths import rank_correlation, ratio
+from llamatelemetry.quantization import figures as quantization_figures
 from llamatelemetry.quantization import inside, tracing
 from llamatelemetry.quantization import say as quantization_words
 from llamatelemetry.tools.notebooks import run_notebook
@@ -324,6 +325,97 @@ def test_files_that_do_not_differ():
     chosen = pd.Series({"kld_mean": 0.05, "size_bytes": 2**21})
     assert "No other part is left" in quantization_words.mixture(before, chosen, before)
     assert "nothing to keep" in quantization_words.mixture(before, before, before)
+
+
+def nothing_of_heads():
+    """Where no head earns a label, none was ablated, and no measure was made."""
+    values = {
+        name: (("measure", "layer", "head"), np.zeros((0, 2, 2))) for name in ("value", "low")
+    }
+    values |= {name: values["value"] for name in ("high", "baseline", "baseline_high")}
+    profiled = xr.Dataset(
+        values, {"measure": np.array([], object), "layer": [0, 1], "head": [0, 1]}
+    )
+    empty = np.zeros((0, 2, 2), bool)
+    coords = {"label": np.array([], object), "layer": [0, 1], "head": [0, 1]}
+    earned = xr.DataArray(empty, coords, ("label", "layer", "head"))
+    lost = pd.DataFrame(columns="layer head loss_change error kl zero mean".split(), dtype=float)
+    pruned = pd.DataFrame(columns="order repeat removed loss_change".split(), dtype=float)
+    compared = heads.compare(profiled, profiled, earned, earned)
+    related = heads_importance.relations(lost, [])
+    table = pd.DataFrame({"labels": ["none"] * 4})
+    figures_of = [
+        figures.measures(profiled, [], title="t"),
+        figures.baselines(profiled, earned, title="t"),
+        figures.depth(profiled, [], title="t"),
+        figures.survival(compared, "a", "b", title="t"),
+        figures.side_by_side(None, {}, [], title="t"),
+        figures.clusters(lost, {}, title="t"),
+        figures.distances(np.zeros((0, 0)), [], [], title="t"),
+        importance_figures.importance(lost, title="t"),
+        importance_figures.relations(related, "x", title="t"),
+        importance_figures.both_ways(lost, title="t"),
+        importance_figures.pruning(pruned, 0, title="t"),
+    ]
+    said = [
+        heads_say.texts([]),
+        heads_say.measures(profiled, []),
+        heads_say.baselines(heads.label_counts(earned, profiled), table, 0.1),
+        heads_say.depth(heads.by_depth(profiled), earned),
+        heads_say.survival(compared, "a", "b"),
+        heads_say.importance(lost, 3.0, {}),
+        heads_say.relations(related),
+        heads_say.both_ways(lost),
+        heads_say.pruning(pruned, None, 0, 0.1),
+        heads_say.typical(profiled, pd.DataFrame(), 0, 0),
+    ]
+    return figures_of, said
+
+
+def nothing_of_files():
+    """Where no file could be measured, and nothing in it moved."""
+    file = pd.DataFrame(columns="kld_mean bits_per_weight size_bytes".split(), dtype=float)
+    costs = pd.DataFrame(columns="part layer cost fall share".split(), dtype=float)
+    costs.attrs["kld"] = 0.0
+    matrix = pd.DataFrame({"layer": [np.nan], "group": "token_embd", "error": [np.nan]})
+    moved = xr.DataArray(np.full((1, 2), np.nan), dims=("layer", "head"))
+    columns = ["weight_error", "drift_added", "cost", "fall"]
+    layer = pd.DataFrame(columns=columns, dtype=float)
+    kinds = pd.DataFrame()
+    figures_of = [
+        quantization_figures.ladder(file, title="t"),
+        quantization_figures.percentiles(file, title="t"),
+        quantization_figures.token_kinds(kinds, "piece", title="t"),
+        quantization_figures.weight_errors({"a": matrix}, "a", title="t"),
+        quantization_figures.attention({"a": moved}, "a", title="t"),
+        quantization_figures.drift({}, title="t"),
+        quantization_figures.embeddings({}, title="t"),
+        quantization_figures.costs(costs, title="t"),
+        quantization_figures.falls(costs, title="t"),
+        quantization_figures.together(layer, title="t"),
+        quantization_figures.pareto(file, {}, title="t"),
+    ]
+    said = [
+        quantization_words.ladder(file, "r"),
+        quantization_words.percentiles(file),
+        quantization_words.token_kinds(kinds, "piece"),
+        quantization_words.weight_errors({"a": matrix}),
+        quantization_words.attention({"a": moved.assign_coords(layer=[0], head=[0, 1])}),
+        quantization_words.costs(costs, 0.0),
+        quantization_words.falls(costs),
+        quantization_words.together(inside.rank_correlations(layer), 0),
+        quantization_words.answers([]),
+    ]
+    return figures_of, said
+
+
+@pytest.mark.parametrize("make", [nothing_of_heads, nothing_of_files])
+def test_nothing_is_said_and_drawn_as_nothing(make):
+    figures_of, said = make()
+    for figure in figures_of:
+        assert len(figure.layout.annotations) == 1 and not figure.data
+        assert figure.layout.annotations[0].text.startswith("no ")
+    assert all(said) and not NO_NUMBER.search(" ".join(said)), said
 
 
 def test_one_category_is_nothing_to_agree_with():

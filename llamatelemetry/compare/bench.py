@@ -6,14 +6,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from .. import logs
 from ..errors import ModelLoadError, shown
-from ..files.outputs import labels
+from ..files.outputs import labels, once
 from ..files.programs import tool
 from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment
@@ -67,7 +67,7 @@ def speeds(runs: list[dict]) -> dict[str, float]:
 
 
 def bench_all(
-    paths: Iterable[str | Path],
+    paths: Iterable[str | Path] | Mapping[str, Path],
     n_prompt: int = 256,
     n_gen: int = 32,
     repetitions: int = 3,
@@ -75,15 +75,19 @@ def bench_all(
     threads: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """bench() of several files: DataFrame indexed by their names (files.labels)."""
+    """bench() of several files: DataFrame indexed by their names, those of {name: path} or
+    files.labels. A file that comes twice is one row."""
     from tqdm.auto import tqdm
 
-    paths = list(dict.fromkeys(map(Path, paths)))
+    if not isinstance(paths, Mapping):
+        paths = list(map(Path, paths))
+        paths = dict(zip(labels(paths), paths))
+    paths = once(paths)
     rows = [
         bench(path, n_prompt, n_gen, repetitions, gpu_layers, threads)
-        for path in tqdm(paths, desc="llama-bench", disable=not progress)
+        for path in tqdm(paths.values(), desc="llama-bench", disable=not progress)
     ]
-    return pd.DataFrame(rows, index=pd.Index(labels(paths), name="name"))
+    return pd.DataFrame(rows, index=pd.Index(list(paths), name="name"))
 
 
 _LOAD = """

@@ -3,6 +3,7 @@ of logits."""
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..errors import (
     WorkerCrashedError,
     shown,
 )
-from ..files.outputs import labels
+from ..files.outputs import labels, once
 from .jobs import distributed, measure_all
 from .quality import summarize
 from .texts import load_text
@@ -55,13 +56,17 @@ def compare_quantizations(
     """Perplexity, KL divergence and top-token agreement of quantized files against a reference, on
     a text.
 
-    reference, candidates: paths or registry names. text: the text or a path to one, as load_text
-    takes it, or None for the public-domain text of this package (compare/text.md). n_ctx: tokens
-    per window; the second half of each is scored, and a text that ends within a window loses that
-    remainder. max_windows: use only the first so many. gpu_layers: None puts all layers on the
-    visible GPU if the engine can use one. client: a dask.distributed Client (for one worker per
-    GPU: cluster.local_cluster); then the candidates are shared out to its workers, and those of a
-    worker that dies are started again, up to `retries` times.
+    reference, candidates: paths or registry names; of candidates also {name: path}, which names the
+    rows. A file that comes twice, by whatever path, is one row. text: the text or a path to one, as
+    load_text takes it, or None for the public-domain text of this package (compare/text.md). n_ctx:
+    tokens per window; the second half of each is scored, and a text that ends within a window loses
+    that remainder. max_windows: use only the first so many. gpu_layers: None puts all layers on the
+    visible GPUs if the engine can use them: with two, the reference sits on one and the candidate
+    on the other, or both are spread over them, or the reference's logits are kept in scratch where
+    it has to go before a candidate comes (jobs.placed; the same numbers). client: a
+    dask.distributed Client (for one worker per GPU: cluster.local_cluster); then the candidates are
+    shared out to its workers, and those of a worker that dies are started again, up to `retries`
+    times.
 
     Definitions are llama-perplexity's (--kl-divergence), in nats and fractions. Returns a
     Comparison, one row per candidate in the order given, indexed by name (of the file as it was
@@ -72,10 +77,7 @@ def compare_quantizations(
     CompareError for another vocabulary or architecture, a reference that predicts nothing or no
     numbers, or too short a text, ModelNotFoundError for a file that is not there, ModelLoadError if
     the reference or every candidate cannot be loaded."""
-    candidates = [candidates] if isinstance(candidates, str | Path) else list(candidates)
-    reference, paths = _path(reference), [_path(candidate) for candidate in candidates]
-    if not paths:
-        raise CompareError("No candidates were given: pass at least one path or name.")
+    reference, named = _path(reference), _named(candidates)
     for name, value, least in (
         ("max_windows", max_windows, 1),
         ("threads", threads, 1),
@@ -96,13 +98,26 @@ def compare_quantizations(
         "gpu_layers": gpu_layers,
         "threads": threads,
     }
-    unique = list(dict.fromkeys(str(p) for p in paths))
+    unique = list(map(str, named.values()))
     if client is None:
         found = measure_all(job | {"candidates": unique}, progress)
         attempts = {p: f["attempts"] for p, f in found.items()}
     else:
         found, attempts = distributed(client, job, unique, retries, progress)
-    return _result(found, attempts, [str(p) for p in paths], seed)
+    return _result(found, attempts, dict(zip(named, unique)), seed)
+
+
+def _named(candidates):
+    """{name of a row: path}, each file once, by the first of its names."""
+    if isinstance(candidates, Mapping):
+        paths = {str(name): _path(given) for name, given in candidates.items()}
+    else:
+        alone = isinstance(candidates, str | Path)
+        paths = list(map(_path, [candidates] if alone else candidates))
+        paths = dict(zip(labels(paths), paths))
+    if not paths:
+        raise CompareError("No candidates were given: pass at least one path or name.")
+    return once(paths)
 
 
 def _check_window(path, n_ctx):
@@ -144,7 +159,7 @@ def _lost(result):
     return f"its loss of {loss:.3g} nats per token is beyond any perplexity"
 
 
-def _result(found, attempts, order, seed):
+def _result(found, attempts, named, seed):
     for f in found.values():
         if not f["error"]:
             f["error"] = _lost(f)
@@ -157,8 +172,7 @@ def _result(found, attempts, order, seed):
         whys = "; ".join(f"{p}: {f['error']}" for p, f in found.items())
         raise error(f"No candidate could be measured: {whys}")
     rows, tables = [], []
-    names = labels(order)
-    for name, path in zip(names, order):
+    for name, path in named.items():
         row = {"name": name, "file": shown(path), **_size(path), "error": found[path]["error"]}
         if found[path]["error"] is None:
             table = pd.DataFrame(found[path]["columns"])
@@ -170,7 +184,7 @@ def _result(found, attempts, order, seed):
     result = Comparison(pd.DataFrame(rows).set_index("name"))
     result["error"] = result.pop("error")
     object.__setattr__(result, "tokens", pd.concat(tables, ignore_index=True)[COLUMNS])
-    object.__setattr__(result, "attempts", {name: attempts[p] for name, p in zip(names, order)})
+    object.__setattr__(result, "attempts", {name: attempts[p] for name, p in named.items()})
     return result
 
 

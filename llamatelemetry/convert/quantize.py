@@ -2,14 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from ..errors import ModelLoadError, ModelNotFoundError, QuantizeError, shown
 from ..files.gguf import GGUFFile
-from ..files.outputs import labels, path_of, refuse_overwriting, written
+from ..files.outputs import labels, once, path_of, refuse_overwriting, written
 from ..files.programs import tool
 from ..files.registry import TYPES
 from ..gpus.cores import physical_cores
@@ -129,7 +129,16 @@ def quantizations(
         if not _made_from(path, [reference] + [imatrix] * (imatrix is not None)):
             quantize(reference, path, str(name), imatrix=imatrix, progress=progress)
         paths.append(path)
-    return dict(zip(labels(paths), paths))
+    return once(dict(zip(labels(paths), paths)))
+
+
+def with_origin(paths: Mapping[str, Path], origin: str | Path) -> dict[str, Path]:
+    """quantizations() and the file that their reference was made from, unless that is one of them:
+    {name: path}, its name unlike theirs."""
+    origin = Path(origin)
+    *_, name = labels([*paths.values(), origin])
+    name = name if name not in paths else str(origin)
+    return once({**paths, name: origin})
 
 
 def _made_from(path, inputs):

@@ -72,6 +72,14 @@ def labels(paths: Iterable[str | os.PathLike]) -> list[str]:
             depth[path] += 1
 
 
+def once(named):
+    """{name: path} without files that an earlier name stands for already, by whatever path."""
+    first = {}
+    for name, path in named.items():
+        first.setdefault(os.path.realpath(path), (name, path))
+    return dict(first.values())
+
+
 def refuse_overwriting(dst, inputs, error=OutputError):
     """Raise `error` where `dst` is one of the inputs, under whatever name (links, folders, upper
     and lower case).

@@ -65,6 +65,8 @@ def _bar(title, **place):
 def measures(profiled: xr.Dataset, names: Sequence[str], *, title: str) -> go.Figure:
     """Small maps, one per measure: layer across, head down; shares on one scale, "semantic" around
     zero. Hover: value, interval, highest shuffled score."""
+    if not len(names):
+        return theme.nothing(title, "no measure to show")
     figure, cells, rows = _panels(list(names), 2, 0.28, horizontal_spacing=0.07)
     layers, heads = profiled["layer"].values.tolist(), profiled["head"].values.tolist()
     for name, (row, column) in zip(names, cells):
@@ -99,6 +101,8 @@ def baselines(profiled: xr.Dataset, earned: xr.DataArray, *, title: str) -> go.F
     is earned."""
     figure, rng = go.Figure(), np.random.default_rng(0)
     labels = earned["label"].values
+    if not len(labels):
+        return theme.nothing(title, "no label was measured")
     heads = profiled["value"].isel(measure=0).to_series().index
     for place, name in enumerate(labels):
         part = profiled.sel(measure=name)
@@ -144,6 +148,8 @@ def clusters(
 ) -> go.Figure:
     """Heads as points, maps side by side. table: layer, head, cluster, labels; coordinates: {map
     name: (head, 2)}."""
+    if table.empty or not coordinates:
+        return theme.nothing(title, "no head to show")
     figure, cells, _ = _panels(list(coordinates), len(coordinates), 0, horizontal_spacing=0.08)
     for (row, column), xy in zip(cells, coordinates.values()):
         points = table.assign(x=xy[:, 0], y=xy[:, 1])
@@ -173,7 +179,9 @@ def distances(
 ) -> go.Figure:
     """All distances (head, head), heads in the given order, that of the dendrogram's leaves; more
     than GRID heads are averaged in blocks. names: of the heads as they are in the matrix."""
-    order = np.asarray(order)
+    order = np.asarray(order, int)
+    if not len(order):
+        return theme.nothing(title, "no head to compare")
     values, labels = distance[np.ix_(order, order)], [names[i] for i in order]
     step = -(-len(order) // GRID)
     if step > 1:
@@ -210,6 +218,8 @@ def cover(curve: pd.DataFrame, n_heads: int, *, title: str) -> go.Figure:
 def depth(profiled: xr.Dataset, names: Sequence[str], *, title: str) -> go.Figure:
     """One panel per behaviour, layers across: the mean over a layer's heads, the middle half of
     them as a band, the largest dotted."""
+    if not len(names):
+        return theme.nothing(title, "no measure to show")
     options = dict(horizontal_spacing=0.1, shared_xaxes=True)
     figure, cells, rows = _panels(list(names), 2, 0.3, **options)
     finished(figure, title, "", "share", height=150 * rows + 110)
@@ -244,9 +254,7 @@ def side_by_side(
     """The attention matrices of chosen heads. attention: (layer, head, query, key); shown: {(layer,
     head): what is said above its matrix, or ""}."""
     if not shown:
-        figure = go.Figure().add_annotation(text="no head to show", showarrow=False)
-        hidden = dict(xaxis_visible=False, yaxis_visible=False)
-        return finished(figure, title, height=200).update_layout(**hidden)
+        return theme.nothing(title, "no head to show")
     notes = [f"L{layer}H{head}: {note}".rstrip(": ") for (layer, head), note in shown.items()]
     notes = [plotly(theme.shorten(note, 33)) for note in notes]
     figure, cells, rows = _panels(notes, min(3, len(notes)), 0.16, horizontal_spacing=0.04)
@@ -269,6 +277,10 @@ def survival(comparison: pd.DataFrame, one: str, other: str, *, title: str) -> g
     """Per behaviour: how many heads keep, lose and gain the label from one precision to the other.
     one, other: names of the files."""
     part, figure = comparison.dropna(subset=["labels"]), go.Figure()
+    if part.empty:
+        return theme.nothing(title, "no label was measured in both")
+    if not part[["kept", "lost", "gained"]].to_numpy().any():
+        return theme.nothing(title, "no head earns a label in either")
     for column, color, name in (
         ("kept", theme.CATEGORIES[2], "in both"),
         ("lost", theme.CATEGORIES[5], plotly(f"only in {one}")),

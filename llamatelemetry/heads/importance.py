@@ -102,7 +102,9 @@ def relations(
         boot = (a * b).sum(1) / np.maximum(np.sqrt((a**2).sum(1) * (b**2).sum(1)), 1e-12)
         low, high = np.quantile(boot, [0.025, 0.975])
         rows[name] |= {"rho": rho, "low": low, "high": high, "p": p}
-    return pd.DataFrame(rows).T.rename_axis("measure")
+    columns = ["rho", "low", "high", "p", "heads"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
+    return table.rename_axis("measure")
 
 
 def pruning_sets(

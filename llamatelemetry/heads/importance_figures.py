@@ -17,6 +17,8 @@ ORDERS = {
 def importance(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Loss change of each head's ablation, layer across and head down; signed around zero, clipped
     at the 99th percentile so that one head does not hide the others (the hover has the value)."""
+    if table["loss_change"].isna().all():
+        return theme.nothing(title, "no head was ablated")
     said = [
         f"L{one.layer}H{one.head}<br>loss {one.loss_change:+.4f} ± {one.error:.4f} nats per token"
         f"<br>KL {one.kl:.4f} nats"
@@ -44,6 +46,8 @@ def relations(relations: pd.DataFrame, target: str, *, title: str) -> go.Figure:
     """Rank correlation of importance with each measure, with its bootstrap interval over heads;
     grey where the interval holds 0. target: what importance is."""
     part = relations.sort_values("rho")
+    if part["rho"].isna().all():
+        return theme.nothing(title, "no correlation to be had: too few heads, or nothing varies")
     clear = (part["low"] > 0) | (part["high"] < 0)
     colors = np.where(clear, theme.COLOR["attention"], theme.COLOR["baseline"])
     sides = dict(array=part["high"] - part["rho"], arrayminus=part["rho"] - part["low"])
@@ -63,7 +67,9 @@ def relations(relations: pd.DataFrame, target: str, *, title: str) -> go.Figure:
 def both_ways(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Loss change under zero and under mean ablation of the same heads. table: layer, head, zero,
     mean."""
-    changes = table[["zero", "mean"]].to_numpy()
+    changes = table[["zero", "mean"]].dropna().to_numpy()
+    if not len(changes):
+        return theme.nothing(title, "no head was ablated both ways")
     ends = [float(changes.min()), float(changes.max())]
     dotted = dict(color=theme.COLOR["baseline"], dash="dot")
     figure = go.Figure()
@@ -86,6 +92,8 @@ def pruning(table: pd.DataFrame, n_heads: int, *, title: str) -> go.Figure:
     """Loss change against the number of removed heads, by order; the band of the random order spans
     its repeats."""
     figure = go.Figure()
+    if table.empty:
+        return theme.nothing(title, "no head was removed")
     hover = "%{x} heads removed<br>loss %{y:+.3f} nats per token<extra></extra>"
     for order, color in ORDERS.items():
         groups = table[table["order"] == order].groupby("removed")["loss_change"]

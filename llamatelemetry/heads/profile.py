@@ -96,8 +96,10 @@ def labels(profiled: xr.Dataset, margin: float = 0.1) -> xr.DataArray:
 
 
 def labelled(profiled: xr.Dataset) -> list[str]:
-    """The measures of a profile that a label can be earned by, in LABELS' order."""
-    return [name for name in LABELS if name in profiled["measure"].values]
+    """The measures of a profile that a label can be earned by, in LABELS' order; without those that
+    no head has a score of."""
+    there = profiled["measure"].values[profiled["value"].notnull().any(("layer", "head")).values]
+    return [name for name in LABELS if name in there]
 
 
 def head_table(profiled: xr.Dataset, earned: xr.DataArray) -> pd.DataFrame:
@@ -106,8 +108,9 @@ def head_table(profiled: xr.Dataset, earned: xr.DataArray) -> pd.DataFrame:
     frame = profiled["value"].to_series().unstack("measure")[list(profiled["measure"].values)]
     frame = frame[frame.notna().any(axis=1)]
     names = earned["label"].values
-    picked = earned.stack(place=("layer", "head")).transpose("place", "label").to_pandas()
-    picked = picked.loc[frame.index].to_numpy(bool)
+    grid = pd.MultiIndex.from_product([earned["layer"].values, earned["head"].values])
+    picked = earned.transpose("label", "layer", "head").values.reshape(len(names), len(grid)).T
+    picked = picked[grid.get_indexer(frame.index)]  # (head, label)
     frame["labels"] = [", ".join(names[row]) or "none" for row in picked]
     return frame.reset_index().rename_axis(columns=None)
 
@@ -157,9 +160,9 @@ def by_depth(profiled: xr.Dataset) -> pd.DataFrame:
     layer."""
     rows = {}
     for name in profiled["measure"].values:
-        if name == "mass":
-            continue
         value = profiled["value"].sel(measure=name)
+        if name == "mass" or value.isnull().all():
+            continue
         mean = value.mean("head")
         depth = np.repeat(value["layer"].values, value.sizes["head"])
         thirds = [pd.Series(part).mean() for part in np.array_split(mean.values, 3)]
@@ -167,7 +170,9 @@ def by_depth(profiled: xr.Dataset) -> pd.DataFrame:
             "peak layer": int(mean["layer"][int(np.nanargmax(mean.values))]),
             "spearman with layer": rank_correlation(depth, value.values.reshape(-1)),
         }
-    return pd.DataFrame(rows).T.rename_axis("measure")
+    columns = ["first third", "middle third", "last third", "peak layer", "spearman with layer"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
+    return table.rename_axis("measure")
 
 
 def typical_texts(
@@ -217,4 +222,7 @@ def compare(
             found = {"labels": had, "kept": had & has, "lost": had & ~has, "gained": ~had & has}
             row |= {column: int(mask.sum()) for column, mask in found.items()}
         rows[str(name)] = row
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("measure")
+    columns = ["spearman", "mean_change", "largest_change", "head", "inside"]
+    columns += ["labels", "kept", "lost", "gained"]
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
+    return table.rename_axis("measure")

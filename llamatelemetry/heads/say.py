@@ -15,6 +15,8 @@ from .texts import Text
 
 @sentence
 def texts(texts: Sequence[Text]) -> str:
+    if not texts:
+        return "There is no text to measure on."
     sizes = pd.DataFrame({"kind": text.kind, "tokens": len(text.ids)} for text in texts)
     kinds = sizes.groupby("kind", sort=False)["tokens"].agg(["size", "sum"])
     said = [f"{size} of {kind} ({total} tokens)" for kind, size, total in kinds.itertuples()]
@@ -24,6 +26,8 @@ def texts(texts: Sequence[Text]) -> str:
 @sentence
 def measures(profiled: xr.Dataset, names: Sequence[str]) -> str:
     shares = profiled["value"].sel(measure=[name for name in names if name != "semantic"])
+    if not shares.notnull().any():
+        return "No share of attention was measured: there is nothing to compare."
     means = shares.mean(("layer", "head")).to_series().sort_values(ascending=False)
     top, rest = shares.sel(measure=means.index[0]), means.index[1:]
     half = f"{int((top > 0.5).sum())} of {counted(int(top.notnull().sum()), 'head')}"
@@ -38,6 +42,8 @@ def measures(profiled: xr.Dataset, names: Sequence[str]) -> str:
 
 @sentence
 def baselines(counts: pd.DataFrame, table: pd.DataFrame, margin: float) -> str:
+    if counts.empty:
+        return f"No label was measured on {counted(len(table), 'head')}: none is earned."
     ranked = counts.sort_values("heads", ascending=False, kind="stable")
     held = listed(f"{name} {count}" for name, count in ranked["heads"].items() if count)
     nobody, unsure = ranked["heads"] == 0, ranked["texts"] < 2
@@ -94,6 +100,8 @@ def cover(pairs: pd.DataFrame, curve: pd.DataFrame, n_heads: int, groups: dict |
 def importance(table: pd.DataFrame, base_loss: float, everyone: dict) -> str:
     """everyone: of importance.population."""
     change, error = table["loss_change"], table["error"]
+    if change.isna().all():
+        return "No head was ablated: nothing can be said of what one costs."
     worst = table.loc[change.idxmax()]
     by = f"{worst['loss_change']:+.3f}{some(worst['error'], ' ± {:.3f}', '')}"
     most = f"L{worst['layer']:.0f}H{worst['head']:.0f}, {by} on a loss of {base_loss:.2f} nats per token"
@@ -114,6 +122,8 @@ def importance(table: pd.DataFrame, base_loss: float, everyone: dict) -> str:
 @sentence
 def relations(found: pd.DataFrame) -> str:
     """Of importance.relations."""
+    if found.empty:
+        return "No relation can be seen: no measure was given."
     if found["rho"].isna().all():
         few = counted(int(found["heads"].max()), "head is", "heads are")
         return f"No relation can be seen: {few} too few, or nothing varies."
@@ -129,6 +139,8 @@ def relations(found: pd.DataFrame) -> str:
 @sentence
 def both_ways(both: pd.DataFrame) -> str:
     zero, mean = both["zero"].abs(), both["mean"].abs()
+    if (zero + mean).isna().all():
+        return "No head was ablated both ways: there is nothing to compare."
     ranks = "too few differ to be ranked"
     ranks = some(rank_correlation(both["zero"], both["mean"]), "Spearman correlation {:.2f}", ranks)
     less = f"the mean ablation changes the loss less in {(mean < zero).mean():.0%} of them"
@@ -138,6 +150,8 @@ def both_ways(both: pd.DataFrame) -> str:
 
 @sentence
 def pruning(table: pd.DataFrame, kept: pd.Series, n_heads: int, limit: float) -> str:
+    if table.empty:
+        return "No head was removed: there is nothing to compare."
     most = table["removed"].max()
     cost = table[table["removed"] == most].groupby("order")["loss_change"].mean()
     first = f"{kept['least important']} from the least important on, {kept['random']} at random"
@@ -171,6 +185,8 @@ def side_by_side(shown: Mapping[tuple[int, int], str]) -> str:
 @sentence
 def typical(profiled: xr.Dataset, found: pd.DataFrame, layer: int, head: int) -> str:
     """Of profile.typical_texts of that head."""
+    if found.empty:
+        return f"L{layer}H{head} has no score in these texts: there is no typical one."
     one = profiled.sel(layer=layer, head=head, measure=found.index)
     first = (one["value"] - one["baseline"]).to_series().fillna(-1).idxmax()
     text, score, mean = found.loc[first]
@@ -182,10 +198,16 @@ def typical(profiled: xr.Dataset, found: pd.DataFrame, layer: int, head: int) ->
 def survival(comparison: pd.DataFrame, one: str, other: str) -> str:
     had, kept, gained = comparison[["labels", "kept", "gained"]].sum().astype(int)
     shares = comparison[comparison.index.isin(list(LABELS))]
+    if shares.empty:
+        return f"No score was measured in both {one} and {other}: there is nothing to compare."
     most = shares.loc[shares["largest_change"].idxmax()]
-    hold = f"{kept} ({some(kept / had if had else np.nan, '{:.0%}', 'none')}) hold in {other}"
     moved = f"{most.name} of {most['head']}, by {most['largest_change']:.3f}"
-    found = f"Of {had} labels in {one}, {hold}, where {gained} are new."
+    found = (
+        f"No head earns a label in {one}: there is none to lose in {other}, where {gained} are new."
+    )
+    if had:
+        hold = f"{kept} ({kept / had:.0%}) hold in {other}"
+        found = f"Of {counted(had, 'label')} in {one}, {hold}, where {gained} are new."
     return f"{found} The score that moved most is {moved}."
 
 

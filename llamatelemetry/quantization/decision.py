@@ -93,7 +93,7 @@ def pareto(table: pd.DataFrame, cost: str, loss: str = "kld_mean") -> pd.Series:
     for row in values:
         no_worse, better = (values <= row).all(axis=1), (values < row).any(axis=1)
         front.append(not np.isnan(row).any() and not (no_worse & better).any())
-    return pd.Series(front, index=table.index, name="pareto")
+    return pd.Series(front, index=table.index, name="pareto", dtype=bool)
 
 
 def steps(

@@ -50,6 +50,8 @@ def ladder(table: pd.DataFrame, *, title: str) -> go.Figure:
     indexed by file."""
     figure = _figure(title, "bits per weight", KLD)
     color, drawn = colors(table.index), table.dropna(subset="kld_mean")
+    if drawn.empty:
+        return theme.nothing(title, "no file was measured")
     for name, row in drawn.iterrows():
         kld, ends = row["kld_mean"], (row["kld_mean_low"], row["kld_mean_high"])
         low, high = (kld if np.isnan(end) else end for end in ends)
@@ -66,10 +68,9 @@ def ladder(table: pd.DataFrame, *, title: str) -> go.Figure:
             hovertemplate=f"{plotly(name)}<br>%{{x:.3f}} bits per weight<br>KLD %{{y:.5g}} nats"
             f"<br>95% by window: {low:.5g} to {high:.5g}<extra></extra>",
         )
-    if len(drawn):
-        low, high = drawn["bits_per_weight"].min(), drawn["bits_per_weight"].max()
-        step = (high - low or 1) / 20
-        figure.update_xaxes(range=[low - step, high + 3 * step])  # room for the last name
+    low, high = drawn["bits_per_weight"].min(), drawn["bits_per_weight"].max()
+    step = (high - low or 1) / 20
+    figure.update_xaxes(range=[low - step, high + 3 * step])  # room for the last name
     return decades(figure)
 
 
@@ -88,8 +89,10 @@ def percentiles(table: pd.DataFrame, *, title: str) -> go.Figure:
     )
     axis = "percentile of the scored tokens"
     figure = _figure(title, axis, "KL divergence (nats, log scale)")
-    color = colors(table.index)
-    for name, row in table.dropna(subset="kld_mean").iterrows():
+    color, drawn = colors(table.index), table.dropna(subset="kld_mean")
+    if drawn.empty:
+        return theme.nothing(title, "no file was measured")
+    for name, row in drawn.iterrows():
         values = row[[f"kld_{step}" for step in steps]].to_numpy(float)
         figure.add_scatter(
             x=list(steps.values()),
@@ -105,6 +108,8 @@ def percentiles(table: pd.DataFrame, *, title: str) -> go.Figure:
 def token_kinds(kinds: pd.DataFrame, by: str, *, title: str) -> go.Figure:
     """Mean KLD by kind of token. kinds: vulnerable_tokens; by: "piece" or "reference's
     probability"."""
+    if kinds.empty:
+        return theme.nothing(title, "no token was scored")
     part = kinds.xs(by, level="by").reset_index()
     figure = _figure(title, "kind of token" if by == "piece" else by, KLD, barmode="group")
     color = colors(part["candidate"].unique())
@@ -124,6 +129,8 @@ def token_kinds(kinds: pd.DataFrame, by: str, *, title: str) -> go.Figure:
 def weight_errors(errors: Tables, shown: str, *, title: str) -> go.Figure:
     """Relative RMS error of every matrix, layer by group, colour in decades; a menu chooses the
     file, `shown` at first. errors: weight_errors tables."""
+    if all(table.dropna(subset=["layer", "error"]).empty for table in errors.values()):
+        return theme.nothing(title, "no matrix of a layer was compared")
     scale = _Decades([table["error"] for table in errors.values()], "||W' - W|| / ||W||")
     figure = _figure(title, "layer", "matrix")
     for table in errors.values():
@@ -139,6 +146,8 @@ def weight_errors(errors: Tables, shown: str, *, title: str) -> go.Figure:
 def attention(maps: Mapping[str, xr.DataArray], shown: str, *, title: str) -> go.Figure:
     """Jensen-Shannon divergence of attention by layer and head, colour in decades; a menu chooses
     the file, `shown` at first. maps: attention_divergence, (layer, head)."""
+    if not any(bits.notnull().any() for bits in maps.values()):
+        return theme.nothing(title, "no head was compared")
     scale = _Decades([bits.values for bits in maps.values()], "Jensen-Shannon divergence (bits)")
     figure = _figure(title, "head", "layer", height=640)
     for bits in maps.values():
@@ -189,6 +198,8 @@ def _menu(figure, names, shown):
 def drift(tables: Tables, *, title: str) -> go.Figure:
     """Relative error and 1 - cosine of the residual stream by layer, one line per file; the first
     token dotted. tables: hidden_drift."""
+    if not tables:
+        return theme.nothing(title, "no file was measured")
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     color = colors(tables)
     for name, table in tables.items():
@@ -218,6 +229,8 @@ def drift(tables: Tables, *, title: str) -> go.Figure:
 def embeddings(tables: Tables, *, title: str) -> go.Figure:
     """Cosine of each token embedding with its quantized self, and how many of its ten neighbours
     stay, per file. tables: embedding_preservation."""
+    if not tables:
+        return theme.nothing(title, "no file was measured")
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.13)
     color = colors(tables)
     for name, table in tables.items():
@@ -245,6 +258,8 @@ def falls(table: pd.DataFrame, *, title: str) -> go.Figure:
 
 
 def _parts(table, column, title, axis):
+    if table.empty:
+        return theme.nothing(title, "no part was measured")
     figure = _figure(title, "layer", axis, barmode="group")
     for part, (name, color) in PARTS.items():
         rows = table[table["part"] == part]
@@ -260,6 +275,8 @@ def together(table: pd.DataFrame, *, title: str) -> go.Figure:
     table: layer_table. The eight layers that cost most carry their number.
     """
     x, y = "relative weight error of the layer", "drift added by the layer (relative error)"
+    if table.empty:
+        return theme.nothing(title, "no layer was measured")
     figure = _figure(title, x, y)
     cost = table["cost"].to_numpy(float)
     top = float(cost.max()) or 1.0
@@ -292,6 +309,8 @@ def pareto(table: pd.DataFrame, fronts: Mapping[str, pd.Series], *, title: str) 
 
     table: with_costs; fronts: {column of COSTS: boolean Series}.
     """
+    if table["kld_mean"].isna().all() or not fronts:
+        return theme.nothing(title, "no file was measured")
     figure = make_subplots(rows=1, cols=len(fronts), shared_yaxes=True, horizontal_spacing=0.04)
     color = colors(table.index)
     for col, (column, front) in enumerate(fronts.items(), 1):

@@ -1,4 +1,4 @@
-"""What the numbers of notebook 16 say: every word follows from the arguments."""
+"""What the numbers of notebook 16 say: `say.x` explains `figures.x`, from the same tables."""
 
 from collections.abc import Mapping
 
@@ -13,10 +13,12 @@ from ..views.sentences import counted, listed, sentence, sentence_by_name, some
 from . import contents, decision, tokens
 from .figures import COSTS, PARTS
 
+NOTHING = "Nothing was measured: there is nothing to say."
+
 
 @sentence
 def reference(file: GGUFFile, grid: float) -> str:
-    """What kind of reference this is, and what that means. grid: its grid_share."""
+    """grid: of contents.grid_share."""
     lying = f"{some(grid, '{:.0%}')} of its blocks lie on an even grid"
     luck = "how two grids fall together decides what comes closest, and no ladder of precision follows."
     meaning = {
@@ -30,42 +32,37 @@ def reference(file: GGUFFile, grid: float) -> str:
 
 @sentence_by_name
 def fallbacks(table: pd.DataFrame) -> str:
-    """Matrices that are not of the type a file is named after. table: quantize.fallbacks."""
     kinds = table.groupby(["instead_of", "type"], sort=False).size().items()
-    many = ((counted(n, "matrix", "matrices"), old, new) for (old, new), n in kinds)
-    return (
-        "no fallback"
-        if table.empty
-        else listed(f"{n} meant for {old} became {new}" for n, old, new in many)
-    )
+    many = (f"{counted(n, 'matrix', 'matrices')} meant for {a} became {b}" for (a, b), n in kinds)
+    return "no fallback" if table.empty else listed(many)
 
 
 @sentence
 def ladder(table: pd.DataFrame, reference: str) -> str:
-    """The closest and the farthest file, and which of them are out of order."""
     rows = table.dropna(subset="kld_mean").sort_values("kld_mean")
-    near, far = (
-        f"{r.Index} ({r.kld_mean:.4g} ± {r.kld_mean_err:.2g} nats)"
-        for r in rows.iloc[[0, -1]].itertuples()
-    )
+    if rows.empty:
+        return NOTHING
+    said = [f"{r.Index} ({r.kld_mean:.4g} ± {r.kld_mean_err:.2g} nats)" for r in rows.itertuples()]
+    if len(rows) == 1:
+        return f"Mean KLD from {reference}: {said[0]}, the only file."
     odd = listed(f"{more} than {less}" for more, less in decision.ladder(rows))
-    return f"Mean KLD: {near} is closest to {reference}, {far} farthest. More divergence in spite of more bits: {odd}."
+    ends = f"{said[0]} is closest to {reference}, {said[-1]} farthest"
+    return f"Mean KLD: {ends}. More divergence in spite of more bits: {odd}."
 
 
 @sentence
 def percentiles(table: pd.DataFrame) -> str:
-    """How much of the farthest file's divergence sits in few tokens."""
+    if table["kld_mean"].isna().all():
+        return NOTHING
     row = table.loc[table["kld_mean"].idxmax()]
-    times = some(
-        float(ratio(row.kld_mean, row.kld_median, NOISE)), "{:.1f}", "no measurable number of"
-    )
+    whole = float(ratio(row.kld_mean, row.kld_median, NOISE))
+    times = some(whole, "{:.1f}", "no measurable number of")
     ends = f"half of the tokens below {row.kld_median:.3g} nats, 1 in 100 above {row.kld_p99:.3g}"
     return f"{row.name}: {ends}; the mean is {times} times the median."
 
 
 @sentence
 def token_kinds(kinds: pd.DataFrame, by: str) -> str:
-    """Which kind of token suffers most and least over all files. kinds: vulnerable_tokens."""
     mean = tokens.kind_means(kinds, by).sort_values()
     if len(mean) < 2:
         return "Fewer than two kinds have ten tokens or more: too few to compare kinds."
@@ -75,37 +72,41 @@ def token_kinds(kinds: pd.DataFrame, by: str) -> str:
 
 @sentence_by_name
 def weight_errors(table: pd.DataFrame) -> str:
-    """The mean error of the layers' matrices, and the worst of them. table: weight_errors."""
-    error = table.dropna(subset="layer")["error"]
+    error = table.dropna(subset="layer")["error"].dropna()
+    if error.empty:
+        return "no matrix of a layer to compare"
     worst = error.idxmax()
     return f"mean {error.mean():.4f}, worst {worst} ({table['type'][worst]}, {error[worst]:.4f})"
 
 
 @sentence_by_name
 def embeddings(table: pd.DataFrame) -> str:
-    """How well embeddings keep their place. table: embedding_preservation."""
-    kind, mean = table.attrs["type"], table[["cosine", "overlap"]].mean()
-    return f"mean cosine {mean.cosine:.5f}, {mean.overlap:.1%} of ten neighbours kept in {kind}"
+    mean = table[["cosine", "overlap"]].mean()
+    cosine, overlap = some(mean.cosine, "{:.5f}"), some(mean.overlap, "{:.1%}")
+    return f"mean cosine {cosine}, {overlap} of ten neighbours kept in {table.attrs['type']}"
 
 
 @sentence_by_name
 def attention(bits: xr.DataArray) -> str:
-    """How far heads moved, and which one most. bits: attention_divergence."""
-    heads = bits.to_series()
+    heads = bits.to_series().dropna()
+    if heads.empty:
+        return "no head to compare"
     layer, head = heads.idxmax()
     return f"mean {heads.mean():.4f} bits, most in layer {layer} head {head} ({heads.max():.4f})"
 
 
 @sentence_by_name
 def drift(table: pd.DataFrame) -> str:
-    """Where the residual stream ends up, and the layer that adds most. table: hidden_drift."""
-    rise, end = table["error"].diff(), table["error"].iloc[-1]
-    return f"error {end:.3f} after the last layer; layer {rise.idxmax() - 1} adds most ({rise.max():+.3f})"
+    rise = table["error"].diff().dropna()
+    if rise.empty:
+        return "no drift to be had"
+    end = f"error {table['error'].iloc[-1]:.3f} after the last layer"
+    return f"{end}; layer {rise.idxmax() - 1} adds most ({rise.max():+.3f})"
 
 
 @sentence
 def costs(table: pd.DataFrame, kld: float) -> str:
-    """Which parts cost most alone, and whether the costs add up to kld, that of the whole file."""
+    """kld: of the whole file."""
     total = table["cost"].sum()
     whole = f"{len(table)} costs add up to {total:.3g} nats"
     if not total > NOISE:
@@ -116,7 +117,6 @@ def costs(table: pd.DataFrame, kld: float) -> str:
 
 @sentence
 def falls(table: pd.DataFrame) -> str:
-    """Which parts given back remove most, and how often that harms. table: fall_map."""
     if table["share"].isna().all():
         return f"{table.attrs['kld']:.2g} nats from the reference: there is nothing to give back."
     worse = f"At {(table['fall'] < 0).sum()} of {len(table)} parts the answer gets worse"
@@ -131,7 +131,7 @@ def _largest(table, column, form=".3g"):
 
 @sentence
 def together(correlations: pd.DataFrame, n_layers: int) -> str:
-    """How weight error, drift, cost and fall go together over layers. correlations: Spearman's."""
+    """correlations: of inside.rank_correlations."""
     pairs = ("weight_error", "cost"), ("drift_added", "cost"), ("cost", "fall")
     rhos = {f"{a} and {b}".replace("_", " "): correlations.loc[a, b] for a, b in pairs}
     known = listed(f"{pair} {rho:+.2f}" for pair, rho in rhos.items() if np.isfinite(rho))
@@ -142,8 +142,7 @@ def together(correlations: pd.DataFrame, n_layers: int) -> str:
 
 @sentence
 def answers(rows: list[dict]) -> str:
-    """How many greedy answers part from the reference's. rows: tokens.answer_rows."""
-    names = [name for name in rows[0]["answers"] if name != "reference"]
+    names = [name for row in rows[:1] for name in row["answers"] if name != "reference"]
     apart = {name: sum(row["answers"][name][1] is not None for row in rows) for name in names}
     differ = listed(f"{n} of {name}" for name, n in apart.items())
     return f"Of {counted(len(rows), 'prompt')}, the answers that differ from the reference's: {differ}."
@@ -151,14 +150,13 @@ def answers(rows: list[dict]) -> str:
 
 @sentence
 def pareto(fronts: Mapping[str, pd.Series]) -> str:
-    """Which files no other beats. fronts: {column: boolean Series}."""
     files = {COSTS[column][0]: front.index[front] for column, front in fronts.items()}
     return " ".join(f"Unbeaten in {what}: {listed(names)}." for what, names in files.items())
 
 
 @sentence
 def mixture(before: pd.Series, chosen: pd.Series, other: pd.Series) -> str:
-    """Whether the recommendation held: rows of the plain file, the mixture, the control."""
+    """Rows of the plain file, the mixture and the control."""
     added, beside = ((row.size_bytes - before.size_bytes) / 2**20 for row in (chosen, other))
     if not added:
         return "Every part that costs something has these bits already: there is nothing to keep."

@@ -30,6 +30,8 @@ def vulnerable_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
 def kind_means(kinds: pd.DataFrame, by: str) -> pd.Series:
     """Mean KLD by kind over all candidates, of the kinds with ten tokens or more. kinds:
     vulnerable_tokens."""
+    if kinds.empty:
+        return pd.Series(dtype=float)
     part = kinds.xs(by, level="by")
     mean = (part["kld"] * part["n"]).groupby("kind").sum() / part["n"].groupby("kind").sum()
     return mean[part["n"].groupby("kind").max() >= 10]

@@ -215,6 +215,13 @@ def titled(title: str) -> dict:
     return dict(template=TEMPLATE, title=plotly(title))
 
 
+def nothing(title: str, what: str) -> go.Figure:
+    """A figure that says that there is nothing to show: "no head earns a label". Plain text."""
+    figure = go.Figure(layout=dict(**titled(title), height=200))
+    figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    return figure.add_annotation(text=plotly(what), showarrow=False)
+
+
 def axis_values(values: Iterable) -> list:
     """Values of an axis for Plotly: texts escaped, numbers as they are."""
     return [plotly(value) if isinstance(value, str) else value for value in values]
