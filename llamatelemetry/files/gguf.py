@@ -17,7 +17,9 @@ from gguf import LlamaFileType
 
 from ..errors import ModelLoadError, ModelNotFoundError, shown
 from .header import Header
+from .metadata import check
 from .outputs import path_of, split_parts
+from .reading import Rows
 from .types import TensorType, dequantize
 from .vocabulary import decode_pieces
 
@@ -202,9 +204,8 @@ class GGUFFile:
             self.token_types,
         )
 
-    def raw(self, name: str) -> tuple[np.ndarray, TensorType, tuple[int, ...]]:
-        """A tensor as it is stored: (rows, bytes of a row) uint8, its TensorType, its shape (rows
-        first)."""
+    def raw(self, name: str) -> tuple[Rows, TensorType, tuple[int, ...]]:
+        """A tensor as it is stored: its Rows of bytes, its TensorType, its shape (rows first)."""
         if name not in self._infos:
             near = difflib.get_close_matches(name, self._infos, 3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
@@ -214,8 +215,8 @@ class GGUFFile:
         part, kind, shape, offset, size = self._infos[name]
         if kind.block is None:
             raise unreadable(name, kind.name)
-        raw = np.frombuffer(part.buffer, np.uint8, size, part.data + offset)
-        return raw.reshape(math.prod(shape[:-1]), -1), kind, shape
+        n = math.prod(shape[:-1])
+        return Rows(part.source, part.data + offset, (n, size // n)), kind, shape
 
     def rows(self, name: str, ids: int | Sequence[int] | slice = slice(None)) -> np.ndarray:
         """Rows of a tensor, dequantized; only their bytes are read.
@@ -224,6 +225,8 @@ class GGUFFile:
         second, width). Returns (n, width) float32. Raises ModelLoadError for an unknown tensor,
         IndexError for an unknown row."""
         raw, kind, _ = self.raw(name)
+        if isinstance(ids, slice) and ids.step in (None, 1):
+            return _dequantize(raw.part(ids.start, ids.stop), kind, name)
         if not isinstance(ids, slice):
             ids = np.atleast_1d(np.asarray(ids, np.int64))
             if ids.size and not (-len(raw) <= ids.min() and ids.max() < len(raw)):
@@ -242,7 +245,7 @@ class GGUFFile:
         bounded memory."""
         raw, kind, _ = self.raw(name)
         for start in range(0, len(raw), block):
-            yield start, _dequantize(raw[start : start + block], kind, name)
+            yield start, _dequantize(raw.part(start, start + block), kind, name)
 
 
 def _dequantize(raw, kind, name):

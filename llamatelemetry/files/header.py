@@ -3,31 +3,41 @@ bytes.
 
 gguf.GGUFReader makes a NumPy view of every token of the vocabulary (measured: 7 s for SmolLM2's
 49,152 tokens, 30 s for Gemma 3's 262,144), so only the kinds of values are taken from the gguf
-package, and the types from ggml_types. Format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+package, and the types from `types`. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+A header that no model has is refused before it is read: with the limits below what is kept of one
+stays under 1 GiB, whatever a file states."""
 
 import math
-import mmap
 import struct
 
 import numpy as np
 from gguf import GGUFValueType
 
-from ..errors import ModelLoadError, ModelNotFoundError
+from ..errors import ModelLoadError, shown
+from .metadata import check
+from .reading import Source
 from .types import tensor_type
 
+MAX_BYTES = 1 << 27  # of a header; Gemma's, with 262,144 tokens and as many merges again, has 2^25
+MAX_VALUES = 1 << 22  # keys and values of arrays together; Gemma has 2^20
+MAX_TENSORS = 1 << 16
+MAX_DIMS = 4  # as llama.cpp
+_WINDOW = 1 << 20  # bytes read at a time
+# The kinds of single values, as struct and NumPy call them.
 _SCALARS = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
     GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
 }
 _U64 = struct.Struct("<Q").unpack_from
 
@@ -38,34 +48,28 @@ class Header:
     bytes are those up to the next."""
 
     def __init__(self, path):
-        self.path = path
-        if path.is_dir():
-            raise ModelLoadError(
-                f"{path} is a directory, not a GGUF file. Give the .gguf file in it."
-            )
-        if not path.exists():
-            raise ModelNotFoundError(
-                f"There is no file {path}. Check the path, or give a name that "
-                "llamatelemetry.list_models() shows."
-            )
-        self.size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(256)
-            self._check_head(head)
-            self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.path, self.source = path, Source(path)
+        self.size = self.source.size
+        self._check_head(self.source.read(0, min(256, self.size)))
+        # Of the header the part that lies in memory, its place in the file, and how far it is read
+        self._window, self._start, self._at = b"", 0, 8
+        self._left, self._reading = MAX_VALUES, "the counts"
         try:
             self._read_header()
         except (struct.error, ValueError) as error:
             raise ModelLoadError(
-                f"{path}: the GGUF header ends early or is damaged ({error}). The file has "
-                f"{self.size:,} bytes: fetch it again."
+                f"{shown(path)}: the GGUF header ends early or is damaged ({self._reading}: {error}). "
+                f"The file has {self.size:,} bytes: fetch it again."
             ) from error
-        ends = [self.data + offset + size for _, _, offset, size in self.tensors.values()]
+        finally:
+            del self._window
+        ends = {self.data + offset + n: name for name, (*_, offset, n) in self.tensors.items()}
         end = max(ends, default=0)
         if end > self.size:
             raise ModelLoadError(
-                f"{path} is truncated: {self.size:,} bytes are there, its tensors need {end:,}. "
-                "Fetch it again; a download that was interrupted looks like this."
+                f"{shown(path)} is truncated: {self.size:,} bytes are there, its tensors need {end:,} "
+                f"(up to {ends[end][:80]!r}). Fetch it again; a download that was interrupted looks "
+                "like this."
             )
 
     def _check_head(self, head):
@@ -79,7 +83,7 @@ class Header:
                 else f"is GGUF version {version}; versions 2 and 3 are read"
             )
             raise ModelLoadError(
-                f"{self.path} {why}. Convert the model again with a current llama.cpp."
+                f"{shown(self.path)} {why}. Convert the model again with a current llama.cpp."
             )
         if head[:4] == b"GGUF":
             raise ModelLoadError(
@@ -93,37 +97,35 @@ class Header:
         elif head and all(32 <= byte or byte in b"\t\r\n" for byte in head):
             what = f"is a text file, not a GGUF file (it starts with {head[:24].decode(errors='replace')!r})"
         raise ModelLoadError(
-            f"{self.path} {what}. A model file starts with the four bytes 'GGUF': fetch it again."
+            f"{shown(self.path)} {what}. A model file starts with the four bytes 'GGUF': fetch it again."
         )
 
     def _read_header(self):
-        n_tensors, n_keys = struct.unpack_from("<QQ", self.buffer, 8)
-        at = 24
+        n_tensors, n_keys = self._unpack("QQ")
         # kinds: key -> its GGUFValueType, or (ARRAY, that of the values)
-        self.metadata, self.kinds = ({}, {})
-        for _ in range(n_keys):
-            key, at = self._name(at)
-            kind, at = self._u32(at)
-            self.kinds[key] = kind = GGUFValueType(kind)
+        self.metadata, self.kinds = {}, {}
+        for number in range(n_keys):
+            key = self._name("key", number)
+            if key in self.metadata:
+                raise ValueError("it is there twice")
+            self._count(1)
+            kind = GGUFValueType(*self._unpack("I"))
             if kind == GGUFValueType.ARRAY:
-                self.kinds[key] = kind, GGUFValueType(self._u32(at)[0])
-            self.metadata[key], at = self._value(kind, at)
+                kind = kind, GGUFValueType(*self._unpack("I"))
+            self.kinds[key], self.metadata[key] = kind, self._value(kind)
+        self._reading = "the metadata"
+        check(self.metadata)
+        self._reading = "the tensors"
+        if n_tensors > MAX_TENSORS:
+            raise ValueError(f"{n_tensors:,} of them; up to {MAX_TENSORS:,} are read")
         infos = {}
-        for _ in range(n_tensors):
-            name, at = self._name(at)
-            n_dims, at = self._u32(at)
-            if n_dims > 8:
-                raise ValueError(f"tensor {name!r} with {n_dims} dimensions")
-            *dims, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", self.buffer, at)
-            at += 8 * n_dims + 12
-            kind = tensor_type(kind)
-            if math.prod(dims) == 0 or (dims or [1])[0] % (kind.block or 1):
-                raise ValueError(f"tensor {name!r} of type {kind.name} with dimensions {dims}")
-            infos[name] = kind, tuple(reversed(dims)), offset
+        for number in range(n_tensors):
+            name = self._name("tensor", number)
+            if name in infos:
+                raise ValueError("it is there twice")
+            infos[name] = self._info()
         align = self.metadata.get("general.alignment", 32)
-        if not isinstance(align, int) or align < 1:
-            raise ValueError(f"an alignment of {align!r}")
-        self.data = -(-at // align) * align
+        self.data = -(-self._at // align) * align
         starts = sorted({offset for _, _, offset in infos.values()} | {self.size - self.data})
         following = dict(zip(starts, starts[1:]))
 
@@ -133,56 +135,82 @@ class Header:
 
         self.tensors = {name: (*info, n_bytes(*info)) for name, info in infos.items()}
 
-    def _u32(self, at):
-        return struct.unpack_from("<I", self.buffer, at)[0], at + 4
+    def _info(self):
+        (n_dims,) = self._unpack("I")
+        if n_dims > MAX_DIMS:
+            raise ValueError(f"{n_dims} dimensions")
+        *dims, kind, offset = self._unpack(f"{n_dims}QIQ")
+        kind = tensor_type(kind)
+        n_weights = math.prod(dims)
+        if not 0 < n_weights < 1 << 62 or (dims or [1])[0] % (kind.block or 1):
+            raise ValueError(f"dimensions {dims} of type {kind.name}")
+        return kind, tuple(reversed(dims)), offset
 
-    def _name(self, at):
-        raw, at = self._string(at)
-        if isinstance(raw, bytes):
-            raise ValueError(f"a name that is no text: {raw[:40]!r}")
-        return raw, at
+    def _take(self, count):
+        """The next bytes of the header: where in the window they begin. They are all in it."""
+        at, self._at = self._at, self._at + count
+        if self._at > min(self.size, MAX_BYTES):
+            raise ValueError(f"{count:,} bytes at byte {at:,}")
+        if self._at > self._start + len(self._window):
+            self._start = at
+            self._window = self.source.read(at, min(max(count, _WINDOW), self.size - at))
+        return at - self._start
 
-    def _string(self, at):
-        length = _U64(self.buffer, at)[0]
-        at += 8
-        if length > self.size - at:
-            raise ValueError(f"a text of {length:,} bytes at byte {at:,}")
-        return _text(self.buffer[at : at + length]), at + length
+    def _unpack(self, form):
+        form = "<" + form
+        at = self._take(struct.calcsize(form))
+        return struct.unpack_from(form, self._window, at)
 
-    def _value(self, kind, at):
+    def _count(self, n):
+        self._left -= n
+        if self._left < 0:
+            raise ValueError(f"more than {MAX_VALUES:,} values in the metadata: no model has them")
+
+    def _name(self, what, number):
+        self._reading = f"{what} {number}"
+        name = self._string()
+        self._reading = f"{what} {name[:80]!r}"
+        if isinstance(name, bytes):
+            raise ValueError("its name is no text")
+        return name
+
+    def _string(self):
+        (length,) = self._unpack("Q")
+        at = self._take(length)
+        return _text(self._window[at : at + length])
+
+    def _value(self, kind):
         if kind == GGUFValueType.STRING:
-            return self._string(at)
-        if kind != GGUFValueType.ARRAY:
-            dtype = np.dtype(_SCALARS[kind])
-            return np.frombuffer(self.buffer, dtype, 1, at)[0].item(), at + dtype.itemsize
-        kind, at = self._u32(at)
-        kind = GGUFValueType(kind)
-        count, at = _U64(self.buffer, at)[0], at + 8
-        if count > self.size - at:
-            raise ValueError(f"an array of {count:,} at byte {at:,}")
-        if kind in _SCALARS:
-            dtype = np.dtype(_SCALARS[kind])
-            return np.frombuffer(
-                self.buffer, dtype, count, at
-            ).tolist(), at + count * dtype.itemsize
+            return self._string()
+        if not isinstance(kind, tuple):
+            return self._unpack(_SCALARS[kind])[0]
+        (count,), kind = self._unpack("Q"), kind[1]
+        self._count(count)
         if kind == GGUFValueType.STRING:
-            return self._strings(count, at)
-        values = []
-        for _ in range(count):
-            value, at = self._value(kind, at)
-            values.append(value)
-        return values, at
+            return self._strings(count)
+        if kind == GGUFValueType.ARRAY:
+            raise ValueError("arrays of arrays, which llama.cpp does not read")
+        dtype = np.dtype(f"<{_SCALARS[kind]}")
+        at = self._take(count * dtype.itemsize)
+        return np.frombuffer(self._window, dtype, count, at).tolist()
 
-    def _strings(self, count, at):
+    def _strings(self, count):
         # The hot loop: a vocabulary with its merges has up to a million of these.
-        buffer, size, values = self.buffer, self.size, []
+        values, window, at = [], self._window, self._at - self._start
+        size = len(window) - 8
         for _ in range(count):
             start = at + 8
-            at = start + _U64(buffer, at)[0]
-            if at > size:
-                raise ValueError(f"a text that ends at byte {at:,}")
-            values.append(_text(buffer[start:at]))
-        return values, at
+            end = start + _U64(window, at)[0] if at <= size else -1
+            if start <= end <= size:
+                values.append(_text(window[start:end]))
+                at = end
+                continue
+            self._at = self._start + at  # it goes on behind the window
+            values.append(self._string())
+            window, at = self._window, self._at - self._start
+            size = len(window) - 8
+        self._at = self._start + at
+        return values
 
 
 def _text(raw):

@@ -20,7 +20,7 @@ from ..gpus.cores import physical_cores
 from .programs import engine_folder
 
 # Types that are NumPy's own
-_PLAIN = {"F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+_PLAIN = {"F32": "<f4", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 _PART = 1 << 20  # weights that a thread turns into floats at a time
 _CONVERT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 _LIMIT = 1024  # llama.cpp numbers its types without gaps, 43 by now: a larger number is damage
@@ -69,36 +69,36 @@ def tensor_type(number):
 
 
 def dequantize(raw, kind):
-    """Rows of blocks -> float32. raw: (n, bytes of a row) uint8; kind: a TensorType. Returns (n,
-    width), writable.
+    """Rows of blocks -> float32. raw: (n, bytes of a row) uint8, an array or reading.Rows; kind: a
+    TensorType. Returns (n, width), writable.
 
     The engine's own code does it where it is installed, on all cores: the same values to the bit as
     the gguf package's, in a fraction of the time. Raises NotImplementedError for a type that
     neither can read."""
-    raw = np.ascontiguousarray(raw)
-    if kind.name in _PLAIN:
-        return raw.view(_PLAIN[kind.name]).astype(np.float32)
     if kind.block is None:
         raise NotImplementedError(kind.name)
-    if kind.name == "F32":
-        return raw.view(np.float32).copy()  # else a view of the read-only file
+    everything = slice(None)
+    if kind.name in _PLAIN:
+        return np.ascontiguousarray(raw[everything]).view(_PLAIN[kind.name]).astype(np.float32)
     n, width = raw.shape
     out = np.empty((n, width // kind.size * kind.block), np.float32)
     traits = _traits(kind.number)
     if traits is None or not traits.to_float:
         try:
-            return quants.dequantize(raw, GGMLQuantizationType(kind.number)).reshape(out.shape)
+            whole = np.ascontiguousarray(raw[everything])
+            return quants.dequantize(whole, GGMLQuantizationType(kind.number)).reshape(out.shape)
         except ValueError:
             raise NotImplementedError(kind.name) from None
     convert = _CONVERT(traits.to_float)
 
     def part(rows):
-        convert(raw[rows].ctypes.data, out[rows].ctypes.data, out[rows].size)
+        blocks = np.ascontiguousarray(raw[rows])
+        convert(blocks.ctypes.data, out[rows].ctypes.data, out[rows].size)
 
     step = max(1, min(n, _PART // max(1, out.shape[1])))
     parts = [slice(start, start + step) for start in range(0, n, step)]
     if len(parts) < 2:
-        part(slice(None))
+        part(everything)
     else:  # ctypes releases the interpreter's lock
         with ThreadPoolExecutor(physical_cores()) as pool:
             list(pool.map(part, parts))
