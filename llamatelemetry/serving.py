@@ -44,6 +44,7 @@ class Serving:
     def _start_server(self, **changes):
         self._server_args |= changes
         env, args = self.plan.inference_env(), self._server_args
+        self.model.check_place()
         try:
             self.server.start_server(self.model.path, env=env, **args)
         except TemplateError as error:

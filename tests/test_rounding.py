@@ -9,7 +9,7 @@ from bench_rounding_cause import AFTER, BEFORE, EXACT, product, weights
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
-from llamatelemetry.capture.rounding import deviation
+from llamatelemetry.rounding import deviation
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..capture import rounding
+from .. import rounding
 from ..capture.data import Capture
 from ..errors import CaptureError
 from ..files.gguf import GGUFFile

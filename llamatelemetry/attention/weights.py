@@ -108,7 +108,9 @@ def fitted_rope(before: ArrayLike, after: ArrayLike, gguf: GGUFFile) -> tuple:
     key = f"{gguf.architecture}.rope"
     linear = float(gguf.metadata.get(f"{key}.scaling.factor") or 1)
     factors = [1.0, linear, *(gguf.tensor(x) for x in _FACTORS if x in gguf.tensors.index)]
-    stated = (float(v) for k, v in gguf.metadata.items() if k.startswith(f"{key}.freq_base"))
+    stated = (
+        gguf.metadata.get(f"{key}.{name}") or 10000.0 for name in ("freq_base", "freq_base_swa")
+    )
     bases = sorted({gguf.rope_freq_base or 10000.0, 10000.0, *stated})
     after = np.asarray(after, dtype=np.float64)
     length = np.linalg.norm(after)

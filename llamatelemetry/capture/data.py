@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from ..errors import CaptureError
+from ..errors import CaptureError, shown
 from ..files.outputs import path_of, written
+from ..metadata import check_capture
 from .names import STAGES
 
 
@@ -96,33 +97,54 @@ class Capture:
 
     @classmethod
     def load(cls, path):
-        """Read a file that `save` wrote."""
-        from safetensors import safe_open
+        """Read a file that `save` wrote. Raises CaptureError for any other, and for one whose parts
+        do not belong together."""
+        from safetensors import SafetensorError, safe_open
 
         path = path_of(path, CaptureError)
         try:
             with safe_open(str(path), "numpy") as file:
                 facts = json.loads((file.metadata() or {})["llamatelemetry"])
+                check_capture(facts)
+                ids, pieces, generated = facts["ids"], facts["pieces"], facts["generated"]
+                pieces = [bytes.fromhex(p["hex"]) if isinstance(p, dict) else p for p in pieces]
                 parts = {
-                    name: (file.get_tensor(name), *rest) for name, rest in facts["parts"].items()
+                    name: (_saved_array(file, name, *part, len(ids)), *part)
+                    for name, part in facts["parts"].items()
                 }
-        except (KeyError, OSError, ValueError) as error:
+        except (KeyError, OSError, ValueError, RecursionError) as error:
             raise CaptureError(
-                f"{path} is not a capture saved by llamatelemetry ({error})."
+                f"{shown(path)} is not a capture saved by llamatelemetry ({error!s:.200})."
             ) from error
-        except Exception as error:  # safetensors' own error type is not public
-            raise CaptureError(f"{path} cannot be read as safetensors: {error}") from error
-        pieces = [
-            bytes.fromhex(piece["hex"]) if isinstance(piece, dict) else piece
-            for piece in facts["pieces"]
-        ]
+        except SafetensorError as error:
+            raise CaptureError(
+                f"{shown(path)} cannot be read as safetensors: {error!s:.200}"
+            ) from error
         return cls(
-            parts, (facts["ids"], pieces, facts["generated"]), facts["model"], facts["layers"]
+            parts, (ids, pieces, generated), {"name": None} | facts["model"], facts["layers"]
         )
 
 
 def _plain(value):
     return value.item() if hasattr(value, "item") else str(value)
+
+
+def _saved_array(file, name, layers, queries, n_tokens):
+    """A stage's array from a saved file; ValueError where its sizes are not those of the tokens,
+    layers and queries beside it."""
+    if name not in STAGES or (STAGES[name].per_layer and layers is None):
+        raise ValueError(f"{name!r:.80} is no stage with its layers")
+    sizes = dict.fromkeys(("token", "query", "key"), n_tokens)
+    sizes |= {} if layers is None else {"layer": len(layers)}
+    sizes |= {} if queries is None else {"query": len(queries)}
+    array, dims = file.get_tensor(name), STAGES[name].all_dims
+    expected = tuple(sizes.get(dim, size) for dim, size in zip(dims, array.shape))
+    right = array.dtype in (np.float32, np.int32) and all(
+        0 <= query < n_tokens for query in queries or ()
+    )
+    if not right or array.shape != expected or len(dims) != array.ndim:
+        raise ValueError(f"{name} is {array.dtype} {array.shape}, not {expected} of {dims}")
+    return array
 
 
 def token_table(ids, pieces, generated):

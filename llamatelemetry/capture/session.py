@@ -56,6 +56,7 @@ class CaptureSession:
             cache_type = "f32" if (matrices["type"] == "F32").all() else "f16"
         self.cache_type, self._variant = cache_type, described(variant or {})
         self._count, self._free = 0, []
+        self.model.check_place()
         self.child = Child(
             "llamatelemetry.capture.worker",
             "the capture worker",

@@ -106,11 +106,11 @@ def control_vector(files):
         header = Header(Path(path))
         for name, (kind, shape, offset, _) in header.tensors.items():
             layer = re.fullmatch(r"direction\.(\d+)", name)
-            if not layer or int(layer[1]) == 0 or kind.name != "F32" or len(shape) != 1:
+            if not layer or not 0 < int(layer[1]) < 10_000 or kind.name != "F32" or len(shape) != 1:
                 raise ModelLoadError(
                     f"{path} is no control vector: {name} is not a direction.1, .2, ... in F32."
                 )
-            values = np.frombuffer(header.buffer, "<f4", shape[0], header.data + offset)
+            values = np.frombuffer(header.source.read(header.data + offset, 4 * shape[0]), "<f4")
             found[int(layer[1])] = found.get(int(layer[1]), 0) + np.float32(scale) * values
     if not found or len({len(row) for row in found.values()}) > 1:
         raise ModelLoadError(

@@ -14,6 +14,7 @@ from ..files.gguf import GGUFFile, unreadable
 from ..files.outputs import path_of, written
 from ..files.types import TensorType, dequantize
 from ..gpus.cores import physical_cores
+from ..reading import Rows
 
 ROWS = 4096  # rows of a tensor that are dequantized at once: 4,096 x 4,096 float32 is 64 MiB
 WORKERS = 4  # blocks under way at a time
@@ -24,10 +25,10 @@ SLACK = 64 << 20  # metadata, tokenizer and padding, in bytes
 
 
 class Tensor(NamedTuple):
-    """data: (rows, bytes of a row) uint8; shape: rows first."""
+    """data: its rows as they are stored; shape: rows first."""
 
     name: str
-    data: np.ndarray
+    data: Rows
     tensor_type: TensorType
     shape: tuple
 
@@ -90,7 +91,7 @@ def _steps(tensor, start, rows):
     kind = tensor.tensor_type.name
     if kind in (*FLOATS, "F64"):
         return None
-    raw = tensor.data.reshape(-1, tensor.data.shape[-1])[start : start + rows]
+    raw = tensor.data[start : start + rows]
     if kind in SIMPLE:
         blocks = raw.reshape(rows, -1, SIMPLE[kind])
         step = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
@@ -171,7 +172,7 @@ def _block(tensor, change, kind, start):
     """One block of rows as it is written: bytes of the given float type."""
     import gguf
 
-    values = dequantize(tensor.data[start : start + ROWS], tensor.tensor_type)
+    values = dequantize(tensor.data.part(start, start + ROWS), tensor.tensor_type)
     values = change(tensor, start, values)
     return gguf.quants.quantize(values, kind).data
 

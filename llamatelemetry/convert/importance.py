@@ -12,9 +12,10 @@ from ..compare.texts import load_text, place
 from ..errors import ModelLoadError, ModelNotFoundError, QuantizeError, shown
 from ..files.gguf import GGUFFile
 from ..files.header import Header
-from ..files.outputs import path_of, written
+from ..files.outputs import path_of, some, written
 from ..files.programs import tool
 from ..gpus.cores import physical_cores
+from ..reading import Source
 from .expand import SLACK, open_model
 from .run import run_tool
 
@@ -73,19 +74,20 @@ def entries(path: str | Path) -> dict[str, int]:
 
     Raises QuantizeError for a file that is none.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        if file.read(4) == b"GGUF":
-            return _of_gguf(path)
-        file.seek(0)
-        return _of_former_format(file.read(), path)
+    try:
+        source = Source(Path(path))
+        if source.read(0, min(4, source.size)) == b"GGUF":
+            return _of_gguf(Path(path))
+        return _of_former_format(source)
+    except (ModelLoadError, ModelNotFoundError) as error:
+        raise QuantizeError(f"{shown(path)} is no readable importance matrix: {error}") from error
 
 
 def is_one(path: str | Path) -> bool:
     """Whether an importance matrix is there."""
     try:
         return bool(entries(path))
-    except (OSError, QuantizeError):
+    except QuantizeError:
         return False
 
 
@@ -120,8 +122,8 @@ def check(model: GGUFFile, path: str | Path) -> None:
         )
     lost = [name for name in wanted if name not in there]
     if lost or foreign:
-        apart = [f"without one: {_some(lost)}"] if lost else []
-        apart += [f"not of this model: {_some(foreign)}"] if foreign else []
+        apart = [f"without one: {some(lost)}"] if lost else []
+        apart += [f"not of this model: {some(foreign)}"] if foreign else []
         warnings.warn(
             f"{told}; {'; '.join(apart)}. Where it has none the weights count alike. One that fits is made "
             "with imatrix(model, text, dst).",
@@ -138,15 +140,8 @@ def _weighed(name, shape):
     return len(shape) > 1 and name.endswith("weight") and not never and not APART.match(name)
 
 
-def _some(names):
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _of_gguf(path):
-    try:
-        tensors = Header(path).tensors
-    except ModelLoadError as error:
-        raise QuantizeError(f"{shown(path)} is no readable importance matrix: {error}") from error
+    tensors = Header(path).tensors
     sums = {
         name.removesuffix(SUMS): shape
         for name, (_, shape, *_) in tensors.items()
@@ -161,22 +156,29 @@ def _of_gguf(path):
     return found
 
 
-def _of_former_format(raw, path):
+def _of_former_format(source):
     """int32 count; of each entry: length and name, number of calls, number of values, the values
     (float32)."""
     found, at = {}, 4
+
+    def number(at):
+        (value,) = struct.unpack("<i", source.read(at, 4 if at + 4 <= source.size else 0))
+        return value
+
     try:
-        for _ in range(struct.unpack_from("<i", raw)[0]):
-            (length,) = struct.unpack_from("<i", raw, at)
-            name = raw[at + 4 : at + 4 + length].decode()
-            _, count = struct.unpack_from("<2i", raw, at + 4 + length)
+        for _ in range(number(0)):
+            length = number(at)
+            if not 0 < length < 1 << 16:
+                raise ValueError(f"entry {len(found)} has a name of {length:,} bytes")
+            name = source.read(at + 4, min(length, max(0, source.size - at - 4))).decode()
+            count = number(at + 8 + length)
             at += 12 + length + 4 * count
-            if length <= 0 or count <= 0 or at > len(raw):
-                raise ValueError(f"{len(raw):,} bytes are there")
+            if count <= 0 or at > source.size or name in found:
+                raise ValueError(f"entry {name[:80]!r} is there twice, or not whole")
             found[name] = count
     except (struct.error, ValueError) as error:
         raise QuantizeError(
-            f"{shown(path)} is no importance matrix ({error}): make one with "
+            f"{shown(source.path)} is no importance matrix ({error}): make one with "
             "imatrix(model, text, dst)."
         ) from error
     return found

@@ -16,10 +16,10 @@ import numpy as np
 from gguf import LlamaFileType
 
 from ..errors import ModelLoadError, ModelNotFoundError, shown
+from ..metadata import check
+from ..reading import Rows
 from .header import Header
-from .metadata import check
-from .outputs import path_of, split_parts
-from .reading import Rows
+from .outputs import path_of, some, split_parts
 from .types import TensorType, dequantize
 from .vocabulary import decode_pieces
 
@@ -54,16 +54,17 @@ class GGUFFile:
             self._infos = {
                 name: (part, *info) for part in self._parts for name, info in part.tensors.items()
             }
-            total = self.metadata.get("split.tensors.count", len(self._infos))
+            there = sum(len(part.tensors) for part in self._parts)
+            total = self.metadata.get("split.tensors.count", there)
             if total != len(self._infos):
                 raise ModelLoadError(
                     f"{self.path}: {len(self._infos)} tensors in its parts, {total} expected. "
                     "Its parts are of different models: fetch them again."
                 )
             self._facts()
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ModelLoadError(
-                f"{self.path}: its metadata is damaged ({error}). Fetch the file again."
+                f"{shown(self.path)}: its metadata is damaged ({error}). Fetch the file again."
             ) from error
         self.size_bytes = sum(part.size for part in self._parts)
 
@@ -85,7 +86,7 @@ class GGUFFile:
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
             raise ModelLoadError(
-                f"{self.path} is split in {count} parts; missing beside it: {', '.join(missing)}. "
+                f"{self.path} is split in {count} parts; missing beside it: {some(missing)}. "
                 "Fetch them into the same folder."
             )
         return [Header(path) for path in paths[1:]]
@@ -107,14 +108,11 @@ class GGUFFile:
             return meta.get(f"{self.architecture}.{key}", default)
 
         self.n_layer = get("block_count", 0)
-        if not 0 <= self.n_layer < 10_000:
-            raise ValueError(f"{self.n_layer} layers")
         self.n_embd = get("embedding_length", 0)
         self.n_ctx_train = get("context_length", 0)
-        self.n_head_per_layer = self._per_layer(get("attention.head_count", 0))
-        n_kv_head = get("attention.head_count_kv", self.n_head_per_layer)
-        self.n_kv_head_per_layer = self._per_layer(n_kv_head)
-        self.n_ff_per_layer = self._per_layer(get("feed_forward_length", 0))
+        self.n_head_per_layer = self._per_layer("attention.head_count", 0)
+        self.n_kv_head_per_layer = self._per_layer("attention.head_count_kv", self.n_head_per_layer)
+        self.n_ff_per_layer = self._per_layer("feed_forward_length", 0)
         self.n_head = max(self.n_head_per_layer, default=0)
         self.n_kv_head = max(self.n_kv_head_per_layer, default=0)
         self.n_ff = max(self.n_ff_per_layer, default=0)
@@ -128,25 +126,40 @@ class GGUFFile:
         self.attn_logit_softcap = get("attn_logit_softcapping") or None
         self.norm_eps = get("attention.layer_norm_rms_epsilon", get("attention.layer_norm_epsilon"))
         self.n_expert = get("expert_count", 0)
-        self.n_expert_used = get("expert_used_count", 0)
+        self.n_expert_used = max(self._per_layer("expert_used_count", 0), default=0)
         embedding = self._infos.get("token_embd.weight")
         tokens, types = meta.get("tokenizer.ggml.tokens", []), meta.get("tokenizer.ggml.token_type")
-        self.n_vocab = len(tokens) or get("vocab_size", embedding[2][0] if embedding else 0)
-        texts = all(isinstance(token, str | bytes) for token in tokens)
-        if not texts or (types and len(types) != len(tokens)):
-            raise ValueError("the vocabulary is no list of texts, each with its type")
+        self.n_vocab = len(tokens) or get("vocab_size", sum(embedding[2][:1]) if embedding else 0)
+        if types and len(types) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens and {len(types)} tokenizer.ggml.token_type")
         # Without an output matrix llama.cpp uses the token embedding for the logits: tied.
         tied = "output.weight" not in self._infos
         self.output_name = "token_embd.weight" if tied else "output.weight"
 
-    def _per_layer(self, value):
-        return [int(v) for v in value] if isinstance(value, list) else [int(value)] * self.n_layer
+    def _per_layer(self, key, default):
+        name = f"{self.architecture}.{key}"
+        value = self.metadata.get(name, default)
+        if not isinstance(value, list):
+            return [value] * self.n_layer
+        if len(value) != self.n_layer:  # llama.cpp refuses that, too
+            raise ValueError(f"{name[:80]} has {len(value)} values for {self.n_layer} layers")
+        return value
+
+    def check_place(self) -> None:
+        """ModelLoadError where another file lies under the name of one of its parts by now: before
+        a process opens it anew."""
+        for part in self._parts:
+            part.source.check_place()
 
     def override(self, metadata: Mapping[str, Any]) -> None:
         """Go on as if the file said this: {key: value}, as llama.cpp's override_kv does."""
         if metadata:
             self.metadata = self.metadata | metadata
-            self._facts()
+            try:
+                check(self.metadata)
+                self._facts()
+            except ValueError as error:
+                raise ModelLoadError(f"{shown(self.path)} with override_kv: {error}.") from error
 
     def has_tensor(self, end: str) -> bool:
         """Whether a tensor's name is this, or ends so behind its layer ("blk.3.")."""
@@ -267,7 +280,7 @@ _NAMED = "attn_q attn_k attn_v attn_qkv attn_output ffn_gate ffn_up ffn_down".sp
 
 
 def _layer(name):
-    found = re.match(r"blk\.(\d+)\.", name)
+    found = re.match(r"blk\.(\d{1,4})\.", name)  # a larger number is no layer's
     return int(found[1]) if found else None
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from gguf import GGUFValueType
 
 from ..errors import ModelLoadError, shown
-from .metadata import check
-from .reading import Source
+from ..metadata import check
+from ..reading import Source
 from .types import tensor_type
 
 MAX_BYTES = 1 << 27  # of a header; Gemma's, with 262,144 tokens and as many merges again, has 2^25

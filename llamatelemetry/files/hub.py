@@ -1,13 +1,14 @@
 """The Hugging Face hub: what its cache holds, downloads with progress, resume and checksum, and why
 one failed."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
 from ..errors import ModelLoadError
 from .checksums import sha256
-from .outputs import split_parts
+from .outputs import is_first, split_parts
 
 
 class Refused(Exception):
@@ -26,14 +27,18 @@ def model_files(paths):
         path
         for path in map(Path, paths)
         if path.suffix.lower() == ".gguf"
-        and split_parts(path)[0] == path
+        and is_first(path)
         and not re.search("mmproj|imatrix", path.name.lower())
     ]
 
 
 def size_of(path: str | os.PathLike) -> int:
     """Bytes of a model file, all its parts together."""
-    return sum(part.stat().st_size for part in split_parts(path) if part.exists())
+    total = 0
+    for part in split_parts(path):
+        with contextlib.suppress(OSError):  # not there, or nobody may look
+            total += part.stat().st_size
+    return total
 
 
 def quantization(path: str | os.PathLike) -> str | None:
@@ -46,7 +51,7 @@ def quantization(path: str | os.PathLike) -> str | None:
 def cached(repo, file):
     """The path of "repo:file" (or of "repo:Q4_K_M") in the cache, all its parts there; None where
     it is not."""
-    from huggingface_hub import errors, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     if not file.lower().endswith(".gguf"):
         here = [name.partition(":")[2] for name, _ in all_cached() if name.startswith(f"{repo}:")]
@@ -55,9 +60,10 @@ def cached(repo, file):
             return None
     try:
         found = [try_to_load_from_cache(repo, str(part)) for part in split_parts(file)]
-    except errors.HFValidationError as error:
+    except (ValueError, OSError) as error:  # HFValidationError is one: of names that none can have
         raise Refused(
-            f"{repo!r} is no repository's name ({error})", "give it as OWNER/NAME:FILE"
+            f"{repo[:80]!r} is no repository's name, or {file[:80]!r} no file's in one ({error})",
+            "give it as OWNER/NAME:FILE",
         ) from None
     return Path(found[0]) if all(isinstance(path, str) for path in found) else None
 

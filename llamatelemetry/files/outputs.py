@@ -46,6 +46,17 @@ def split_parts(path: str | os.PathLike) -> list[Path]:
     ]
 
 
+def is_first(path):
+    """Whether a file is no part of a split GGUF, or its first one."""
+    found = _SPLIT.match(path.name)
+    return not found or int(found[2]) == 1
+
+
+def some(names):
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def labels(paths: Iterable[str | os.PathLike]) -> list[str]:
     """A name to show for each of the paths: its stem, with as many of its folders before it as tell
     it from the others.

@@ -44,7 +44,7 @@ def sliding_layers(gguf: "GGUFFile") -> list[bool]:
     if not gguf.sliding_window or gguf.architecture == "phi3":
         return [False] * gguf.n_layer
     pattern = gguf.metadata.get(f"{gguf.architecture}.attention.sliding_window_pattern")
-    if isinstance(pattern, (list, tuple)):
+    if isinstance(pattern, list):
         return [bool(value) for value in pattern[: gguf.n_layer]]
     period, leads = _PERIOD.get(gguf.architecture, (0, False))
     period = pattern if isinstance(pattern, int) else period
@@ -91,7 +91,7 @@ def as_type(gguf: "GGUFFile", kind: str) -> "GGUFFile":
     before, size = (int(each["size_bytes"].sum()) for each in (gguf.tensors, table))
     other.name, other.file_type = f"{gguf.name} as {kind}", kind
     other.size_bytes = gguf.size_bytes - before + size
-    other.bits_per_weight = 8 * size / int(table["n_elements"].sum())
+    other.bits_per_weight = 8 * size / max(1, int(table["n_elements"].sum()))
     other.tensors = table
     return other
 
@@ -113,7 +113,8 @@ def spread(n_layer: int, shares: Sequence[float]) -> list[tuple[float, bool]]:
     ends = [sum(shares[: number + 1]) / sum(shares) for number in range(len(shares))]
     owner = [sum(end <= layer / (n_layer + 1) for end in ends[:-1]) for layer in range(n_layer + 1)]
     return [
-        (owner[:-1].count(number) / n_layer, owner[-1] == number) for number in range(len(shares))
+        (owner[:-1].count(number) / max(n_layer, 1), owner[-1] == number)
+        for number in range(len(shares))
     ]
 
 
@@ -253,7 +254,7 @@ def _ways(asked, fits):
         yield f"captures without the server, {alone.total() / MIB:,.0f} MiB (auto_start=False)"
     here = asked.gguf.bits_per_weight
     for name, bits in SMALLER.items():
-        smaller = replace(asked, scale=bits / here)
+        smaller = replace(asked, scale=bits / max(here, bits))
         if bits < here and fits(smaller):
             yield f"the {name} quantization, about {smaller.total() / MIB:,.0f} MiB"
             break

@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import ArrayLike
 
-from ..capture import rounding
+from .. import rounding
 from ..capture.data import Capture
 from ..capture.finite import measured
 from ..errors import CaptureError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ModelLoadError, ModelNotFoundError, shown
+from .errors import ModelLoadError, ModelNotFoundError, shown
 
 
 class Source:

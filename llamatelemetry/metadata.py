@@ -1,5 +1,6 @@
-"""What a key of a file's metadata may hold, said once for every key that is read anywhere here, and
-checked when the file is opened: who reads one later need not ask again."""
+"""What a key of a file's metadata may hold, a model's or a saved capture's, said once for every key
+that is read anywhere here, and checked when the file is opened: who reads one later need not ask
+again."""
 
 import math
 import reprlib
@@ -96,3 +97,52 @@ def check(metadata: Mapping[str, Any]) -> None:
         if name in metadata and not RULES[key].holds(metadata[name]):
             found = reprlib.repr(metadata[name])
             raise ValueError(f"{name[:80]} is {found}, not {RULES[key].says}")
+
+
+def _list(what, holds):
+    return _list_of(what, holds, lambda values: values)  # of JSON, where each has its own type
+
+
+def _is_piece(value):
+    """A text without half characters, or the bytes of a piece that is none."""
+    if isinstance(value, dict):
+        return isinstance(value.get("hex"), str)
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _is_part(value):
+    """Layers and query positions of a stage, each None or whole numbers."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(numbers is None or _NUMBERS.holds(numbers) for numbers in value)
+    )
+
+
+_NUMBERS = _list("whole numbers", _INT32.holds)
+_CAPTURE = {
+    "ids": _NUMBERS,
+    "pieces": _list("texts", _is_piece),
+    "generated": _list("flags", _FLAG.holds),
+    "layers": _list("facts", lambda value: isinstance(value, dict)),
+    "model": Rule(
+        "facts with the architecture",
+        lambda value: isinstance(value, dict) and isinstance(value.get("architecture"), str),
+    ),
+    "parts": Rule(
+        "stages, each with its layers and queries",
+        lambda value: isinstance(value, dict) and all(map(_is_part, value.values())),
+    ),
+}
+
+
+def check_capture(facts: Any) -> None:
+    """Raise ValueError where the facts of a saved capture are not what they must be, by name."""
+    if not isinstance(facts, dict):
+        raise ValueError("no facts")
+    for name, rule in _CAPTURE.items():
+        if not rule.holds(facts.get(name)):
+            raise ValueError(f"{name} is {reprlib.repr(facts.get(name))}, not {rule.says}")
+    lengths = [len(facts[name]) for name in ("ids", "pieces", "generated")]
+    if len(set(lengths)) > 1:
+        raise ValueError("{} ids, {} pieces and {} flags".format(*lengths))
