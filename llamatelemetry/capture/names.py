@@ -53,6 +53,7 @@ STAGES = {
     "k_pre": Stage(_KV_HEADS),
     "scores": Stage(_GRID, masked=True),
     "attention": Stage(_GRID, editable=True),
+    "attention_mean": Stage(("query", "key")),  # over the heads
     "mask": Stage(("query", "key"), masked=True),
     "attn_heads": Stage(_HEADS, editable=True),
     "attn_out": Stage(_STREAM, late=True, editable=True),

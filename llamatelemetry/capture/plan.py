@@ -16,7 +16,7 @@ class Tap:
 
     index: int
     name: str
-    shape: tuple  # of one token's values: (width,), (head, feature); (head,) of scores, attention
+    shape: tuple  # of one token's values: (width,), (head, feature); a grid's without its positions
     view: tuple | None = None
     token_dim: int = 1
     source: int | None = None  # read this source of the node instead of its result

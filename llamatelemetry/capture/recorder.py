@@ -118,6 +118,8 @@ class Copy:
             self.device.to_host(place, values)
 
     def _grid(self, values, past):
+        if values.ndim > self.target.ndim:
+            values = on_host(values.mean(0))  # over the heads
         n_query = values.shape[-2]
         n_key = min(values.shape[-1], self.target.shape[-1])
         heads = (slice(len(values)),) if values.ndim == 3 else ()

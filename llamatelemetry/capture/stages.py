@@ -70,6 +70,7 @@ def _attention(plan, graph, layer, softmax, n_tokens):
     }
     n_head = softmax.ne[2]
     plan.put("attention", layer, Tap.of(softmax, (n_head,), grid=2))
+    plan.put("attention_mean", layer, Tap.of(softmax, (), grid=2))
     plan.put("scores", layer, Tap.of(scores, (n_head,), grid=2))
     if mask is not None and mask.type in DTYPES:
         plan.masks.setdefault(mask.address, []).append(layer)
