@@ -11,7 +11,8 @@ class Stage:
     embedding: there is one layer more than the model has: 0 is what enters layer 0, l + 1 what
     leaves layer l. late: computed after attention, where the last layer goes on only with the
     positions whose logits were asked for. cached: kept in the KV cache, in whose number format
-    attention sees it. masked: what the mask hides may be anything, also no number."""
+    attention sees it. masked: what the mask hides may be anything, also no number. mean: of a grid over the heads;
+    small, so it has every query also where `queries` are chosen."""
 
     dims: tuple
     per_layer: bool = True
@@ -20,6 +21,7 @@ class Stage:
     editable: bool = False
     cached: bool = False
     masked: bool = False
+    mean: bool = False
     dtype: str = "float32"
 
     @property
@@ -53,7 +55,7 @@ STAGES = {
     "k_pre": Stage(_KV_HEADS),
     "scores": Stage(_GRID, masked=True),
     "attention": Stage(_GRID, editable=True),
-    "attention_mean": Stage(("query", "key")),  # over the heads
+    "attention_mean": Stage(("query", "key"), mean=True),
     "mask": Stage(("query", "key"), masked=True),
     "attn_heads": Stage(_HEADS, editable=True),
     "attn_out": Stage(_STREAM, late=True, editable=True),

@@ -214,11 +214,12 @@ class Runs:
             self.apply(recorder, plan, edits, total, means)
             for stage, array in arrays.items():
                 rounded = cache if STAGES[stage].cached else None
+                chosen = None if STAGES[stage].mean else rows
                 for target, layer in zip(array, layout[stage]["layers"]):
                     if not STAGES[stage].grid and target.ndim == 3:
                         target = target.swapaxes(0, 1)  # (token, head, feature), as in the graph
                     for number, tap in enumerate(self.taps(plan, stage, layer)):
-                        recorder.on(tap, Copy(target, stage, number == 0, rows, rounded, device))
+                        recorder.on(tap, Copy(target, stage, number == 0, chosen, rounded, device))
 
         needs_all = any(STAGES[stage].late for stage in stages) or bool(edits)
         tokens = self.run(tokens, setup, all_logits=needs_all, sampler=sampler)
@@ -232,7 +233,8 @@ class Runs:
             shapes = [self.taps(plan, stage, layer)[0].shape for layer in kept]
             widths = tuple(max(sizes) for sizes in zip(*shapes))
             if facts.grid:
-                shape = (*widths, total if rows is None else len(rows), total)
+                every = rows is None or facts.mean
+                shape = (*widths, total if every else len(rows), total)
             else:
                 shape = (*widths[:-1], total, widths[-1])
             shape = (len(kept), *shape) if facts.per_layer else shape

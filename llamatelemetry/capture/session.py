@@ -155,15 +155,15 @@ class CaptureSession:
         not generated because the text ended."""
         ids, parts = answer["tokens"], {}
         there = None if queries is None else [query for query in queries if query < len(ids)]
-        sizes = dict.fromkeys(("token", "query", "key"), len(ids))
-        if there is not None:
-            sizes["query"] = len(there)
         for name, part in answer["layout"].items():
             stage = STAGES[name]
+            chosen = there if stage.grid and not stage.mean else None
+            sizes = dict.fromkeys(("token", "query", "key"), len(ids))
+            sizes["query"] = len(ids if chosen is None else chosen)
             array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
             array = array[tuple(slice(sizes.get(dim)) for dim in stage.all_dims)]
             layers = part["layers"] if stage.per_layer else None
-            parts[name] = (array, layers, there if stage.grid else None)
+            parts[name] = (array, layers, chosen)
         generated = [position >= answer["n_prompt"] for position in range(len(ids))]
         tokens = (ids, self._pieces(ids), generated)
         return Capture(parts, tokens, self.model_facts(), answer["layers"])
