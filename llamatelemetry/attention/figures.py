@@ -8,16 +8,18 @@ from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
 from ..views import theme
+from ..views.packing import ends, said_ends
 from ..views.text import plotly, shorten, token_labels, token_text
 
+MOST = 200  # tokens on an axis of a map; beyond, the first and the last are drawn
 _LEGEND = dict(orientation="h", y=1.1, x=1, xanchor="right")
 
 
-def _visible(values, queries):
-    """Keys after the query are not zero but absent: nan, so that they stay blank. queries: their
-    positions."""
-    values = np.array(values, dtype=float)
-    later = np.arange(values.shape[1])[None, :] > np.asarray(queries)[:, None]
+def _visible(values, queries, keys):
+    """Keys after the query are not zero but absent: nan, so that they stay blank. queries, keys:
+    their positions."""
+    values = np.array(values, dtype=np.float32)
+    later = np.asarray(keys)[None, :] > np.asarray(queries)[:, None]
     return np.where(later, np.nan, values)
 
 
@@ -31,16 +33,21 @@ def token_map(
     zmax: float = 1.0,
 ) -> go.Figure:
     """A (query, key) map with tokens on both axes. queries: positions of the rows where they are
-    not all tokens."""
-    queries = np.arange(len(values)) if queries is None else np.asarray(queries)
-    columns = token_labels(pieces)
-    rows = [columns[q] for q in queries]
+    not all tokens. Of more than MOST tokens the first and the last, as the title then says."""
+    n = len(pieces)
+    queries = np.arange(n - len(values), n) if queries is None else np.asarray(queries)
+    shown = ends(n, MOST)
+    drawn = np.flatnonzero(np.isin(queries, shown))
+    values, queries = np.asarray(values)[drawn][:, shown], queries[drawn]
+    title += said_ends(n, shown)
+    columns, labels = token_labels(pieces, shown), token_labels(pieces)
+    rows = [labels[q] for q in queries]
     # Upright labels take their pixels from the rows.
     below = 8 * min(theme.TICK, max(map(len, columns)))
     part = max(320, below + min(760, 120 + 18 * len(rows)))
     look = dict(title=title, x_title="key token", y_title="query token", unit=unit, zmax=zmax)
     look["height"] = 720 if len(rows) == len(columns) else part
-    figure = theme.heatmap(_visible(values, queries), columns, rows, **look)
+    figure = theme.heatmap(_visible(values, queries, shown), columns, rows, **look)
     figure.update_xaxes(tickangle=-90)
     return theme.label_ticks(theme.label_ticks(figure, columns, "x"), rows, "y")
 
@@ -93,7 +100,12 @@ def maps_side_by_side(
     """Several (query, key) maps in one row on one scale, 0 to 1. maps: {panel title: values};
     own_scale: the title of the last panel where it has a scale of its own, from 0 to its largest
     value."""
-    labels, unit = token_labels(pieces), plotly(unit)
+    n, rows = len(pieces), len(next(iter(maps.values())))
+    shown, unit = ends(n, MOST // 2), plotly(unit)
+    queries = shown[shown >= n - rows]  # rows are those of the last queries
+    maps = {name: np.asarray(x)[queries - (n - rows)][:, shown] for name, x in maps.items()}
+    title += said_ends(n, shown)
+    labels, below = token_labels(pieces, shown), token_labels(pieces, queries)
     tokens = theme.axis_values(labels)
     titles = theme.axis_values(maps)
     figure = make_subplots(
@@ -101,9 +113,9 @@ def maps_side_by_side(
     )
     for col, (name, values) in enumerate(maps.items(), start=1):
         figure.add_heatmap(
-            z=_visible(values, np.arange(len(labels))),
+            z=_visible(values, queries, shown),
             x=tokens,
-            y=tokens,
+            y=theme.axis_values(below),
             coloraxis="coloraxis2" if name == own_scale else "coloraxis",
             hovertemplate=f"query: %{{y}}<br>key: %{{x}}<br>{unit}: %{{z:.5f}}<extra></extra>",
             row=1,
@@ -111,7 +123,7 @@ def maps_side_by_side(
         )
         figure.update_xaxes(title="key token", tickangle=-90, tickfont_size=10, row=1, col=col)
     theme.label_ticks(figure, labels, "x", most=48 // len(maps))
-    theme.label_ticks(figure, labels, "y", most=36)
+    theme.label_ticks(figure, below, "y", most=36)
     figure.update_yaxes(autorange="reversed", tickfont_size=10)
     figure.update_yaxes(title="query token", col=1)
     scales = {"coloraxis": _scale(unit, 1.0, 1.02)}

@@ -194,8 +194,8 @@ def token_nodes(attention: xr.DataArray, pieces: list, backend: CpuBackend) -> p
     graph of edges query -> key whose mean weight is above 1 / n_token, more than an even share, at
     most each query's STRONGEST: betweenness takes tokens x edges steps.
 
-    attention: (layer, head, query, key) of all tokens, or averaged over heads; backend: backend.get_backend(...). Sources:
-    PageRank, Page et al. 1999; betweenness, Freeman 1977."""
+    attention: (layer, head, query, key) of all tokens, or averaged over heads; backend:
+    backend.get_backend(...). Sources: PageRank, Page et al. 1999; betweenness, Freeman 1977."""
     over = [dim for dim in ("layer", "head") if dim in attention.dims]
     mean = measured(attention).mean(tuple(map(attention.dims.index, over)), dtype=np.float64)
     n = len(mean)

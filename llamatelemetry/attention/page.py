@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..views.packing import pack, pack_vectors
+from ..views.packing import ends, pack, pack_roots, pack_vectors
 from ..views.page import Page
 from ..views.text import counted, token_text
 
@@ -15,11 +15,13 @@ SIZE = 4.8e6  # bytes of a page's arrays: with its text it stays under 5 MB
 
 
 def pack_attention(attention, bits):
-    """Lower triangles of (layer, head, query, key), row by row: float32, or 16 bits in steps of
-    1/65535."""
+    """Lower triangles of (layer, head, query, key), row by row: float32, 16 bits in steps of
+    1/65535, or 8 bits of the square root."""
     attention = np.asarray(attention, dtype=np.float32)
     rows, columns = np.tril_indices(attention.shape[-1])
     lower = attention[..., rows, columns]
+    if bits == 8:
+        return pack_roots(lower)
     return pack(lower if bits == 32 else np.rint(lower * 65535).astype(np.uint16))
 
 
@@ -32,14 +34,44 @@ def _around(layer, room, n_layer):
 
 def _precision(n_weights, n_vector, n_layer, layer, max_bytes):
     """How many bits weights and vectors get, and which layers' vectors, so that base64 of all stays
-    under max_bytes."""
+    under max_bytes; None where not even weights of 8 bits and the vectors of one layer do."""
     for weight_bits, vector_bits in ((32, 32), (32, 16), (16, 16), (16, 8)):
         if (n_weights * weight_bits + n_vector * vector_bits) / 6 <= max_bytes:
             return weight_bits, vector_bits, list(range(n_layer))
-    if not n_vector:
-        return 16, 16, list(range(n_layer))
-    room = (max_bytes - n_weights * 16 / 6) // (n_vector / n_layer * 16 / 6)
-    return 16, 16, _around(layer, room, n_layer)
+    for weight_bits in (16, 8):
+        left = max_bytes - n_weights * weight_bits / 6
+        one = n_vector / n_layer * 16 / 6  # bytes of a layer's vectors
+        if left >= one:
+            count = left // one if n_vector else n_layer
+            return weight_bits, 16, _around(layer, count, n_layer)
+    return None
+
+
+def _room(attention, q, k, layer, max_bytes):
+    """(token positions, precision) of as many tokens as max_bytes holds: all, or the first and the
+    last, of which there are rows."""
+    n_layer, n_head, n_query, n_token = attention.shape
+    most = n_token if n_query == n_token else min(n_token, n_query + 1)
+
+    def precision(count):
+        n_weights = n_layer * n_head * count * (count + 1) // 2
+        n_vector = 0 if q is None else (q.size + k.size) // n_token * count
+        return _precision(n_weights, n_vector, n_layer, layer, max_bytes)
+
+    counts = range(most, 0, -1)
+    count = next((count for count in counts if precision(count)), 1)
+    return ends(n_token, count), precision(count) or (8, 16, [layer])
+
+
+def _among(attention, shown):
+    """(layer, head, token, token) of the shown tokens as queries and keys, from rows that are all
+    of a text or its last; the first token sees only itself."""
+    n_query, n_token = attention.shape[-2:]
+    rows = shown - (n_token - n_query)
+    values = np.asarray(attention)[:, :, np.maximum(rows, 0)][..., shown]
+    values[:, :, rows < 0] = 0
+    values[:, :, rows < 0, 0] = 1
+    return values
 
 
 # How precisely vectors are stored, by their bits.
@@ -65,19 +97,22 @@ def views(
     """Three linked views: every head as a thumbnail, one head as lines and map, q·k of one query
     per dimension.
 
-    attention: (layer, head, query, key) of the whole prompt; facts: (scale, soft-cap, window) of
-    every layer's softmax, as steps.layer_facts gives them; q: (layer, head, token, feature) and k:
-    (layer, kv_head, token, feature), after RoPE, without which the page has two views; layer, head:
-    what is selected first. Weights, q and k are stored as precisely as max_bytes allows, and the
-    page says how. A page of 32 x 32 heads at 64 tokens is larger than max_bytes, with q and k of
-    one layer."""
-    n_layer, n_head, n_token, _ = attention.shape
-    n_weights = n_layer * n_head * n_token * (n_token + 1) // 2
-    n_vector = 0 if q is None else q.size + k.size
-    weight_bits, vector_bits, layers = _precision(n_weights, n_vector, n_layer, layer, max_bytes)
+    attention: (layer, head, query, key) of the whole prompt, or of its last queries; facts: (scale,
+    soft-cap, window) of every layer's softmax, as steps.layer_facts gives them; q: (layer, head,
+    token, feature) and k: (layer, kv_head, token, feature), after RoPE, without which the page has
+    two views; layer, head: what is selected first. Weights, q and k are stored as precisely as
+    max_bytes allows, at worst of fewer tokens, the first and the last, and the page says how."""
+    n_layer, n_head, _, n_token = attention.shape
+    shown, precision = _room(attention, q, k, layer, max_bytes)
+    weight_bits, vector_bits, layers = precision
+    whole = len(shown) == n_token
+    if not whole:
+        attention = _among(attention, shown)
+        q, k = (None if x is None else np.asarray(x)[:, :, shown] for x in (q, k))
     scales, softcaps, _ = zip(*facts)
     data = {
-        "tokens": [token_text(piece) for piece in pieces],
+        "tokens": [token_text(pieces[position]) for position in shown],
+        "positions": shown.tolist(),
         "n_layer": n_layer,
         "n_head": n_head,
         "n_kv_head": n_head if k is None else k.shape[1],
@@ -91,11 +126,17 @@ def views(
     }
     sizes = {"layer": n_layer, "head": n_head, "token": n_token}
     sizes = ", ".join(counted(n, name) for name, n in sizes.items())
-    stored = "exactly (float32)" if weight_bits == 32 else "in steps of 1/65535"
+    stored = {32: "exactly (float32)", 16: "in steps of 1/65535", 8: "within 1/250"}[weight_bits]
     about = f"Captured from llama.cpp's own kernels. Weights are stored {stored}"
     if q is not None:
         only = f" and for layers {layers[0]} to {layers[-1]} only" if len(layers) < n_layer else ""
         about += f", q and k {_EXACT[vector_bits]}{only}"
+    if not whole:
+        lost = 1 - float(attention[:, :, 1:].sum(-1).mean())
+        about += (
+            f". To stay small the page has the first and the last {len(shown) - 1} of {n_token:,} tokens; "
+            f"their queries give {lost:.0%} of their weight to tokens that are not here"
+        )
     title, scripts = f"Attention of {model}: {sizes}", ("views", "dims")
     return Page.of(
         __package__, "views", data, title=title, about=f"{about}.", scripts=scripts, height=900
@@ -134,16 +175,19 @@ def steps(
     # (layer, embd) or (layer, head, feature); (layer, kv_head, key, feature); (layer, head, key)
     arrays = {name: np.asarray(captured[name])[:n_layer, ..., here, :] for name in _OWN}
     arrays |= {name: np.asarray(captured[name])[..., seen, :] for name in _KEYS}
-    arrays |= {name: np.asarray(captured[name])[..., here, seen] for name in _MAPS}
+    row = here - len(tokens)  # from the end: there may be rows of the last queries alone
+    arrays |= {name: np.asarray(captured[name])[..., row, seen] for name in _MAPS}
     arrays["written"] = np.asarray(written["written"])  # (layer, head, embd)
+    shown = _fewer_keys(arrays, n_layer, here, max_bytes)
     per_layer = sum(a.size for a in arrays.values()) * 4 * 4 / 3 / n_layer
     layers = _around(layer, max_bytes // per_layer, n_layer)
     scales, softcaps, windows = zip(*(facts[i] for i in layers))
     differences, types = (np.asarray(written[x])[layers].tolist() for x in ("difference", "type"))
     data = {
-        "tokens": [token_text(piece) for piece in tokens["piece"]],
-        "ids": tokens["id"].tolist(),
-        "position": here,
+        "tokens": [token_text(tokens["piece"].iloc[at]) for at in shown],
+        "positions": shown.tolist(),
+        "ids": tokens["id"].iloc[shown].tolist(),
+        "position": int(np.flatnonzero(shown == here)[0]),
         "layers": layers,
         "n_head": n_head,
         "n_kv_head": captured["k"].shape[1],
@@ -157,11 +201,28 @@ def steps(
         "arrays": {name: pack(a[layers]) for name, a in arrays.items()},
     }
     data["arrays"]["embedding"] = pack(arrays["hidden"][0])
-    title = f"Token {here} {data['tokens'][here]} through one head of {model}"
+    title = f"Token {here} {token_text(tokens['piece'].iloc[here])} through one head of {model}"
     about = "Every number was captured from llama.cpp, float32. Strips: blue negative, red positive, hover for values."
     if len(layers) < n_layer:
         about += f" Layers {layers[0]} to {layers[-1]} are on this page."
+    if len(shown) < len(tokens):
+        about += (
+            f" Of {len(tokens):,} tokens the first and the last {len(shown) - 1} are: sums over keys "
+            "that the page makes itself lack the others."
+        )
     return Page.of(__package__, "steps", data, title=title, about=about, height=900)
+
+
+def _fewer_keys(arrays, n_layer, here, max_bytes):
+    """Positions of the keys that are shown, to which `arrays` are cut: all, where one layer then
+    fits in max_bytes, else the first and the last ones."""
+    size = {name: a.size * 16 / 3 / n_layer for name, a in arrays.items()}
+    by_key = sum(size[name] for name in (*_KEYS, *_MAPS)) / (here + 1)
+    room = max_bytes - sum(size.values()) + by_key * (here + 1)
+    shown = ends(here + 1, max(2, int(room // by_key)))
+    if len(shown) <= here:
+        arrays |= {name: arrays[name][:, :, shown] for name in (*_KEYS, *_MAPS)}
+    return shown
 
 
 def next_token(logits: np.ndarray, vocabulary: Sequence, *, model: str, context: str = "") -> Page:

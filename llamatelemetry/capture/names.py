@@ -11,8 +11,8 @@ class Stage:
     embedding: there is one layer more than the model has: 0 is what enters layer 0, l + 1 what
     leaves layer l. late: computed after attention, where the last layer goes on only with the
     positions whose logits were asked for. cached: kept in the KV cache, in whose number format
-    attention sees it. masked: what the mask hides may be anything, also no number. mean: of a grid over the heads;
-    small, so it has every query also where `queries` are chosen."""
+    attention sees it. masked: what the mask hides may be anything, also no number. mean: over the
+    heads, so small that it has every query also where `queries` are chosen."""
 
     dims: tuple
     per_layer: bool = True

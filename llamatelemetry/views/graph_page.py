@@ -57,6 +57,19 @@ def _cell(value: object) -> str | None:
     return f"{value:.6g}" if isinstance(value, float) else seen(str(value))
 
 
+def size_of(columns: list) -> int:
+    """Bytes of columns in the page, about: texts as UTF-8 in quotes, numbers packed."""
+    total = 0
+    for column in columns:
+        if isinstance(column, str):
+            total += len(column.encode(errors="replace")) + 3
+        elif isinstance(column, pd.Series):
+            total += 6 * len(column)
+        else:
+            total += 5 if column is None else size_of(list(column))
+    return total
+
+
 def graph_page(
     positions: ArrayLike,
     pairs: ArrayLike,
@@ -72,6 +85,7 @@ def graph_page(
     details: pd.DataFrame | None = None,
     note: str = "",
     height: int = 720,
+    max_bytes: float = 4.8e6,
 ) -> Page:
     """The page of one graph.
 
@@ -79,7 +93,8 @@ def graph_page(
     (m,): named Series, numbers on the ramp, anything else as categories, the 7 most frequent with a
     colour each. size: (n,) numbers, as area. weight: (m,) numbers, the filter and the edges'
     opacity. edge_labels: (m,) texts, in the list of a clicked node's neighbours. details: DataFrame
-    of n rows for the hover box."""
+    of n rows for the hover box. Of edges that do not fit into max_bytes the strongest
+    are on the page, and its note says so; then details are left out, the last columns first."""
     positions = np.asarray(positions, dtype=np.float32).reshape(-1, 2)
     pairs = np.asarray(pairs, dtype=np.int32).reshape(-1, 2)
     strength = np.ones(len(pairs)) if weight is None else np.asarray(weight, dtype=np.float64)
@@ -89,6 +104,20 @@ def graph_page(
     if edge_labels is not None:
         edge_labels = [_cell(text) for text in np.asarray(edge_labels, object)[order]]
     details = pd.DataFrame() if details is None else details
+    cells = {str(name): [_cell(value) for value in details[name].tolist()] for name in details}
+    labels = [seen(text) for text in labels]
+    room = max_bytes - size_of([labels, *(x for x in (color, kind, size) if x is not None)])
+    while cells and size_of(list(cells.values())) > room / 2:
+        note += f"; {cells.popitem()[0]} is left out to keep the page small"
+    room -= size_of(list(cells.values()))
+    each = 22 + (0 if edge_labels is None else size_of(edge_labels) / max(1, len(edge_labels)))
+    if len(order) > (count := int(max(0, room) // each)):
+        note += (
+            f"; the {count:,} strongest of {len(order):,} edges are here, to keep the page small"
+        )
+        order = order[:count]
+        edge_color = None if edge_color is None else edge_color.iloc[:count]
+        edge_labels = None if edge_labels is None else edge_labels[:count]
     data = {
         "x": pack(positions[:, 0]),
         "y": pack(positions[:, 1]),
@@ -96,15 +125,13 @@ def graph_page(
         "target": pack(pairs[order, 1]),
         "weight": None if weight is None else pack(strength[order]),
         "weightName": str(getattr(weight, "name", None) or "weight"),
-        "labels": [seen(text) for text in labels],
+        "labels": labels,
         "color": _encode(color),
         "kind": None if kind is None else _encode(kind.astype(object).map(str, na_action="ignore")),
         "size": _encode(size),
         "edgeColor": _encode(edge_color),
         "edgeLabels": edge_labels,
-        "details": {
-            str(column): [_cell(value) for value in details[column].tolist()] for column in details
-        },
+        "details": cells,
     }
     scripts = ("graph_page", "graph_page_ui")
     return Page.of(

@@ -13,7 +13,7 @@ function svg(tag, attributes = {}, text) {
 }
 const number = (x, digits = 4) => x === 0 ? '0' : Math.abs(x) >= 1e4 || Math.abs(x) < 1e-3 ? x.toExponential(2)
   : x.toPrecision(digits);
-const label = i => i + ' ' + DATA.tokens[i];
+const label = i => (DATA.positions ? DATA.positions[i] : i) + ' ' + DATA.tokens[i];
 // At most n characters, counted so that none is cut in halves; a token's isolate (U+2068) is closed again.
 function short(text, n) {
   const all = Array.from(text);
@@ -48,12 +48,13 @@ function strip(values, limit, name) {
 const largest = values => { let m = 0; for (const v of values) m = Math.max(m, Math.abs(v)); return m; };
 const dot = (a, b) => { let s = 0; for (let i = 0; i < a.length; i++) s += a[i] * b[i]; return s; };
 
-// Weights: (layer, head, query >= key) packed row by row, as float32 or in steps of 1/65535.
+// Weights: (layer, head, query >= key) packed row by row, as float32, in steps of 1/65535, or 8 bits of the root.
 function triangle(packed) {
   const values = unpack(packed), n = DATA.tokens.length, size = n * (n + 1) / 2, heads = DATA.n_head;
-  const unit = packed.dtype === 'uint16' ? 1 / 65535 : 1;
+  const unit = packed.dtype === 'uint16' ? 1 / 65535 : 1, root = packed.dtype === 'uint8';
   return (layer, head, query, key) => key > query ? 0
-    : values[(layer * heads + head) * size + query * (query + 1) / 2 + key] * unit;
+    : (w => root ? (w / 255) ** 2 : w * unit)(
+      values[(layer * heads + head) * size + query * (query + 1) / 2 + key]);
 }
 // Vectors: (layer, head, token, feature), as float32, or as integers with one scale per vector.
 function vectors(packed) {

@@ -22,6 +22,26 @@ def pack(array: ArrayLike) -> dict:
     }
 
 
+def ends(n: int, most: int) -> np.ndarray:
+    """Positions of tokens that are shown of n: all, or the first (where attention has its sink) and
+    the last, `most` together."""
+    if n <= most:
+        return np.arange(n)
+    return np.concatenate([[0], np.arange(n - max(1, most - 1), n)])
+
+
+def said_ends(n: int, shown: Sequence[int]) -> str:
+    """Which of n tokens are shown, for a title; "" where all are."""
+    count = len(shown)
+    return "" if count == n else f" (the first and the last {count - 1} of {n:,} tokens)"
+
+
+def pack_roots(x: ArrayLike) -> dict:
+    """Numbers from 0 to 1 in 8 bits of their square root: off by at most 1/250, small ones by
+    less."""
+    return pack(np.rint(np.sqrt(np.asarray(x, dtype=np.float32)) * 255).astype(np.uint8))
+
+
 def pack_vectors(x: ArrayLike, bits: int, layers: Sequence[int]) -> dict:
     """Vectors (layer, head, token, feature) of the given layers for a page: 32 bits as they are; 16
     or 8 bits as integers with one float scale per vector, off by at most 1/65534 or 1/254 of the
