@@ -186,8 +186,9 @@ class InferenceEngine(Serving):
         layers of stages that have layers. queries: only these query positions of attention, scores
         and mask (attention_mean, the mean over heads, always has all). edits: changes made while it
         runs (ablate_head, ablate_layer, scale, patch). generate: decode this many more tokens one
-        by one (fewer when the model ends its text), greedily at temperature 0, else drawn with the seed; every stage then covers prompt and
-        generated tokens, the former up to the Capture's n_prompt. Raises CaptureError for what
+        by one (fewer when the model ends its text), greedily at temperature 0, else drawn with the
+        seed; every stage then covers prompt and generated tokens, the former up to the Capture's
+        n_prompt. Raises CaptureError for what
         cannot be done, WorkerCrashedError when llama.cpp ended."""
         return self._call(
             "capture",

@@ -178,7 +178,7 @@ def steps(
     row = here - len(tokens)  # from the end: there may be rows of the last queries alone
     arrays |= {name: np.asarray(captured[name])[..., row, seen] for name in _MAPS}
     arrays["written"] = np.asarray(written["written"])  # (layer, head, embd)
-    shown = _fewer_keys(arrays, n_layer, here, max_bytes)
+    shown = _fewer_keys(arrays, n_layer, here, len(tokens), max_bytes)
     per_layer = sum(a.size for a in arrays.values()) * 4 * 4 / 3 / n_layer
     layers = _around(layer, max_bytes // per_layer, n_layer)
     scales, softcaps, windows = zip(*(facts[i] for i in layers))
@@ -213,16 +213,17 @@ def steps(
     return Page.of(__package__, "steps", data, title=title, about=about, height=900)
 
 
-def _fewer_keys(arrays, n_layer, here, max_bytes):
-    """Positions of the keys that are shown, to which `arrays` are cut: all, where one layer then
-    fits in max_bytes, else the first and the last ones."""
+def _fewer_keys(arrays, n_layer, here, n_token, max_bytes):
+    """Positions of the tokens that are shown: all, where one layer's keys then fit in max_bytes,
+    else the first and the last ones up to `here`, to which `arrays` are cut."""
     size = {name: a.size * 16 / 3 / n_layer for name, a in arrays.items()}
     by_key = sum(size[name] for name in (*_KEYS, *_MAPS)) / (here + 1)
     room = max_bytes - sum(size.values()) + by_key * (here + 1)
     shown = ends(here + 1, max(2, int(room // by_key)))
     if len(shown) <= here:
         arrays |= {name: arrays[name][:, :, shown] for name in (*_KEYS, *_MAPS)}
-    return shown
+        return shown
+    return np.arange(n_token)
 
 
 def next_token(logits: np.ndarray, vocabulary: Sequence, *, model: str, context: str = "") -> Page:
