@@ -233,8 +233,8 @@ class Runs:
             shapes = [self.taps(plan, stage, layer)[0].shape for layer in kept]
             widths = tuple(max(sizes) for sizes in zip(*shapes))
             if facts.grid:
-                every = rows is None or facts.mean
-                shape = (*widths, total if every else len(rows), total)
+                n_query = total if rows is None or facts.mean else len(rows)
+                shape = (*widths, n_query, total)
             else:
                 shape = (*widths[:-1], total, widths[-1])
             shape = (len(kept), *shape) if facts.per_layer else shape

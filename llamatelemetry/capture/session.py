@@ -153,18 +153,16 @@ class CaptureSession:
     def _captured(self, answer, memory, queries):
         """The Capture in an arena's memory, without the positions kept free for tokens that were
         not generated because the text ended."""
-        ids, parts = answer["tokens"], {}
-        there = None if queries is None else [query for query in queries if query < len(ids)]
+        ids, n, parts = answer["tokens"], len(answer["tokens"]), {}
+        there = None if queries is None else [query for query in queries if query < n]
         for name, part in answer["layout"].items():
             stage = STAGES[name]
             chosen = there if stage.grid and not stage.mean else None
-            sizes = dict.fromkeys(("token", "query", "key"), len(ids))
-            sizes["query"] = len(ids if chosen is None else chosen)
+            sizes = {"token": n, "key": n, "query": n if chosen is None else len(chosen)}
             array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
             array = array[tuple(slice(sizes.get(dim)) for dim in stage.all_dims)]
-            layers = part["layers"] if stage.per_layer else None
-            parts[name] = (array, layers, chosen)
-        generated = [position >= answer["n_prompt"] for position in range(len(ids))]
+            parts[name] = (array, part["layers"] if stage.per_layer else None, chosen)
+        generated = [position >= answer["n_prompt"] for position in range(n)]
         tokens = (ids, self._pieces(ids), generated)
         return Capture(parts, tokens, self.model_facts(), answer["layers"])
 
