@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 
 from . import errors, logs
@@ -41,7 +42,8 @@ class Child:
                 env=env | {"PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C is ours to handle
             )
-        self.pid = self.process.pid
+        self.pid, self._why = self.process.pid, ""
+        self._end = weakref.finalize(self, _ended, os.getpid(), self.process, self.folder)
 
     @property
     def alive(self):
@@ -82,30 +84,22 @@ class Child:
         except OSError:
             return "(no log)"
 
-    def kill(self):
+    def kill(self, why=""):
+        """End the process now. why: what the error of a call that waits for it says."""
+        self._why = self._why or why
         self.process.kill()
         self.process.wait()
 
     def close(self):
-        """End the process and remove its folder. Safe to call twice."""
-        if self.alive:
-            self.process.stdin.close()
-            try:
-                self.process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        self.process.stdout.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """End the process and remove its folder; so does dropping this object. Safe to call
+        twice."""
+        self._end()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
-
-    def __del__(self):
-        if hasattr(self, "pid") and not sys.is_finalizing():
-            self.close()
 
     def _crashed(self):
         try:
@@ -115,8 +109,24 @@ class Child:
         code, log = self.process.returncode, self.log()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         why = logs.reason(log, killed=code < 0)
+        if self._why:
+            how = self._why
         message = f"{self.name} ended ({how}{why and f': {why}'}).{self._then and f' {self._then}'}"
         return WorkerCrashedError(f"{message} End of its log:\n{logs.last_words(log)}")
+
+
+def _ended(owner, process, folder):
+    if owner != os.getpid():
+        return  # a fork does not end its parent's child
+    if process.poll() is None:
+        try:
+            process.stdin.close()
+            process.wait(timeout=3)
+        except (OSError, subprocess.TimeoutExpired):
+            process.kill()
+            process.wait()
+    process.stdout.close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _roomy_folder():

@@ -80,7 +80,17 @@ class InferenceEngine(Serving):
         n_parallel = whole("n_parallel", n_parallel, 1)
         plan, opened = devices.plan(tensor_split), GGUFFile(resolve_model(model))
         setup = settle(opened, ctx_size, server_kwargs)
-        self.close()  # only now: a misspelt name leaves the loaded model as it was
+        # A load that another thread makes ends before; what runs there on captures, too
+        with self._session_lock, self._lock:
+            self.close()  # only now: a misspelt name leaves the loaded model as it was
+            try:
+                self._load(plan, opened, setup, gpu_layers, n_parallel, auto_start, verbose, silent)
+            except BaseException:
+                self.close()  # nothing half loaded: the next load_model begins afresh
+                raise
+        return self
+
+    def _load(self, plan, opened, setup, gpu_layers, n_parallel, auto_start, verbose, silent):
         self.plan = plan
         if auto_start and self.server.server_path is None:
             self.server.server_path = find_server()
@@ -114,22 +124,25 @@ class InferenceEngine(Serving):
             # later.
             print(found)
         if auto_start:
-            try:
-                self._start_server()
-            except BaseException:
-                self.model = None  # nothing half loaded: the next load_model begins afresh
-                raise
+            self._start_server()
             self._prove()
-        return self
 
     def close(self) -> None:
-        """Stop the server and the capture worker. The engine can load again."""
-        with self._lock, self._session_lock:
-            self.server.stop_server()
-            session, self._session = self._session, None
-            self.model = None
-            if session is not None:
-                session.close()
+        """Stop the server and the capture worker; a call that another thread is in raises
+        ServerError or WorkerCrashedError. The engine can load again."""
+        if not self._session_lock.acquire(blocking=False):
+            if (session := self._session) is not None:
+                session.end()  # a capture in another thread
+            self._session_lock.acquire()
+        try:
+            with self._lock:
+                self.server.stop_server()
+                session, self._session = self._session, None
+                self.model = None
+                if session is not None:
+                    session.close()
+        finally:
+            self._session_lock.release()
 
     def __enter__(self) -> InferenceEngine:
         return self
@@ -145,7 +158,9 @@ class InferenceEngine(Serving):
         """
         import pandas as pd
 
-        pieces, ids = self._loaded().pieces, self._call("tokenize", text, add_special=add_special)
+        with self._session_lock:  # of one model
+            pieces = self._loaded().pieces
+            ids = self._call("tokenize", text, add_special=add_special)
         return pd.DataFrame(
             {"position": range(len(ids)), "id": ids, "piece": [pieces[i] for i in ids]}
         )
@@ -245,8 +260,8 @@ class InferenceEngine(Serving):
         processes = {"notebook": os.getpid()}
         if self.server.is_running():
             processes["llama-server"] = self.server.pid
-        if self._session is not None:
-            processes["capture worker"] = self._session.pid
+        if (session := self._session) is not None:  # another thread may close it meanwhile
+            processes["capture worker"] = session.pid
         return processes
 
     def placement(self) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from .capture.prediction import check_file
 from .errors import LlamaTelemetryError, NotFiniteError, ServerError, TemplateError
 from .options import check_pooling, pooling_of
 from .server.completion import InferResult, as_result, check_start, request_body
-from .server.manager import ServerManager
+from .server.manager import STOPPED, ServerManager
 from .server.probabilities import check_sound, drawn, every_token, watched
 
 if TYPE_CHECKING:
@@ -26,6 +26,32 @@ if TYPE_CHECKING:
 
     from .files.gguf import GGUFFile
     from .gpus.devices import Plan
+
+
+class Running:
+    """The one llama-server that a request began with: what it asks never reaches another one, which
+    load_model may have started meanwhile, in another thread."""
+
+    def __init__(self, server: ServerManager, model: GGUFFile):
+        self._server, self._pid, self.model = server, server.pid, model
+
+    def post(self, *args: Any, **kwargs: Any) -> Any:
+        if self._server.pid != self._pid:
+            raise ServerError(STOPPED)
+        return self._server.post(*args, **kwargs)
+
+    def lost(self, error: Exception) -> ServerError:
+        same = self._server.pid == self._pid
+        return self._server.lost(error) if same else ServerError(STOPPED)
+
+    @property
+    def sound(self) -> bool:
+        return self._server.sound
+
+    @sound.setter
+    def sound(self, value: bool) -> None:
+        if self._server.pid == self._pid:
+            self._server.sound = value
 
 
 class Serving:
@@ -38,7 +64,8 @@ class Serving:
         self.server = ServerManager(server_path)
         self.model = self.plan = self._pooling = self._template_error = None
         self._server_args: dict[str, Any] = {}
-        self._lock = threading.RLock()  # one start or restart of the server at a time
+        # One change of what is loaded and started at a time. Held after _session_lock, never before
+        self._lock = threading.RLock()
         self._in_flight = 0
 
     def _start_server(self, **changes):
@@ -57,18 +84,19 @@ class Serving:
             warnings.warn(f"{error} Until then chat() is refused.", stacklevel=3)
 
     def _loaded(self) -> GGUFFile:
-        if self.model is None:
-            raise LlamaTelemetryError(
-                'No model is loaded. Call load_model("smollm2-135m-Q4_1") first.'
-            )
-        return self.model
+        with self._lock:  # not in the middle of a load
+            if self.model is None:
+                raise LlamaTelemetryError(
+                    'No model is loaded. Call load_model("smollm2-135m-Q4_1") first.'
+                )
+            return self.model
 
     @contextmanager
     def _serving(self, **needs):
         """Hold a running server during one request, started or restarted with `needs` where it has
         not got them."""
         with self._lock:
-            self._loaded()
+            model = self._loaded()
             missing = {
                 key: value for key, value in needs.items() if self._server_args.get(key) != value
             }
@@ -80,8 +108,9 @@ class Serving:
             if missing or not self.server.is_running():
                 self._start_server(**missing)
             self._in_flight += 1
+            running = Running(self.server, model)
         try:
-            yield self.server
+            yield running
         finally:
             with self._lock:
                 self._in_flight -= 1
@@ -117,13 +146,12 @@ class Serving:
         )
         with self._serving() as server:
             check_sound(server, body)
-            check_start(body["prompt"], server.post, self.model)
+            check_start(body["prompt"], server.post, server.model)
             started = time.perf_counter()
             answer = server.post("/completion", watched(body))
             latency_ms = 1000 * (time.perf_counter() - started)
-            model = self._loaded()
-            answer = every_token(answer, body, server.post, model)
-            return as_result(answer, latency_ms, model.pieces)
+            answer = every_token(answer, body, server.post, server.model)
+            return as_result(answer, latency_ms, server.model.pieces)
 
     def infer_stream(
         self,
@@ -156,7 +184,7 @@ class Serving:
 
         with self._serving() as server:
             check_sound(server, body)
-            check_start(body["prompt"], server.post, self.model)
+            check_start(body["prompt"], server.post, server.model)
             response = server.post("/completion", watched(body), stream=True)
             try:
                 for line in response.iter_lines(chunk_size=None):
@@ -235,7 +263,7 @@ class Serving:
         pooling = check_pooling(pooling) if pooling else self._pooling or pooling_of(model)
         with self._serving(embeddings=True, pooling=pooling) as server:
             for text in texts:
-                check_start(text, server.post, self.model)
+                check_start(text, server.post, server.model)
             rows = server.post(
                 "/embeddings", {"content": texts, "embd_normalize": 2 if normalize else -1}
             )

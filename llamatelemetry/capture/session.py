@@ -216,6 +216,11 @@ class CaptureSession:
         """Whether the worker runs."""
         return self.child.alive
 
+    def end(self):
+        """End the worker at once, also from another thread than the one that it works for, whose
+        call raises WorkerCrashedError."""
+        self.child.kill("close() was called during this call")
+
     def close(self):
         """End the worker and remove its files. Safe to call twice."""
         self.child.close()

@@ -1,13 +1,13 @@
 """llama-server: start it, watch it, stop it. It listens on this machine only, with a key
 of its own."""
 
-import atexit
 import os
 import re
 import secrets
 import shutil
 import socket
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,14 @@ from ..options import environment, flags, pooling_of
 from . import guard
 from .failures import death, refusal
 
+STOPPED = (
+    "llama-server was stopped during the request, by close() or load_model() elsewhere. Ask again "
+    "once a model is loaded."
+)
+
 
 class ServerManager:
-    """One llama-server, owned by this process and dead with it.
+    """One llama-server, owned by this process and dead with it, or once nobody holds this object.
 
     server_path: llama-server, else where find_server() finds one, at the first start. Attributes
     once started: url, host, port, pid, model_path, log (its log file), offload (what its log says
@@ -35,6 +40,8 @@ class ServerManager:
         self.server_path = find_server(server_path) if server_path else None
         self._api_key = secrets.token_urlsafe(24)
         self._guard = self._session = None
+        self._lock = threading.RLock()  # one start or stop at a time
+        self._end = lambda: None
         self._reset()
 
     def _reset(self):
@@ -81,60 +88,62 @@ class ServerManager:
             raise ModelLoadError(f"{model_path} is a folder, not a GGUF file.")
         if not model_path.is_file():
             raise ModelNotFoundError(f"{model_path} is not a GGUF file.")
-        self.stop_server()
-        binary = self.server_path = self.server_path or find_server()
-        if port:
-            _refuse_port_in_use(host, port)
-        variables, split = self._environment(env, tensor_split)
-        pooling = server_kwargs.pop("pooling", None)
-        options = {
-            "model": model_path,
-            "host": host,
-            "port": port or 0,
-            "parallel": n_parallel,
-            "threads": threads or physical_cores(),
-            "ctx_size": ctx_size and ctx_size * n_parallel,
-            "tensor_split": split,
-            "n_gpu_layers": "all" if gpu_layers is not None and gpu_layers < 0 else gpu_layers,
-        } | server_kwargs
-        if embeddings:
-            # Not above: setup() may only install the gguf package after this module's import
-            from ..files.gguf import GGUFFile
-
-            pooling = pooling or pooling_of(GGUFFile(model_path))
-            options |= {"embeddings": True, "pooling": pooling}
-        # It answers with its model's name, in JSON, which is UTF-8
-        if shown(model_path) != str(model_path):
-            options.setdefault("alias", shown(model_path.stem))
-        folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-server-"))
-        self.log = folder / "llama-server.log"
-        started = time.monotonic()
-        try:
-            with open(self.log, "wb") as log:
-                command = [binary, *flags(options)]
-                self._guard, self.pid = guard.popen(command, log, env=variables, folder=folder)
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise ServerError(
-                f"{binary} cannot be executed: {error.strerror}. {ENGINE_MEND}"
-            ) from error
-        self._owner = os.getpid()
-        _running.add(self)
-        self.host, self.model_path = host, model_path
-        try:
-            self._wait_until_ready(port, timeout, silent)
-        except BaseException:  # an interrupt too must leave nothing behind
+        with self._lock:
             self.stop_server()
-            raise
-        found = re.search(r"offloaded (\d+/\d+) layers to GPU", self.log_tail(1_000_000))
-        self.offload = f"{found[1]} layers on the GPU" if found else ""
-        if verbose and not silent:
-            layers = f", {self.offload}" if self.offload else ""
-            print(
-                f"llama-server: {shown(model_path.name)} on {self.url} (process {self.pid}{layers}), "
-                f"ready after {time.monotonic() - started:.1f} s"
-            )
-        return self
+            binary = self.server_path = self.server_path or find_server()
+            if port:
+                _refuse_port_in_use(host, port)
+            variables, split = self._environment(env, tensor_split)
+            pooling = server_kwargs.pop("pooling", None)
+            options = {
+                "model": model_path,
+                "host": host,
+                "port": port or 0,
+                "parallel": n_parallel,
+                "threads": threads or physical_cores(),
+                "ctx_size": ctx_size and ctx_size * n_parallel,
+                "tensor_split": split,
+                "n_gpu_layers": "all" if gpu_layers is not None and gpu_layers < 0 else gpu_layers,
+            } | server_kwargs
+            if embeddings:
+                # Not above: setup() may only install the gguf package after this module's import
+                from ..files.gguf import GGUFFile
+
+                pooling = pooling or pooling_of(GGUFFile(model_path))
+                options |= {"embeddings": True, "pooling": pooling}
+            # It answers with its model's name, in JSON, which is UTF-8
+            if shown(model_path) != str(model_path):
+                options.setdefault("alias", shown(model_path.stem))
+            folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-server-"))
+            self.log = folder / "llama-server.log"
+            started = time.monotonic()
+            try:
+                with open(self.log, "wb") as log:
+                    command = [binary, *flags(options)]
+                    self._guard, self.pid = guard.popen(command, log, env=variables, folder=folder)
+            except OSError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise ServerError(
+                    f"{binary} cannot be executed: {error.strerror}. {ENGINE_MEND}"
+                ) from error
+            self._owner = os.getpid()
+            # Not a method of this object, which would keep it: a dropped one ends its server
+            self._end = weakref.finalize(self, _ended, self._owner, self._guard, folder)
+            self.host, self.model_path = host, model_path
+            try:
+                self._wait_until_ready(port, timeout, silent)
+            except BaseException:  # an interrupt too must leave nothing behind
+                self.stop_server()
+                raise
+            found = re.search(r"offloaded (\d+/\d+) layers to GPU", self.log_tail(1_000_000))
+            self.offload = f"{found[1]} layers on the GPU" if found else ""
+            if verbose and not silent:
+                layers = f", {self.offload}" if self.offload else ""
+                print(
+                    f"llama-server: {shown(model_path.name)} on {self.url} (process {self.pid}{layers}), "
+                    f"ready after {time.monotonic() - started:.1f} s"
+                )
+            return self
 
     def _environment(self, env, tensor_split):
         split = None
@@ -203,27 +212,28 @@ class ServerManager:
     def stop_server(self) -> bool:
         """Stop the server, wait for its end and remove its log; nothing to do is no error. True if
         one was running."""
-        # A forked child does not stop its parent's server.
-        if self._guard is None or self._owner != os.getpid():
-            return False
-        was_running = self._guard.poll() is None
-        guard.stop(self._guard)
-        self._guard = None
-        _running.discard(self)
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-        self._last_log = self.log_tail()
-        shutil.rmtree(self.log.parent, ignore_errors=True)
-        self._reset()
-        return was_running
+        with self._lock:
+            # A forked child does not stop its parent's server.
+            if self._guard is None or self._owner != os.getpid():
+                return False
+            was_running = self._guard.poll() is None
+            guard.stop(self._guard)
+            self._last_log = self.log_tail()
+            self._end()
+            self._guard = None
+            session, self._session = self._session, None
+            if session is not None:
+                session.close()
+            self._reset()
+            return was_running
 
     def check_server_health(self) -> bool:
         """True if our own process lives and answers to our key."""
         return self.is_running() and self._answers()
 
     def is_running(self) -> bool:
-        return self._guard is not None and self._guard.poll() is None
+        process = self._guard  # another thread may stop it meanwhile
+        return process is not None and process.poll() is None
 
     def log_tail(self, characters: int = 3000) -> str:
         """The end of the server's log, also after it was stopped; "" if there is none."""
@@ -245,32 +255,42 @@ class ServerManager:
         it refuses (with its own message)."""
         import requests
 
-        if self._guard is None:
-            raise ServerError(
-                "No llama-server is running. Call load_model(...) or start_server(...) first."
-            )
-        if self._session is None:
-            self._session = requests.Session()
-            self._session.trust_env = False
-            self._session.headers["Authorization"] = f"Bearer {self._api_key}"
+        url, session = self._connection()
         try:
-            response = self._session.post(
-                self.url + path, json=body, stream=stream, timeout=(10, None)
-            )
+            response = session.post(url + path, json=body, stream=stream, timeout=(10, None))
             if response.status_code >= 400:
                 raise refusal(response)
             return response if stream else response.json()
         except requests.RequestException as error:
             raise self.lost(error) from error
 
+    def _connection(self):
+        """Address and requests.Session of the running server, as they are at one moment."""
+        import requests
+
+        with self._lock:
+            if self._guard is None:
+                raise ServerError(
+                    "No llama-server is running. Call load_model(...) or start_server(...) first."
+                )
+            if self._session is None:
+                self._session = requests.Session()
+                self._session.trust_env = False
+                self._session.headers["Authorization"] = f"Bearer {self._api_key}"
+            return self.url, self._session
+
     def lost(self, error: Exception) -> ServerError:
-        """The ServerError for a connection that broke: dead, with its log, or alive and silent."""
+        """The ServerError for a connection that broke: stopped by another thread, dead, with its
+        log, or alive and silent."""
         deadline = time.monotonic() + 2
         while self.is_running() and time.monotonic() < deadline:
             time.sleep(0.02)  # the connection breaks a moment before the process is gone
-        if self._guard is not None and self._guard.poll() is not None:
-            death = self._death("died during the request")
-            return ServerError(f"{death}\nload_model(...) starts it again.")
+        with self._lock:
+            if self._guard is None:
+                return ServerError(STOPPED)
+            if self._guard.poll() is not None:
+                death = self._death("died during the request")
+                return ServerError(f"{death}\nload_model(...) starts it again.")
         return ServerError(f"llama-server (process {self.pid}) did not answer: {error}")
 
     def __enter__(self) -> "ServerManager":
@@ -303,10 +323,7 @@ def _refuse_port_in_use(host, port):
         ) from error
 
 
-_running: weakref.WeakSet[ServerManager] = weakref.WeakSet()
-
-
-@atexit.register
-def _stop_all():
-    for manager in list(_running):
-        manager.stop_server()
+def _ended(owner, process, folder):
+    if owner == os.getpid():
+        guard.stop(process)
+        shutil.rmtree(folder, ignore_errors=True)

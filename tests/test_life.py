@@ -1,0 +1,129 @@
+"""The life of processes: none is left by what is dropped, replaced or called from several
+threads."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from models import IDS, tiny_model
+from processes import alive, gone
+
+from llamatelemetry import InferenceEngine, LlamaTelemetryError, ServerManager
+from llamatelemetry.child import Child
+
+
+@pytest.fixture
+def standing(tmp_path, monkeypatch):
+    """A ServerManager of a program that sleeps, and is taken for ready."""
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(ServerManager, "_wait_until_ready", lambda *_: time.sleep(0.05))
+    monkeypatch.setenv("LLAMA_SERVER_PATH", str(program))
+    return program
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny_model("llama", tmp_path)
+
+
+def started(monkeypatch):
+    """The ids of all servers that are started from now on."""
+    from llamatelemetry.server import guard
+
+    pids, popen = [], guard.popen
+
+    def watched(*args, **kwargs):
+        process, pid = popen(*args, **kwargs)
+        pids.append(pid)
+        return process, pid
+
+    monkeypatch.setattr(guard, "popen", watched)
+    return pids
+
+
+def test_a_dropped_or_replaced_engine_ends_its_server(standing, model, monkeypatch):
+    pids = started(monkeypatch)
+    for _ in range(2):  # a cell that is run again
+        engine = InferenceEngine()
+        engine.load_model(model, silent=True)
+    gc.collect()
+    assert len(pids) == 2 and gone(pids[0]) and alive(pids[1])
+    folder = engine.server.log.parent
+    del engine
+    gc.collect()
+    assert gone(pids[1]) and not folder.exists()
+
+
+def test_a_dropped_child_ends(tmp_path):
+    child = Child("llamatelemetry.capture.worker", "worker", dict(os.environ))
+    pid, folder = child.pid, child.folder
+    del child
+    gc.collect()
+    assert gone(pid) and not folder.exists()
+
+
+def test_a_fork_that_ends_leaves_its_parents_processes(standing, model):
+    script = (
+        "import os, sys, time\nfrom llamatelemetry import ServerManager\n"
+        "ServerManager._wait_until_ready = lambda *_: None\n"
+        f"server = ServerManager().start_server({str(model)!r}, silent=True)\n"
+        "if os.fork() == 0:\n    sys.exit()\n"
+        "os.wait()\nos.kill(server.pid, 0)\nprint(server.log.exists(), server.pid)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    there, pid = done.stdout.split()
+    assert there == "True" and gone(int(pid))  # at the parent's end it is ended
+
+
+def test_loads_from_several_threads_leave_one_server(standing, model, monkeypatch):
+    pids, engine, wrong = started(monkeypatch), InferenceEngine(), []
+
+    def attempt(call):
+        try:
+            call()
+        except LlamaTelemetryError:
+            pass
+        except BaseException as error:
+            wrong.append(error)
+
+    calls = [
+        lambda: engine.load_model(model, silent=True),
+        lambda: engine.infer("a", max_tokens=1),
+        lambda: engine.embed("a"),
+        engine.placement,
+        engine.close,
+    ]
+    threads = [threading.Thread(target=attempt, args=(call,)) for call in calls * 4]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    engine.close()
+    assert not wrong and all(gone(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_close_ends_a_call_of_another_thread(model):
+    said = []
+    with InferenceEngine() as engine:
+        engine.load_model(model, silent=True)
+        engine.capture(IDS)
+
+        def run(call):
+            try:
+                while True:
+                    call()
+            except LlamaTelemetryError as error:
+                said.append(type(error).__name__)
+
+        calls = [lambda: engine.capture(IDS), lambda: engine.infer(IDS[:2], max_tokens=50)]
+        threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+        [thread.start() for thread in threads]
+        time.sleep(0.5)
+        engine.close()
+        [thread.join(20) for thread in threads]
+        assert len(said) == 2
