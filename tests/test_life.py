@@ -34,7 +34,7 @@ def model(tmp_path):
 
 def started(monkeypatch):
     """The ids of all servers that are started from now on."""
-    from llamatelemetry.server import guard
+    from llamatelemetry import guard
 
     pids, popen = [], guard.popen
 

@@ -20,11 +20,11 @@ from llamatelemetry import (
     ModelNotFoundError,
     ServerError,
     ServerManager,
+    guard,
 )
 from llamatelemetry.files import programs
 from llamatelemetry.files.programs import find_server
 from llamatelemetry.gpus.cores import physical_cores
-from llamatelemetry.server import guard
 from llamatelemetry.server import manager as module
 
 
@@ -207,7 +207,7 @@ def guarded(tmp_path, before="", after="time.sleep(60)"):
     folder = tmp_path / "folder"
     folder.mkdir()
     script = (
-        f"import os, time, threading\nfrom llamatelemetry.server import guard\n{before}\n"
+        f"import os, time, threading\nfrom llamatelemetry import guard\n{before}\n"
         f"log = open({str(folder / 'log')!r}, 'wb')\n"
         f"g, pid = guard.popen(['/bin/sleep', '60'], log, folder={str(folder)!r})\n"
         f"print(g.pid, pid, flush=True)\n{after}"

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import guard
 from ..errors import ModelLoadError, ModelNotFoundError, ServerError, shown
 from ..files.outputs import path_of
 from ..files.programs import ENGINE_MEND, find_server
 from ..gpus import devices
 from ..gpus.cores import physical_cores
 from ..options import environment, flags, pooling_of
-from . import guard
 from .failures import death, refusal
 
 STOPPED = (
