@@ -22,7 +22,12 @@ def standing(tmp_path, monkeypatch):
     program = tmp_path / "llama-server"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o755)
-    monkeypatch.setattr(ServerManager, "_wait_until_ready", lambda *_: time.sleep(0.05))
+
+    def ready(server, *_):
+        time.sleep(0.05)
+        server.url = "http://127.0.0.1:9"
+
+    monkeypatch.setattr(ServerManager, "_wait_until_ready", ready)
     monkeypatch.setenv("LLAMA_SERVER_PATH", str(program))
     return program
 
