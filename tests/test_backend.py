@@ -5,11 +5,13 @@ import sys
 import types
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.datasets import make_blobs
 from sklearn.manifold import trustworthiness
 from sklearn.metrics import adjusted_rand_score
 
+from llamatelemetry import maths
 from llamatelemetry.backend import base, get_backend
 from llamatelemetry.backend.gpu import GpuBackend, _import_cugraph
 from llamatelemetry.backend.layout import layout, pack_discs
@@ -382,7 +384,7 @@ def test_an_import_that_came_too_early_is_explained(fresh, monkeypatch):
 
 
 def test_rapids_is_imported_after_the_process_has_its_gpu(fresh, monkeypatch, tmp_path):
-    """Stand-ins for the three packages write down when they are imported; the last one then fails
+    """Stand-ins for the three packages write down when they are imported: CuPy alone, which fails
     as a wrong driver would."""
     for name in ("cudf", "cuml", "cupy"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -400,9 +402,49 @@ def test_rapids_is_imported_after_the_process_has_its_gpu(fresh, monkeypatch, tm
     monkeypatch.setattr(devices, "assign_analytics", assign)
     with pytest.raises(GpuError, match="does not work here: RuntimeError: driver too old"):
         get_backend("gpu")
-    assert (tmp_path / "order").read_text().split() == ["assigned", "cudf", "cuml", "cupy"]
+    assert (tmp_path / "order").read_text().split() == ["assigned", "cupy"]
     for name in ("cudf", "cuml", "cupy"):
         sys.modules.pop(name, None)
+
+
+def test_rapids_is_imported_where_it_is_first_used(fresh, monkeypatch):
+    """A CuPy that works: cuML and cuDF are not touched, and are an error where they are broken."""
+    device = {"name": b"T4"}
+    runtime = types.SimpleNamespace(getDeviceProperties=lambda number: device)
+    cuda = types.SimpleNamespace(runtime=runtime, Device=lambda: types.SimpleNamespace(id=0))
+    fake = types.ModuleType("cupy")
+    fake.cuda, fake.arange, fake.asnumpy = cuda, np.arange, np.asarray
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    for name in ("cudf", "cuml"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import would fail
+    specs(monkeypatch, ("cupy", "cudf", "cuml"))
+    monkeypatch.setattr(devices, "assign_analytics", lambda: "GPU 1")
+    backend = get_backend("gpu")
+    assert backend.line.startswith("analytics on T4 (asked for): cuML ")
+    assert backend.line.endswith("layouts by igraph (cuGraph is not installed)")
+    with pytest.raises(GpuError, match="does not work here: .*backend='cpu'"):
+        backend.kmeans(np.eye(4), 2)
+    with pytest.raises(GpuError, match="does not work here"):
+        backend.table(pd.DataFrame())
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_neighbours_do_not_depend_on_blocks(monkeypatch, metric):
+    x = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32) + 30 * (metric[0] == "e")
+    x[[3, 9]] = 0
+    whole = cpu.neighbors(x, 5, metric)
+    monkeypatch.setattr(base, "_BLOCK", 700)
+    monkeypatch.setattr(base, "_QUERIES", 7)
+    monkeypatch.setattr(maths, "BLOCK", 11)
+    apart = np.flatnonzero(x.any(axis=1))  # all are equally far from a row of zeros
+    for one, other in zip(whole, cpu.neighbors(x, 5, metric)):
+        np.testing.assert_array_equal(one[apart], other[apart])
+    rows = base._unit_rows(x) if metric == "cosine" else x
+    squared = ((rows[:, None].astype(float) - rows[None]) ** 2).sum(axis=2)
+    np.fill_diagonal(squared, np.inf)
+    expected = np.argsort(squared, axis=1, kind="stable")[:, :5]
+    np.testing.assert_array_equal(whole[1][apart], expected[apart])
+    assert whole[0][3, 0] == 0 and whole[1][3, 0] == 9
 
 
 @pytest.mark.parametrize(

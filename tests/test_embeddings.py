@@ -88,7 +88,17 @@ def test_spectrum_is_that_of_numpy(monkeypatch, center):
     expected = np.linalg.svd(
         (rows - rows.mean(axis=0) * center).astype(np.float64), compute_uv=False
     )
-    np.testing.assert_allclose(vectors.spectrum(rows, center), expected, rtol=1e-5)
+    found = vectors.spectra(rows, get_backend("cpu"))
+    name = "minus the mean row" if center else "as stored"
+    np.testing.assert_allclose(found[name], expected, rtol=1e-5)
+
+
+def test_where_every_token_is_known_to_be_unused():
+    """Rows of random shapes repeat: nothing is left to compare norms with."""
+    rows = np.tile(GAUSS[:3], (2, 1))
+    tokens = vectors.token_table(rows, [" w"] * 6, np.ones(6, int))
+    table = vectors.unused_tokens(rows, tokens)
+    assert len(table) == 6 and "No token is left" in say.unused(table, tokens)
 
 
 @pytest.mark.parametrize("shape", [(3000, 24), (2000, 500), (200, 500)])

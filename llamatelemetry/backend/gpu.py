@@ -1,13 +1,15 @@
-"""The GPU half of `backend`: imported, and RAPIDS with it, only once a GPU backend is asked for."""
+"""The GPU half of `backend`: imported once a GPU backend is asked for; of RAPIDS then CuPy alone,
+and cuDF, cuML and cuGraph, which take seconds each, where they are first used."""
 
 import importlib.util
+import warnings
 from functools import cached_property
 
 import numpy as np
 
 from ..errors import GpuError
 from . import layout
-from .base import CpuBackend, _unit_rows
+from .base import CpuBackend, _unit_rows, version
 
 RAPIDS = ("cupy", "cudf", "cuml")
 CUGRAPH_FROM = 1000  # nodes of a component
@@ -26,6 +28,20 @@ def _import_cugraph():
     ) as error:  # it brings communication libraries of its own that may not load: OSError
         return None, f"igraph (cuGraph does not load: {type(error).__name__}: {error})"
     return cugraph, "cuGraph"
+
+
+def _loaded(name):
+    """A module of RAPIDS, or GpuError: a failed import of a CUDA library is as often a RuntimeError
+    or an OSError."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise _broken(error) from error
+
+
+def _broken(error):
+    reason = f"RAPIDS does not work here: {type(error).__name__}: {error}"
+    return GpuError(f"{reason}. Mend that, or use backend='cpu'")
 
 
 class GpuBackend(CpuBackend):
@@ -48,26 +64,30 @@ class GpuBackend(CpuBackend):
             raise GpuError(
                 "RAPIDS is installed, but there is no NVIDIA GPU. Turn one on, or use backend='cpu'"
             )
+        cupy = _loaded("cupy")
         try:
-            import cudf
-            import cuml
-            import cupy
-
             device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
             cupy.arange(2).sum().item()  # a driver too old for this CuPy shows here
-        except (
-            Exception
-        ) as error:  # a failed import of a CUDA library is as often a RuntimeError or an OSError
-            reason = f"RAPIDS does not work here: {type(error).__name__}: {error}"
-            raise GpuError(f"{reason}. Mend that, or use backend='cpu'") from error
-        self._cupy, self._cudf = cupy, cudf
-        self._cugraph, graphs = _import_cugraph()
-        versions = f"cuML {cuml.__version__}, cuDF {cudf.__version__}"
+        except Exception as error:
+            raise _broken(error) from error
+        graphs = "cuGraph" if importlib.util.find_spec("cugraph") else _import_cugraph()[1]
+        versions = f"cuML {version('cuml')}, cuDF {version('cudf')}"
         self.line = f"analytics on {device} ({why}): {versions}, layouts by {graphs}"
 
     @cached_property
     def xp(self):
-        return self._cupy
+        return _loaded("cupy")
+
+    @cached_property
+    def _cudf(self):
+        return _loaded("cudf")
+
+    @cached_property
+    def _cugraph(self):
+        module, made_by = _import_cugraph()
+        if module is None and importlib.util.find_spec("cugraph"):
+            warnings.warn(f"Layouts are made by {made_by}.", stacklevel=4)
+        return module
 
     def table(self, frame):
         return self._cudf.from_pandas(frame)
@@ -75,13 +95,12 @@ class GpuBackend(CpuBackend):
     def to_numpy(self, array):
         if hasattr(array, "to_pandas"):  # cuDF
             return array.to_pandas().to_numpy()
-        return self._cupy.asnumpy(array)
+        return self.xp.asnumpy(array)
 
     def _force(self, graph, dims, seed):
         n = graph.vcount()
-        if (
-            self._cugraph is None or dims != 2 or n < CUGRAPH_FROM
-        ):  # igraph is done before the GPU has started on a few
+        # igraph is done before the GPU has started on a few
+        if dims != 2 or n < CUGRAPH_FROM or self._cugraph is None:
             return super()._force(graph, dims, seed)
         edges = np.asarray(graph.get_edgelist(), dtype=np.int32)
         frame = {"src": edges[:, 0], "dst": edges[:, 1], "weight": np.ones(len(edges), np.float32)}
@@ -97,7 +116,7 @@ class GpuBackend(CpuBackend):
         return found.set_index("vertex").loc[np.arange(n), ["x", "y"]].to_numpy(dtype=np.float64)
 
     def _umap(self, x, n_components, n_neighbors, min_dist, metric, seed):
-        from cuml.manifold import UMAP
+        UMAP = _loaded("cuml.manifold").UMAP
 
         if metric == "cosine" and not x.any(axis=1).all():
             x = _unit_rows(
@@ -115,23 +134,14 @@ class GpuBackend(CpuBackend):
         return model.fit_transform(x)
 
     def _pca(self, x, n):
-        from cuml.decomposition import PCA
+        PCA = _loaded("cuml.decomposition").PCA
 
         model = PCA(n_components=n, output_type="numpy")
         scores = model.fit_transform(x)
         return scores, model.components_, model.explained_variance_ratio_
 
-    def _search(self, x, count):
-        from cuml.neighbors import NearestNeighbors
-
-        model = NearestNeighbors(
-            n_neighbors=count, algorithm="brute", metric="euclidean", output_type="cupy"
-        )
-        model.fit(self._cupy.asarray(x))
-        return lambda rows: model.kneighbors(rows, return_distance=False)
-
     def _kmeans(self, x, k, seed):
-        from cuml.cluster import KMeans
+        KMeans = _loaded("cuml.cluster").KMeans
 
         # cuML's default start is k-means||, k-means++ its case without oversampling; its tolerance
         # is absolute, that of scikit-learn in units of the variance.
@@ -147,7 +157,7 @@ class GpuBackend(CpuBackend):
         return model.fit_predict(x)
 
     def _hdbscan(self, x, min_cluster_size, min_samples):
-        from cuml.cluster import HDBSCAN
+        HDBSCAN = _loaded("cuml.cluster").HDBSCAN
 
         # cuML counts a point's neighbours without the point itself, scikit-learn and the paper with
         # it.

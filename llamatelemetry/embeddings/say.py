@@ -53,7 +53,10 @@ def unused(table: pd.DataFrame, tokens: pd.DataFrame) -> str:
     theirs, every = table["norm"], tokens["norm"]
     said = f"{len(table) - len(close):,} tokens are known to be unused by their row, their byte or the file"
     said += f"; {len(close):,} more are as close to those{some(close.min(), ' as a cosine of {:.2f}', '')}."
-    low, high = every.drop(table.id).quantile([0.01, 0.99])
+    rest = every.drop(table.id)
+    if not len(rest):
+        return f"{said} No token is left that they could be told apart from."
+    low, high = rest.quantile([0.01, 0.99])
     would = "would" if theirs.quantile(0.75) < low or theirs.quantile(0.25) > high else "would not"
     medians = f"median {theirs.median():.3g}, the vocabulary's {every.median():.3g}"
     return f"{said} Their norms ({medians}) {would} tell them apart from the rest."

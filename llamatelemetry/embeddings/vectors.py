@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from .. import maths
+from ..backend.base import CpuBackend
 from ..errors import EmbeddingError
 from ..files.gguf import GGUFFile
 from ..maths import blocks, check_rows, unit
@@ -45,10 +46,9 @@ def token_table(
     have the same row to the last bit, itself included).
 
     pieces: texts, bytes where not UTF-8; types: (n,) ints, 1 normal, 6 byte, others special."""
-    parts = [np.linalg.norm(block.astype(np.float64), axis=1) for _, block in blocks(matrix)]
-    norm = np.concatenate(parts)
-    total = sum(unit(block).sum(axis=0, dtype=np.float64) for _, block in blocks(matrix))
-    mean_cosine = np.concatenate([unit(block) @ total for _, block in blocks(matrix)])
+    norm, total = _unit_sum(matrix)
+    along = np.concatenate([block @ total.astype(np.float32) for _, block in blocks(matrix)])
+    mean_cosine = along / np.where(norm == 0, 1, norm)
     rows = pd.Series([hash(row.tobytes()) for row in matrix])
     table = pd.DataFrame({"piece": pd.Series(pieces, dtype=object), "type": np.asarray(types)})
     table["kind"] = [_kind(piece, kind) for piece, kind in zip(pieces, table.type)]
@@ -56,6 +56,17 @@ def token_table(
     table["mean_cosine"] = (mean_cosine - (norm > 0)) / (len(matrix) - 1)
     table["copies"] = rows.map(rows.value_counts())
     return table.rename_axis("id")
+
+
+def _unit_sum(matrix):
+    """(lengths of the rows, (n,); the sum of the rows scaled to length 1, (width,)), float64."""
+    norm, total = np.empty(len(matrix)), np.zeros(matrix.shape[1])
+    for start, block in blocks(matrix):
+        length = np.linalg.norm(block.astype(np.float64), axis=1)
+        norm[start : start + len(block)] = length
+        scale = (length > 0) / np.where(length == 0, 1, length)
+        total += scale.astype(np.float32) @ block
+    return norm, total
 
 
 def _kind(piece, kind):
@@ -119,11 +130,8 @@ def anisotropy(matrix: np.ndarray) -> float:
     """Mean cosine of two different random rows (Ethayarajh 2019, arXiv:1909.00512), exactly, over
     all pairs: (|sum of unit rows|^2 - n) / (n (n - 1)). 0: directions spread evenly; 1: all rows
     point one way."""
-    total, count = np.zeros(np.shape(matrix)[1]), 0
-    for _, block in blocks(matrix):
-        rows = unit(block)
-        total += rows.sum(axis=0, dtype=np.float64)
-        count += int((np.abs(rows).max(axis=1) > 0).sum())  # a row of zeros has no direction
+    norm, total = _unit_sum(matrix)
+    count = int((norm > 0).sum())  # a row of zeros has no direction
     if count < 2:
         raise EmbeddingError("Anisotropy needs two rows that are not zero.")
     return float((total @ total - count) / (count * (count - 1)))
@@ -150,19 +158,27 @@ def _mean_row(matrix):
     return np.mean(matrix, axis=0, dtype=np.float64).astype(np.float32)
 
 
-def spectrum(matrix: np.ndarray, center: bool = False) -> np.ndarray:
-    """Singular values of the matrix, largest first, float64 (width,), from its width x width Gram
-    matrix, so that the vocabulary's length costs no memory. Values below 1e-7 of the largest are
-    not resolved. center: of the matrix minus its mean row."""
-    width = np.shape(matrix)[1]
-    gram, total = np.zeros((width, width)), np.zeros(width)
+def spectra(matrix: np.ndarray, backend: CpuBackend) -> dict[str, np.ndarray]:
+    """Singular values, largest first, float64 (width,): {"as stored": of the matrix, "minus the
+    mean row": of it less that}, from width x width Gram matrices, so that the vocabulary's length
+    costs no memory. Products are taken on the backend's device in single precision after the mean
+    row, which is often the largest direction, is subtracted, and summed in double precision; values
+    below 1e-4 of the second largest are not resolved."""
+    xp, width = backend.xp, matrix.shape[1]
+    mean = _mean_row(matrix)
+    there, gram, rest = xp.asarray(mean), xp.zeros((width, width)), xp.zeros(width)
     for _, block in blocks(matrix):
-        rows = block.astype(np.float64)
+        rows = xp.asarray(block) - there
         gram += rows.T @ rows
-        total += rows.sum(axis=0)
-    if center:
-        gram -= np.outer(total, total) / len(matrix)
-    return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0))
+        rest += rows.sum(axis=0, dtype=xp.float64)  # what rounding left in the mean
+    centred = gram - xp.outer(rest, rest) / len(matrix)
+    mean = there.astype(xp.float64)
+    across = xp.outer(rest, mean)
+    stored = gram + across + across.T + len(matrix) * xp.outer(mean, mean)
+    return {
+        name: np.sqrt(np.maximum(backend.to_numpy(xp.linalg.eigvalsh(each))[::-1], 0))
+        for name, each in (("as stored", stored), ("minus the mean row", centred))
+    }
 
 
 def effective_rank(singular_values: ArrayLike) -> float:
@@ -204,7 +220,8 @@ def unused_tokens(matrix: np.ndarray, tokens: pd.DataFrame, at_least: float = 0.
     score = np.zeros(len(matrix), np.float32)
     if len(known):
         mean = _mean_row(matrix)
-        center = unit(unit(matrix[known] - mean).mean(axis=0, keepdims=True))[0]
+        parts = (unit(matrix[ids] - mean).sum(axis=0) for _, ids in blocks(known))
+        center = unit(sum(parts)[None])[0]
         score = np.concatenate([unit(block - mean) @ center for _, block in blocks(matrix)])
         why[(why == "") & (score >= at_least)] = "as close to those"
     ids = np.flatnonzero(why != "")
@@ -243,10 +260,9 @@ def analogies(
             variants.setdefault(piece.strip().lower(), []).append(number)
     abcd = np.array([[ids[word] for word in question] for question in asked])  # (questions, 4)
     a, b, c, _ = (unit(matrix[column]) for column in abcd.T)
-    score, alone = (
-        np.concatenate([unit(block) @ target.T for _, block in blocks(matrix)]).T
-        for target in (unit(b - a + c), c)
-    )  # (questions, vocabulary)
+    targets = np.concatenate([unit(b - a + c), c])
+    cosines = np.concatenate([unit(block) @ targets.T for _, block in blocks(matrix)])
+    score, alone = cosines.T[: len(asked)], cosines.T[len(asked) :]  # (questions, vocabulary)
     for row, question in enumerate(asked):
         same = [i for word in question[:3] for i in variants[word.strip().lower()]]
         left_out = [i for i in same if i != abcd[row, 3]]
