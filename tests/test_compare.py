@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,13 +23,15 @@ from llamatelemetry import (
     ModelNotFoundError,
     WorkerCrashedError,
 )
-from llamatelemetry.compare import comparison, jobs
+from llamatelemetry.compare import comparison, jobs, placing
 from llamatelemetry.compare.comparison import CompareError, compare_quantizations
 from llamatelemetry.compare.texts import TEXT, load_text
 from llamatelemetry.compare.worker import windows
 from llamatelemetry.convert.quantize import quantize
 from llamatelemetry.errors import QuantizeError
+from llamatelemetry.files.gguf import GGUFFile
 from llamatelemetry.files.programs import tool
+from llamatelemetry.gpus import devices
 
 N_CTX, WINDOWS = 128, 4
 NUMBER = r"\s*(-?[\d.]+)(?: ±\s*([\d.]+))?"
@@ -198,6 +201,73 @@ def test_what_is_not_there_is_refused(tmp_path):
         compare_quantizations(file, [file], "text", n_ctx=2)
     with pytest.raises(CompareError, match="No text"):
         load_text(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("n_ctx", [64, 200, 520])
+def test_one_model_at_a_time_gives_the_same(n_ctx, tmp_path, monkeypatch, smollm2):
+    """Where two models find no room together, the reference's logits are kept in scratch."""
+    source = tiny_model("llama", tmp_path, vocabulary=GGUFFile(smollm2), n_layer=1, n_ctx=1024)
+    made = [
+        quantize(source, tmp_path / f"{kind}.gguf", kind, progress=False)
+        for kind in ("Q8_0", "Q4_0")
+    ]
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(made[0].read_bytes()[:10_000])
+    settings = dict(text=load_text()[:9000], n_ctx=n_ctx, max_windows=3, progress=False)
+    with pytest.warns(UserWarning, match="cut"):
+        together = compare_quantizations(source, [*made, cut], **settings)
+    found = jobs.placed(str(source), list(map(str, [*made, cut])))
+    assert [placing.apart for placing in found] == [False]
+    apart = [one._replace(apart=True) for one in found]
+    monkeypatch.setattr(jobs, "placed", lambda *_: apart)
+    with pytest.warns(UserWarning, match="cut"):
+        alone = compare_quantizations(source, [*made, cut], **settings)
+    pd.testing.assert_frame_equal(together, alone)
+    pd.testing.assert_frame_equal(together.tokens, alone.tokens)
+    assert together["kld_mean"]["Q8_0"] > 0
+
+
+@pytest.mark.parametrize(
+    "reference, candidates, free, groups, reference_on, own_on, apart",
+    [
+        (1, [1, 1], [], [2], None, None, False),  # the machine's memory
+        (1, [1, 1], [14], [2], None, None, False),
+        (7, [2, 2, 2], [14], [1, 1, 1], None, None, False),  # one at a time
+        (8, [5], [14], [1], None, None, True),
+        (8, [4, 4, 4], [14, 14], [2, 1], [1, 0], [0, 1], False),  # a GPU each
+        (8, [4], [7, 14], [1], [0, 1], [1, 0], False),
+        (4, [8], [7, 14], [1], [1, 0], [0, 1], False),
+        (15, [8, 5], [14.5, 14.5], [1, 1], [0.5, 0.5], [0.5, 0.5], False),  # F16 of 8B: over both
+        (15, [10, 4], [14.5, 14.5], [2], [0.5, 0.5], [0.5, 0.5], True),
+    ],
+)
+def test_where_a_reference_and_its_candidates_go(
+    reference, candidates, free, groups, reference_on, own_on, apart, monkeypatch
+):
+    gib = 2**30
+    sizes = {"r": reference} | {f"c{n}": size for n, size in enumerate(candidates)}
+    cards = [
+        devices.Gpu(n, f"GPU-{n}", "T4", 15 * gib, int(size * gib)) for n, size in enumerate(free)
+    ]
+    monkeypatch.setattr(devices, "list_gpus", lambda: cards)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(placing.hub, "size_of", lambda path: sizes[path] * gib)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * gib))
+    found = placing.placed("r", list(sizes)[1:])
+    assert [len(one.candidates) for one in found] == groups
+    assert all(one.apart == apart and one.gpus == tuple(cards) for one in found)
+    if reference_on:
+        assert found[0].reference == pytest.approx(reference_on)
+        assert found[0].own == pytest.approx(own_on)
+    # Nothing is placed on a GPU that has no room for it.
+    for one in found if not apart else ():
+        for n, card in enumerate(cards):
+            shares = (one.reference, one.own) if one.reference else ([1.0], [1.0])
+            held = sizes["r"] * shares[0][n] + shares[1][n] * sum(sizes[c] for c in one.candidates)
+            assert held * gib < card.free_bytes
+    if cards:
+        (whole,) = placing.placed("r", list(sizes)[1:], gpu_layers=0)[:1]
+        assert whole.gpus == () and whole.reference is None
 
 
 def test_a_file_is_one_row_under_one_name(tmp_path):

@@ -13,10 +13,12 @@ import pandas as pd
 
 from .. import logs
 from ..errors import ModelLoadError, shown
+from ..files.gguf import GGUFFile
 from ..files.outputs import labels, once
 from ..files.programs import tool
 from ..gpus.cores import physical_cores
-from ..gpus.devices import inference_environment
+from ..gpus.devices import inference_environment, plan, visible_gpus
+from .placing import split_for
 
 
 def bench(
@@ -37,9 +39,12 @@ def bench(
     options = {"-m": path, "-p": n_prompt, "-n": n_gen, "-r": repetitions, "-o": "json"}
     options |= {"-t": threads or physical_cores(), "-ngl": _on_gpu(gpu_layers)}
     command = [tool("llama-bench"), *(str(part) for pair in options.items() for part in pair)]
+    environment, shares = _where(path, gpu_layers)
+    if shares:
+        command += ["-ts", "/".join(f"{share:g}" for share in shares)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, env=inference_environment()
+            command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, env=environment
         )
         resident, gpu = _watch(process)
         out.seek(0)
@@ -95,7 +100,7 @@ import json, sys, time
 from llamatelemetry.compare.worker import open_model
 import llama_cpp
 start = time.perf_counter()
-open_model(sys.argv[1], 512, 1, int(sys.argv[2]), int(sys.argv[3]))
+open_model(sys.argv[1], 512, 1, int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
 print(json.dumps(time.perf_counter() - start))
 """
 
@@ -103,9 +108,11 @@ print(json.dumps(time.perf_counter() - start))
 def load_time(path: str | Path, gpu_layers: int | None = None) -> float:
     """Seconds from nothing to a context of 512 tokens, in a process of its own; its imports are not
     counted."""
+    environment, shares = _where(path, gpu_layers)
     command = [sys.executable, "-c", _LOAD, str(path), str(physical_cores()), _on_gpu(gpu_layers)]
+    command += [json.dumps(shares)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=inference_environment(), errors="replace"
+        command, capture_output=True, text=True, env=environment, errors="replace"
     )
     if done.returncode:
         raise ModelLoadError(
@@ -113,6 +120,14 @@ def load_time(path: str | Path, gpu_layers: int | None = None) -> float:
             f"{logs.last_words(done.stderr)[-800:]}"
         )
     return float(done.stdout.splitlines()[-1])
+
+
+def _where(path, gpu_layers):
+    """(environment, shares or None): on the inference GPU, or over all where it is too small."""
+    alone = gpu_layers is not None or len(visible_gpus()) < 2
+    split = None if alone else split_for(GGUFFile(path), capture=False)
+    chosen = plan(split)
+    return inference_environment() | chosen.inference_env(), chosen.shares if split else None
 
 
 def _on_gpu(layers):

@@ -9,19 +9,19 @@ import numpy as np
 from .. import logs
 from ..child import Child
 from ..errors import CaptureError, LlamaTelemetryError, ModelLoadError, WorkerCrashedError
-from ..files import hub
 from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment
-
-# Bytes beside the weights: two copies of 256 rows of logits for a vocabulary of 262,144, KV cache.
-BUFFERS = 640 << 20
+from .placing import placed
 
 
 def measure_all(job, progress=False):
-    """`measure` for as many candidates at a time as fit into memory beside the reference."""
+    """`measure` for as many candidates at a time as fit into memory beside the reference
+    (placing.placed)."""
     found = {}
-    for some in _groups(job["reference"], job["candidates"]):
-        found |= measure(job | {"candidates": some}, progress)
+    for some in placed(job["reference"], job["candidates"], job["gpu_layers"]):
+        where = dict(split=some.reference, own_split=some.own, apart=some.apart)
+        seen = [gpu.uuid for gpu in some.gpus]
+        found |= measure(job | where | {"candidates": some.candidates, "seen": seen}, progress)
     return found
 
 
@@ -47,7 +47,7 @@ def _child(job, progress):
     """({path: result} of the candidates that are done with, why the process ended or None)."""
     from tqdm.auto import tqdm
 
-    results = {}
+    results, job = {}, dict(job)
 
     def hear(windows=None, of=None, failed=None, why=None, kind=None):
         if failed:
@@ -56,7 +56,10 @@ def _child(job, progress):
             meter.total = of
             meter.update(windows - meter.n)
 
-    child = Child("llamatelemetry.compare.worker", "llama.cpp", inference_environment())
+    environment = inference_environment()
+    if seen := job.pop("seen", None):
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen)
+    child = Child("llamatelemetry.compare.worker", "llama.cpp", environment)
     with child, tqdm(desc="compare", unit="window", disable=not progress) as meter:
         try:
             found = child.call("compare", hear, **_settings(job), folder=str(child.folder))
@@ -98,26 +101,6 @@ def _text(piece):
         return piece.decode()
     except UnicodeDecodeError:
         return piece
-
-
-def _groups(reference, paths):
-    """Candidates that fit into memory beside the reference at once; the reference is decoded once
-    per group."""
-    import psutil
-
-    from ..gpus.devices import plan
-
-    free = [gpu.free_bytes for gpu in plan().inference] or [psutil.virtual_memory().available]
-    room = 0.8 * sum(free) - hub.size_of(reference) - BUFFERS
-    groups, used = [[]], 0
-    for path in paths:
-        size = hub.size_of(path) + BUFFERS
-        if groups[-1] and used + size > room:
-            groups.append([])
-            used = 0
-        groups[-1].append(path)
-        used += size
-    return groups
 
 
 def distributed(client, job, paths, retries, progress):

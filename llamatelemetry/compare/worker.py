@@ -9,6 +9,7 @@ import numpy as np
 from ..capture.runtime import ERROR, WARNING, Runtime, log_levels
 from ..child import serve
 from ..errors import CompareError, ModelLoadError, NotFiniteError
+from ..files.scratch import ScratchFile
 from .quality import Reference
 
 # Tokens that are decoded at once, llama.cpp's default physical batch: bounds the memory for logits.
@@ -16,12 +17,12 @@ STEP = 512
 ROWS = 8  # rows of logits that are reduced at once: the temporaries stay in the cache
 
 
-def open_model(path, n_ctx, parallel, threads, gpu_layers, **changes):
+def open_model(path, n_ctx, parallel, threads, gpu_layers, tensor_split=None, **changes):
     """A Runtime with a context for `parallel` windows of n_ctx tokens, set up as llama-perplexity
     does: attention is fused where llama.cpp can (its default, automatic), which captures cannot
     have. changes: other settings of the context (flash_attn_type=0). A model whose logits are no
     predictions gets no context: an encoder-decoder could not have one."""
-    model = Runtime(path, threads=threads, gpu_layers=gpu_layers)
+    model = Runtime(path, threads=threads, gpu_layers=gpu_layers, tensor_split=tensor_split)
     if why_not(model):
         return model
     batch = min(STEP, n_ctx) * parallel
@@ -69,23 +70,66 @@ def windows(tokens, n_ctx, limit=None):
     return tokens[: n * n_ctx].reshape(n, n_ctx)[:limit]
 
 
-def compare(reference, candidates, texts, tell, threads):
-    """Per-token columns of every candidate over windows (window, n_ctx) of ids: {path: columns},
-    {path: error}."""
+class Kept:
+    """A reference's logits over all windows, in a file: the model can go before a candidate comes.
+    Read again in the order in which they were made, as a Runtime makes them."""
+
+    def __init__(self, model, texts, path, tell):
+        self.n_vocab, self.path = model.n_vocab, path
+        with open(path, "wb") as file:
+            for _, some, start in _steps(texts):
+                if start == 0:
+                    model.clear()
+                given, first = _given(some, start, opening(model)), texts.shape[1] // 2
+                window_logits(model, given, start, first).tofile(file)
+                tell(len(some) if start + STEP >= texts.shape[1] else 0)
+        self.rewind()
+
+    def rewind(self):
+        self.at = 0
+
+    def clear(self):
+        """A Runtime forgets its tokens here."""
+
+    def decode(self, tokens, past, first):
+        """A Runtime computes here."""
+
+    def logits(self, count):
+        shape, offset = (count, self.n_vocab), self.at
+        self.at += 4 * count * self.n_vocab
+        return np.memmap(self.path, np.float32, "r", offset, shape)
+
+
+def _steps(texts):
+    """(first window, windows, first position) of what is decoded at once."""
     n_ctx = texts.shape[1]
     parallel = max(1, STEP // n_ctx)
+    for begin in range(0, len(texts), parallel):
+        for start in range(0, n_ctx, STEP):
+            yield begin, texts[begin : begin + parallel], start
+
+
+def _given(some, start, bos):
+    """The tokens of one step (window, token), each window opened by `bos` where there is one."""
+    given = some[:, start : start + STEP].copy()
+    if bos is not None and start == 0:
+        given[:, 0] = bos
+    return given
+
+
+def compare(reference, candidates, texts, bos, tell, threads):
+    """Per-token columns of every candidate over windows (window, n_ctx) of ids: {path: columns},
+    {path: error}. tell(n): n more windows are done."""
     parts, failed = {model.path: [] for model in candidates}, {}
     with ThreadPoolExecutor(threads) as pool:
-        for begin in range(0, len(texts), parallel):
-            some = texts[begin : begin + parallel]  # (window, n_ctx)
-            for model in (reference, *candidates):
+        for begin, some, start in _steps(texts):
+            for model in (reference, *candidates) if start == 0 else ():
                 model.clear()
-            for start in range(0, n_ctx, STEP):
-                going = [model for model in candidates if model.path not in failed]
-                for path, columns in _step(reference, going, some, start, failed, pool):
-                    columns["window"] += begin
-                    parts[path].append(columns)
-            tell(windows=begin + len(some), of=len(texts))
+            going = [model for model in candidates if model.path not in failed]
+            for path, columns in _step(reference, going, some, start, bos, failed, pool):
+                columns["window"] += begin
+                parts[path].append(columns)
+            tell(len(some) if start + STEP >= texts.shape[1] else 0)
     columns = {
         path: {name: np.concatenate([part[name] for part in some]) for name in some[0]}
         for path, some in parts.items()
@@ -94,13 +138,11 @@ def compare(reference, candidates, texts, tell, threads):
     return columns, failed
 
 
-def _step(reference, candidates, texts, start, failed, pool):
+def _step(reference, candidates, texts, start, bos, failed, pool):
     """Yields (path, columns) of the candidates over positions start... of all windows; why one
     cannot go on is put into `failed`."""
     n_windows, n_ctx = texts.shape
-    given, first, bos = texts[:, start : start + STEP].copy(), n_ctx // 2, opening(reference)
-    if bos is not None and start == 0:
-        given[:, 0] = bos
+    given, first = _given(texts, start, bos), n_ctx // 2
     at = np.arange(max(start, first), start + given.shape[1])  # rows of logits: by window, then at
     at_scored = at[at < n_ctx - 1] + 1  # the last position has nothing to be scored against
     shape = (n_windows, len(at), reference.n_vocab)
@@ -140,35 +182,65 @@ class Worker:
         # The log's last lines are what a user gets to read.
         log_levels(llama_cpp, lambda level: level in (WARNING, ERROR))
 
-    def compare(self, reference, candidates, text, n_ctx, max_windows, folder, **settings):
+    def compare(
+        self,
+        reference,
+        candidates,
+        text,
+        n_ctx,
+        max_windows,
+        folder,
+        split,
+        own_split,
+        apart,
+        **settings,
+    ):
         """{"files": {candidate: its columns' .npz}, "pieces": {id: hexadecimal}}; tells `windows`
-        as they are done and each candidate that `failed`. Raises ModelLoadError and CompareError
-        for the reference and the text."""
+        as they are done and each candidate that `failed`. split, own_split: the reference's layers
+        and the candidates' by GPU; apart: one model at a time. Raises ModelLoadError and
+        CompareError for the reference and the text, OutputError where its logits find no room."""
         settings = (n_ctx, max(1, STEP // n_ctx), settings["threads"], settings["gpu_layers"])
-        base = open_model(reference, *settings)
+        base = open_model(reference, *settings, split)
         if why := why_not(base):
             raise CompareError(f"Nothing can be compared with this reference: {why}")
-        ids, what = token_ids(base, text), identity(base)
+        ids, what, bos = token_ids(base, text), identity(base), opening(base)
         texts = windows(ids, n_ctx, max_windows)
         if not len(texts):
             raise CompareError(
                 f"the text has {len(ids)} tokens and a window needs {n_ctx}: pass a longer text, or a "
                 "smaller n_ctx."
             )
-        models = list(filter(None, (self._open(path, what, settings) for path in candidates)))
-        if not models:
-            return {"files": {}, "pieces": {}}
-        try:
-            columns, failed = compare(base, models, texts, self.tell, settings[2])
-        except NotFiniteError as error:  # of the reference: a candidate's are kept by compare
-            why = f"Nothing can be compared with this reference: {error}"
-            raise CompareError(why) from None
-        for path, why in failed.items():
-            self.tell(failed=path, why=why, kind="load")
-        files = {path: os.path.join(folder, f"{candidates.index(path)}.npz") for path in columns}
-        for path, file in files.items():
-            np.savez(file, **columns[path])
         pieces = {int(token): base.piece(int(token)).hex() for token in np.unique(texts)}
+        done, of = 0, len(texts) * (1 + len(candidates) if apart else 1)
+
+        def tell(count):
+            nonlocal done
+            done += count
+            self.tell(windows=done, of=of)
+
+        files, groups = {}, [[path] for path in candidates] if apart else [candidates]
+        rows = len(texts) * (n_ctx - n_ctx // 2) if apart else 0
+        with ScratchFile("reference.logits", 4 * rows * base.n_vocab) as kept:
+            try:
+                if apart:
+                    runtime, base = base, Kept(base, texts, kept, tell)
+                    runtime.close()
+                for group in groups:
+                    opened = (self._open(path, what, (*settings, own_split)) for path in group)
+                    if not (models := list(filter(None, opened))):
+                        continue
+                    columns, failed = compare(base, models, texts, bos, tell, settings[2])
+                    for path, why in failed.items():
+                        self.tell(failed=path, why=why, kind="load")
+                    for path in columns:
+                        files[path] = os.path.join(folder, f"{candidates.index(path)}.npz")
+                        np.savez(files[path], **columns[path])
+                    if apart:
+                        base.rewind()
+                        models[0].close()
+            except NotFiniteError as error:  # of the reference: a candidate's are kept by compare
+                why = f"Nothing can be compared with this reference: {error}"
+                raise CompareError(why) from None
         return {"files": files, "pieces": pieces}
 
     def _open(self, path, wanted, settings):

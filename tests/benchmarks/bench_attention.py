@@ -16,7 +16,7 @@ from common import report
 from llamatelemetry import resolve_model
 from llamatelemetry.compare.quality import summarize
 from llamatelemetry.compare.texts import load_text
-from llamatelemetry.compare.worker import compare, open_model, token_ids, windows
+from llamatelemetry.compare.worker import compare, open_model, opening, token_ids, windows
 from llamatelemetry.convert.expand import expand
 from llamatelemetry.gpus.cores import physical_cores
 
@@ -31,7 +31,9 @@ def divergence(what, one, other, n_ctx, n_windows):
         for path, settings in (one, other)
     ]
     texts = windows(token_ids(made[0], load_text()), n_ctx, n_windows)
-    columns, failed = compare(made[0], made[1:], texts, lambda **_: None, physical_cores())
+    columns, failed = compare(
+        made[0], made[1:], texts, opening(made[0]), lambda _: None, physical_cores()
+    )
     assert not failed, failed
     found = summarize(pd.DataFrame(columns[made[1].path]))
     for model in made:
