@@ -69,7 +69,7 @@ def one_sequence(ids: Any, error: Error) -> list[int]:
     return [int(token) for token in array]
 
 
-def writable(text: str, error: Error = CaptureError) -> str:
+def writable(text: object, error: Error = CaptureError) -> str:
     """`text`, a str that UTF-8 can hold; `error` where it is none: half a character, as of a cut
     emoji, is no text."""
     if not isinstance(text, str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .arguments import whole
@@ -291,15 +292,15 @@ class InferenceEngine(Serving):
         is that for the one where the most is missing, or the least is left."""
         model, plan = self._loaded(), self.plan
         sizes = ctx_size or self._server_args["ctx_size"], self._server_args["n_parallel"]
-        what = {"capture": capture, "server": server, "gpu": gpu}
+        asked = partial(fit, model, *sizes, capture=capture, server=server, gpu=gpu)
         if plan is None or not plan.inference or memory_bytes is not None:
-            return fit(model, *sizes, memory_bytes=memory_bytes, **what)
+            return asked(memory_bytes=memory_bytes)
         ours, found = self._held(), []
         now = {gpu.uuid: gpu for gpu in devices.list_gpus()}
         shares = spread(model.n_layer, plan.shares)
         for card, (share, output) in zip(plan.inference, shares):
             there = ours.get(card.index, 0) + now[card.uuid].free_bytes
-            found.append(fit(model, *sizes, memory_bytes=there, share=share, output=output, **what))
+            found.append(asked(memory_bytes=there, share=share, output=output))
         return max(found, key=lambda fit: fit.need_bytes - fit.memory_bytes)
 
     def place(
@@ -317,8 +318,8 @@ class InferenceEngine(Serving):
         that of the loaded model. Another engine takes the answer:
         load_model(..., tensor_split=place.tensor_split)."""
         size = ctx_size or self._server_args.get("ctx_size", 4096)
-        what = {"kind": kind, "capture": capture, "server": server}
-        return place(model, size, **what, ours=self._held())
+        ours = self._held()
+        return place(model, size, kind=kind, capture=capture, server=server, ours=ours)
 
     def _held(self):
         """{GPU's index: bytes} that llama-server and the capture worker hold, as far as the driver

@@ -10,15 +10,15 @@ from numpy.typing import ArrayLike, NDArray
 from .errors import EmbeddingError
 
 
-def ratio(part: ArrayLike, whole: ArrayLike, noise: ArrayLike = 0.0) -> float | NDArray[np.float64]:
+def ratio(part: ArrayLike, whole: ArrayLike, noise: ArrayLike = 0.0) -> NDArray[np.float64]:
     """part / whole where the whole stands out of its noise, |whole| > noise; NaN elsewhere. Arrays
-    broadcast."""
+    broadcast; of two numbers the quotient has no dims."""
     part, whole = np.broadcast_arrays(
         np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     )
     out = np.full(whole.shape, np.nan)
     np.divide(part, whole, out=out, where=np.abs(whole) > noise)
-    return out if out.ndim else float(out)
+    return out
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
@@ -43,10 +43,11 @@ def jensen_shannon(p: ArrayLike, q: ArrayLike) -> NDArray[np.floating]:
     return (nats / math.log(2)).clip(0, 1)
 
 
-def _float64(x):
+def _float64(x: ArrayLike) -> NDArray[np.float64]:
     """An array of float64: NumPy's, or CuPy's where it was one."""
-    x = x if hasattr(x, "__cuda_array_interface__") else np.asarray(x)
-    return x.astype(np.float64, copy=False)
+    if not hasattr(x, "__cuda_array_interface__"):
+        return np.asarray(x, dtype=np.float64)
+    return x.astype(np.float64, copy=False)  # type: ignore[union-attr]  # CuPy's
 
 
 def softmax(x: ArrayLike, axis: int = -1) -> NDArray[np.float64]:

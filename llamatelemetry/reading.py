@@ -45,7 +45,7 @@ class Source:
         self.read_into([(at, memoryview(data))])
         return bytes(data)
 
-    def read_into(self, wanted: Iterable[tuple[int, memoryview | np.ndarray]]) -> None:
+    def read_into(self, wanted: Iterable[tuple[int, memoryview]]) -> None:
         """Fill each buffer of bytes of [(first byte, buffer)]."""
         try:
             for at, buffer in wanted:
@@ -105,9 +105,9 @@ class Rows:
         numbers = np.arange(n)[ids]  # also of negative ones
         out = np.empty((len(numbers), width), np.uint8)
         if isinstance(ids, slice) and ids.step in (None, 1):  # they lie side by side
-            numbers, buffers = numbers[:1], [out.reshape(-1)]
+            numbers, buffers = numbers[:1], [out.reshape(-1).data]
         else:
-            buffers = out
+            buffers = [row.data for row in out]
         starts = (self._start + numbers * width).tolist()
         self._source.read_into(zip(starts, buffers))
         return out

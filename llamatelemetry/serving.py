@@ -255,23 +255,23 @@ class Serving:
         """
         model = self._loaded()
         one = isinstance(texts, (str, bytes)) or not np.iterable(texts)
-        texts = [texts] if one else list(texts)  # type: ignore[list-item]  # checked below
-        if not texts:
+        given: list = [texts] if one else list(texts)
+        if not given:
             return np.empty((0, model.n_embd), np.float32)
-        if not all(writable(text, ServerError) for text in texts):
+        if not all(writable(text, ServerError) for text in given):
             raise ServerError("embed takes texts that are not empty.")
         pooling = check_pooling(pooling) if pooling else self._pooling or pooling_of(model)
         with self._serving(embeddings=True, pooling=pooling) as server:
-            for text in texts:
+            for text in given:
                 check_start(text, server.post, server.model)
             rows = server.post(
-                "/embeddings", {"content": texts, "embd_normalize": 2 if normalize else -1}
+                "/embeddings", {"content": given, "embd_normalize": 2 if normalize else -1}
             )
         rows = sorted(rows, key=lambda row: row["index"])
         # (n, n_embd); null is NaN
         vectors = np.array([row["embedding"][0] for row in rows], np.float32)
         if normalize and not vectors.any(axis=1).all():
-            text = texts[int(np.argmin(vectors.any(axis=1)))]
+            text = given[int(np.argmin(vectors.any(axis=1)))]
             raise NotFiniteError(
                 f"The embedding of {text!r:.60} in {model.path.name} is all zeros: it has no "
                 "direction, and a cosine with it would be made up. normalize=False gives it as it is."

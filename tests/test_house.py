@@ -1,6 +1,7 @@
 """The layout's rules: contracts on imports, what the spine needs, sizes, style, types, and that no
 module takes a public name."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -15,6 +16,10 @@ import llamatelemetry
 ROOT = Path(__file__).parent.parent
 # Tokens that are no code by themselves.
 LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+# Further options of llama-server are passed on to it as they are.
+PASSED_ON = {"load_model": "server_kwargs", "start_server": "server_kwargs"} | dict.fromkeys(
+    ("infer", "infer_stream", "chat"), "options"
+)
 PACKAGE = ROOT / "llamatelemetry"
 SUBJECTS = ("attention", "embeddings", "layers", "heads", "quantization")
 SPINE = ("capture", "server", "files", "gpus")
@@ -71,6 +76,38 @@ def test_no_module_takes_a_public_name():
 def test_style(command):
     done = run("-m", "ruff", *command, "--no-cache", "--quiet", ".")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.slow  # 15 s without mypy's cache
+def test_types():
+    done = run("-m", "mypy")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def public():
+    """(name, function) of what users call: public functions, and the public methods of public
+    classes."""
+    for name in llamatelemetry.__all__:
+        value = getattr(llamatelemetry, name)
+        if inspect.isfunction(value):
+            yield name, value
+        elif inspect.isclass(value) and not issubclass(value, Exception):
+            yield name, value.__init__
+            for key, method in inspect.getmembers_static(value):
+                method = getattr(method, "__func__", method)  # of a classmethod or staticmethod
+                if not key.startswith("_") and inspect.isfunction(method):
+                    yield f"{name}.{key}", method
+
+
+@pytest.mark.parametrize("name, function", list(public()))
+def test_a_public_signature_says_everything(name, function):
+    """An editor completes it: each argument is named and has a type, and so has what comes back."""
+    signature = inspect.signature(function)
+    given = [one for one in signature.parameters.values() if one.name not in ("self", "cls")]
+    assert not [one.name for one in given if one.annotation is one.empty], "no type"
+    assert function.__name__ == "__init__" or signature.return_annotation is not signature.empty
+    starred = [one.name for one in given if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    assert starred in ([], [PASSED_ON.get(function.__name__)])
 
 
 @cache

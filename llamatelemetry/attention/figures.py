@@ -1,6 +1,8 @@
 """Figures of attention: maps of one head and of all heads, depth profiles, comparisons, what the
 last token draws on. `pieces` are the tokens' texts, plain."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -34,18 +36,19 @@ def token_map(
 ) -> go.Figure:
     """A (query, key) map with tokens on both axes. queries: positions of the rows where they are
     not all tokens. Of more than MOST tokens the first and the last, as the title then says."""
-    n = len(pieces)
+    n, values = len(pieces), np.asarray(values)
     queries = np.arange(n - len(values), n) if queries is None else np.asarray(queries)
     shown = ends(n, MOST)
     drawn = np.flatnonzero(np.isin(queries, shown))
-    values, queries = np.asarray(values)[drawn][:, shown], queries[drawn]
+    values, queries = values[drawn][:, shown], queries[drawn]
     title += said_ends(n, shown)
     columns, labels = token_labels(pieces, shown), token_labels(pieces)
     rows = [labels[q] for q in queries]
     # Upright labels take their pixels from the rows.
     below = 8 * min(theme.TICK, max(map(len, columns)))
     part = max(320, below + min(760, 120 + 18 * len(rows)))
-    look = dict(title=title, x_title="key token", y_title="query token", unit=unit, zmax=zmax)
+    look: dict[str, Any] = dict(unit=unit, zmax=zmax)
+    look |= dict(title=title, x_title="key token", y_title="query token")
     look["height"] = 720 if len(rows) == len(columns) else part
     figure = theme.heatmap(_visible(values, queries, shown), columns, rows, **look)
     figure.update_xaxes(tickangle=-90)
@@ -58,9 +61,9 @@ def layer_head_map(
     """One value per head: (layer, head) drawn with layers to the right and heads downwards."""
     values = np.asarray(values).T  # (head, layer)
     n_head, n_layer = values.shape
-    look = dict(title=title, x_title="layer", y_title="head", unit=unit, zmax=zmax)
-    look["height"] = max(320, 150 + 18 * n_head)
-    figure = theme.heatmap(values, list(range(n_layer)), list(range(n_head)), **look)
+    look: dict[str, Any] = dict(title=title, x_title="layer", y_title="head", unit=unit, zmax=zmax)
+    height = max(320, 150 + 18 * n_head)
+    figure = theme.heatmap(values, range(n_layer), range(n_head), height=height, **look)
     figure.update_xaxes(dtick=max(1, n_layer // 16))
     return figure.update_yaxes(dtick=max(1, n_head // 16))
 
@@ -100,7 +103,7 @@ def maps_side_by_side(
     """Several (query, key) maps in one row on one scale, 0 to 1. maps: {panel title: values};
     own_scale: the title of the last panel where it has a scale of its own, from 0 to its largest
     value."""
-    n, rows = len(pieces), len(next(iter(maps.values())))
+    n, rows = len(pieces), np.shape(next(iter(maps.values())))[0]
     shown, unit = ends(n, MOST // 2), plotly(unit)
     queries = shown[shown >= n - rows]  # rows are those of the last queries
     maps = {name: np.asarray(x)[queries - (n - rows)][:, shown] for name, x in maps.items()}
@@ -141,9 +144,10 @@ def _scale(unit, largest, x):
 def rollout(rolled: ArrayLike, pieces: list, *, title: str) -> go.Figure:
     """Rollout of one query after every layer: (layer, key)."""
     labels = token_labels(pieces)
-    look = dict(x_title="input token", y_title="after layer", unit="rollout", zmax=1.0, height=440)
-    layers = list(range(len(rolled)))
-    figure = theme.heatmap(np.asarray(rolled), labels, layers, title=title, **look)
+    rolled = np.asarray(rolled)
+    look: dict[str, Any] = dict(x_title="input token", y_title="after layer", unit="rollout")
+    layers = range(len(rolled))
+    figure = theme.heatmap(rolled, labels, layers, title=title, zmax=1.0, height=440, **look)
     figure.update_xaxes(tickangle=-90)
     return theme.label_ticks(figure, labels, "x")
 

@@ -55,7 +55,7 @@ def _room(attention, q, k, layer, max_bytes):
 
     def precision(count):
         n_weights = n_layer * n_head * count * (count + 1) // 2
-        n_vector = 0 if q is None else (q.size + k.size) // n_token * count
+        n_vector = 0 if q is None or k is None else (q.size + k.size) // n_token * count
         return _precision(n_weights, n_vector, n_layer, layer, max_bytes)
 
     counts = range(most, 0, -1)
@@ -106,8 +106,8 @@ def views(
     shown, precision = _room(attention, q, k, layer, max_bytes)
     weight_bits, vector_bits, layers = precision
     whole = len(shown) == n_token
+    weights = np.asarray(attention) if whole else _among(attention, shown)
     if not whole:
-        attention = _among(attention, shown)
         q, k = (None if x is None else np.asarray(x)[:, :, shown] for x in (q, k))
     scales, softcaps, _ = zip(*facts)
     data = {
@@ -120,7 +120,7 @@ def views(
         "head": int(head),
         "scales": scales,
         "softcap": softcaps[layer],
-        "attention": pack_attention(attention, weight_bits),
+        "attention": pack_attention(weights, weight_bits),
         "q": None if q is None else pack_vectors(q, vector_bits, layers),
         "k": None if k is None else pack_vectors(k, vector_bits, layers),
     }
@@ -132,7 +132,7 @@ def views(
         only = f" and for layers {layers[0]} to {layers[-1]} only" if len(layers) < n_layer else ""
         about += f", q and k {_EXACT[vector_bits]}{only}"
     if not whole:
-        lost = 1 - float(attention[:, :, 1:].sum(-1).mean())
+        lost = 1 - float(weights[:, :, 1:].sum(-1).mean())
         about += (
             f". To stay small the page has the first and the last {len(shown) - 1} of {n_token:,} tokens; "
             f"their queries give {lost:.0%} of their weight to tokens that are not here"

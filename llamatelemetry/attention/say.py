@@ -18,7 +18,7 @@ def token_map(attention: xr.DataArray, pieces: list) -> str:
     a, query = measured(attention)[query > 0], query[query > 0]  # the first token has no choice
     places = {"the first token": 0, "the token before": query - 1, "the token itself": query}
     shares = {name: (a.argmax(-1) == key).mean() for name, key in places.items()}
-    best = max(shares, key=shares.get)
+    best = max(shares, key=shares.__getitem__)
     row, key = np.unravel_index(a[:, 1:].argmax(), a[:, 1:].shape)
     return (
         f"{shares[best]:.0%} of the {len(a)} queries that have a choice attend most to {best}. The largest weight on "

@@ -83,7 +83,9 @@ def rope(
     """
     out = np.array(x, dtype=np.float64)
     n_rot, half = n_rot or out.shape[-1], (n_rot or out.shape[-1]) // 2
-    speed = base ** (-np.arange(0, n_rot, 2) / n_rot) / factors  # (pair,) radians a token
+    speed = base ** (-np.arange(0, n_rot, 2) / n_rot) / np.asarray(
+        factors
+    )  # (pair,) radians a token
     angle = np.arange(out.shape[1])[:, None] * speed  # (token, pair)
     first, second = slice(0, half), slice(half, n_rot)
     if pairing == "neighbours":

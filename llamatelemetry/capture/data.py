@@ -1,8 +1,12 @@
 """What a capture gives back: named, labelled arrays that can be saved and loaded."""
 
 import json
+import os
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -11,6 +15,12 @@ from ..errors import CaptureError, shown
 from ..files.outputs import path_of, written
 from ..metadata import check_capture
 from .names import STAGES
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Tokens: TypeAlias = tuple[Sequence[int], Sequence[str | bytes], Sequence[bool]]
+Part: TypeAlias = tuple[np.ndarray, Sequence[int] | None, Sequence[int] | None]
 
 
 class Capture:
@@ -23,25 +33,28 @@ class Capture:
     this run). model: architecture, n_layer, n_head, n_kv_head, n_embd, n_vocab, name, file (its
     name), gpu (whether a GPU took part)."""
 
-    def __init__(self, parts, tokens, model, layers):
+    def __init__(
+        self, parts: Mapping[str, Part], tokens: Tokens, model: Mapping, layers: Sequence[Mapping]
+    ) -> None:
         """parts: {stage: (array, layer numbers or None, query positions or None)}; tokens: (ids,
         pieces, generated); layers: a list of dicts. Labelled when first looked at: a capture of 700
         MB takes less time than its labels."""
-        self._parts, self._labelled = parts, {}
+        self._parts = parts
+        self._labelled: dict[str, xr.DataArray] = {}
         self._tokens, self._layers = tokens, layers
         self.model = SimpleNamespace(**model)
         self.stages = tuple(parts)
         self.n_prompt = len(tokens[2]) - sum(tokens[2])
 
     @cached_property
-    def tokens(self):
+    def tokens(self) -> pd.DataFrame:
         return token_table(*self._tokens)
 
     @cached_property
-    def layers(self):
+    def layers(self) -> pd.DataFrame:
         return pd.DataFrame(self._layers).rename_axis("layer")
 
-    def __getitem__(self, stage):
+    def __getitem__(self, stage: str) -> "xr.DataArray":
         if stage not in self._parts:
             known = "" if stage in STAGES else f" Stages are {', '.join(STAGES)}."
             raise CaptureError(
@@ -53,19 +66,19 @@ class Capture:
             self._labelled[stage].attrs["model"] = getattr(self.model, "file", self.model.name)
         return self._labelled[stage]
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> "xr.DataArray":
         if name.startswith("_") or name not in STAGES:
             raise AttributeError(f"Capture has no attribute {name!r}")
         return self[name]
 
-    def __contains__(self, stage):
+    def __contains__(self, stage: object) -> bool:
         return stage in self._parts
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {tuple(self[name].sizes.items())}" for name in self.stages)
         return f"<Capture of {self.model.name or self.model.architecture}, {len(self._tokens[0])} tokens: {shapes}>"
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> Path:
         """Write everything as one safetensors file, in a new folder if need be; returns the path.
 
         The file appears when it is whole, and never in the place of a model. Raises CaptureError
@@ -78,9 +91,7 @@ class Capture:
             "model": vars(self.model),
             "layers": self._layers,
             "ids": list(ids),
-            "pieces": [
-                {"hex": piece.hex()} if isinstance(piece, bytes) else piece for piece in pieces
-            ],
+            "pieces": [{"hex": one.hex()} if isinstance(one, bytes) else one for one in pieces],
             "generated": list(generated),
             "parts": {
                 name: [layers, queries] for name, (_, layers, queries) in self._parts.items()
@@ -96,7 +107,7 @@ class Capture:
         return path
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | os.PathLike) -> "Capture":
         """Read a file that `save` wrote. Raises CaptureError for any other, and for one whose parts
         do not belong together."""
         from safetensors import SafetensorError, safe_open
@@ -109,7 +120,7 @@ class Capture:
                 ids, pieces, generated = facts["ids"], facts["pieces"], facts["generated"]
                 pieces = [bytes.fromhex(p["hex"]) if isinstance(p, dict) else p for p in pieces]
                 parts = {
-                    name: (_saved_array(file, name, *part, len(ids)), *part)
+                    name: (_saved_array(file, len(ids), name, *part), *part)
                     for name, part in facts["parts"].items()
                 }
         except (KeyError, OSError, ValueError, RecursionError) as error:
@@ -129,7 +140,7 @@ def _plain(value):
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _saved_array(file, name, layers, queries, n_tokens):
+def _saved_array(file, n_tokens, name, layers, queries):
     """A stage's array from a saved file; ValueError where its sizes are not those of the tokens,
     layers and queries beside it."""
     if name not in STAGES or (STAGES[name].per_layer and layers is None):

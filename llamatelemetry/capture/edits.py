@@ -1,12 +1,19 @@
 """Interventions: what a capture or a score changes in the running model. llama.cpp's later nodes
 see every edit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from ..errors import CaptureError
 from .names import EDITABLE, STAGES
+
+if TYPE_CHECKING:
+    from .data import Capture
+
+Positions: TypeAlias = int | Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +34,12 @@ class Edit:
     mean: bool = False
 
     def __post_init__(self):
-        if self.stage not in EDITABLE:
-            raise CaptureError(
-                f"stage {self.stage!r} cannot be edited; these can: {', '.join(EDITABLE)}."
-            )
+        _check_editable(self.stage)
         if self.head is not None and not STAGES[self.stage].by_head:
             raise CaptureError(f"stage {self.stage!r} has no heads: leave `head` out.")
 
 
-def ablate_head(layer, head, mode="zero"):
+def ablate_head(layer: int, head: int, mode: str = "zero") -> Edit:
     """Remove one head's output before the output projection: zero it, or (mode="mean") put its mean
     over positions.
 
@@ -46,7 +50,7 @@ def ablate_head(layer, head, mode="zero"):
     return Edit("attn_heads", _index(layer), head=_index(head), mean=mode == "mean")
 
 
-def ablate_layer(layer, part="both"):
+def ablate_layer(layer: int, part: str = "both") -> list[Edit]:
     """Remove what a layer's attention, FFN or both add to the residual stream. Returns a list of
     edits."""
     stages = {"attention": ["attn_out"], "ffn": ["ffn_out"], "both": ["attn_out", "ffn_out"]}
@@ -55,22 +59,29 @@ def ablate_layer(layer, part="both"):
     return [Edit(stage, _index(layer)) for stage in stages[part]]
 
 
-def scale(stage, layer, factor, head=None, positions=None):
+def scale(
+    stage: str, layer: int, factor: float, head: int | None = None, positions: Positions = None
+) -> Edit:
     """Multiply a stage of a layer by a factor; `head` and `positions` restrict it."""
     if isinstance(factor, bool) or not isinstance(factor, (int, float, np.number)):
         raise CaptureError(f"factor is a number, not {factor!r}.")
     return _edit(stage, layer, head, positions, factor=float(factor))
 
 
-def patch(stage, layer, source, positions=None, head=None):
+def patch(
+    stage: str,
+    layer: int,
+    source: "Capture | np.ndarray",
+    positions: Positions = None,
+    head: int | None = None,
+) -> Edit:
     """Replace a stage of a layer by what another run had there (activation patching: Meng et al.
     2022).
 
     source: a Capture that holds the stage, or an array (token, embd), or (head, token, feature) for
     stages by head. positions: token positions to replace, the same in both runs; None for all (the
     texts must be equally long)."""
-    if stage not in EDITABLE:
-        raise CaptureError(f"stage {stage!r} cannot be edited; these can: {', '.join(EDITABLE)}.")
+    _check_editable(stage)
     if isinstance(source, np.ndarray):
         values = source
     elif stage not in getattr(source, "stages", ()):
@@ -101,6 +112,11 @@ def flatten(edits):
             f"edits are what ablate_head, ablate_layer, scale and patch return, not {edits!r}."
         )
     return [flat for edit in edits for flat in flatten(edit)]
+
+
+def _check_editable(stage):
+    if stage not in EDITABLE:
+        raise CaptureError(f"stage {stage!r} cannot be edited; these can: {', '.join(EDITABLE)}.")
 
 
 def _index(value, what="layer and head are"):

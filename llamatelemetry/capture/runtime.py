@@ -3,6 +3,7 @@ on every node."""
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from .variants import Variant
 
 MIN_CTX = 512
 WARNING, ERROR = 3, 4  # enum ggml_log_level; 1 is debug
-_KEPT = []  # llama.cpp calls it until the process ends: it must outlive every Runtime
+# llama.cpp calls it until the process ends: it must outlive every Runtime.
+_KEPT: list[Callable] = []
 
 
 def log_levels(api, wanted):

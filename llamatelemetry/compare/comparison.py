@@ -3,8 +3,9 @@ of logits."""
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,9 @@ from ..files.outputs import labels, once
 from .jobs import distributed, measure_all
 from .quality import summarize
 from .texts import load_text
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 COLUMNS = (  # of Comparison.tokens
     "candidate window position id piece logprob_base logprob entropy_base kld dp same_top top5 "
@@ -40,19 +44,19 @@ class Comparison(pd.DataFrame):
 
 
 def compare_quantizations(
-    reference,
-    candidates,
-    text=None,
-    n_ctx=512,
-    client=None,
+    reference: str | Path,
+    candidates: str | Path | Iterable[str | Path],
+    text: str | Path | None = None,
+    n_ctx: int = 512,
+    client: "Client | None" = None,
     *,
-    max_windows=None,
-    gpu_layers=None,
-    threads=None,
-    seed=0,
-    retries=2,
-    progress=True,
-):
+    max_windows: int | None = None,
+    gpu_layers: int | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    retries: int = 2,
+    progress: bool = True,
+) -> Comparison:
     """Perplexity, KL divergence and top-token agreement of quantized files against a reference, on
     a text.
 

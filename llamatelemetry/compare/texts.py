@@ -12,7 +12,7 @@ from ..files.outputs import path_of
 TEXT = Path(__file__).parent / "text.txt"
 
 
-def load_text(text=None):
+def load_text(text: str | Path | None = None) -> str:
     """A text to measure on, as a str.
 
     text: None for the package's own; a Path for a file (UTF-8, line ends kept); "wikitext-2" (a
@@ -24,7 +24,8 @@ def load_text(text=None):
     which of the two is meant."""
     if isinstance(text, str) and text == "wikitext-2":
         return _wikitext()
-    path = TEXT if text is None else place(text)
+    text = TEXT if text is None else text
+    path = place(text)
     if path is None:
         return writable(text, CompareError)
     try:

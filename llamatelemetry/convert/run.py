@@ -3,6 +3,8 @@
 import re
 import subprocess
 from collections import deque
+from io import BufferedReader
+from typing import cast
 
 from .. import logs
 from ..errors import ModelLoadError, QuantizeError
@@ -31,11 +33,12 @@ def run_tool(
         stdin=subprocess.DEVNULL,
         env=environment(),
     )
+    output = cast(BufferedReader, process.stdout)  # bytes, through a pipe
     try:
         with tqdm(desc=bar, disable=not (progress and step)) as meter:
             pending = ""
             # llama-imatrix reports its steps without ending the line.
-            while chunk := process.stdout.read1(4096):
+            while chunk := output.read1(4096):
                 pending += chunk.decode("utf-8", "replace")
                 *lines, pending = pending.split("\n")
                 tail.extend(lines)
@@ -52,7 +55,7 @@ def run_tool(
         process.wait()
         raise
     finally:
-        process.stdout.close()
+        output.close()
     words = "\n".join(tail)
     if code:
         ending = f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import LlamaFileType
+from numpy.typing import NDArray
 
 from ..errors import ModelLoadError, ModelNotFoundError, shown
 from ..metadata import check
@@ -231,7 +232,9 @@ class GGUFFile:
         n = math.prod(shape[:-1])
         return Rows(part.source, part.data + offset, (n, size // n)), kind, shape
 
-    def rows(self, name: str, ids: int | Sequence[int] | slice = slice(None)) -> np.ndarray:
+    def rows(
+        self, name: str, ids: int | Sequence[int] | NDArray[np.integer] | slice = slice(None)
+    ) -> np.ndarray:
         """Rows of a tensor, dequantized; only their bytes are read.
 
         ids: a row number, a sequence of them or a slice; a tensor of 3 dims is seen as (first *

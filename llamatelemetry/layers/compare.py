@@ -7,6 +7,7 @@ from difflib import SequenceMatcher
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import ArrayLike
 
 from ..capture.data import Capture
 from ..capture.finite import measured
@@ -78,7 +79,7 @@ def answers(logits: xr.DataArray, other: xr.DataArray, position: int = -1) -> tu
 
 
 def restored(
-    difference: np.ndarray, patched_run: float, source_run: float, noise: float = NOISE
+    difference: ArrayLike, patched_run: float, source_run: float, noise: float = NOISE
 ) -> np.ndarray:
     """Share of the source's answer that a patch brings back: 0 as the run without a patch, 1 as the
     source.

@@ -2,6 +2,7 @@
 figures."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ import xarray as xr
 from ..files.vocabulary import named
 from ..views import theme
 from ..views.panels import add_bars, add_line, name_axes, name_tokens, panels
-from ..views.text import plotly, token_labels
+from ..views.text import plotly, shorten, token_labels, token_text
 
 STATE = "state (0: embedding, l: after layer l - 1)"
 ROWS = "state"  # the same on a vertical axis, where there is less room
@@ -63,7 +64,8 @@ def contributions(data: xr.Dataset, *, title: str) -> go.Figure:
     for part in data["part"].values:
         for col, name in ((1, "relative"), (2, "cosine")):
             values = data[name].sel(part=part).values  # (layer, token)
-            later, where = np.median(values[:, 1:], axis=1), dict(col=col, showlegend=col == 1)
+            later = np.median(values[:, 1:], axis=1)
+            where: dict[str, Any] = dict(col=col, showlegend=col == 1)
             add_line(figure, layers, later, str(part), PARTS[part], **where)
             where |= dict(dash="dot", opacity=0.6)
             add_line(figure, layers, values[:, 0], f"{part}, first token", PARTS[part], **where)
@@ -96,7 +98,8 @@ def norms(table: pd.DataFrame, *, title: str) -> go.Figure:
     layers = table.index.unique("layer")
     for col, (column, name) in enumerate(columns.items(), start=1):
         for part, values in table[column].groupby(level="part"):
-            x, where = values.index.get_level_values("layer"), dict(col=col, showlegend=col == 1)
+            x = values.index.get_level_values("layer")
+            where: dict[str, Any] = dict(col=col, showlegend=col == 1)
             add_line(figure, x, values, f"before {part}", PARTS[part], **where)
         name_axes(figure, "layer", dict(text=name, standoff=4), layers, col=col)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=3)
@@ -116,7 +119,7 @@ def lens(data: xr.Dataset, position: int, *, title: str) -> go.Figure:
     figure, one = panels(title, 520, 2, 2, **spacing), data.isel(token=position)
     depth = one["layer"].values
     for i, (name, label) in enumerate(labels.items()):
-        where = dict(row=1 + i // 2, col=1 + i % 2)
+        where: dict[str, Any] = dict(row=1 + i // 2, col=1 + i % 2)
         values = one[name].values + (name == "rank")
         add_line(figure, depth, values, label, theme.CATEGORIES[i], showlegend=False, **where)
         name_axes(figure, STATE if i > 1 else None, label, depth, rangemode="tozero", **where)
@@ -137,25 +140,23 @@ def best_tokens(
     names = [[named(vocabulary, best) for best in row] for row in shown["top"].values]
     shares = shown["top_probability"].values  # (layer, token, best)
 
-    def short(piece):
-        return plotly(theme.shorten(theme.token_text(piece), 9))
-
     def ranking(best, share):
         lines = zip(best, share)
-        return "<br>".join(f"{plotly(theme.token_text(piece))}  {p:.4f}" for piece, p in lines)
+        return "<br>".join(f"{plotly(token_text(piece))}  {p:.4f}" for piece, p in lines)
 
     hover = [[ranking(*cell) for cell in zip(*row)] for row in zip(names, shares)]
     labels = token_labels(pieces, positions)
-    look = dict(title=title, unit="probability", zmax=1, height=140 + 19 * len(names))
-    look |= dict(x_title="token that is read", y_title=ROWS)
-    figure = theme.heatmap(shares[..., 0], labels, list(map(str, states)), **look)
-    text = [[short(best[0]) for best in row] for row in names]
+    axis, height = "token that is read", 140 + 19 * len(names)
+    look: dict[str, Any] = dict(x_title=axis, y_title=ROWS, unit="probability", zmax=1)
+    depth = list(map(str, states))
+    figure = theme.heatmap(shares[..., 0], labels, depth, title=title, height=height, **look)
+    text = [[plotly(shorten(token_text(best[0]), 9)) for best in row] for row in names]
     figure.update_traces(
         text=text, texttemplate="%{text}", textfont=dict(size=10), customdata=hover
     )
     more = "position %{x}, state %{y}<br>%{customdata}<extra></extra>"
     figure.update_traces(hovertemplate=more, xgap=1, ygap=1).update_yaxes(type="category")
-    return name_tokens(figure, labels, look["x_title"], -45, most=32)
+    return name_tokens(figure, labels, axis, -45, most=32)
 
 
 def settled(layers: Sequence[int], pieces: Sequence, *, title: str) -> go.Figure:
@@ -186,7 +187,7 @@ def attribution(table: pd.DataFrame, *, title: str) -> go.Figure:
 def importance(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Block Influence above, rise of the loss under ablation below. table:
     states.layer_importance."""
-    spacing = dict(shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.4, 0.6])
+    spacing: dict[str, Any] = dict(shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.4, 0.6])
     figure, layers = panels(title, 560, 2, **spacing), table.index
     add_bars(figure, layers, table["influence"], "Block Influence", GREY)
     for part in ("attention", "ffn", "both"):
@@ -200,7 +201,7 @@ def similarity(
 ) -> go.Figure:
     """Similarity of all pairs of states. values: the map of states.cka_map."""
     rows, columns = (list(range(n)) for n in np.shape(values))
-    texts = dict(title=title, x_title=x_title, y_title=y_title, unit="CKA (0 to 1)")
+    texts: dict[str, Any] = dict(title=title, x_title=x_title, y_title=y_title, unit="CKA (0 to 1)")
     figure = theme.heatmap(values, columns, rows, zmax=1.0, height=620, **texts)
     return figure.update_yaxes(scaleanchor="x", constrain="domain").update_xaxes(constrain="domain")
 
@@ -247,7 +248,9 @@ def drift(data: xr.Dataset, change: pd.DataFrame, pieces: Sequence, *, title: st
 def generation(table: pd.DataFrame, lens_data: xr.Dataset, *, title: str) -> go.Figure:
     """Each generated token: entropy and probability above, the lens's entropy by state below.
     table: compare.generation_table; lens_data: lens.lens of all positions."""
-    spacing = dict(shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.35, 0.65])
+    spacing: dict[str, Any] = dict(
+        shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.35, 0.65]
+    )
     spacing |= dict(specs=[[{"secondary_y": True}], [{}]])
     figure, pieces = panels(title, 720, 2, **spacing), table.set_index("position")["piece"]
     labels = token_labels(pieces, pieces.index)
@@ -275,14 +278,15 @@ def generation(table: pd.DataFrame, lens_data: xr.Dataset, *, title: str) -> go.
 def routing(load: xr.DataArray, entropy: xr.DataArray, *, title: str) -> go.Figure:
     """Share of the choices per expert, and the router's entropy by layer. load:
     routing.expert_load; entropy: routing.routing_entropy."""
-    spacing = dict(column_widths=[0.68, 0.32], horizontal_spacing=0.2)
+    spacing: dict[str, Any] = dict(column_widths=[0.68, 0.32], horizontal_spacing=0.2)
     figure, layers = panels(title, 480, cols=2, **spacing), load["layer"].values
     bar = dict(title=dict(text="share of choices", side="right"), x=0.6)
     hover = "layer %{y}, expert %{x}: %{z:.2%}<extra></extra>"
     look = dict(colorscale=theme.MAGNITUDE, zmin=0, colorbar=bar, hovertemplate=hover)
     figure.add_heatmap(z=load.values, y=layers, row=1, col=1, **look)
-    mean, where = entropy.mean("token"), dict(col=2, showlegend=False)
-    add_line(figure, mean.values, mean["layer"].values, "entropy", BLUE, **where)
+    mean = entropy.mean("token")
+    depth = mean["layer"].values
+    add_line(figure, mean.values, depth, "entropy", BLUE, col=2, showlegend=False)
     name_axes(figure, "expert", "layer")
     name_axes(figure, "entropy of the router (nats)", None, col=2)
     figure.update_xaxes(rangemode="tozero", col=2)
@@ -292,7 +296,7 @@ def routing(load: xr.DataArray, entropy: xr.DataArray, *, title: str) -> go.Figu
 def kinds(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Which experts each kind of token goes to. table: of routing.experts_by_kind."""
     values, experts = table.to_numpy(), list(map(str, table.columns))
-    look = dict(x_title="expert", y_title="kind of token", unit="share of choices")
+    look: dict[str, Any] = dict(x_title="expert", y_title="kind of token", unit="share of choices")
     look |= dict(title=title, zmax=float(values.max()), height=200 + 36 * len(table))
     figure = theme.heatmap(values, experts, list(table.index), **look)
     return figure.update_xaxes(type="category")

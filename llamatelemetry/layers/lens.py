@@ -4,12 +4,13 @@ nostalgebraist (2020), "interpreting GPT: the logit lens". The matrix is dequant
 rows, and only sums over the vocabulary are kept: a vocabulary of 262,144 tokens never stands in
 memory at full width."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import xarray as xr
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .. import rounding
 from ..capture.data import Capture
@@ -19,6 +20,7 @@ from ..files.gguf import GGUFFile
 from ..maths import log_softmax
 from ..norms import centred, divisor, gain_and_bias, normalized
 
+Ids = Sequence[int] | NDArray[np.integer]  # of tokens
 _ELEMENTS = 1 << 24  # logits of one block: rows of the stream x tokens of the vocabulary
 NORM_NAMES = ("output_norm", "token_embd_norm")  # LFM2 keeps its final norm under the second name
 
@@ -42,15 +44,16 @@ class Unembedding:
         embd) float64"""
         return self.multiplier * normalized(measured(x), self.gguf, self.norm)
 
-    def rows(self, ids: ArrayLike) -> np.ndarray:
+    def rows(self, ids: Ids) -> np.ndarray:
         """Rows of the output matrix W. (n, embd) float64"""
         return self.gguf.rows(self.gguf.output_name, ids).astype(np.float64)
 
-    def offset(self, ids: ArrayLike | slice) -> np.ndarray | float:
+    def offset(self, ids: Ids | slice) -> np.ndarray | float:
         """The output's bias of the tokens `ids`: (n,), or 0 where the file has none."""
-        return self.output_bias if np.ndim(self.output_bias) == 0 else self.output_bias[ids]
+        bias = self.output_bias
+        return bias[ids] if isinstance(bias, np.ndarray) else bias
 
-    def finish(self, products: np.ndarray, ids: ArrayLike | slice) -> np.ndarray:
+    def finish(self, products: np.ndarray, ids: Ids | slice) -> np.ndarray:
         """Products with rows `ids` of W -> logits. (.., n) -> (.., n)"""
         logits = self.scale * (products + self.offset(ids))
         return logits if not self.softcap else self.softcap * np.tanh(logits / self.softcap)
@@ -61,7 +64,7 @@ class Unembedding:
             return logits
         return self.softcap * np.arctanh(np.clip(logits / self.softcap, -1 + 1e-9, 1 - 1e-9))
 
-    def logits(self, x: ArrayLike, ids: ArrayLike) -> np.ndarray:
+    def logits(self, x: ArrayLike, ids: Ids) -> np.ndarray:
         """Logits of the tokens `ids` for states x. (.., embd) -> (.., n)"""
         return self.finish(self.normalize(x) @ self.rows(ids).T, ids)
 

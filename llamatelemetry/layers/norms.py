@@ -33,7 +33,7 @@ def norm_impact(captured: Capture, gguf: GGUFFile) -> pd.DataFrame:
     for part, stage in (("attention", "attn_norm"), ("ffn", "ffn_norm")):
         if stage in captured.stages:
             pairs = _pairs(captured, part, stage, gguf)
-            rows += [_impact(part, layer, *pair, gguf) for layer, pair in pairs]
+            rows += [_impact(gguf, part, *one) for one in pairs]
     return pd.DataFrame(rows).set_index(["part", "layer"])
 
 
@@ -44,14 +44,14 @@ def norm_gain(
     where none does.
 
     before, after: (token, embd)."""
-    best = (None, np.nan)
+    best: tuple[np.ndarray | None, float] = (None, np.nan)
     for name in (f"blk.{layer}.{name}" for name in NAMES[part]):
         if f"{name}.weight" not in gguf.tensors.index:
             continue
         mine = normalized(before, gguf, name)
         error = float(np.linalg.norm(mine - after) / np.linalg.norm(after))
         if error < AGREES and not error >= best[1]:
-            best = (gain_and_bias(gguf, name)[0], error)
+            best = (np.asarray(gain_and_bias(gguf, name)[0]), error)
     return best
 
 
@@ -64,12 +64,12 @@ def _pairs(captured, part, stage, gguf):
         middle = entering + attention[layer]
         # Parallel blocks norm what enters the layer for the FFN, too.
         if part == "attention" or norm_gain(middle, after, gguf, part, layer)[0] is None:
-            yield int(layer), (entering, after)
+            yield int(layer), entering, after
         else:
-            yield int(layer), (middle, after)
+            yield int(layer), middle, after
 
 
-def _impact(part, layer, before, after, gguf):
+def _impact(gguf, part, layer, before, after):
     length, now = np.linalg.norm(before, axis=-1), np.linalg.norm(after, axis=-1)
     cosine = (before * after).sum(-1) / np.maximum(length * now, 1e-300)
     gain, error = norm_gain(before, after, gguf, part, layer)

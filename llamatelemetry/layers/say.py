@@ -25,7 +25,7 @@ def lengths(table: pd.DataFrame) -> str:
 @sentence
 def magnitudes(table: pd.DataFrame, massive: pd.DataFrame) -> str:
     """table: states.magnitude_quantiles; massive: states.massive_activations."""
-    times = ratio(table[1.0].iloc[-1], table[0.5].iloc[-1])
+    times = float(ratio(table[1.0].iloc[-1], table[0.5].iloc[-1]))
     times = some(times, "{:.0f} times the median", "all that is not 0")
     tail = f"The largest value of the later tokens after the last layer is {times}."
     bound = f"above {MASSIVE_VALUE:.0f} and {MASSIVE_RATIO:.0f} times the median of their layer"

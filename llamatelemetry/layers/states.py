@@ -48,7 +48,7 @@ def massive_activations(hidden: xr.DataArray, pieces: Sequence) -> pd.DataFrame:
     large = (h > MASSIVE_VALUE) & (h >= MASSIVE_RATIO * median[:, None, None])
     layer, token, dim = np.nonzero(large)
     table = pd.DataFrame({"layer": layer, "position": token})
-    table["piece"] = [pieces[t] for t in token]
+    table["piece"] = [pieces[int(t)] for t in token]
     table["dim"] = dim
     table["value"] = np.asarray(hidden, dtype=np.float64)[large]
     table["ratio"] = table["value"].abs() / median[layer]

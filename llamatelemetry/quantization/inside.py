@@ -34,7 +34,7 @@ def weight_errors(
         )
         # A matrix of zeros has no relative error, unless it stays one.
         difference = np.linalg.norm(own - base)
-        errors.append(ratio(difference, np.linalg.norm(base)) if difference else 0.0)
+        errors.append(float(ratio(difference, np.linalg.norm(base))) if difference else 0.0)
     return table[["layer", "group", "type", "bits_per_weight", "n_elements"]].assign(error=errors)
 
 
@@ -94,8 +94,8 @@ def hidden_drift(reference: xr.DataArray, candidate: xr.DataArray) -> pd.DataFra
     and would hide them (Sun et al. 2024, "Massive activations"), so that it is kept apart."""
     base, other = measured(reference, np.float64), measured(candidate, np.float64)
     norm, norm_other = (np.linalg.norm(x, axis=-1) for x in (base, other))  # (layer, token)
-    error = np.asarray(ratio(np.linalg.norm(other - base, axis=-1), norm))
-    cosine = np.asarray(ratio((base * other).sum(axis=-1), norm * norm_other))
+    error = ratio(np.linalg.norm(other - base, axis=-1), norm)
+    cosine = ratio((base * other).sum(axis=-1), norm * norm_other)
     return pd.DataFrame(
         {
             "error": error[:, 1:].mean(axis=1),

@@ -30,7 +30,7 @@ def ends(n: int, most: int) -> np.ndarray:
     return np.concatenate([[0], np.arange(n - max(1, most - 1), n)])
 
 
-def said_ends(n: int, shown: Sequence[int]) -> str:
+def said_ends(n: int, shown: Sequence[int] | np.ndarray) -> str:
     """Which of n tokens are shown, for a title; "" where all are."""
     count = len(shown)
     return "" if count == n else f" (the first and the last {count - 1} of {n:,} tokens)"

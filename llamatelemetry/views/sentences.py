@@ -33,7 +33,7 @@ def sentence_by_name(function: Callable[..., str]) -> Callable[[Mapping], str]:
 
     @sentence
     @functools.wraps(function)
-    def said(tables):
+    def said(tables: Mapping) -> str:
         return "; ".join(f"{name}: {function(table)}" for name, table in tables.items()) + "."
 
     return said

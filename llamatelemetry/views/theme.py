@@ -86,6 +86,8 @@ WIDTH = 900  # Kaggle's output column, pixels
 TICK = 18  # characters of a tick label
 
 _GREY = "#808080"  # readable on white and on black alike
+# Above the panels, beside the title: the margin above is 90 pixels then.
+LEGEND = dict(orientation="h", y=1.02, yanchor="bottom", x=1, xanchor="right")
 TEMPLATE = go.layout.Template(
     layout=dict(
         autotypenumbers="strict",  # else labels like "0 1", "1 2" (position, token) are read as the numbers 1, 12
@@ -241,7 +243,7 @@ def label_ticks(
     return update(tickmode="array", tickvals=tickvals, ticktext=ticktext, **where)
 
 
-def whole(labels: Sequence) -> dict:
+def whole(labels: Sequence | np.ndarray) -> dict:
     """Settings of an axis that counts layers, states or heads: where there are few, no ticks
     between whole numbers."""
     numbers = 0 < len(labels) < 8 and all(isinstance(label, (int, np.integer)) for label in labels)
