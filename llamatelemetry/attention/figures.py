@@ -14,7 +14,6 @@ from ..views.packing import ends, said_ends
 from ..views.text import plotly, shorten, token_labels, token_text
 
 MOST = 200  # tokens on an axis of a map; beyond, the first and the last are drawn
-_LEGEND = dict(orientation="h", y=1.1, x=1, xanchor="right")
 
 
 def _visible(values, queries, keys):
@@ -89,7 +88,7 @@ def depth_profile(table: pd.DataFrame, *, title: str) -> go.Figure:
         figure.add_scatter(x=mean.index, y=mean, name="mean of heads", **line, **shown)
         figure.update_yaxes(title=name, rangemode="tozero", **place)
         figure.update_xaxes(title="layer", **theme.whole(mean.index), **place)
-    return figure.update_layout(**theme.titled(title), height=400, legend=_LEGEND)
+    return figure.update_layout(**theme.titled(title), height=400, **theme.LEGEND_ABOVE)
 
 
 def maps_side_by_side(
@@ -187,7 +186,7 @@ def _bars(table, x_title, unit, title, labels=None):
     if labels:
         theme.label_ticks(figure, labels, "x", most=64)
     figure.update_xaxes(title=x_title).update_yaxes(title=unit)
-    return figure.update_layout(legend=_LEGEND)
+    return figure.update_layout(**theme.LEGEND_ABOVE)
 
 
 def logit_build_up(leads: list[pd.DataFrame], pieces: list, *, title: str) -> go.Figure:

@@ -10,11 +10,10 @@ from ..capture.runtime import ERROR, WARNING, Runtime, log_levels
 from ..child import serve
 from ..errors import CompareError, ModelLoadError, NotFiniteError
 from ..files.scratch import ScratchFile
-from .quality import Reference
+from .quality import ROWS, Reference
 
 # Tokens that are decoded at once, llama.cpp's default physical batch: bounds the memory for logits.
 STEP = 512
-ROWS = 8  # rows of logits that are reduced at once: the temporaries stay in the cache
 
 
 def open_model(path, n_ctx, parallel, threads, gpu_layers, tensor_split=None, **changes):

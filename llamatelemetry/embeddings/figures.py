@@ -12,12 +12,11 @@ from plotly.subplots import make_subplots
 
 from ..views import theme
 from ..views.text import plotly, shorten, token_text
-from ..views.theme import CATEGORIES, COLOR, axis_values, decades, titled, whole
+from ..views.theme import CATEGORIES, COLOR, LEGEND_ABOVE, axis_values, decades, titled, whole
 
 # 3-D markers; colours repeat after len(CATEGORIES) groups
 _SYMBOLS = ("circle", "diamond", "square", "cross", "x")
 _SERIES = (COLOR["embedding"], CATEGORIES[0], COLOR["baseline"])
-_LEGEND = dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right")
 
 
 def _labels(pieces: Iterable[str | bytes]) -> list[str]:
@@ -122,7 +121,7 @@ def projections(
 def agreement(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Bars of `cluster_agreement`, with the 95th percentile of shuffled labels as a mark."""
     labels = [plotly(f"{grouping}: {measure}") for grouping, measure in table.index]
-    figure = go.Figure(layout=dict(**titled(title), height=340, legend=_LEGEND))
+    figure = go.Figure(layout=dict(**titled(title), height=340, **LEGEND_ABOVE))
     look = dict(orientation="h", name="measured", marker_color=COLOR["embedding"])
     text, hover = table.value.map("{:.2f}".format), "%{y}: %{x:.4f}<extra></extra>"
     figure.add_bar(x=table.value, y=labels, text=text, hovertemplate=hover, **look)
@@ -154,7 +153,7 @@ def analogies(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Rank of each expected answer with the offset (b - a + c) and by cosine to c alone, on a
     logarithmic scale. table: `analogies`."""
     labels = [plotly(f"{q.a} : {q.b} = {q.c} : {q.d}") for q in table.itertuples()]
-    figure = go.Figure(layout=dict(**titled(title), height=180 + 22 * len(table), legend=_LEGEND))
+    figure = go.Figure(layout=dict(**titled(title), height=180 + 22 * len(table), **LEGEND_ABOVE))
     look = dict(mode="lines", showlegend=False, hoverinfo="skip")
     look["line"] = dict(color=COLOR["baseline"], width=1)
     for label, row in zip(labels, table.itertuples()):

@@ -15,20 +15,19 @@ from ..views.sentences import some
 from ..views.text import plotly
 
 GRID = 300  # rows of a distance matrix that are drawn; larger ones are averaged in blocks
-MEASURE_COLOR = {
-    "sink": "#7F7F7F",
-    "local": "#0072B2",
-    "global": "#56B4E9",
-    "delimiter": "#F0E442",
-    "positional": "#009E73",
+MEASURE_COLOR = {  # ten: two of Paul Tol's muted colours beside the eight of the theme
+    "sink": theme.CATEGORIES[7],
+    "local": theme.CATEGORIES[0],
+    "global": theme.CATEGORIES[4],
+    "delimiter": theme.CATEGORIES[6],
+    "positional": theme.CATEGORIES[2],
     "previous token": "#117733",
-    "duplicate": "#CC79A7",
-    "induction": "#D55E00",
-    "syntactic": "#E69F00",
+    "duplicate": theme.CATEGORIES[3],
+    "induction": theme.CATEGORIES[5],
+    "syntactic": theme.CATEGORIES[1],
     "semantic": "#882255",
 }
 HOVER = "%{text}<extra></extra>"
-LEGEND = dict(orientation="h", y=1.1, x=0)  # above the figure
 BASELINE = dict(color=theme.COLOR["key"], width=2)
 
 
@@ -138,7 +137,7 @@ def baselines(profiled: xr.Dataset, earned: xr.DataArray, *, title: str) -> go.F
     name = "largest shuffled score of any head"
     figure.add_scatter(**key, mode="lines", name=name, line=BASELINE)
     y = "share of attention (semantic: correlation)"
-    finished(figure, title, "behaviour", y, height=480, legend=LEGEND | {"y": 1.08})
+    finished(figure, title, "behaviour", y, height=480, **theme.LEGEND_ABOVE)
     ticks = dict(tickvals=list(range(len(labels))), ticktext=list(labels), tickangle=-30)
     return figure.update_xaxes(**ticks, zeroline=False, range=[-0.6, len(labels) - 0.4])
 
@@ -171,7 +170,7 @@ def clusters(
             )
     finished(figure, title, "first coordinate", "second coordinate", height=500)
     figure.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False, title_standoff=4)
-    return figure.update_layout(legend=LEGEND | {"y": -0.15})
+    return figure.update_layout(legend=dict(orientation="h", y=-0.15))
 
 
 def distances(
@@ -289,6 +288,6 @@ def survival(comparison: pd.DataFrame, one: str, other: str, *, title: str) -> g
         hover = "%{x}<br>%{y} heads<extra>" + name + "</extra>"
         bar = dict(name=name, marker_color=color, hovertemplate=hover)
         figure.add_bar(x=part.index, y=part[column], **bar)
-    layout = dict(barmode="stack", height=420, legend=LEGEND)
+    layout = dict(barmode="stack", height=420, **theme.LEGEND_ABOVE)
     finished(figure, title, "behaviour", "heads with the label", **layout)
     return figure.update_xaxes(tickangle=-30)

@@ -5,7 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..views import theme
-from .figures import LEGEND, band, finished
+from .figures import band, finished
 
 ORDERS = {
     "least important": theme.CATEGORIES[0],
@@ -85,7 +85,7 @@ def both_ways(table: pd.DataFrame, *, title: str) -> go.Figure:
     )
     x = "loss change with the output zeroed (nats per token)"
     y = "with the output at its mean (nats per token)"
-    return finished(figure, title, x, y, height=440, legend=LEGEND)
+    return finished(figure, title, x, y, height=440, **theme.LEGEND_ABOVE)
 
 
 def pruning(table: pd.DataFrame, n_heads: int, *, title: str) -> go.Figure:
@@ -104,4 +104,4 @@ def pruning(table: pd.DataFrame, n_heads: int, *, title: str) -> go.Figure:
         line = dict(mode="lines+markers", line_color=color, hovertemplate=hover)
         figure.add_scatter(x=mean.index, y=mean, name=name, **line)
     x, y = f"heads removed, of the {n_heads} that were ablated", "loss change (nats per token)"
-    return finished(figure, title, x, y, height=430, legend=LEGEND)
+    return finished(figure, title, x, y, height=430, **theme.LEGEND_ABOVE)

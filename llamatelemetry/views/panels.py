@@ -18,8 +18,7 @@ Values: TypeAlias = Sequence | np.ndarray | pd.Series | pd.Index  # of one axis
 def panels(title: str, height: int = 440, rows: int = 1, cols: int = 1, **grid: Any) -> go.Figure:
     """An empty figure in the theme, with room for its legend above. grid: as make_subplots'."""
     figure = make_subplots(rows=rows, cols=cols, **grid)
-    look = dict(height=height, legend=theme.LEGEND, margin=dict(t=90))
-    return figure.update_layout(**theme.titled(title), **look)
+    return figure.update_layout(**theme.titled(title), height=height, **theme.LEGEND_ABOVE)
 
 
 def name_axes(

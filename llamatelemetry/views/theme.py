@@ -86,8 +86,10 @@ WIDTH = 900  # Kaggle's output column, pixels
 TICK = 18  # characters of a tick label
 
 _GREY = "#808080"  # readable on white and on black alike
-# Above the panels, beside the title: the margin above is 90 pixels then.
-LEGEND = dict(orientation="h", y=1.02, yanchor="bottom", x=1, xanchor="right")
+# Layout of a figure whose legend stands above it, under the title.
+LEGEND_ABOVE = dict(
+    legend=dict(orientation="h", y=1.02, yanchor="bottom", x=1, xanchor="right"), margin_t=90
+)
 TEMPLATE = go.layout.Template(
     layout=dict(
         autotypenumbers="strict",  # else labels like "0 1", "1 2" (position, token) are read as the numbers 1, 12
