@@ -1,7 +1,9 @@
 """Where the models of a comparison go: a reference and a candidate on a GPU each, both over all of
 them, or one after the other."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..files import hub
 from ..files.gguf import GGUFFile
@@ -37,13 +39,11 @@ def placed(reference: str, candidates: list[str], gpu_layers: int | None = None)
     if len(cards) > 1:
         for one, other in ((a, b) for a in range(len(cards)) for b in range(len(cards)) if a != b):
             if need[reference] <= rooms[one] and largest <= rooms[other]:
-                at = [
-                    [float(card == number) for card in range(len(cards))] for number in (one, other)
-                ]
+                first, second = np.eye(len(cards))[[one, other]].tolist()
                 groups = _groups(candidates, need, rooms[other])
-                return [Placing(group, *at, gpus=tuple(cards)) for group in groups]
+                return [Placing(group, first, second, gpus=tuple(cards)) for group in groups]
         shares = [room / (sum(rooms) or 1) for room in rooms]
-        where = dict(reference=shares, own=shares, gpus=tuple(cards))
+        where: dict[str, Any] = dict(reference=shares, own=shares, gpus=tuple(cards))
         room = SPREAD * sum(rooms)
     else:
         # One GPU's buffers are in what is measured as free; the machine's pages can be given back.
