@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import NotebookError, ParameterError
-from ..files.outputs import folder_of, refuse_overwriting
+from ..files.outputs import folder_of, refuse_overwriting, written
 from ..views import text
 from .parameter_types import fit
 
@@ -167,7 +167,8 @@ def _fit_all(paths, out, parameters, typed):
                 notebook.cells.insert(
                     0, nbformat.v4.new_markdown_cell(f"**Not run:** {text.markdown(error)}")
                 )
-                nbformat.write(notebook, folder_of(out) / path.name)
+                with written(folder_of(out) / path.name) as temporary:
+                    nbformat.write(notebook, temporary)
     if refused:
         raise ParameterError("Nothing was run. " + " ".join(refused))
     return fitted
@@ -200,7 +201,8 @@ def export_html(path: Path) -> Path:
     for number, formula in enumerate(formulas):
         page = page.replace(_PLACE.format(number), formula)
     target = path.with_suffix(".html")
-    target.write_text(page, encoding="utf-8")
+    with written(target) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return target
 
 
