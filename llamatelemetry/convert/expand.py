@@ -2,6 +2,7 @@
 full-precision model."""
 
 from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 from ..errors import ModelLoadError, QuantizeError, shown
 from ..files.gguf import GGUFFile, unreadable
 from ..files.outputs import path_of, written
+from ..files.scratch import ANNOUNCED, ScratchFile, scratch
 from ..files.types import TensorType, dequantize
 from ..gpus.cores import physical_cores
+from ..gpus.fit import as_type
 from ..reading import Rows
 
 ROWS = 4096  # rows of a tensor that are dequantized at once: 4,096 x 4,096 float32 is 64 MiB
@@ -21,6 +24,7 @@ WORKERS = 4  # blocks under way at a time
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes per weight
 # Bytes per block of 32 weights, the step in float16 first.
 SIMPLE = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
+LARGEST_F32 = 2 * 10**9  # bytes of a stand-in in F32; a larger one is F16
 SLACK = 64 << 20  # metadata, tokenizer and padding, in bytes
 
 
@@ -48,22 +52,23 @@ def expand(src: str | Path, dst: str | Path, type: str = "F32", progress: bool =
     rows, not the model. Returns the path of `dst`. Raises ModelNotFoundError, ModelLoadError or
     QuantizeError (a type that is not one of the three, a `dst` that is `src` itself by whatever
     name, too little disk space)."""
-    if type not in FLOATS:
-        raise QuantizeError(
-            f"expand() writes {', '.join(FLOATS)}, not {type!r}: use quantize() for quantized types."
-        )
+    _check_float("expand", type)
     return _rewrite(src, dst, type, lambda tensor, start, values: values, {}, progress)
 
 
-def make_reference(src: str | Path, dst: str | Path, seed: int = 0, progress: bool = True) -> Path:
+def make_reference(
+    src: str | Path, dst: str | Path, seed: int = 0, progress: bool = True, type: str = "F32"
+) -> Path:
     """Make a stand-in for the full-precision model that a quantized file came from: its weights
     plus uniform noise.
 
     Each weight of a quantized block moves by at most half of that block's step, which is where the
     original could have been. It is another model than the original (its own perplexity says how
     much worse); it serves to put quantizations in order, which a requantized file does not, because
-    its weights already lie on a grid. The file's `general.name` says what it is. Written as F32;
-    same seed, same file. Returns the path of `dst`."""
+    its weights already lie on a grid. The file's `general.name` says what it is. type: "F32", "F16"
+    or "BF16" (see reference_type); same seed and type, same file. Returns the path of `dst`. Raises
+    as expand() does."""
+    _check_float("make_reference", type)
 
     def noisy(tensor, start, values):
         step = _steps(tensor, start, len(values))  # (rows, width)
@@ -73,16 +78,55 @@ def make_reference(src: str | Path, dst: str | Path, seed: int = 0, progress: bo
         return values + (rng.random(values.shape, dtype=np.float32) - np.float32(0.5)) * step
 
     note = f"{open_model(src).name} + uniform noise of one quantization step (seed {seed}), not the original"
-    return _rewrite(src, dst, "F32", noisy, {"general.name": note}, progress)
+    return _rewrite(src, dst, type, noisy, {"general.name": note}, progress)
+
+
+def _check_float(what, type):
+    if type not in FLOATS:
+        raise QuantizeError(
+            f"{what}() writes {', '.join(FLOATS)}, not {type!r}: use quantize() for quantized types."
+        )
+
+
+def reference_type(file: GGUFFile) -> str:
+    """The float type of a stand-in: F32 where the file is then at most 2 GB, else F16, whose
+    rounding (1/2048 of a weight) is far below a step of any quantization, in half the room."""
+    return "F32" if 4 * int(file.tensors["n_elements"].sum()) <= LARGEST_F32 else "F16"
 
 
 def reference_for(file: GGUFFile, folder: str | Path, seed: int = 0) -> GGUFFile:
     """What quantizations of a model are compared with: the file itself where its matrices are
-    floats, else its stand-in, made into `folder` unless it is there. Errors: make_reference's."""
+    floats, else its stand-in of reference_type, made unless it is there: into `folder`, or into
+    scratch where it is over 1 GB (`output`). Errors: make_reference's."""
     if not quantized_types(file):
         return file
-    stand_in = Path(folder) / f"{file.path.stem}-noise-{seed}-F32.gguf"
-    return GGUFFile(stand_in if stand_in.is_file() else make_reference(file.path, stand_in, seed))
+    kind = reference_type(file)
+    size, name = as_type(file, kind).size_bytes, f"{file.path.stem}-noise-{seed}-{kind}.gguf"
+    stand_in = output(name, size, folder, there=lambda path: True)
+    if not stand_in.is_file():
+        make_reference(file.path, stand_in, seed, type=kind)
+    return GGUFFile(stand_in)
+
+
+def output(
+    name: str, size_bytes: int, folder: str | Path, there: Callable[[Path], bool] | None = None
+) -> Path:
+    """Where a file that is made goes: into `folder`, over 1 GB into scratch, where it is announced
+    and not kept (files.scratch). there(path): whether one that is there already is the right one;
+    another is removed from scratch. OutputError where scratch has less room."""
+    if size_bytes <= ANNOUNCED:
+        return Path(folder) / name
+    path = scratch() / name
+    if path.is_file() and there and there(path):
+        return path
+    return ScratchFile(name, size_bytes).path
+
+
+def used_up(paths: Iterable[str | Path]) -> None:
+    """Remove those of some files that lie in scratch."""
+    for path in map(Path, paths):
+        if path.parent == scratch():
+            path.unlink(missing_ok=True)
 
 
 def _steps(tensor, start, rows):

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,11 +11,14 @@ import pandas as pd
 from ..errors import ModelLoadError, ModelNotFoundError, QuantizeError, shown
 from ..files.gguf import GGUFFile
 from ..files.outputs import labels, once, path_of, refuse_overwriting, written
+from ..files.places import free_bytes
 from ..files.programs import tool
 from ..files.registry import TYPES
+from ..files.scratch import ANNOUNCED, scratch
 from ..gpus.cores import physical_cores
+from ..gpus.fit import as_type
 from . import importance
-from .expand import SLACK, open_model, quantized_types
+from .expand import SLACK, open_model, output, quantized_types, reference_type
 from .run import run_tool
 
 _NEEDS_MATRIX = "will require an imatrix"  # what llama-quantize says in a dry run
@@ -115,21 +119,53 @@ def quantizations(
 ) -> dict[str, Path]:
     """A file for each of `wanted`: {name: path}, the names those of files.labels.
 
-    A type ("Q4_K_M") is made from `reference` into `folder`, unless a file that was made from it is
-    there already, after it and after the importance matrix; anything else is a path or a registry
-    name and taken as it is."""
+    A type ("Q4_K_M") is made from `reference` into `folder`, over 1 GB into scratch, unless a file
+    that was made from it is there already, after it and after the importance matrix; anything else
+    is a path or a registry name and taken as it is."""
     from ..files.models import resolve_model
 
-    paths = []
+    paths, inputs = [], [reference] + [imatrix] * (imatrix is not None)
     for name in wanted:
         if str(name).upper() not in TYPES:
             paths.append(Path(resolve_model(name)))
             continue
-        path = Path(folder) / f"{name}{'-imatrix' if imatrix else ''}.gguf"
-        if not _made_from(path, [reference] + [imatrix] * (imatrix is not None)):
+        size = as_type(GGUFFile(reference), str(name).upper()).size_bytes
+        file, there = (
+            f"{name}{'-imatrix' if imatrix else ''}.gguf",
+            partial(_made_from, inputs=inputs),
+        )
+        path = output(file, size, folder, there)
+        if not there(path):
             quantize(reference, path, str(name), imatrix=imatrix, progress=progress)
         paths.append(path)
     return once(dict(zip(labels(paths), paths)))
+
+
+LADDER = ("Q8_0", "Q4_K_M", "Q5_K_M", "IQ3_XS")  # what is made first where not all can be
+# Weights per second and core of llama-quantize: 18 million for k-quants (measured on 2 cores with
+# 1.2 billion weights), ten times as many for Q8_0.
+RATES = {"Q8_0": 180e6}
+RATE = 18e6
+
+
+def ladder(file: GGUFFile, seconds: float = 240) -> list[str]:
+    """Types for a comparison of what a model loses from step to step, largest first: Q8_0, Q5_K_M,
+    Q4_K_M and IQ3_XS (Q3_K_M where that needs an importance matrix), without those whose making
+    would go beyond `seconds` on this machine's cores or beyond what scratch has free."""
+    weights, used = int(file.tensors["n_elements"].sum()), 0.0
+    room = free_bytes(scratch()) - as_type(file, reference_type(file)).size_bytes
+    chosen = []
+    for kind in LADDER:
+        if kind == "IQ3_XS" and needs_imatrix(file.path, kind):
+            kind = "Q3_K_M"
+        size = as_type(file, kind).size_bytes
+        used += weights / RATES.get(kind, RATE) / physical_cores()
+        # The mixture and its control are made beside them, one after the other's type.
+        room -= size if size > ANNOUNCED else 0
+        if used > seconds and len(chosen) > 1 or room < 2 * size and size > ANNOUNCED:
+            break
+        chosen.append((size, kind))
+    return [kind for _, kind in sorted(chosen, reverse=True)]
 
 
 def with_origin(paths: Mapping[str, Path], origin: str | Path) -> dict[str, Path]:

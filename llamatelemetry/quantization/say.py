@@ -7,6 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from ..compare.quality import NOISE
+from ..convert.quantize import LADDER
 from ..files.gguf import GGUFFile
 from ..maths import ratio
 from ..views.sentences import counted, listed, sentence, sentence_by_name, some
@@ -14,6 +15,17 @@ from . import contents, decision, tokens
 from .figures import COSTS, PARTS
 
 NOTHING = "Nothing was measured: there is nothing to say."
+
+
+@sentence
+def steps(wanted: list[str], chosen: bool) -> str:
+    """chosen: by quantize.ladder, not by the reader."""
+    said = f"Compared are {listed(wanted)}"
+    left = [kind for kind in LADDER if kind not in wanted and kind[0] == "Q"]
+    if not chosen or not left:
+        return f"{said}."
+    why = "it would take minutes more on these cores, or more room than scratch has"
+    return f"{said}, chosen for the model's size: {listed(left)} can be named in QUANTIZATIONS, but {why}."
 
 
 @sentence

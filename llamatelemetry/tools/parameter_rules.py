@@ -198,11 +198,14 @@ def candidates(value, model, values):
 
 
 def start_of_candidate(value, model, values):
-    """The beginning of the name of one of QUANTIZATIONS."""
-    names = [name for item in values["QUANTIZATIONS"] for name in (str(item), Path(str(item)).stem)]
+    """The beginning of the name of one of QUANTIZATIONS, or of those that None stands for."""
+    from ..convert.quantize import ladder
+
+    given = ladder(model) if values["QUANTIZATIONS"] is None else values["QUANTIZATIONS"]
+    names = [name for item in given for name in (str(item), Path(str(item)).stem)]
     if isinstance(value, str) and value and any(name.startswith(value) for name in names):
         return None
-    return f"none of QUANTIZATIONS begins so: {', '.join(map(str, values['QUANTIZATIONS']))}"
+    return f"none of QUANTIZATIONS begins so: {', '.join(map(str, given))}"
 
 
 def backend(value, model, values):

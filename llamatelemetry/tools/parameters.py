@@ -86,7 +86,7 @@ RULES = {
     "OTHER_TYPE": quantization,
     "QUANTIZATION": quantization,
     "REQUANTIZE": quantization,
-    "QUANTIZATIONS": candidates,
+    "QUANTIZATIONS": optional(candidates),
     "FOCUS": start_of_candidate,
     "IMATRIX": flag,
     "WORKERS": whole(0),
