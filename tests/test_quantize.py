@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import gguf
 import numpy as np
+import pandas as pd
 import pytest
 from models import IDS, tiny_model
 
@@ -439,3 +440,65 @@ def test_the_former_format_of_importance_matrices(tmp_path):
     old.write_bytes(struct.pack("<i", 2) + entry)
     with pytest.raises(QuantizeError, match="no importance matrix"):
         importance.entries(old)
+
+
+@pytest.mark.parametrize(
+    "weights, cores, steps", [(135e6, 2, 4), (1.2e9, 2, 4), (8e9, 4, 3), (8e9, 2, 2)]
+)
+def test_the_ladder_is_reckoned_from_the_model_and_the_cores(weights, cores, steps, monkeypatch):
+    from llamatelemetry.convert import quantize as module
+
+    table = pd.DataFrame({"n_elements": [int(weights)], "shape": [(8, int(weights) // 8)]})
+    file = SimpleNamespace(tensors=table, path="x")
+    monkeypatch.setattr(module, "physical_cores", lambda: cores)
+    monkeypatch.setattr(module, "needs_imatrix", lambda *_: weights > 1e9)
+    monkeypatch.setattr(module, "free_bytes", lambda _: 60e9)
+    size = {
+        "Q8_0": 8.5,
+        "Q5_K_M": 5.7,
+        "Q4_K_M": 4.9,
+        "Q3_K_M": 3.9,
+        "IQ3_XS": 3.5,
+        "F16": 16,
+        "F32": 32,
+    }
+    reckoned = lambda _, kind: SimpleNamespace(size_bytes=int(size[kind] * weights / 8))  # noqa: E731
+    monkeypatch.setattr(module, "as_type", reckoned)
+    found = module.ladder(file)
+    assert len(found) == steps and found[0] == "Q8_0" and "Q4_K_M" in found
+    assert found == sorted(found, key=size.get, reverse=True)
+    assert ("IQ3_XS" in found) == (weights < 1e9)
+    monkeypatch.setattr(module, "free_bytes", lambda _: 0)
+    if weights > 2e9:  # what there is no room for is said where it would be made
+        assert module.ladder(file) == ["Q8_0", "Q4_K_M"]
+
+
+def test_a_large_file_that_is_made_lies_in_scratch(tmp_path, monkeypatch, capsys):
+    from llamatelemetry.files import scratch
+
+    assert (
+        module.output("a.gguf", 10, tmp_path) == tmp_path / "a.gguf" and not capsys.readouterr().out
+    )
+    monkeypatch.setattr(module, "ANNOUNCED", 1000)
+    monkeypatch.setattr(scratch, "ANNOUNCED", 1000)
+    path = module.output("a.gguf", 2000, tmp_path)
+    assert path.parent == scratch.scratch() and "a.gguf: 0.0 GB" in capsys.readouterr().out
+    path.write_bytes(b"x")
+    kept = tmp_path / "b.gguf"
+    kept.write_bytes(b"x")
+    assert module.output("a.gguf", 2000, tmp_path, there=lambda _: True).is_file()
+    module.used_up([path, kept])
+    assert kept.is_file() and not path.is_file()
+
+
+@pytest.mark.parametrize("type", ["F16", "BF16"])
+def test_a_stand_in_of_half_the_size_is_the_same_but_for_rounding(type, tmp_path, smollm2):
+    one = GGUFFile(make_reference(smollm2, tmp_path / "f32.gguf", progress=False))
+    half = GGUFFile(make_reference(smollm2, tmp_path / "half.gguf", progress=False, type=type))
+    assert half.size_bytes < 0.6 * one.size_bytes and half.name == one.name
+    name = "blk.3.ffn_up.weight"
+    whole, rounded = one.rows(name, [0, 7]), half.rows(name, [0, 7])
+    step = 2.0 ** (-10 if type == "F16" else -7)
+    np.testing.assert_allclose(rounded, whole, rtol=step, atol=1e-6)
+    with pytest.raises(QuantizeError, match="make_reference"):
+        make_reference(smollm2, tmp_path / "x.gguf", type="Q8_0")

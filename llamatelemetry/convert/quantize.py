@@ -160,9 +160,9 @@ def ladder(file: GGUFFile, seconds: float = 240) -> list[str]:
             kind = "Q3_K_M"
         size = as_type(file, kind).size_bytes
         used += weights / RATES.get(kind, RATE) / physical_cores()
-        # The mixture and its control are made beside them, one after the other's type.
+        # Beside them a mixture and its control are made.
         room -= size if size > ANNOUNCED else 0
-        if used > seconds and len(chosen) > 1 or room < 2 * size and size > ANNOUNCED:
+        if len(chosen) > 1 and (used > seconds or size > ANNOUNCED and room < 2 * size):
             break
         chosen.append((size, kind))
     return [kind for _, kind in sorted(chosen, reverse=True)]
