@@ -14,20 +14,25 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from pathlib import Path
 
 from . import errors, logs
 from .errors import CaptureError, LlamaTelemetryError, WorkerCrashedError
+from .liveness import LOOP, Watch
+
+NODES = [0]  # in a child: nodes of graphs that were computed, as far as anybody looked
 
 
 class Child:
     """A process of `python -m module`. Attributes: pid, folder, process. Also a context manager."""
 
-    def __init__(self, module, name, env, then=""):
+    def __init__(self, module, name, env, then="", limit=LOOP):
         """name: what errors call it; env: its whole environment; then: a sentence for the error of
-        its death."""
-        self.name, self._then = name, then
+        its death. limit: seconds that it may compute without a sign of progress (liveness.py: what
+        Watch does with one that stalls)."""
+        self.name, self._then, self._limit = name, then, limit
         self.folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-", dir=_roomy_folder()))
         self.log_path = self.folder / "worker.log"
         package = str(Path(__file__).resolve().parents[1])
@@ -55,20 +60,22 @@ class Child:
 
         hear(**said): called with what it tells before it answers. Raises the error that the method
         raised, by the name of its class; WorkerCrashedError, with the tail of its log, where the
-        child has ended."""
+        child has ended, or stalled and was ended for it."""
         if not self.alive:
             raise self._crashed()
         try:
             self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
             self.process.stdin.flush()
-            while line := self.process.stdout.readline():
-                answer = json.loads(line)
-                if "said" not in answer:
-                    break
-                if hear:
-                    hear(**answer["said"])
-            else:
-                raise self._crashed()
+            with Watch(self.pid, self.kill, self._limit) as watch:
+                while line := self.process.stdout.readline():
+                    watch.beat()
+                    answer = json.loads(line)
+                    if "ok" in answer or "error" in answer:
+                        break
+                    if hear and "said" in answer:
+                        hear(**answer["said"])
+                else:
+                    raise self._crashed()
         except (BrokenPipeError, ValueError) as error:
             raise self._crashed() from error
         except BaseException:
@@ -141,15 +148,20 @@ def serve(make):
     """The child's side, to its end: commands from stdin become calls of methods of make(tell).
 
     tell(**said): what the parent's `hear` gets before the answer."""
-    out = os.fdopen(os.dup(1), "w")
+    out, turn, working = os.fdopen(os.dup(1), "w"), threading.Lock(), threading.Event()
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the answers
 
     def answer(**message):
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+        if "said" not in message and "alive" not in message:
+            working.clear()
+        with turn:
+            out.write(json.dumps(message) + "\n")
+            out.flush()
 
+    threading.Thread(target=_beat, args=(answer, working), daemon=True).start()
     worker = make(lambda **said: answer(said=said))
     for command in _commands(sys.stdin, sys.argv[1]):
+        working.set()
         try:
             answer(ok=getattr(worker, command.pop("command"))(**command))
         except LlamaTelemetryError as error:
@@ -159,6 +171,19 @@ def serve(make):
 
             traceback.print_exc()
             answer(error="CaptureError", message=f"{type(error).__name__}: {error}")
+
+
+def _beat(answer, working):
+    """Tell the parent each second whether anything has moved since the last: the nodes of the graph
+    that were computed, or the line of Python that a thread is at."""
+    before, me = None, threading.get_ident()
+    while working.wait():
+        frames = sys._current_frames().items()
+        threads = [(at, id(one), one.f_lasti) for at, one in frames if at != me]
+        if (now := (NODES[0], threads)) != before:
+            answer(alive=True)
+        before, frames = now, None
+        time.sleep(1)
 
 
 def _commands(pipe, folder):

@@ -187,19 +187,25 @@ class Serving:
             check_start(body["prompt"], server.post, server.model)
             response = server.post("/completion", watched(body), stream=True)
             try:
-                for line in response.iter_lines(chunk_size=None):
-                    if not line.startswith(b"data: "):
-                        continue  # blank lines, and pings while a long prompt is processed
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise ServerError(f"llama-server: {event['error'].get('message')}")
-                    if drawn(event)["content"]:
-                        yield event["content"]
-                    if event["stop"]:
-                        return
-                raise requests.ConnectionError("the stream ended early")
+                with self.server.watched() as watch:
+                    for line in response.iter_lines(chunk_size=None):
+                        if not line.startswith(b"data: "):
+                            continue  # blank lines, and pings while a long prompt is processed
+                        watch.beat()
+                        event = json.loads(line[6:])
+                        if "error" in event:
+                            raise ServerError(f"llama-server: {event['error'].get('message')}")
+                        if drawn(event)["content"]:
+                            yield event["content"]
+                        if event["stop"]:
+                            return
+                    raise requests.ConnectionError("the stream ended early")
             except requests.RequestException as error:
                 raise server.lost(error) from error
+            except KeyboardInterrupt:
+                response.close()
+                self.server.after_interrupt()
+                raise
             finally:
                 response.close()  # llama-server sees the closed connection and stops generating
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..child import NODES
 from ..errors import CaptureError, ModelLoadError
 from ..gpus.cores import physical_cores
 from . import prediction
@@ -203,6 +204,7 @@ class Runtime:
         observe = self._observe
         if observe is None:
             return not ask
+        NODES[0] += 1
         try:
             if not self._checked:
                 self.ggml.check_layout(address)

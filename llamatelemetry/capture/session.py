@@ -12,8 +12,11 @@ from ..arguments import finite, prompt, say_two_starts, whole, writable
 from ..child import Child
 from ..errors import CaptureError, ModelLoadError, WorkerCrashedError
 from ..files.gguf import GGUFFile
+from ..files.outputs import split_parts
 from ..files.vocabulary import named
 from ..gpus.cores import physical_cores
+from ..gpus.devices import list_gpus
+from ..liveness import patience
 from ..server.loading import described, least_context
 from .data import Capture, token_table
 from .edits import pack
@@ -56,12 +59,14 @@ class CaptureSession:
             cache_type = "f32" if (matrices["type"] == "F32").all() else "f16"
         self.cache_type, self._variant = cache_type, described(variant or {})
         self._count, self._free = 0, []
+        context, gpu = n_ctx or self.model.n_ctx_train, gpu_layers != 0 and bool(list_gpus())
         self.model.check_place()
         self.child = Child(
             "llamatelemetry.capture.worker",
             "the capture worker",
             UNFUSED | logs.ENVIRONMENT | os.environ | (env or {}),
             then="The next capture starts a new one.",
+            limit=patience(split_parts(self.model.path), n_ubatch, context, gpu),
         )
         self.pid = self.child.pid
         try:

@@ -10,8 +10,10 @@ from .. import logs
 from ..child import Child
 from ..errors import CaptureError, LlamaTelemetryError, ModelLoadError, WorkerCrashedError
 from ..gpus.cores import physical_cores
-from ..gpus.devices import inference_environment
+from ..gpus.devices import inference_environment, list_gpus
+from ..liveness import patience
 from .placing import placed
+from .worker import STEP
 
 
 def measure_all(job, progress=False):
@@ -59,7 +61,9 @@ def _child(job, progress):
     environment = inference_environment()
     if seen := job.pop("seen", None):
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen)
-    child = Child("llamatelemetry.compare.worker", "llama.cpp", environment)
+    files = [job["reference"], *job["candidates"]]
+    limit = patience(files, STEP, job["n_ctx"], bool(list_gpus()))
+    child = Child("llamatelemetry.compare.worker", "llama.cpp", environment, limit=limit)
     with child, tqdm(desc="compare", unit="window", disable=not progress) as meter:
         try:
             found = child.call("compare", hear, **_settings(job), folder=str(child.folder))

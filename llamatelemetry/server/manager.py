@@ -1,6 +1,7 @@
 """llama-server: start it, watch it, stop it. It listens on this machine only, with a key
 of its own."""
 
+import errno
 import os
 import re
 import secrets
@@ -15,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import guard
-from ..errors import ModelLoadError, ModelNotFoundError, ServerError, shown
-from ..files.outputs import path_of
+from ..errors import LlamaTelemetryError, ModelLoadError, ModelNotFoundError, ServerError, shown
+from ..files.outputs import path_of, split_parts
+from ..files.places import free_bytes
 from ..files.programs import ENGINE_MEND, find_server
 from ..gpus import devices
 from ..gpus.cores import physical_cores
+from ..liveness import Watch, kill, patience, stopped
 from ..options import environment, flags, pooling_of
 from .failures import death, refusal
 
+BATCH = 2048  # tokens that llama-server decodes in one batch, unless it is told otherwise
 STOPPED = (
     "llama-server was stopped during the request, by close() or load_model() elsewhere. Ask again "
     "once a model is loaded."
@@ -46,7 +50,7 @@ class ServerManager:
 
     def _reset(self):
         self.url = self.port = self.pid = self.model_path = self.host = None
-        self.offload = ""
+        self.offload = self._stalled = ""
         self.sound = False  # whether its log-probabilities were seen to be numbers
 
     # ---- life
@@ -117,12 +121,19 @@ class ServerManager:
             folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-server-"))
             self.log = folder / "llama-server.log"
             started = time.monotonic()
+            batch = max(BATCH, int(server_kwargs.get("batch_size") or 0))
+            gpu = gpu_layers != 0 and bool(devices.list_gpus())
+            parts = split_parts(model_path)
+            self._limit = patience(parts, batch, ctx_size or batch, gpu)
             try:
                 with open(self.log, "wb") as log:
+                    _check_room(log)
                     command = [binary, *flags(options)]
                     self._guard, self.pid = guard.popen(command, log, env=variables, folder=folder)
             except OSError as error:
                 shutil.rmtree(folder, ignore_errors=True)
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise no_room(folder.parent) from error
                 raise ServerError(
                     f"{binary} cannot be executed: {error.strerror}. {ENGINE_MEND}"
                 ) from error
@@ -170,7 +181,7 @@ class ServerManager:
         # Nothing is drawn in the first second: small models are there by then.
         bar = tqdm(desc=what, delay=1, disable=silent, bar_format="{desc}: {elapsed}", leave=False)
         deadline, pause = time.monotonic() + timeout, 0.01
-        with bar:
+        with bar, self._watched():
             while True:
                 if self._guard.poll() is not None:
                     raise self._death("ended while it loaded the model")
@@ -179,6 +190,8 @@ class ServerManager:
                     self.url = f"http://{_reached(self.host)}:{self.port}"
                     if self._answers():
                         return
+                if not self.port and not free_bytes(self.log.parent):
+                    raise no_room(self.log.parent.parent)
                 if time.monotonic() > deadline:
                     raise ServerError(
                         f"llama-server did not answer within {timeout:g} s. Give a longer timeout to "
@@ -242,7 +255,43 @@ class ServerManager:
         except (OSError, AttributeError):
             return getattr(self, "_last_log", "")
 
+    def _watched(self, ask=None):
+        """A Watch over the server, for as long as something waits for it: `post`, and who reads a
+        stream."""
+        return Watch(self.pid, self._end_stalled, self._limit, ask)
+
+    def _end_stalled(self, why):
+        self._stalled = f"{why}; it was ended, and the next call starts it again"
+        kill(self.pid)
+
+    def watched(self) -> Watch:
+        """Ends the server where it stalls while the `with` block waits for it: then what waits gets
+        a connection that breaks, and `lost` says why. See liveness.Watch; asked is /slots, which
+        llama-server answers between two batches."""
+        return self._watched(self._turn)
+
+    def _turn(self, timeout=None):
+        url, session = self._connection()
+        session.get(f"{url}/slots", timeout=(10, timeout))
+
+    def after_interrupt(self) -> None:
+        """What an interrupted request leaves: a server that goes on, or, where it says nothing for
+        three seconds, none."""
+        import requests
+
+        try:
+            if not stopped(self.pid):
+                return self._turn(3)
+        except (requests.RequestException, ServerError):
+            pass
+        except BaseException:
+            self.stop_server()
+            raise
+        self.stop_server()
+
     def _death(self, when):
+        if self._stalled:
+            return ServerError(f"llama-server {self._stalled}. Its log ends:\n{self.log_tail()}")
         return death(when, self._guard.poll(), self.log_tail(20000), self.model_path)
 
     # ---- requests
@@ -257,12 +306,18 @@ class ServerManager:
 
         url, session = self._connection()
         try:
-            response = session.post(url + path, json=body, stream=stream, timeout=(10, None))
+            with self.watched():
+                response = session.post(url + path, json=body, stream=stream, timeout=(10, None))
             if response.status_code >= 400:
                 raise refusal(response)
             return response if stream else response.json()
         except requests.RequestException as error:
             raise self.lost(error) from error
+        except LlamaTelemetryError:
+            raise
+        except BaseException:  # Ctrl-C: one that stalls is not kept
+            self.after_interrupt()
+            raise
 
     def _connection(self):
         """Address and requests.Session of the running server, as they are at one moment."""
@@ -321,6 +376,21 @@ def _refuse_port_in_use(host, port):
             f"Port {port} on {host} is in use or not to be had ({error}). Leave port=None for a free "
             "one."
         ) from error
+
+
+def _check_room(log):
+    """OSError where a log cannot be written: its port is read from it."""
+    log.write(bytes(1 << 16))
+    log.flush()
+    log.seek(0)
+    log.truncate()
+
+
+def no_room(folder):
+    return ServerError(
+        f"llama-server's log cannot be written: {folder} is full. Make room there, or set TMPDIR to "
+        "a folder that has some."
+    )
 
 
 def _ended(owner, process, folder):

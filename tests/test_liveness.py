@@ -1,0 +1,145 @@
+"""A process that stalls is found out and ended; one that works is not, however long it takes."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+from models import IDS, tiny_model
+
+from llamatelemetry import InferenceEngine, ServerError, WorkerCrashedError, liveness
+from llamatelemetry.liveness import Watch
+
+LOOPS = "while :; do :; done"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Limits of a second or two."""
+    limits = {"TICK": 0.1, "STOPPED": 1, "SILENT": 2, "LOOP": 2, "ASKED": 0.5}
+    for name, value in limits.items():
+        monkeypatch.setattr(liveness, name, value)
+
+
+def watched(command, *, before=None, beats=False, seconds=5.0):
+    """Why a Watch ended a process within so many seconds, or None."""
+    process, said = subprocess.Popen(["sh", "-c", command]), []
+
+    def end(why):
+        said.append(why)
+        process.kill()
+
+    if before:
+        os.kill(process.pid, before)
+    with Watch(process.pid, end, 1.0) as watch:
+        until = time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+            if beats:
+                watch.beat()
+    process.kill()
+    process.wait()
+    return said[0] if said else None
+
+
+@pytest.mark.parametrize(
+    "command, before, why",
+    [
+        ("sleep 60; :", signal.SIGSTOP, "stopped by a signal"),
+        ("sleep 60; :", None, "neither computed nor answered"),
+        (LOOPS, None, "endless loop"),
+    ],
+)
+def test_one_that_stalls(command, before, why):
+    assert why in watched(command, before=before, seconds=15)
+
+
+@pytest.mark.parametrize("command", ["sleep 60; :", LOOPS])
+def test_one_that_gives_signs_is_let_be(command):
+    assert watched(command, beats=True, seconds=3) is None
+
+
+def test_a_stopped_process_that_goes_on_is_let_be():
+    assert watched("kill -STOP $$ & sleep 0.3; :; kill -CONT $$; exit 0", seconds=1) is None
+
+
+def test_patience_grows_with_the_work(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"x")
+    with open(large, "wb") as file:
+        file.truncate(5 * 10**9)  # an 8B shape
+    assert liveness.patience([small], 512, 4096, False) < 3
+    assert 3600 < liveness.patience([large], 512, 4096, False)
+    assert liveness.patience([small, tmp_path / "none"], 512, 4096, True) > 800
+
+
+def ropeless(folder):
+    """llama.cpp computes for ever with this one: gemma3 with rope.dimension_count=0."""
+    import gguf
+
+    path = tiny_model("gemma3", folder)
+    reader = gguf.GGUFReader(path, "r+")
+    reader.fields["gemma3.rope.dimension_count"].parts[-1][0] = 0
+    reader.data.flush()
+    return path
+
+
+@pytest.mark.slow
+def test_a_worker_that_loops_or_is_stopped(tmp_path):
+    with InferenceEngine() as engine:
+        engine.load_model(ropeless(tmp_path), auto_start=False, silent=True)
+        with pytest.raises(WorkerCrashedError, match="endless loop"):
+            engine.capture([1, 2, 3])
+        engine.load_model(tiny_model("llama", tmp_path), auto_start=False, silent=True)
+        engine.capture(IDS)
+        os.kill(engine._session.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerCrashedError, match="stopped by a signal"):
+            engine.capture(IDS)
+        assert len(engine.capture(IDS).tokens) == len(IDS)
+
+
+@pytest.mark.slow
+def test_a_server_that_loops_or_is_stopped(tmp_path, llama_server):
+    with InferenceEngine(llama_server) as engine:
+        with pytest.raises(ServerError, match="endless loop"):
+            engine.load_model(ropeless(tmp_path), silent=True)
+            engine.infer([1, 2, 3], max_tokens=2)
+        engine.load_model(tiny_model("llama", tmp_path), silent=True)
+        os.kill(engine.server.pid, signal.SIGSTOP)
+        with pytest.raises(ServerError, match="stopped by a signal"):
+            list(engine.infer_stream(IDS, max_tokens=2))
+        assert engine.infer(IDS, max_tokens=2).tokens_generated == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stall", [False, True])
+def test_after_an_interrupt_only_a_stalled_server_goes(tmp_path, llama_server, stall, monkeypatch):
+    monkeypatch.setattr(liveness, "STOPPED", 60)
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(tiny_model("llama", tmp_path), silent=True)
+        engine.infer(IDS, max_tokens=1)
+        pid = engine.server.pid
+        if stall:
+            os.kill(pid, signal.SIGSTOP)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                engine.infer(IDS, max_tokens=200, ignore_eos=True)
+        assert engine.infer(IDS, max_tokens=2).tokens_generated == 2
+        assert (engine.server.pid != pid) is stall
+
+
+@pytest.mark.slow
+def test_a_long_call_is_not_cut(smollm2, llama_server):
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(smollm2, silent=True, ctx_size=2048)
+        engine.server._limit = 1.0  # less than the call takes, more than a token does
+        started = time.monotonic()
+        answer = engine.infer("Once", max_tokens=200, ignore_eos=True)
+        assert answer.tokens_generated == 200 and time.monotonic() - started > 2
+        engine._session_args["n_ubatch"] = 64
+        engine.tokenize("x")
+        engine._session.child._limit = 1.0
+        engine.score("The cat sat on the mat. " * 60)
