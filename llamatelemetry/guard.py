@@ -58,6 +58,16 @@ def stop(guard, timeout=10.0):
         pass
 
 
+def end(owner, guard, folder):
+    """Stop a command that was started in process `owner`, and remove its folder; of a fork it is
+    none."""
+    import shutil
+
+    if owner == os.getpid():
+        stop(guard)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _main(grace, folder, command):
     import ctypes
     import select

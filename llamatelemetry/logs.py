@@ -2,6 +2,8 @@
 
 import re
 
+from .errors import ServerError
+
 # Without it ggml writes a backtrace, through gdb where there is one, behind the sentence that says
 # why it aborts.
 ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}
@@ -48,3 +50,19 @@ def last_words(log, n_lines=15):
     if ends:
         lines = lines[: ends[-1]]
     return "\n".join(lines[-n_lines:])
+
+
+def check_room(log):
+    """OSError where a log (an open file) cannot be written: llama-server's port is read from it."""
+    log.write(bytes(1 << 16))
+    log.flush()
+    log.seek(0)
+    log.truncate()
+
+
+def no_room(folder):
+    """The error for a folder of logs that is full."""
+    return ServerError(
+        f"llama-server's log cannot be written: {folder} is full. Make room there, or set TMPDIR to "
+        "a folder that has some."
+    )

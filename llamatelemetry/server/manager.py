@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import guard
+from .. import guard, logs
 from ..errors import LlamaTelemetryError, ModelLoadError, ModelNotFoundError, ServerError, shown
 from ..files.outputs import path_of, split_parts
 from ..files.places import free_bytes
@@ -127,19 +127,19 @@ class ServerManager:
             self._limit = patience(parts, batch, ctx_size or batch, gpu)
             try:
                 with open(self.log, "wb") as log:
-                    _check_room(log)
+                    logs.check_room(log)
                     command = [binary, *flags(options)]
                     self._guard, self.pid = guard.popen(command, log, env=variables, folder=folder)
             except OSError as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise no_room(folder.parent) from error
+                    raise logs.no_room(folder.parent) from error
                 raise ServerError(
                     f"{binary} cannot be executed: {error.strerror}. {ENGINE_MEND}"
                 ) from error
             self._owner = os.getpid()
             # Not a method of this object, which would keep it: a dropped one ends its server
-            self._end = weakref.finalize(self, _ended, self._owner, self._guard, folder)
+            self._end = weakref.finalize(self, guard.end, self._owner, self._guard, folder)
             self.host, self.model_path = host, model_path
             try:
                 self._wait_until_ready(port, timeout, silent)
@@ -191,7 +191,7 @@ class ServerManager:
                     if self._answers():
                         return
                 if not self.port and not free_bytes(self.log.parent):
-                    raise no_room(self.log.parent.parent)
+                    raise logs.no_room(self.log.parent.parent)
                 if time.monotonic() > deadline:
                     raise ServerError(
                         f"llama-server did not answer within {timeout:g} s. Give a longer timeout to "
@@ -376,24 +376,3 @@ def _refuse_port_in_use(host, port):
             f"Port {port} on {host} is in use or not to be had ({error}). Leave port=None for a free "
             "one."
         ) from error
-
-
-def _check_room(log):
-    """OSError where a log cannot be written: its port is read from it."""
-    log.write(bytes(1 << 16))
-    log.flush()
-    log.seek(0)
-    log.truncate()
-
-
-def no_room(folder):
-    return ServerError(
-        f"llama-server's log cannot be written: {folder} is full. Make room there, or set TMPDIR to "
-        "a folder that has some."
-    )
-
-
-def _ended(owner, process, folder):
-    if owner == os.getpid():
-        guard.stop(process)
-        shutil.rmtree(folder, ignore_errors=True)
