@@ -224,6 +224,7 @@ def test_a_context_that_the_driver_reports(machine):
         devices.assign_analytics()
 
 
+@pytest.mark.slow  # five processes that import Dask
 def test_each_worker_of_a_cluster_is_shown_a_gpu_of_its_own(machine):
     distributed = pytest.importorskip("distributed")
     from llamatelemetry.backend.cluster import local_cluster
@@ -535,6 +536,7 @@ def test_a_second_model_without_gpus(cards):
     assert not place(File(weights=2**50), 1024).fits
 
 
+@pytest.mark.slow  # expands the whole model
 def test_a_file_that_is_yet_to_be_made(smollm2, cards, tmp_path):
     from llamatelemetry import GGUFFile
     from llamatelemetry.convert.expand import expand

@@ -344,7 +344,8 @@ def test_a_template_that_is_none_leaves_infer(template, tmp_path, header, llama_
         ("llama", 28),
         ("llama", 513),
         pytest.param("llama", 1100, marks=pytest.mark.slow),
-        ("gemma3", 560),
+        ("gemma3", 28),
+        pytest.param("gemma3", 560, marks=pytest.mark.slow),
         pytest.param("gpt-oss", 560, marks=pytest.mark.slow),
     ],
 )

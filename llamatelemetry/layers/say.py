@@ -40,10 +40,10 @@ def magnitudes(table: pd.DataFrame, massive: pd.DataFrame) -> str:
 @sentence
 def sparsity(table: pd.DataFrame) -> str:
     """table: states.ffn_sparsity."""
-    zero, small, needed = (table[name] for name in ("zero", "small", "needed"))
-    return f"""{zero.mean():.1%} of the values are exactly 0, and {small.mean():.0%} are below 1% of their token's
-        largest. 90% of the sum of squares is held by {needed.min():.1%} of the neurons in layer {needed.idxmin()} and
-        by {needed.max():.1%} in layer {needed.idxmax()}, the two extremes."""
+    small, needed = table["small"].mean(), table["needed"]
+    low, high = (f"{needed[at]:.1%} in layer {at}" for at in (needed.idxmin(), needed.idxmax()))
+    return f"""{small:.0%} of the values are below 1% of their token's largest. From {low} to {high} of the neurons hold
+        90% of the sum of squares."""
 
 
 @sentence
@@ -94,8 +94,7 @@ def gains(table: pd.DataFrame) -> str:
     values, dims = table.to_numpy(), counted(len(table.columns), "dimension")
     turned = "turns them down" if np.median(values) < 1 else "does not turn them down"
     return f"""In the {dims} with massive activations ({listed(table.columns)}) the gain of the attention norm is
-        {np.median(values):.2g} times the layer's median, in the median over layers (lowest {values.min():.2g}, highest
-        {values.max():.2g}): the norm {turned}."""
+        {np.median(values):.2g} times the layer's median, in the median over layers: the norm {turned}."""
 
 
 @sentence
@@ -113,9 +112,9 @@ def lens(data: xr.Dataset, position: int, vocabulary: Sequence) -> str:
 def settled(layers: Sequence[int], n_layer: int) -> str:
     """layers: (token,) of lens.settled; n_layer: the last state."""
     layers = np.asarray(layers)
-    return f"""The prediction settles at state {np.median(layers):.0f} of {n_layer} in the median over tokens, earliest
-        at {layers.min()} (position {layers.argmin()}). {(layers > 0.8 * n_layer).mean():.0%} of the positions change
-        their mind in the last fifth of the layers."""
+    late = f"{(layers > 0.8 * n_layer).mean():.0%} of the positions"
+    return f"""The prediction settles at state {np.median(layers):.0f} of {n_layer} in the median over tokens. {late}
+        change their mind in the last fifth of the layers."""
 
 
 @sentence
@@ -123,9 +122,9 @@ def attribution(table: pd.DataFrame, pieces: Sequence) -> str:
     """table: lens.logit_attribution of pieces[0] against pieces[1]."""
     sums, blocks = table.groupby("component")["value"].sum(), table[table["layer"] >= 0]
     most, least = (blocks.loc[at] for at in (blocks["value"].idxmax(), blocks["value"].idxmin()))
+    parts = listed(f"{sums[name]:+.2f} from {name}" for name in ("attention", "ffn", "embedding"))
     return f"""{quoted(pieces[0])} leads {quoted(pieces[1])} by {table.attrs["total"]:.2f} in logit (captured:
-        {table.attrs["captured"]:.2f}): {sums["attention"]:+.2f} from attention, {sums["ffn"]:+.2f} from the FFN,
-        {sums["embedding"]:+.2f} from the embedding. {most["component"]} of layer {most["layer"]} adds most
+        {table.attrs["captured"]:.2f}): {parts}. {most["component"]} of layer {most["layer"]} adds most
         ({most["value"]:+.2f}), {least["component"]} of layer {least["layer"]} least ({least["value"]:+.2f})."""
 
 
