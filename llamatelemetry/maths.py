@@ -72,7 +72,8 @@ def unit(rows: ArrayLike) -> NDArray[np.float32]:
     return (rows / np.where(length == 0, 1, length)).astype(np.float32)
 
 
-BLOCK = 8192  # rows per temporary: 8,192 x 4,096 float64 is 256 MiB
+BLOCK = 8192  # rows per temporary, of wide rows fewer:
+_ELEMENTS = 1 << 22  # 32 MiB of float64: larger ones are fresh pages each time, which cost more
 
 
 def check_rows(matrix: NDArray) -> NDArray:
@@ -95,7 +96,8 @@ def check_rows(matrix: NDArray) -> NDArray:
 
 def blocks(matrix: NDArray, size: int | None = None) -> Iterator[tuple[int, NDArray]]:
     """Yields (first row, (<= size, width) rows)."""
-    size = size or BLOCK
+    width = math.prod(matrix.shape[1:])
+    size = size or max(1, min(BLOCK, _ELEMENTS // max(1, width)))
     for start in range(0, len(matrix), size):
         yield start, matrix[start : start + size]
 

@@ -647,3 +647,18 @@ def test_bars_of_kept_neighbours_are_as_wide_as_one_neighbour():
     kept = pd.DataFrame({"cosine": [0.9, 0.95, 0.99, 1.0], "overlap": [0.2, 0.8, 0.9, 1.0]})
     figure = figures.precision(kept, "Q5_0", title="t")
     assert figure.data[1].width == pytest.approx(0.08)
+
+
+def test_a_map_of_more_rows_than_can_be_afforded_is_of_some(cpu, monkeypatch, capsys):
+    assert groups.affordable(3000, 24, cpu)[0] == 3000
+    monkeypatch.setattr(groups, "_products_per_second", lambda width, backend: 4e9)
+    count, said = groups.affordable(100_000, 4000, cpu, seconds=100)
+    assert count == 5000 and "40,000 s and 6.4 GB" in said and "5,000 at random" in said
+    monkeypatch.setattr(cpu, "free_bytes", lambda: 4 * 4 * 24 * 400, raising=False)
+    sample = np.array([5, 700, 2999])
+    near = groups.nearest(GAUSS, sample, 4, cpu, progress=False)[1]
+    found = groups.vocabulary_map(GAUSS, sample, near, cpu)
+    assert 400 <= len(found.ids) <= 403 and set(sample) <= set(found.ids)
+    assert len(found.views["UMAP"]) == len(found.ids) and "400 at random" in capsys.readouterr().out
+    ids, view = groups.drawn(found, 50, np.random.default_rng(0))
+    np.testing.assert_array_equal(view, found.views["UMAP"][np.searchsorted(found.ids, ids)])

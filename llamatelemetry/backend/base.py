@@ -155,6 +155,15 @@ class CpuBackend:
         """A NumPy array from whatever this backend gives."""
         return np.asarray(array)
 
+    def release(self):
+        """Give back device memory that is kept for the next array."""
+
+    def free_bytes(self):
+        """Bytes that an array could take now: of the machine's memory, or of the GPU's."""
+        import psutil
+
+        return psutil.virtual_memory().available
+
     def umap(self, x, n_components=2, n_neighbors=15, min_dist=0.1, metric="cosine", seed=0):
         """UMAP (McInnes, Healy and Melville 2018, arXiv:1802.03426). x: (n, width) -> (n,
         n_components) float32.
@@ -214,6 +223,7 @@ class CpuBackend:
             raise ValueError(f"queries are {queries.shape[1]} wide, but x is {x.shape[1]} wide")
         found = self._neighbors(x, queries, k, own, metric == "cosine", progress)
         distances, indices = found  # squared euclidean, double precision
+        self.release()
         distances = distances / 2 if metric == "cosine" else np.sqrt(distances)
         return distances.astype(np.float32), indices
 

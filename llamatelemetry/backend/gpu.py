@@ -97,6 +97,13 @@ class GpuBackend(CpuBackend):
             return array.to_pandas().to_numpy()
         return self.xp.asnumpy(array)
 
+    def release(self):
+        self.xp.get_default_memory_pool().free_all_blocks()  # cuML takes its memory elsewhere
+
+    def free_bytes(self):
+        self.release()
+        return self.xp.cuda.runtime.memGetInfo()[0]
+
     def _force(self, graph, dims, seed):
         n = graph.vcount()
         # igraph is done before the GPU has started on a few

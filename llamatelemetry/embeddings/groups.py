@@ -26,6 +26,7 @@ class Projections(NamedTuple):
     k: int
     seconds: float  # that UMAP took
     variance: float = np.nan  # share that the three principal components hold
+    ids: np.ndarray | None = None  # of the rows, where they are some of a matrix
 
 
 def nearest(
@@ -112,14 +113,64 @@ def vocabulary_map(
     metric: str = "cosine",
     seed: int = 0,
 ) -> Projections:
-    """UMAP of every row. sample, neighbors: ids (n,) of some rows and (n, k) of their nearest in
-    the matrix, for what the map keeps."""
-    started, k = time.perf_counter(), neighbors.shape[1]
+    """UMAP of every row, or of as many at random (and the sample) as `affordable` says; which is
+    printed before. sample, neighbors: ids (n,) of some rows and (n, k) of their nearest in the
+    matrix, for what the map keeps."""
+    count, said = affordable(*matrix.shape, backend)
+    print(said)
+    ids, k = np.arange(len(matrix)), neighbors.shape[1]
+    if count < len(matrix):
+        ids = np.random.default_rng(seed).choice(len(matrix), count, replace=False)
+        ids = np.union1d(ids, sample)
+        matrix = matrix[ids]
+        sample = np.searchsorted(ids, sample)
+        neighbors = nearest(matrix, sample, k, backend, progress=False)[1]
+    started = time.perf_counter()
     umap = backend.umap(matrix, 3, n_neighbors, min_dist, metric, seed)
     seconds = time.perf_counter() - started
     low = nearest(umap, sample, k, backend, metric="euclidean", progress=False)[1]
     kept = float(neighbor_overlap(neighbors, low).mean())
-    return Projections({"UMAP": umap}, {"UMAP": kept}, k, seconds)
+    return Projections({"UMAP": umap}, {"UMAP": kept}, k, seconds, ids=ids)
+
+
+def drawn(whole: Projections, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """At most so many rows of a map, at random, for a figure: (their ids, their UMAP (n, 3))."""
+    assert whole.ids is not None  # vocabulary_map's
+    count = len(whole.ids)
+    chosen = np.sort(rng.choice(count, min(most, count), replace=False))
+    return whole.ids[chosen], whole.views["UMAP"][chosen]
+
+
+def affordable(
+    n: int, width: int, backend: CpuBackend, seconds: float = 600, copies: int = 4
+) -> tuple[int, str]:
+    """How many of n rows UMAP can take within so many seconds and the device's memory, and a
+    sentence with the figures.
+
+    Reckoned as twice the products of all pairs of rows, by this device's speed at such products
+    (measured here, some milliseconds), and as `copies` of the rows in memory."""
+    rate, free = _products_per_second(width, backend), backend.free_bytes()
+    need, reckoned = copies * 4 * n * width, 4 * n * n * width / rate
+    count = int(min(n, (seconds * rate / (4 * width)) ** 0.5, free / (copies * 4 * width)))
+    said = (
+        f"UMAP of {n:,} rows of {width:,}: about {max(1, reckoned):,.0f} s and {need / 1e9:.1f} GB by "
+        f"reckoning, {free / 1e9:.1f} GB free"
+    )
+    if count == n:
+        return n, f"{said}."
+    return count, f"{said}: more than {seconds:.0f} s or than there is, so {count:,} at random."
+
+
+def _products_per_second(width, backend):
+    """Multiplications and additions per second of a product in single precision."""
+    xp = backend.xp
+    one, other = xp.ones((512, width), xp.float32), xp.ones((4096, width), xp.float32)
+    best = np.inf
+    for _ in range(3):  # the first starts libraries
+        started = time.perf_counter()
+        float((one @ other.T)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * one.shape[0] * other.shape[0] * width / best
 
 
 def cluster_agreement(

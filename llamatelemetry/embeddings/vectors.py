@@ -147,8 +147,9 @@ def random_cosines(
     second = (first + rng.integers(1, len(matrix), pairs)) % len(matrix)  # never the row itself
     mean = _mean_row(matrix) if center else np.float32(0)
     out = np.empty(pairs, np.float32)
-    for start in range(0, pairs, maths.BLOCK):
-        part = slice(start, start + maths.BLOCK)
+    step = max(1, maths.BLOCK // 16)
+    for start in range(0, pairs, step):
+        part = slice(start, start + step)
         a, b = unit(matrix[first[part]] - mean), unit(matrix[second[part]] - mean)
         out[part] = (a * b).sum(axis=1)
     return out
@@ -167,7 +168,7 @@ def spectra(matrix: np.ndarray, backend: CpuBackend) -> dict[str, np.ndarray]:
     xp, width = backend.xp, matrix.shape[1]
     mean = _mean_row(matrix)
     there, gram, rest = xp.asarray(mean), xp.zeros((width, width)), xp.zeros(width)
-    for _, block in blocks(matrix):
+    for _, block in blocks(matrix, maths.BLOCK):
         rows = xp.asarray(block) - there
         gram += rows.T @ rows
         rest += rows.sum(axis=0, dtype=xp.float64)  # what rounding left in the mean
