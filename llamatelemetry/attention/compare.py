@@ -14,12 +14,15 @@ def js_distance(a: xr.DataArray, b: xr.DataArray) -> xr.DataArray:
     bits, 0 to 1 (Endres and Schindelin 2003).
 
     a, b: (..., query, key); returns their dims without key. ValueError for different shapes."""
-    p, q = measured(a, np.float64), measured(b.transpose(*a.dims), np.float64)
+    p, q = measured(a), measured(b.transpose(*a.dims))
     if p.shape != q.shape:
         raise ValueError(
             f"two captures of different shape: {p.shape} and {q.shape}; capture the same text twice"
         )
-    return per_head(a, np.sqrt(jensen_shannon(p, q)))
+    if p.ndim < 3:
+        return per_head(a, np.sqrt(jensen_shannon(p, q)))
+    # Part by part: in double precision all maps of a long text are gigabytes.
+    return per_head(a, np.sqrt(np.stack([jensen_shannon(*pair) for pair in zip(p, q)])))
 
 
 def compare_heads(a: xr.DataArray, b: xr.DataArray) -> pd.DataFrame:
@@ -36,10 +39,11 @@ def compare_heads(a: xr.DataArray, b: xr.DataArray) -> pd.DataFrame:
     distance = js_distance(a, b).mean("query")
     first, second = np.asarray(a), np.asarray(b.transpose(*a.dims))
     shift = np.abs(first.argmax(-1) - second.argmax(-1))  # (layer, head, query)
+    largest = np.stack([np.abs(x - y).max((-2, -1)) for x, y in zip(first, second)])
     moved = shift > 0
     measures = {
         "js_distance": distance,
-        "max_difference": (distance.dims, np.abs(first - second).max((-2, -1))),
+        "max_difference": (distance.dims, largest),
         "top_moved": (distance.dims, moved.mean(-1)),
         "top_shift": (distance.dims, ratio(shift.sum(-1), moved.sum(-1))),
     }

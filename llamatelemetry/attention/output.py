@@ -8,7 +8,7 @@ import xarray as xr
 from ..capture.finite import measured
 from ..files.gguf import GGUFFile
 from ..maths import ratio, softmax
-from .patterns import kv_head
+from .patterns import kv_head, query_positions
 from .weights import output_weight, project_output
 
 
@@ -36,7 +36,8 @@ def value_norms(v: xr.DataArray, gguf: GGUFFile, *, progress: bool = False) -> x
 def norm_weighted(attention: xr.DataArray, norms: xr.DataArray) -> xr.DataArray:
     """alpha * |W_O v|: attention with the length of what it moves (Kobayashi et al. 2020). Same
     dims as attention."""
-    values = measured(attention, np.float64) * np.asarray(norms)[..., None, :]
+    values = measured(attention, np.float64)
+    values *= np.asarray(norms)[..., None, :]
     return xr.DataArray(values, dims=attention.dims, coords=attention.coords)
 
 
@@ -48,10 +49,11 @@ def moved_shares(weighted: xr.DataArray) -> xr.DataArray:
 def first_shares(attention: xr.DataArray, weighted: xr.DataArray) -> tuple[float, float]:
     """The first token's share of what later tokens attend to: of the weight, and of the moved
     length (nan where no head moves anything). Both (..., query, key)."""
-    raw, moved = measured(attention, np.float64), np.asarray(weighted)
-    shares = ratio(moved[..., 0], moved.sum(-1))[..., 1:]  # NaN where a head moves nothing
+    later = query_positions(attention) > 0
+    raw, moved = measured(attention)[..., later, 0], np.asarray(weighted)
+    shares = ratio(moved[..., 0], moved.sum(-1))[..., later]  # NaN where a head moves nothing
     known = shares[np.isfinite(shares)]
-    return float(raw[..., 1:, 0].mean()), float(known.mean()) if known.size else float("nan")
+    return float(raw.mean(dtype=np.float64)), float(known.mean()) if known.size else float("nan")
 
 
 def attention_share(norm: xr.DataArray) -> xr.DataArray:
@@ -118,8 +120,8 @@ def head_writes(
     (layer, head, embd), W_O of the head times its output, before bias and post-norm; difference
     (layer,), relative L2 between the captured attn_out and the projection of the captured heads
     with dequantized weights; type (layer,), of W_O in the file."""
-    heads = measured(attn_heads, np.float64)[:, :, [position]]  # (layer, head, 1, feature)
-    theirs = measured(attn_out, np.float64)[:, position]
+    heads = measured(attn_heads)[:, :, [position]].astype(np.float64)  # (layer, head, 1, feature)
+    theirs = measured(attn_out)[:, position].astype(np.float64)
     layers = range(len(heads))
     written, difference = [], []
     for layer in _bar(layers, "W_O by head", progress):

@@ -62,20 +62,23 @@ def attend(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    queries: ArrayLike | None = None,
 ) -> xr.Dataset:
     """Scaled dot-product attention step by step (Vaswani et al. 2017), for one layer.
 
-    q: (head, token, feature), k and v: (kv_head, token, feature), after RoPE. Returns a Dataset,
-    float64: scores, scaled, masked, attention: (head, query, key); head_output: (head, token,
-    feature)."""
-    queries, keys, values = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
-    n_head, n_token, _ = queries.shape
+    q: (head, token, feature), k and v: (kv_head, token, feature), after RoPE; queries: only these
+    positions, None for all. Returns a Dataset, float64: scores, scaled, masked, attention: (head,
+    query, key); head_output: (head, token, feature) of these queries."""
+    rows, keys, values = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+    n_head, n_token, _ = rows.shape
+    positions = np.arange(n_token) if queries is None else np.asarray(queries)
+    rows = rows[:, positions]
     group = [kv_head(h, n_head, len(keys)) for h in range(n_head)]
-    scores = np.einsum("hqd,hkd->hqk", queries, keys[group])
+    scores = rows @ keys[group].transpose(0, 2, 1)
     scaled = softcapped(scores, softcap) * scale
-    masked = np.where(allowed_keys(np.arange(n_token), n_token, window), scaled, -np.inf)
+    masked = np.where(allowed_keys(positions, n_token, window), scaled, -np.inf)
     weights = softmax(masked)
-    output = np.einsum("hqk,hkd->hqd", weights, values[group])
+    output = weights @ values[group]
     maps = {"scores": scores, "scaled": scaled, "masked": masked, "attention": weights}
     data = {name: (("head", "query", "key"), values) for name, values in maps.items()}
     return xr.Dataset(data | {"head_output": (("head", "token", "feature"), output)})

@@ -80,11 +80,14 @@ def layer_facts(captured: Capture, gguf: GGUFFile, layer: int) -> Softmax:
 def check_steps(captured: Capture, gguf: GGUFFile, layer: int) -> pd.DataFrame:
     """Every step of a layer's attention, recomputed from the captured input of that step alone.
 
-    captured: a Capture of the whole prompt with STAGES. Returns a DataFrame, one row per step:
-    step, inputs, shape, max_difference, relative_difference (L2), kind (the rounding that applies),
-    tolerance, agrees. Nothing is raised: the caller asserts."""
+    captured: a Capture of the whole prompt with STAGES; scores and attention may be of some queries.
+    Returns a DataFrame, one row per step: step, inputs, shape, max_difference, relative_difference
+    (L2), kind (the rounding that applies), tolerance, agrees. Nothing is raised: the caller
+    asserts."""
     at = {stage: np.asarray(captured[stage].sel(layer=layer)) for stage in STAGES}
     at["embedding"] = np.asarray(captured["hidden"].sel(layer=0))
+    rows = patterns.query_positions(captured["attention"])
+    at["rows"], at["attn_heads of rows"] = rows, at["attn_heads"][:, rows]
     gpu, facts = captured.model.gpu, layer_facts(captured, gguf, layer)
     steps = [
         *_inputs(at, captured.tokens["id"], gguf, layer),
@@ -142,7 +145,7 @@ def _rotations(at, gguf):
 
 
 def _weights(at, facts):
-    steps = patterns.attend(at["q"], at["k"], at["v"], **facts._asdict())
+    steps = patterns.attend(at["q"], at["k"], at["v"], queries=at["rows"], **facts._asdict())
     # What lies behind the mask never reaches the softmax: the runtime's scores there are not
     # compared.
     allowed = np.isfinite(steps["masked"].values)
@@ -156,8 +159,8 @@ def _weights(at, facts):
 
 def _outputs(at, gguf, layer, gpu):
     group = [patterns.kv_head(h, gguf.n_head, gguf.n_kv_head) for h in range(gguf.n_head)]
-    mixed = np.einsum("hqk,hkd->hqd", at["attention"], at["v"][group])
-    yield Step("weighted values", "attention, v", mixed, "attn_heads", "16-bit cache")
+    mixed = at["attention"] @ at["v"][group]
+    yield Step("weighted values", "attention, v", mixed, "attn_heads of rows", "16-bit cache")
     heads = at["attn_heads"].astype(np.float64)
     joined = heads.transpose(1, 0, 2).reshape(heads.shape[1], -1)  # (token, head * feature)
     output = weights.project_output(heads, gguf, layer)

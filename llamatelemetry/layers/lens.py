@@ -91,13 +91,13 @@ def unembedding(gguf: GGUFFile, captured: Capture) -> Unembedding:
     factor = 1.0 if abs(factor - 1) < 1e-3 else factor
     bias = gain_and_bias(gguf, "output")[1]
     head = Unembedding(gguf, norm, factor, 1.0, gguf.final_logit_softcap, bias)
-    return _with_scale(head, final, measured(captured["logits"], np.float64))
+    return _with_scale(head, final, measured(captured["logits"]))
 
 
 def _with_scale(head, final, logits):
     # A grid over the vocabulary is enough.
     ids = np.unique(np.linspace(0, logits.shape[1] - 1, 512).astype(int))
-    captured = head.uncapped(logits[:, ids])
+    captured = head.uncapped(logits[:, ids].astype(np.float64))
     mine = final @ head.rows(ids).T + head.offset(ids)
     fitted = float((mine * captured).sum() / (mine * mine).sum())
     stated = head.gguf.metadata.get(f"{head.gguf.architecture}.logit_scale") or 1.0

@@ -111,12 +111,21 @@ def sum_error(hidden: xr.DataArray, attn_out: xr.DataArray, ffn_out: xr.DataArra
     """How far embedding + all additions up to a layer is from the captured stream: DataFrame
     indexed by layer (1..n): error, the largest difference; relative, to the largest value of the
     layer. Float32 rounding gives about 1e-6."""
-    h = measured(hidden, np.float64)
-    summed = h[0] + np.cumsum(np.add(*additions(hidden, attn_out, ffn_out)), axis=0)
-    error = np.abs(summed - h[1:]).max(axis=(1, 2))
-    largest = np.maximum(np.abs(h[1:]).max(axis=(1, 2)), 1e-30)
-    table = pd.DataFrame({"error": error, "relative": error / largest})
+    h, parts = measured(hidden), _parts(attn_out, ffn_out)
+    summed, rows = h[0].astype(np.float64), []
+    for layer in range(len(h) - 1):
+        for part in parts:
+            summed += part.get(layer, 0.0)
+        error, largest = np.abs(summed - h[layer + 1]).max(), np.abs(h[layer + 1]).max()
+        rows.append((error, error / max(float(largest), 1e-30)))
+    table = pd.DataFrame(rows, columns=["error", "relative"])
     return table.set_axis(pd.RangeIndex(1, len(h), name="layer"))
+
+
+def _parts(*stages):
+    """[{layer: (token, embd)}] of what blocks add, as captured: a long text in double precision is
+    gigabytes."""
+    return [dict(zip(stage["layer"].values.tolist(), measured(stage))) for stage in stages]
 
 
 def contributions(
@@ -126,21 +135,26 @@ def contributions(
 
     norm: length of the addition; relative: over the length of the stream before it; cosine: of
     addition and stream. NaN where a layer has no such block."""
-    h = measured(hidden, np.float64)
-    attention, ffn = additions(hidden, attn_out, ffn_out)
-    added = np.stack([attention, ffn])  # (part, layer, token, embd)
-    before = np.stack([h[:-1], h[:-1] + attention])
-    norm, length = np.linalg.norm(added, axis=-1), np.linalg.norm(before, axis=-1)
+    h, rows = measured(hidden), []
+    for layer in range(len(h) - 1):  # one layer at a time in double precision
+        before = h[layer].astype(np.float64)
+        for part in _parts(attn_out, ffn_out):
+            added = np.zeros_like(before) + part.get(layer, 0.0)
+            lengths = np.linalg.norm(added, axis=-1), np.linalg.norm(before, axis=-1)
+            rows.append((*lengths, (added * before).sum(-1)))
+            before = before + added
+    shape = (len(h) - 1, 2, 3, h.shape[1])
+    norm, length, product = np.reshape(rows, shape).transpose(2, 1, 0, 3)  # (part, layer, token)
     norm[norm == 0] = np.nan
     dims = ("part", "layer", "token")
     data = {
         "norm": norm,
         "relative": ratio(norm, length),
-        "cosine": ratio((added * before).sum(-1), norm * length),
+        "cosine": ratio(product, norm * length),
     }
     return xr.Dataset(
         {name: (dims, values) for name, values in data.items()},
-        coords={"part": ["attention", "ffn"], "layer": np.arange(len(attention))},
+        coords={"part": ["attention", "ffn"], "layer": np.arange(len(h) - 1)},
     )
 
 
@@ -152,9 +166,10 @@ def projection(
     DataFrame indexed by layer: attention, ffn, cumulative (embedding and everything up to the
     layer); attrs: embedding. The last cumulative value is 1 where nothing else writes the stream.
     """
-    h = measured(hidden, np.float64)[:, position]
+    h = measured(hidden)[:, position].astype(np.float64)
     final = ratio(h[-1], h[-1] @ h[-1])
-    attention, ffn = (part[:, position] @ final for part in additions(hidden, attn_out, ffn_out))
+    one = (x.isel(token=[position]) for x in (hidden, attn_out, ffn_out))
+    attention, ffn = (part[:, 0] @ final for part in additions(*one))
     table = pd.DataFrame({"attention": attention, "ffn": ffn}).rename_axis("layer")
     table["cumulative"] = h[0] @ final + (table["attention"] + table["ffn"]).cumsum()
     table.attrs["embedding"] = float(h[0] @ final)
