@@ -322,11 +322,11 @@ def test_graph_has_a_node_per_layer_and_token():
     )
     weights = np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None]
     weights[3] = [0.1, 0.2, 0.6, 0.1]
-    attention = stage(np.stack([[weights], [weights]]), ("layer", "head", "query", "key"))
+    attention = stage(np.stack([weights, weights]), ("layer", "query", "key"))
     tokens = pd.DataFrame(
         {"position": range(4), "id": range(4), "piece": list("abcd"), "generated": [False] * 4}
     )
-    run = capture_of({"hidden": hidden, "attention": attention}, tokens=tokens)
+    run = capture_of({"hidden": hidden, "attention_mean": attention}, tokens=tokens)
     nodes, edges = graph.stream_graph(run, data, ["x", "y"], per_query=1)
     assert nodes["label"][0] == "a → y"
     assert len(nodes) == 12 and set(nodes["says"]) == {"y"} and nodes["id"].is_unique

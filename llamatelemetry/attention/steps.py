@@ -80,7 +80,7 @@ def layer_facts(captured: Capture, gguf: GGUFFile, layer: int) -> Softmax:
 def check_steps(captured: Capture, gguf: GGUFFile, layer: int) -> pd.DataFrame:
     """Every step of a layer's attention, recomputed from the captured input of that step alone.
 
-    captured: a Capture of the whole prompt with STAGES; scores and attention may be of some queries.
+    captured: a Capture of the whole prompt with STAGES; scores and attention may be of some rows.
     Returns a DataFrame, one row per step: step, inputs, shape, max_difference, relative_difference
     (L2), kind (the rounding that applies), tolerance, agrees. Nothing is raised: the caller
     asserts."""

@@ -11,11 +11,12 @@ from numpy.typing import ArrayLike
 
 from ..capture.data import Capture
 from ..capture.finite import measured
-from ..maths import entropy, log_softmax, ratio
+from ..maths import blocks, entropy, log_softmax, ratio
 from .lens import settled
 
 # Logits. Whoever has the file and the capture knows better: twice lens.logit_error's tolerance.
 NOISE = 0.05
+PATCH_SECONDS = 120.0  # that the patches of a map may take together
 
 
 def align(ids: Sequence[int], other: Sequence[int], by: str = "position") -> np.ndarray:
@@ -43,25 +44,28 @@ def divergence(hidden: xr.DataArray, other: xr.DataArray, pairs: np.ndarray) -> 
             f"streams of {hidden.shape[0]} layers x {hidden.shape[2]} and {other.shape[0]} x "
             f"{other.shape[2]} share no space: compare them with cka_map"
         )
-    a = measured(hidden, np.float64)[:, pairs[:, 0]]
-    b = measured(other, np.float64)[:, pairs[:, 1]]
-    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    lengths, dims = np.maximum(lengths, 1e-300), ("layer", "pair")
-    distance = np.linalg.norm(a - b, axis=-1) / np.sqrt(lengths)
+    dims, rows = ("layer", "pair"), []
+    for layer in zip(measured(hidden), measured(other)):  # one at a time in double precision
+        a, b = (x[at].astype(np.float64) for x, at in zip(layer, pairs.T))
+        lengths = np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-300)
+        distance = np.linalg.norm(a - b, axis=-1) / np.sqrt(lengths)
+        rows.append((distance, (a * b).sum(-1) / lengths))
+    distance, cosine = np.stack(rows, axis=1)
     return xr.Dataset(
-        {"distance": (dims, distance), "cosine": (dims, (a * b).sum(-1) / lengths)},
-        coords={"layer": np.arange(len(a)), "position": ("pair", pairs[:, 0])},
+        {"distance": (dims, distance), "cosine": (dims, cosine)},
+        coords={"layer": np.arange(len(rows)), "position": ("pair", pairs[:, 0])},
     )
 
 
 def output_change(logits: xr.DataArray, other: xr.DataArray, pairs: np.ndarray) -> pd.DataFrame:
     """How the predictions of two runs differ: DataFrame per pair: kl, KL(first || second) in nats,
     and same_top."""
-    p, q = log_softmax(measured(logits)[pairs[:, 0]]), log_softmax(measured(other)[pairs[:, 1]])
-    kl = (np.exp(p) * (p - q)).sum(-1, dtype=np.float64)
-    return pd.DataFrame(
-        {"position": pairs[:, 0], "kl": np.maximum(kl, 0), "same_top": p.argmax(-1) == q.argmax(-1)}
-    )
+    first, second, kl, same = measured(logits), measured(other), [], []
+    for _, some in blocks(pairs, 64):  # whole, a long text's vocabularies are gigabytes
+        p, q = log_softmax(first[some[:, 0]]), log_softmax(second[some[:, 1]])
+        kl.extend((np.exp(p) * (p - q)).sum(-1, dtype=np.float64))
+        same.extend(p.argmax(-1) == q.argmax(-1))
+    return pd.DataFrame({"position": pairs[:, 0], "kl": np.maximum(kl, 0), "same_top": same})
 
 
 def answer_difference(logits: xr.DataArray, answers: Sequence[int], position: int = -1) -> float:
@@ -105,6 +109,28 @@ def changed_positions(
     if limit is None or len(changed) <= limit:
         return changed
     return changed[np.unique(np.linspace(0, len(changed) - 1, limit).round().astype(int))]
+
+
+def affordable(
+    seconds: float, states: Sequence[int], positions: Sequence[int], budget: float = PATCH_SECONDS
+) -> tuple[list[int], list[int]]:
+    """(states, positions) of the patches that fit into `budget` seconds when one run takes
+    `seconds`: all, or fewer of both, spread evenly, the first and the last among them. What was
+    reckoned, and what is left out, is printed."""
+    states, positions = list(states), list(positions)
+    reckoned, n = seconds * len(states) * len(positions), len(states) * len(positions)
+    if reckoned <= budget:
+        return states, positions
+    while seconds * len(states) * len(positions) > budget and len(states) * len(positions) > 4:
+        longer = states if len(states) >= len(positions) else positions
+        longer[:] = [
+            longer[i] for i in np.linspace(0, len(longer) - 1, len(longer) - 1).astype(int)
+        ]
+    print(
+        f"{n} patched runs would take about {reckoned:,.0f} s: {len(states)} states at "
+        f"{len(positions)} positions are tried, about {seconds * len(states) * len(positions):,.0f} s."
+    )
+    return states, positions
 
 
 def patch_map(

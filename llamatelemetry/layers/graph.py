@@ -19,21 +19,26 @@ def stream_graph(
     vocabulary: Sequence,
     per_query: int = 1,
     least: float = 0.05,
+    most: int = 4000,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(nodes, edges) DataFrames of one run.
 
-    captured: a Capture with hidden, and attention where the model has it; lens_data: lens.lens of
-    the same; vocabulary: token id -> piece. Nodes: id, layer, position, piece, generated, norm,
+    captured: a Capture with hidden, and attention_mean where the model has it; lens_data: lens.lens
+    of it; vocabulary: token id -> piece. Nodes: id, layer, position, piece, generated, norm,
     log_norm (base 10), says (top token of the lens), probability, label (piece and what the lens
     says), x, y. Edges: src, dst, weight, kind: "stream" from a layer to the next, weight the cosine
     of the two states (at least 0.001), and "attention" from the key's node that enters the layer to
     the query's node that leaves it, weight the mean over heads, for the `per_query` strongest keys
     of each query other than itself and the first token (the sink would hide the rest), where the
-    weight is at least `least`."""
-    h, tokens = measured(captured["hidden"], np.float64), captured.tokens
-    n_layer, n_token = h.shape[:2]
+    weight is at least `least`. Of a text with more than `most` nodes the last tokens are there, the
+    first among nodes.attrs["from"]."""
+    n_layer, n_token = captured["hidden"].shape[:2]
+    first = max(0, n_token - max(2, most // n_layer))
+    h, tokens = measured(captured["hidden"][:, first:]).astype(np.float64), captured.tokens
+    lens_data = lens_data.isel(token=slice(first - n_token, None))
     norm = np.linalg.norm(h, axis=-1)
-    layer, position = (x.ravel() for x in np.indices((n_layer, n_token)))
+    layer, position = (x.ravel() for x in np.indices(h.shape[:2]))
+    position = position + first
     top = lens_data["top"].isel(best=0).values.ravel()
     nodes = pd.DataFrame(
         {
@@ -54,21 +59,23 @@ def stream_graph(
     nodes["label"] = [f"{token_text(piece)} → {token_text(says)}" for piece, says in said]
     cosine = (h[:-1] * h[1:]).sum(-1) / np.maximum(norm[:-1] * norm[1:], 1e-300)
     rows = [
-        (f"{a}:{b}", f"{a + 1}:{b}", max(cosine[a, b], 1e-3), "stream")
+        (f"{a}:{b}", f"{a + 1}:{b}", max(cosine[a, b - first], 1e-3), "stream")
         for a in range(n_layer - 1)
-        for b in range(n_token)
+        for b in range(first, n_token)
     ]
-    if "attention" in captured:
-        rows += _attention_edges(captured["attention"], per_query, least)
+    if "attention_mean" in captured:
+        rows += _attention_edges(captured["attention_mean"], per_query, least, first)
+    nodes.attrs["from"] = first
     return nodes, pd.DataFrame(rows, columns=["src", "dst", "weight", "kind"])
 
 
-def _attention_edges(attention, per_query, least):
+def _attention_edges(attention, per_query, least, first):
     rows = []
     for a, layer in enumerate(attention["layer"].values):
-        mean = measured(attention.isel(layer=a)).mean(0)  # (query, key)
-        for query in range(2, len(mean)):
-            keys = 1 + np.argsort(-mean[query, 1:query], kind="stable")[:per_query]
+        mean = measured(attention.isel(layer=a))  # (query, key), over heads
+        low = max(1, first)
+        for query in range(low + 1, len(mean)):
+            keys = low + np.argsort(-mean[query, low:query], kind="stable")[:per_query]
             rows += [
                 (f"{layer}:{key}", f"{layer + 1}:{query}", float(mean[query, key]), "attention")
                 for key in keys

@@ -10,7 +10,6 @@ from ..capture.data import Capture
 from ..capture.finite import measured
 from ..files.gguf import GGUFFile
 from ..norms import gain_and_bias, normalized
-from .states import additions
 
 # The norm's weights under the name that the file gives them: gpt-oss calls its second norm after
 # what it follows.
@@ -57,11 +56,12 @@ def norm_gain(
 
 def _pairs(captured, part, stage, gguf):
     hidden = captured["hidden"]
-    attention, _ = additions(hidden, captured["attn_out"], captured["ffn_out"])
+    added = captured["attn_out"]
+    attention = dict(zip(added["layer"].values.tolist(), measured(added)))
     for i, layer in enumerate(captured[stage]["layer"].values):
         entering = measured(hidden[layer], np.float64)
         after = measured(captured[stage][i], np.float64)
-        middle = entering + attention[layer]
+        middle = entering + attention.get(int(layer), 0.0)
         # Parallel blocks norm what enters the layer for the FFN, too.
         if part == "attention" or norm_gain(middle, after, gguf, part, layer)[0] is None:
             yield int(layer), entering, after

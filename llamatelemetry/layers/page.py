@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from ..files.vocabulary import named
-from ..views.packing import pack, pack_vectors
+from ..views.packing import ends, pack, pack_vectors
 from ..views.page import Page
 from ..views.text import token_text
 
@@ -26,8 +26,13 @@ def states(
     hidden: (layer 0..n, token, embd); lens_data: lens.lens of it; pieces: of its tokens;
     vocabulary: token id -> piece. Values are stored in 32, 16 or 8 bits, as precisely as max_bytes
     allows, at worst of every n-th state, and the page says how."""
-    hidden = np.asarray(hidden, dtype=np.float32)
-    n_state, n_token, width = hidden.shape
+    n_state, n_all, width = hidden.shape
+    # A state of a token also has four measures, and what the lens says of it: about 40 bytes.
+    shown = ends(n_all, max(2, int(max_bytes / 2 / (40 * n_state))))
+    hidden, lens_data = np.asarray(hidden)[:, shown], lens_data.isel(token=shown)
+    hidden = hidden.astype(np.float32)
+    n_token = len(shown)
+    max_bytes = max_bytes - max(0, 40 * n_state * n_token - max_bytes / 8)
     bits = next((bits for bits in (32, 16) if hidden.size * bits / 6 <= max_bytes), 8)
     room = max(1, int(max_bytes / (hidden[0].size * bits / 6)))  # states that fit
     every = -(-n_state // room)
@@ -38,7 +43,9 @@ def states(
     which = "" if every == 1 else f" of every {every}{ {2: 'nd', 3: 'rd'}.get(every, 'th') } state"
     of = "" if bits == 32 else " of each state's largest value"
     about = f"Captured from llama.cpp's own kernels; the values{which} are stored {exact}{of}."
-    title = f"Residual stream of {model}: {n_state} states, {n_token} tokens, {width} dimensions"
+    if n_token < n_all:
+        about += f" Of {n_all:,} tokens the first and the last {n_token - 1} are on this page."
+    title = f"Residual stream of {model}: {n_state} states, {n_all} tokens, {width} dimensions"
     measures = {
         "length (L2 norm)": np.linalg.norm(hidden, axis=-1),
         "largest magnitude": np.abs(hidden).max(-1),
@@ -48,7 +55,8 @@ def states(
     best = lens_data[["top", "top_probability"]].isel(best=0)
     said = [named(vocabulary, row) for row in best["top"].values]
     data = {
-        "tokens": [token_text(piece) for piece in pieces],
+        "tokens": [token_text(pieces[position]) for position in shown],
+        "positions": shown.tolist(),
         "states": n_state,
         "measures": {name: _packed(values) for name, values in measures.items()},
         "vectors": pack_vectors(hidden[:, None], bits, kept),
