@@ -420,3 +420,30 @@ def test_every_step_of_a_real_layer_is_recomputed_and_a_wrong_one_is_found(engin
     cap.q.values[17, 3] *= -1
     wrong = check_steps(cap, engine.model, 17).query("not agrees")["step"].tolist()
     assert wrong == ["RoPE on q", "scores q·k", "q and k to attention", "weighted values"]
+
+
+def test_flow_of_groups_bounds_the_flow_of_their_tokens():
+    rng = np.random.default_rng(0)
+    a = np.tril(rng.random((3, 24, 24)) ** 3)
+    a = xr.DataArray(a / a.sum(-1, keepdims=True), dims=("layer", "query", "key"))
+    group = flow.groups(24, 3, seconds=0)
+    assert (
+        len(set(group)) == 20
+        and (np.diff(group) >= 0).all()
+        and (group[-8:] == range(12, 20)).all()
+    )
+    exact, together = flow.flow(a), flow.flow(a, seconds=0)
+    assert together["group"].values.tolist() == group.tolist()
+    assert exact.sum() == pytest.approx(1) and together.sum() == pytest.approx(1)
+
+
+def test_rollout_of_the_last_query_is_that_of_all():
+    rng = np.random.default_rng(0)
+    a = np.tril(rng.random((4, 2, 9, 9)))
+    a = xr.DataArray(
+        a / a.sum(-1, keepdims=True),
+        {"layer": range(4)},
+        dims=("layer", "head", "query", "key"),
+    )
+    every = flow.rollout(a).isel(query=-1)
+    np.testing.assert_allclose(flow.last_rollout(a.mean("head")), every, atol=1e-12)

@@ -349,3 +349,30 @@ def test_arcs_are_filtered_by_layer_head_and_weight(opened):
     tab.select_option("#head", "-1")
     tab.fill("#threshold", "0.55")
     assert tab.evaluate("state.edges") == 2
+
+
+@pytest.mark.parametrize(
+    "n_layer, n_head, n_kv, n_query, n_token, width",
+    [(30, 9, 3, 200, 200, 64), (30, 9, 3, 60, 2000, 64), (32, 32, 8, 64, 64, 128)],
+)
+def test_a_page_of_a_long_text_holds_its_limit(n_layer, n_head, n_kv, n_query, n_token, width):
+    shape = (n_layer, n_head, n_query, n_token)
+    attention = xr.DataArray(np.full(shape, 1 / n_token, np.float32), dims=MAPS)
+    q = np.ones((n_layer, n_head, n_token, width), np.float32)
+    shown = pages.views(
+        attention, [" w"] * n_token, plain(n_layer), model="M", q=q, k=q[:, :n_kv], layer=3
+    )
+    assert len(shown.html) < 5e6
+    if n_token > 64:
+        assert f"of {n_token:,} tokens" in shown.html
+
+
+MAPS = ("layer", "head", "query", "key")
+
+
+def test_the_last_tokens_of_a_long_text_keep_their_weights():
+    """Rows of the last queries only: the page's own triangle has them, and the first token's."""
+    attention = made(n_token=6)["attention"]
+    among = pages._among(attention[:, :, 3:], np.array([0, 4, 5]))
+    assert (among[:, :, 0] == [1, 0, 0]).all()
+    np.testing.assert_array_equal(among[:, :, 1:], attention.values[:, :, 4:][..., [0, 4, 5]])

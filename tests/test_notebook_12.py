@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from notebook_checks import figures_with_sentences
 
-from llamatelemetry import Capture
+from llamatelemetry import Capture, load_text
 from llamatelemetry.tools.notebooks import NotebookError, run_notebook
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "12-gguf-attention-mechanism-explorer.ipynb"
@@ -46,6 +46,20 @@ def test_exports_are_the_capture(run, engine):
     for page in ("steps", "views", "next-token", "arcs", "graph"):
         assert (out / f"{page}.html").stat().st_size < 5_000_000
     assert pd.read_parquet(out / "steps.parquet")["agrees"].all()
+
+
+@pytest.mark.slow
+def test_a_long_prompt_ends_in_bounded_pages(tmp_path, smollm2):
+    prompt = load_text(None)[:3000]
+    parameters = {"MODEL": str(smollm2), "PROMPT": prompt, "OUTPUT_DIR": str(tmp_path / "out")}
+    executed = run_notebook(NOTEBOOK, tmp_path, parameters, progress=False)
+    said = Path(executed).read_text()
+    assert "are taken together in" in said and "maps of all heads are captured for the last" in said
+    saved = Capture.load(tmp_path / "out" / "prompt.safetensors")
+    assert saved["attention"].sizes["query"] < saved["attention"].sizes["key"] > 600
+    assert saved["attention_mean"].sizes["query"] == saved["attention"].sizes["key"]
+    for page in (tmp_path / "out").glob("*.html"):
+        assert page.stat().st_size < 5_000_000, page.name
 
 
 @pytest.mark.slow
