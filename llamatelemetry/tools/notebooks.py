@@ -102,6 +102,11 @@ def run_notebook(
         raise NotebookError(
             f"{path.name}, In [{_running_cell(executed)}]: the kernel died (out of memory?)"
         ) from None
+    except OSError as trouble:
+        raise NotebookError(
+            f"{path.name}: its results could not be written to {out}: {trouble}. Make room there, or "
+            "choose another folder."
+        ) from trouble
     finally:
         if executed.is_file():
             export_html(executed)
