@@ -154,7 +154,7 @@ def ladder(file: GGUFFile, seconds: float = 240) -> list[str]:
     would go beyond `seconds` on this machine's cores or beyond what scratch has free."""
     weights, used = int(file.tensors["n_elements"].sum()), 0.0
     room = free_bytes(scratch()) - as_type(file, reference_type(file)).size_bytes
-    chosen = []
+    chosen: list[tuple[int, str]] = []
     for kind in LADDER:
         if kind == "IQ3_XS" and needs_imatrix(file.path, kind):
             kind = "Q3_K_M"
