@@ -422,6 +422,36 @@ def _t4_wheel(stored):
     return ""
 
 
+def scale():
+    """The notebooks with models of the promised sizes, a row per notebook."""
+    stored = next(iter(_results("scale.json")), None)
+    if stored is None:
+        return "Not measured yet: `tests/benchmarks/bench_scale.py` on a GPU host."
+    rows = {row["what"]: row for row in stored["rows"]}
+    models = list(dict.fromkeys(what.partition(", ")[2] for what in rows))
+    head = " | ".join(f"{model}: time, first figure, memory, GPUs, scratch" for model in models)
+    lines = [f"| notebook | {head} |", "|---" * (len(models) + 1) + "|"]
+    for number in sorted({what[:2] for what in rows}):
+        cells = [_scale_cell(rows.get(f"{number}, {model}")) for model in models]
+        lines.append(f"| {number} | {' | '.join(cells)} |")
+    cores = stored["rows"][0]["cores"]
+    where = f"{_machine(stored)}; {cores} of its cores, 14,913 MiB left on each GPU."
+    return "\n".join([*lines, "", f"{where} 1b and 8b: random weights in the shapes of Llama 3."])
+
+
+def _scale_cell(row):
+    if row is None:
+        return "not run"
+    if "failed" in row:
+        return f"stopped after {row['seconds']:,.0f} s"
+    first = "-" if row["first_figure_s"] is None else f"{row['first_figure_s']:.0f} s"
+    gpus = " and ".join(f"{mib / 1024:.1f}" for mib in row["gpu_mib"])
+    return (
+        f"{row['seconds']:,.0f} s, {first}, {row['peak_mib'] / 1024:.1f} GiB, {gpus} GiB, "
+        f"{row['scratch_gb']:.1f} GB"
+    )
+
+
 def pictures():
     """The pictures with what their cells printed."""
     path = ROOT / "docs" / "figures" / "captions.json"
@@ -442,6 +472,7 @@ PARTS = {
     "pictures": pictures,
     "speed": speed,
     "t4": t4,
+    "scale": scale,
 }
 
 
