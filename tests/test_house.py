@@ -29,6 +29,7 @@ GROUND = (
     "child",
     "errors",
     "guard",
+    "liveness",
     "logs",
     "maths",
     "metadata",
