@@ -116,7 +116,7 @@ def vocabulary_map(
     """UMAP of every row, or of as many at random (and the sample) as `affordable` says; which is
     printed before. sample, neighbors: ids (n,) of some rows and (n, k) of their nearest in the
     matrix, for what the map keeps."""
-    count, said = affordable(*matrix.shape, backend)
+    count, said = affordable(len(matrix), matrix.shape[1], backend)
     print(said)
     ids, k = np.arange(len(matrix)), neighbors.shape[1]
     if count < len(matrix):
