@@ -20,8 +20,10 @@ from pathlib import Path
 
 from . import errors, logs
 from .errors import CaptureError, LlamaTelemetryError, WorkerCrashedError
+from .files.scratch import marked, scratch
 from .liveness import LOOP, Watch
 
+WATCHING: list[int] = []  # in a child: threads that only look whether the parent is there
 NODES = [0]  # in a child: nodes of graphs that were computed, as far as anybody looked
 
 
@@ -33,13 +35,13 @@ class Child:
         its death. limit: seconds that it may compute without a sign of progress (liveness.py: what
         Watch does with one that stalls)."""
         self.name, self._then, self._limit = name, then, limit
-        self.folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-", dir=_roomy_folder()))
+        self.folder = Path(tempfile.mkdtemp(prefix=marked(), dir=_roomy_folder()))
         self.log_path = self.folder / "worker.log"
         package = str(Path(__file__).resolve().parents[1])
         paths = [package, env["PYTHONPATH"]] if env.get("PYTHONPATH") else [package]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, str(self.folder)],
+                [sys.executable, "-m", module, str(self.folder), str(os.getpid()), str(scratch())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -160,7 +162,7 @@ def serve(make):
 
     threading.Thread(target=_beat, args=(answer, working), daemon=True).start()
     worker = make(lambda **said: answer(said=said))
-    for command in _commands(sys.stdin, sys.argv[1]):
+    for command in _commands(sys.stdin, *sys.argv[1:4]):
         working.set()
         try:
             answer(ok=getattr(worker, command.pop("command"))(**command))
@@ -179,24 +181,36 @@ def _beat(answer, working):
     before, me = None, threading.get_ident()
     while working.wait():
         frames = sys._current_frames().items()
-        threads = [(at, id(one), one.f_lasti) for at, one in frames if at != me]
+        threads = [(at, id(one), one.f_lasti) for at, one in frames if at not in (me, *WATCHING)]
         if (now := (NODES[0], threads)) != before:
             answer(alive=True)
         before, frames = now, None
         time.sleep(1)
 
 
-def _commands(pipe, folder):
+def _commands(pipe, folder, parent, scratch_folder):
     """Lines of stdin through a thread, so that the parent's end is noticed during a long
     computation too; then the folder goes as well: it may lie in memory."""
     lines = queue.Queue()
 
+    def leave():
+        shutil.rmtree(folder, ignore_errors=True)
+        if os.getppid() != int(parent):  # it was killed: nobody else removes what it left
+            shutil.rmtree(scratch_folder, ignore_errors=True)
+        os._exit(0)
+
     def read():
         for line in pipe:
             lines.put(line)
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(0)
+        leave()
+
+    def look():
+        WATCHING.append(threading.get_ident())
+        while os.getppid() == int(parent):  # a fork of the parent may hold the pipe open
+            time.sleep(0.5)
+        leave()
 
     threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=look, daemon=True).start()
     while True:
         yield json.loads(lines.get())

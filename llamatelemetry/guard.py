@@ -9,7 +9,7 @@ kernel kills the command, because here the thread rule does no harm.
 It is started as a plain script (`python -I -S guard.py GRACE FOLDER COMMAND...`), so it imports
 nothing of the package: stdin is the parent's pipe (a byte asks for a polite stop, end of file means
 that the parent is gone), stdout takes one line with the command's process id, stderr is the
-command's log. FOLDER ("" for none) is removed when the parent is gone."""
+command's log. FOLDER ("" for none; files, too, one a line) is removed when the parent is gone."""
 
 import os
 import subprocess
@@ -120,8 +120,11 @@ def _main(grace, folder, command):
         if gone:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            if folder:
-                shutil.rmtree(folder, ignore_errors=True)
+            for left in filter(None, folder.split("\n")):
+                if os.path.isdir(left):
+                    shutil.rmtree(left, ignore_errors=True)
+                elif os.path.exists(left):
+                    os.unlink(left)
             return 0
         if asked and time.monotonic() - asked > grace:
             os.kill(child, signal.SIGKILL)

@@ -132,3 +132,32 @@ def test_close_ends_a_call_of_another_thread(model):
         engine.close()
         [thread.join(20) for thread in threads]
         assert len(said) == 2
+
+
+@pytest.mark.parametrize("fork", ["", "if os.fork() == 0: time.sleep(8); os._exit(0)\n"])
+def test_a_worker_whose_parent_was_killed_goes(fork):
+    """Also where a fork of the parent holds its pipe."""
+    script = (
+        "import os, time\nfrom llamatelemetry.child import Child\n"
+        "child = Child('llamatelemetry.capture.worker', 'worker', dict(os.environ))\n"
+        f"{fork}print(child.pid, child.folder, flush=True)\ntime.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pid, folder = parent.stdout.readline().split()
+    parent.kill()
+    parent.wait()
+    assert gone(int(pid), 7) and not os.path.exists(folder)
+
+
+def test_half_an_output_of_a_killed_process_is_removed_at_the_next_start(tmp_path):
+    script = (
+        "import os, signal\nfrom llamatelemetry.files.outputs import written\n"
+        f"with written({str(tmp_path / 'x.gguf')!r}, need=1, model=True) as path:\n"
+        "    path.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script])
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    from llamatelemetry.files.scratch import sweep
+
+    sweep()
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from ..files.gguf import GGUFFile
 from ..files.header import Header
 from ..files.outputs import path_of, some, written
 from ..files.programs import tool
+from ..files.scratch import scratch
 from ..gpus.cores import physical_cores
 from ..reading import Source
 from .expand import SLACK, open_model
@@ -44,7 +45,7 @@ def imatrix(
     open_model(model)
     file = place(text)
     output = dict(inputs=[model, file], need=SLACK, model=is_one(dst), error=QuantizeError)
-    with tempfile.TemporaryDirectory() as folder, written(dst, **output) as temporary:
+    with tempfile.TemporaryDirectory(dir=scratch()) as folder, written(dst, **output) as temporary:
         path = Path(folder) / "text.txt"
         path.write_bytes(load_text(text).encode())  # line ends stay as they are
         # llama-imatrix chooses its format by the file's ending.
@@ -59,6 +60,7 @@ def imatrix(
             total=r"over (\d+) chunks",
             bar=shown(dst.name),
             progress=progress,
+            leaves=[temporary],
         )
         if not out.is_file():
             reason = re.search(r"you need at least.*", words)

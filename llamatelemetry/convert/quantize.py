@@ -96,6 +96,7 @@ def quantize(
             step=r"\[\s*(\d+)/\s*(\d+)\]",
             bar=shown(dst.name),
             progress=progress,
+            leaves=[temporary],
         )
     return dst
 

@@ -1,13 +1,14 @@
 """One run of a program of llama.cpp's, with its progress and its last words."""
 
+import os
 import re
-import subprocess
 from collections import deque
-from io import BufferedReader
-from typing import cast
+from collections.abc import Iterable
+from pathlib import Path
 
-from .. import logs
+from .. import guard, logs
 from ..errors import ModelLoadError, QuantizeError
+from ..files.scratch import scratch
 from ..options import environment
 
 
@@ -18,22 +19,27 @@ def run_tool(
     total: str | None = None,
     bar: str = "",
     progress: bool = False,
+    leaves: Iterable[Path] = (),
 ) -> str:
-    """Run a tool, with a progress bar from its own output; returns that output.
+    """Run a tool, with a progress bar from its own output; returns that output. It dies with this
+    process; then what it `leaves` is removed.
 
     step: a regular expression whose group 1 is the step reached, and group 2 the total unless
     `total` finds it."""
     from tqdm.auto import tqdm
 
     tail: deque[str] = deque(maxlen=400)
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        env=environment(),
-    )
-    output = cast(BufferedReader, process.stdout)  # bytes, through a pipe
+    read, write = os.pipe()
+    left = "\n".join(map(str, [*leaves, scratch()]))
+    output = os.fdopen(read, "rb")
+    try:
+        with os.fdopen(write, "wb") as log:
+            process, _ = guard.popen(command, log, env=environment(), grace=0, folder=left)
+    except OSError as error:
+        output.close()
+        raise QuantizeError(
+            f"Could not {what}: {command[0]} cannot be executed: {error}."
+        ) from error
     try:
         with tqdm(desc=bar, disable=not (progress and step)) as meter:
             pending = ""
@@ -50,6 +56,7 @@ def run_tool(
                     meter.update(max(0, int(found[1]) - meter.n))
             tail.append(pending)
         code = process.wait()
+        guard.stop(process)
     except BaseException:
         process.kill()
         process.wait()
@@ -58,10 +65,10 @@ def run_tool(
         output.close()
     words = "\n".join(tail)
     if code:
-        ending = f"signal {-code}" if code < 0 else f"exit status {code}"
+        ending = f"signal {code - 128}" if code > 128 else f"exit status {code}"
         unread = "failed to load model" in words or "failed to read" in words
         error = ModelLoadError if unread else QuantizeError
-        why = logs.reason(words, killed=code < 0)
+        why = logs.reason(words, killed=code > 128)
         last = logs.last_words(words)[-1200:]
         raise error(f"Could not {what} ({ending}{why and f': {why}'}). Its last words:\n{last}")
     return words

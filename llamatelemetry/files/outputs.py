@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import LlamaTelemetryError, OutputError, shown
+from .scratch import scratch
 
 _SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
@@ -152,7 +153,7 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
     what the file system refuses, too."""
     dst = check_output(dst, inputs, model, error)
     # Another one each time, and shorter than any limit
-    temporary = dst.with_name(f".{secrets.token_hex(8)}.partial")
+    temporary, link = dst.with_name(f".{secrets.token_hex(8)}.partial"), None
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(dst.parent).free
@@ -161,6 +162,9 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
                 f"{shown(dst)} needs {need / 1e9:.2f} GB and {shown(dst.parent)} has {free / 1e9:.2f} GB free: "
                 "make room there, or choose another folder."
             )
+        if need:  # one that takes time: if this process is killed, the next finds the half by this
+            link = scratch() / temporary.name
+            link.symlink_to(temporary)
         yield temporary
         os.replace(temporary, dst)
     except OSError as trouble:
@@ -172,6 +176,8 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+            if link:
+                link.unlink()
 
 
 def _is_model(path):

@@ -44,11 +44,24 @@ def _namespace():
     return "0"
 
 
+def marked() -> str:
+    """What the name of a temporary folder of this process begins with, so that a later one may
+    remove it once this one is gone. What those have left is removed now."""
+    sweep()
+    return f"{_PREFIX}{maker()}-"
+
+
 def sweep() -> None:
-    """Remove what processes that are gone left in scratch."""
-    for folder in temp_dir().glob(f"{_PREFIX}*"):
-        if gone(folder.name):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove what processes of ours that are gone left in scratch, and the unfinished outputs that
+    links in it lead to."""
+    places = {temp_dir(), Path(tempfile.gettempdir()), Path("/dev/shm")}
+    for folder in [folder for place in places for folder in place.glob(f"{_PREFIX}*")]:
+        with contextlib.suppress(OSError):
+            if gone(folder.name) and folder.stat().st_uid == os.getuid():
+                for link in folder.glob("*.partial"):
+                    if link.is_symlink() and os.readlink(link).endswith(link.name):
+                        Path(os.readlink(link)).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def scratch() -> Path:
@@ -57,9 +70,8 @@ def scratch() -> Path:
     killed."""
     global _mine
     if _mine is None or _mine[0] != os.getpid() or not _mine[1].is_dir():
-        sweep()
         try:
-            made = tempfile.mkdtemp(prefix=f"{_PREFIX}{maker()}-", dir=temp_dir())
+            made = tempfile.mkdtemp(prefix=marked(), dir=temp_dir())
         except OSError as trouble:
             raise OutputError(
                 f"No scratch folder could be made in {temp_dir()}: {trouble.strerror}. Set TMPDIR to a "

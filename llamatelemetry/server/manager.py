@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -15,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import guard, logs
+from .. import guard, logs, ports
 from ..errors import LlamaTelemetryError, ModelLoadError, ModelNotFoundError, ServerError, shown
 from ..files.outputs import path_of, split_parts
 from ..files.places import free_bytes
 from ..files.programs import ENGINE_MEND, find_server
+from ..files.scratch import marked
 from ..gpus import devices
 from ..gpus.cores import physical_cores
 from ..liveness import Watch, kill, patience, stopped
@@ -96,7 +96,7 @@ class ServerManager:
             self.stop_server()
             binary = self.server_path = self.server_path or find_server()
             if port:
-                _refuse_port_in_use(host, port)
+                ports.refuse_in_use(host, port)
             variables, split = self._environment(env, tensor_split)
             pooling = server_kwargs.pop("pooling", None)
             options = {
@@ -118,7 +118,7 @@ class ServerManager:
             # It answers with its model's name, in JSON, which is UTF-8
             if shown(model_path) != str(model_path):
                 options.setdefault("alias", shown(model_path.stem))
-            folder = Path(tempfile.mkdtemp(prefix="llamatelemetry-server-"))
+            folder = Path(tempfile.mkdtemp(prefix=marked()))
             self.log = folder / "llama-server.log"
             started = time.monotonic()
             batch = max(BATCH, int(server_kwargs.get("batch_size") or 0))
@@ -187,7 +187,7 @@ class ServerManager:
                     raise self._death("ended while it loaded the model")
                 self.port = port or self._port_from_log()
                 if self.port:
-                    self.url = f"http://{_reached(self.host)}:{self.port}"
+                    self.url = f"http://{ports.reached(self.host)}:{self.port}"
                     if self._answers():
                         return
                 if not self.port and not free_bytes(self.log.parent):
@@ -353,26 +353,3 @@ class ServerManager:
 
     def __exit__(self, *_: object) -> None:
         self.stop_server()
-
-
-def _reached(host):
-    """The host in an address: brackets around IPv6, this machine for all of its addresses."""
-    host = f"[{host}]" if ":" in host else host
-    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-
-
-def _refuse_port_in_use(host, port):
-    # llama-server listens with SO_REUSEPORT, so a second one of the same user would silently share
-    # the port.
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            # Closed connections do not count.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-    except (OSError, OverflowError) as error:
-        raise ServerError(
-            f"Port {port} on {host} is in use or not to be had ({error}). Leave port=None for a free "
-            "one."
-        ) from error
