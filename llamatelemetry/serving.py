@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import templates
 from .arguments import writable
 from .capture.finite import check_finite
 from .capture.prediction import check_file
@@ -73,6 +74,8 @@ class Serving:
         env, args = self.plan.inference_env(), self._server_args
         self.model.check_place()
         try:
+            if not (args.get("chat_template") or args.get("chat_template_file")):
+                templates.check(self.model.metadata.get("tokenizer.chat_template"), self.model.path)
             self.server.start_server(self.model.path, env=env, **args)
         except TemplateError as error:
             if args.get("chat_template") or args.get("chat_template_file"):

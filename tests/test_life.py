@@ -12,8 +12,9 @@ import pytest
 from models import IDS, tiny_model
 from processes import alive, gone
 
-from llamatelemetry import InferenceEngine, LlamaTelemetryError, ServerManager
+from llamatelemetry import InferenceEngine, LlamaTelemetryError, ServerManager, templates
 from llamatelemetry.child import Child
+from llamatelemetry.errors import TemplateError
 
 
 @pytest.fixture
@@ -161,3 +162,21 @@ def test_half_an_output_of_a_killed_process_is_removed_at_the_next_start(tmp_pat
 
     sweep()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "template, ends",
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", True),
+        ("{{ no end", True),  # llama-server says it
+        ("{% for i in range(1000000000) %}{% endfor %}", False),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", False),
+        ("{{ 'x' * 4000000000 }}", False),
+    ],
+)
+def test_a_chat_template_is_tried_within_limits(template, ends, monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 1)
+    if ends:
+        return templates.check(template, "model.gguf")
+    with pytest.raises(TemplateError, match="model.gguf"):
+        templates.check(template, "model.gguf")
