@@ -15,6 +15,7 @@ from .gpus import devices
 from .gpus.cores import physical_cores
 from .gpus.fit import Fit, Place, fit, place, spread
 from .gpus.placement import placement, proof
+from .history import forget
 from .server.loading import settle
 from .serving import Serving
 
@@ -82,6 +83,7 @@ class InferenceEngine(Serving):
         plan, opened = devices.plan(tensor_split), GGUFFile(resolve_model(model))
         setup = settle(opened, ctx_size, server_kwargs)
         # A load that another thread makes ends before; what runs there on captures, too
+        forget(InferenceEngine, self)
         with self._session_lock, self._lock:
             self.close()  # only now: a misspelt name leaves the loaded model as it was
             try:

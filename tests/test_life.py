@@ -180,3 +180,19 @@ def test_a_chat_template_is_tried_within_limits(template, ends, monkeypatch):
         return templates.check(template, "model.gguf")
     with pytest.raises(TemplateError, match="model.gguf"):
         templates.check(template, "model.gguf")
+
+
+def test_a_cell_that_shows_the_engine_keeps_none_when_it_runs_again():
+    """IPython keeps the last value of every cell."""
+    script = (
+        "import gc, weakref\nfrom IPython.core.interactiveshell import InteractiveShell\n"
+        "from llamatelemetry.history import forget\n"
+        "class Thing: pass\n"
+        "shell, refs = InteractiveShell.instance(), []\n"
+        "shell.push(dict(Thing=Thing, forget=forget, refs=refs, weakref=weakref))\n"
+        "cell = 't = Thing(); refs.append(weakref.ref(t)); forget(Thing, t)\\nt'\n"
+        "for _ in range(3):\n    shell.run_cell(cell, store_history=True)\n"
+        "gc.collect(); print([ref() is not None for ref in refs])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[False, False, True]", done.stderr
