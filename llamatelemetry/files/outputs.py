@@ -162,7 +162,9 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
                 f"{shown(dst)} needs {need / 1e9:.2f} GB and {shown(dst.parent)} has {free / 1e9:.2f} GB free: "
                 "make room there, or choose another folder."
             )
-        if need:  # one that takes time: if this process is killed, the next finds the half by this
+        # One that takes time: if this process is killed, the next finds the half by this. What lies
+        # in scratch goes with its folder.
+        if need and dst.parent != scratch():
             link = scratch() / temporary.name
             link.symlink_to(temporary)
         yield temporary
