@@ -29,14 +29,17 @@ GROUND = (
     "child",
     "errors",
     "guard",
+    "history",
     "liveness",
     "logs",
     "maths",
     "metadata",
     "norms",
     "options",
+    "ports",
     "reading",
     "rounding",
+    "templates",
 )
 # What the spine does without: the extras, and what only draws.
 HEAVY = (

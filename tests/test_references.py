@@ -39,6 +39,7 @@ DIMS = {
     "k_pre": "layer kv_head token feature",
     "scores": "layer head query key",
     "attention": "layer head query key",
+    "attention_mean": "layer query key",
     "attn_heads": "layer head token feature",
     "attn_out": "layer token embd",
     "ffn_out": "layer token embd",
@@ -154,11 +155,16 @@ def test_dims_and_shape(tiny, stage):
         dim: sizes[dim] for dim in array.dims if dim != "layer"
     }
     if "layer" in array.dims:
-        by_head = {"head", "kv_head"} & set(array.dims)
+        by_head = {"head", "kv_head", "query"} & set(array.dims)  # also a mean over heads
         layers = tiny.attention_layers if by_head else range(tiny.n_layer + (stage == "hidden"))
         assert array.layer.values.tolist() == list(layers)
     for dim in {"token", "query", "key"} & set(array.dims):
         assert array[dim].values.tolist() == tiny.cap.tokens["piece"].tolist()
+
+
+def test_the_mean_over_heads_is_that_of_the_heads(tiny):
+    mean = tiny.engine.capture(IDS, stages=("attention_mean",)).attention_mean
+    np.testing.assert_allclose(mean.values, tiny.cap.attention.mean("head").values, atol=1e-6)
 
 
 def test_tokens_and_model_facts(tiny):

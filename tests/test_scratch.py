@@ -10,6 +10,7 @@ import pytest
 
 from llamatelemetry.errors import OutputError
 from llamatelemetry.files import places, scratch
+from llamatelemetry.files.outputs import written
 
 MAKES = """
 import os, sys, time
@@ -102,3 +103,16 @@ def test_on_kaggle_scratch_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMATELEMETRY_KAGGLE_TEMP", str(tmp_path / "temp"))
     monkeypatch.setattr(scratch, "_mine", None)
     assert scratch.scratch().parent == places.temp_dir() == tmp_path / "temp"
+
+
+def test_a_large_output_may_lie_in_scratch(temp):
+    """Elsewhere a link in scratch tells the next process of the half that a killed one left; here it
+    would be a link to itself."""
+    folder = scratch.scratch()
+    with written(folder / "whole.bin", need=1) as half:
+        half.write_bytes(b"x")
+    assert [path.name for path in folder.iterdir()] == ["whole.bin"]
+    with written(temp / "whole.bin", need=1) as half:
+        assert (folder / half.name).is_symlink()
+        half.write_bytes(b"x")
+    assert [path.name for path in folder.iterdir()] == ["whole.bin"]
