@@ -106,8 +106,8 @@ def test_on_kaggle_scratch_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_a_large_output_may_lie_in_scratch(temp):
-    """Elsewhere a link in scratch tells the next process of the half that a killed one left; here it
-    would be a link to itself."""
+    """Elsewhere a link in scratch tells the next process of the half that a killed one left; here
+    it would be a link to itself."""
     folder = scratch.scratch()
     with written(folder / "whole.bin", need=1) as half:
         half.write_bytes(b"x")
