@@ -436,7 +436,9 @@ def scale():
         lines.append(f"| {number} | {' | '.join(cells)} |")
     cores = stored["rows"][0]["cores"]
     where = f"{_machine(stored)}; {cores} of its cores, 14,913 MiB left on each GPU."
-    return "\n".join([*lines, "", f"{where} 1b and 8b: random weights in the shapes of Llama 3."])
+    shapes = " and ".join(model for model in models if model in ("1b", "8b"))
+    made = f" {shapes}: random weights in the shape of Llama 3." if shapes else ""
+    return "\n".join([*lines, "", where + made])
 
 
 def _scale_cell(row):
