@@ -6,6 +6,9 @@ from .capture.edits import patch as patch
 from .capture.edits import scale as scale
 from .compare.comparison import compare_quantizations as compare_quantizations
 from .compare.texts import load_text as load_text
+from .convert.expand import expand as expand
+from .convert.expand import make_reference as make_reference
+from .convert.importance import imatrix as imatrix
 from .convert.quantize import quantize as quantize
 from .engine import InferenceEngine as InferenceEngine
 from .errors import CaptureError as CaptureError

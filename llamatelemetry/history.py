@@ -10,7 +10,8 @@ def forget(kind: type, keep: object) -> None:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if shell is None:
         return
-    sys.last_value = sys.last_traceback = sys.last_exc = None
+    for name in ("last_value", "last_traceback", "last_exc"):  # the last one from Python 3.12 on
+        setattr(sys, name, None)
     shell.last_execution_result = None
     spaces = (shell.user_ns, shell.user_ns_hidden, vars(shell.displayhook))
     for place in (shell.user_ns.get("_oh", {}), *spaces):
