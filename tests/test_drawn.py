@@ -536,7 +536,8 @@ def test_a_notebook_s_mathjax_leaves_figures_alone():
 def test_a_page_without_q_and_k_opens_at_any_length(page, tmp_path, n):
     made = attention_pages.views(maps(n), [" w"] * n, FACTS, model="m", max_bytes=1000)
     problems = opened(page, tmp_path, made.html)
-    assert "steps of 1/65535." in page.text_content("p.note")
+    note = page.text_content("p.note")  # the least that a page can hold
+    assert "stored within 1/250. To stay small" in note and f"of {n} tokens" in note
     assert (
         page.text_content("#bars") == "q and k were not captured for this page." and problems == []
     )
