@@ -116,3 +116,7 @@ def test_a_large_output_may_lie_in_scratch(temp):
         assert (folder / half.name).is_symlink()
         half.write_bytes(b"x")
     assert [path.name for path in folder.iterdir()] == ["whole.bin"]
+    (temp / "way").symlink_to(folder)
+    with written(temp / "way" / "whole.bin", need=1) as half:  # scratch by another name
+        half.write_bytes(b"x")
+    assert [path.name for path in folder.iterdir()] == ["whole.bin"]

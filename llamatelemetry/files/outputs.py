@@ -164,7 +164,7 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
             )
         # One that takes time: if this process is killed, the next finds the half by this. What lies
         # in scratch goes with its folder.
-        if need and dst.parent != scratch():
+        if need and not dst.parent.samefile(scratch()):
             link = scratch() / temporary.name
             link.symlink_to(temporary)
         yield temporary
