@@ -13,6 +13,7 @@ from .convert.quantize import quantize as quantize
 from .engine import InferenceEngine as InferenceEngine
 from .errors import CaptureError as CaptureError
 from .errors import EngineBuildError as EngineBuildError
+from .errors import FeatureError as FeatureError
 from .errors import GpuError as GpuError
 from .errors import GraphistryError as GraphistryError
 from .errors import LlamaTelemetryError as LlamaTelemetryError
@@ -24,6 +25,7 @@ from .errors import OutputError as OutputError
 from .errors import ParameterError as ParameterError
 from .errors import ServerError as ServerError
 from .errors import WorkerCrashedError as WorkerCrashedError
+from .features.encoder import Features as Features
 from .files.gguf import GGUFFile as GGUFFile
 from .files.models import list_models as list_models
 from .files.models import resolve_model as resolve_model

@@ -89,6 +89,10 @@ class EmbeddingError(LlamaTelemetryError, ValueError):
     """Rows, words or groups that an embedding analysis cannot use."""
 
 
+class FeatureError(LlamaTelemetryError, ValueError):
+    """Published features that cannot be read, or that are not of this model or capture."""
+
+
 class QuantizeError(LlamaTelemetryError):
     """A file could not be quantized, expanded or measured for an importance matrix; nothing
     half-written is left."""

@@ -95,35 +95,45 @@ def download(repo, file, progress=True):
     """Fetches "repo:file" (or "repo:Q4_K_M"), all parts of a split model; an interrupted download
     goes on where it stopped. Returns the path of the (first) file. Raises Refused, or
     ModelLoadError for a file that arrived damaged."""
-    from huggingface_hub import HfApi, hf_hub_download
+    if not file.lower().endswith(".gguf"):
+        from huggingface_hub import HfApi
+
+        reach()
+        files = ask(lambda: HfApi().list_repo_files(repo))
+        wanted, file = file, _one(repo, file, files)
+        if file is None:
+            there = ", ".join(str(path) for path in model_files(files)) or "no GGUF file"
+            raise Refused(f"no file of {repo} is {wanted}", f"take one of what it has: {there}")
+    return fetch(repo, split_parts(file), progress)[0]
+
+
+def fetch(repo, files, progress=True):
+    """Paths of files of a repository, fetched where the cache has not got all of them. Raises
+    Refused, or ModelLoadError for a file that arrived damaged."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    _reach_hub()
-    if not file.lower().endswith(".gguf"):
-        files = _ask(lambda: HfApi().list_repo_files(repo))
-        wanted, file = file, _one(repo, file, files)
-        if file is None:
-            there = ", ".join(str(path) for path in model_files(files)) or "no GGUF file"
-            raise Refused(f"no file of {repo} is {wanted}", f"take one of what it has: {there}")
-    _check_room(repo, split_parts(file))
+    files = list(map(str, files))
+    here = [try_to_load_from_cache(repo, file) for file in files]
+    if all(isinstance(path, str) for path in here):
+        return list(map(Path, here))
+    reach()
+    _check_room(repo, files)
     quiet = not progress and not are_progress_bars_disabled()
     if quiet:
         disable_progress_bars()
     try:
-        paths = [
-            Path(_ask(lambda part=part: hf_hub_download(repo, str(part))))
-            for part in split_parts(file)
-        ]
+        paths = [Path(ask(lambda file=file: hf_hub_download(repo, file))) for file in files]
     finally:
         if quiet:
             enable_progress_bars()
     for path in paths:
         _verify(path, progress)
-    return paths[0]
+    return paths
 
 
 def _check_room(repo, parts):
@@ -135,7 +145,7 @@ def _check_room(repo, parts):
     parts = map(str, parts)
     absent = [part for part in parts if not isinstance(try_to_load_from_cache(repo, part), str)]
     urls = [hf_hub_url(repo, part) for part in absent]
-    need = sum(_ask(lambda url=url: get_hf_file_metadata(url)).size or 0 for url in urls)
+    need = sum(ask(lambda url=url: get_hf_file_metadata(url)).size or 0 for url in urls)
     if need > (free := free_bytes(constants.HF_HUB_CACHE)):
         raise Refused(
             f"it needs {need / 1e9:,.1f} GB and {constants.HF_HUB_CACHE} has {free / 1e9:,.1f} GB free",
@@ -157,7 +167,8 @@ def _verify(path, progress):
         )
 
 
-def _reach_hub():
+def reach():
+    """Refused, at once, where the hub cannot be reached or must not."""
     import requests
     from huggingface_hub import constants
 
@@ -194,7 +205,8 @@ _ANSWERS = {
 }
 
 
-def _ask(request):
+def ask(request):
+    """What a request of huggingface_hub returns; Refused with the reason for whatever it raises."""
     from huggingface_hub import errors
 
     try:
