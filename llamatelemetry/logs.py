@@ -16,9 +16,10 @@ _ENDS = [
 ]
 # What it says before it gives up in order; of what may be a mere complaint the last few lines only.
 _LOADER = re.compile(r"error loading model:.*\S")
+_REFUSED = r"failed|unable to|cannot|does not (divide|support)|requires"
 _TROUBLE = [
     re.compile(form, re.IGNORECASE)
-    for form in (r"\berror:.*\S", r"^\d[\d.]* E .*\S", r"\berror\b.*\S", r"failed|unable to|cannot")
+    for form in (r"\berror:.*\S", r"^\d[\d.]* E .*\S", r"\berror\b.*\S", _REFUSED)
 ]
 _PREFIX = re.compile(r"^\d+\.\d+\.\d+\.\d+ [EWI] ")
 _FEW = 12

@@ -23,7 +23,7 @@ from llamatelemetry import (
     ModelNotFoundError,
     WorkerCrashedError,
 )
-from llamatelemetry.compare import comparison, jobs, placing
+from llamatelemetry.compare import comparison, jobs, placing, ways
 from llamatelemetry.compare.comparison import CompareError, compare_quantizations
 from llamatelemetry.compare.texts import TEXT, load_text
 from llamatelemetry.compare.worker import windows
@@ -120,6 +120,70 @@ def test_the_numbers_are_llama_perplexitys(family, tmp_path):
                 row[f"dp_{name}"], abs=STEP
             ), label
     assert row.n_tokens == WINDOWS * (N_CTX // 2 - 1)
+
+
+@pytest.mark.slow
+def test_the_numbers_with_a_smaller_cache_are_llama_perplexitys(smollm2, tmp_path):
+    text, base, kinds = tmp_path / "text.txt", tmp_path / "base.kld", [("q8_0", "q8_0")]
+    kinds += [("q8_0", "q4_0"), ("q4_0", "f16")]
+    text.write_text(load_text()[2000:9000].strip())
+    settings = dict(n_ctx=N_CTX, max_windows=2, progress=False)
+    ours = compare_quantizations(smollm2, smollm2, text, cache_types=kinds, **settings)
+    perplexity(smollm2, text, base, N_CTX, 2)
+    for (_, row), (k, v) in zip(ours.iterrows(), kinds, strict=True):
+        theirs = perplexity(smollm2, text, base, N_CTX, 2, "--kl-divergence", "-ctk", k, "-ctv", v)
+        assert row.name == f"{smollm2.stem}, {k}/{v} cache" and (row.cache_k, row.cache_v) == (k, v)
+        assert row.weights == smollm2.stem and row.kld_mean > 1e-3
+        for label, name, scale in (
+            ("Mean    KLD:", "kld_mean", 1),
+            ("Mean    Δp:", "mean_dp", 0.01),
+            ("RMS Δp    :", "rms_dp", 0.01),
+        ):
+            found = numbers(theirs, label, scale)
+            assert found == pytest.approx([row[name], row[f"{name}_err"]], abs=STEP), label
+        assert numbers(theirs, "Maximum KLD:")[0] == pytest.approx(row.kld_max, abs=STEP)
+        assert numbers(theirs, "99.0%   KLD:")[0] == pytest.approx(row.kld_p99, abs=STEP)
+
+
+def test_every_file_comes_with_every_cache(tmp_path):
+    """Heads of 64: the cache is turned before it is quantized. What llama.cpp has no cache for has
+    its reason in its row, and the weights are read once."""
+    pytest.importorskip("llama_cpp")
+    source = tiny_model("llama", tmp_path, head_dim=64, n_layer=1)
+    other = quantize(source, tmp_path / "Q8_0.gguf", "Q8_0", progress=False)
+    kinds, text = [("f16", "f16"), ("q8_0", "q4_0")], "The dog saw the cat and the cat. " * 20
+    settings = dict(text=text, n_ctx=64, progress=False, max_windows=2)
+    found = compare_quantizations(
+        source, [source, other], cache_types=kinds, memory_ctx=8192, noise=True, **settings
+    )
+    names = [source.stem, f"{source.stem}, q8_0/q4_0 cache", "Q8_0", "Q8_0, q8_0/q4_0 cache"]
+    assert list(found.index) == names == list(found.tokens["candidate"].unique())
+    assert list(found["weights"]) == [source.stem] * 2 + ["Q8_0"] * 2
+    assert found["kld_mean"].iloc[0] == 0 < found["kld_mean"].iloc[1]
+    # 1 layer, 2 heads of 64 keys and values: 2 bytes each, or 34 and 18 for 32 of them.
+    assert list(found["token_bytes"]) == [512, 208] * 2
+    assert list(found["memory_bytes"] - found["size_bytes"]) == [512 * 8192, 208 * 8192] * 2
+    alone = compare_quantizations(source, [source, other], **settings)
+    same = alone.columns.drop(["cache_bytes", "memory_bytes"])
+    pd.testing.assert_frame_equal(pd.DataFrame(alone[same]), found.loc[alone.index, same])
+    assert list(found.noise.index) == ["attention not fused", "batches of 64 tokens"]
+    assert found.noise["error"].isna().all() and (found.noise["n_tokens"] == 62).all()
+    assert 1e-5 <= found.floor < 1e-3 and alone.noise is None and alone.floor == 1e-5
+
+    narrow = tiny_model("llama", tmp_path, seed=1)  # heads of 16, and a block is 32 numbers
+    with pytest.warns(UserWarning, match="q8_0 with block size 32"):
+        found = compare_quantizations(narrow, narrow, cache_types=kinds, **settings)
+    assert pd.isna(found["error"].iloc[0]) and found["kld_max"].iloc[0] == 0
+    assert "K cache type q8_0 with block size 32" in found["error"].iloc[1]
+    assert np.isnan(found["kld_mean"].iloc[1]) and found["token_bytes"].iloc[1] > 0
+
+
+def test_pairs_of_cache_types():
+    assert ways.pairs(None) == [("f16", "f16")]
+    assert ways.pairs([["q8_0", "q4_0"], ("q8_0", "q4_0")]) == [("q8_0", "q4_0")]
+    for wrong in (["q8_0"], [("q8_0",)], [("q8_0", "q3_K")], [], "q8_0"):
+        with pytest.raises(CompareError, match="cache_types"):
+            ways.pairs(wrong)
 
 
 @pytest.mark.slow
@@ -309,7 +373,8 @@ def test_a_crash_costs_only_the_candidate_that_makes_it(monkeypatch):
     assert found["bad"]["kind"] == "crash" and "signal 6" in found["bad"]["error"]
     assert found["good"]["attempts"] == 2
     with pytest.raises(WorkerCrashedError, match="bad: llama.cpp ended"):
-        comparison._result({"bad": found["bad"]}, {}, {"bad": "bad"}, 0)
+        row = comparison.Row("bad", "bad", ways.Way("bad", {}))
+        comparison._result({"bad": found["bad"]}, {}, [row], 0, 512)
 
 
 @pytest.fixture(scope="module")

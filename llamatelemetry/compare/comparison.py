@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,38 +18,55 @@ from ..errors import (
     WorkerCrashedError,
     shown,
 )
+from ..files.gguf import GGUFFile
 from ..files.outputs import labels, once
+from ..gpus import devices
+from . import ways
 from .jobs import distributed, measure_all
-from .quality import summarize
+from .quality import NOISE, summarize
 from .texts import load_text
+from .ways import PLAIN, Way, pairs, with_cache
 
 if TYPE_CHECKING:
     from distributed import Client
 
 COLUMNS = (  # of Comparison.tokens
-    "candidate window position id piece logprob_base logprob entropy_base kld dp same_top top5 "
-    "top10 top_base top".split()
+    "candidate window position id piece logprob_base logprob entropy_base confidence_base kld dp "
+    "same_top top5 top10 top_base top".split()
 )
 
 
 class Comparison(pd.DataFrame):
-    """The result of compare_quantizations: a DataFrame with one row per candidate, and `.tokens`.
+    """The result of compare_quantizations: a DataFrame with one row per candidate, `.tokens` and
+    `.noise`.
 
     tokens: one row per candidate and scored token: candidate, window, position (in the window), id,
-    piece, logprob_base, logprob (nats), entropy_base, kld (nats), dp, same_top, top5, top10,
-    top_base and top (ids). attempts: for each candidate, how often it was started (more than 1
-    where a worker died)."""
+    piece, logprob_base, logprob (nats), entropy_base, confidence_base (the reference's probability
+    of what it holds for likeliest), kld (nats), dp, same_top, top5, top10, top_base and top (ids).
+    attempts: for each candidate, how often it was started (more than 1 where a worker died). noise:
+    of the reference against itself, one row per way (see noise_floor); None where it was not asked
+    for."""
 
-    _metadata = ["tokens", "attempts"]
+    _metadata = ["tokens", "attempts", "noise"]
+
+    @property
+    def floor(self) -> float:
+        """The largest mean divergence of the reference from itself, nats; NOISE at least, which is
+        what 32-bit sums are off by."""
+        measured = [] if self.noise is None else self.noise["kld_mean"].dropna()
+        return float(max([NOISE, *measured]))
 
 
 def compare_quantizations(
     reference: str | Path,
-    candidates: str | Path | Iterable[str | Path],
+    candidates: str | Path | Iterable[str | Path] | Mapping[str, str | Path],
     text: str | Path | None = None,
     n_ctx: int = 512,
     client: "Client | None" = None,
     *,
+    cache_types: Iterable[tuple[str, str]] | None = None,
+    noise: bool = False,
+    memory_ctx: int | None = None,
     max_windows: int | None = None,
     gpu_layers: int | None = None,
     threads: int | None = None,
@@ -64,28 +81,38 @@ def compare_quantizations(
     rows. A file that comes twice, by whatever path, is one row. text: the text or a path to one, as
     load_text takes it, or None for the public-domain text of this package (compare/text.md). n_ctx:
     tokens per window; the second half of each is scored, and a text that ends within a window loses
-    that remainder. max_windows: use only the first so many. gpu_layers: None puts all layers on the
-    visible GPUs if the engine can use them: with two, the reference sits on one and the candidate
-    on the other, or both are spread over them, or the reference's logits are kept in scratch where
-    it has to go before a candidate comes (jobs.placed; the same numbers). client: a
+    that remainder. Memory does not grow with it but for the caches: at most 512 tokens are decoded
+    and scored at a time. cache_types: pairs of types for keys and values, of ways.TYPES, such as
+    ("q8_0", "q4_0"): every file is a row with each of them, named "Q4_K_M, q8_0/q4_0 cache", as
+    llama-perplexity -ctk -ctv has it; None: f16 for both, as for the reference always. The
+    reference among the candidates shows what a smaller cache alone costs. noise: measure the
+    reference against itself, too (noise_floor). memory_ctx: tokens for which memory is reckoned
+    (default: n_ctx). max_windows: use only the first so many. gpu_layers: None puts all layers on
+    the visible GPUs if the engine can use them: with two, the reference sits on one and the
+    candidate on the other, or both are spread over them, or the reference's logits are kept in
+    scratch where it has to go before a candidate comes (jobs.placed; the same numbers). client: a
     dask.distributed Client (for one worker per GPU: cluster.local_cluster); then the candidates are
     shared out to its workers, and those of a worker that dies are started again, up to `retries`
     times.
 
     Definitions are llama-perplexity's (--kl-divergence), in nats and fractions. Returns a
-    Comparison, one row per candidate in the order given, indexed by name (of the file as it was
-    given, see files.labels): file, size_bytes, bits_per_weight, ppl, ppl_base, ppl_ratio, kld_mean,
+    Comparison, one row per candidate and cache in the order given, indexed by name (of the file as
+    it was given, see files.labels): file, weights (the file's name), cache_k, cache_v, size_bytes,
+    bits_per_weight, token_bytes (by which the cache grows per token), cache_bytes and memory_bytes
+    (the cache for memory_ctx tokens, and with it the file), ppl, ppl_base, ppl_ratio, kld_mean,
     kld_median and other percentiles, mean_dp, rms_dp, same_top, top5, top10, each mean with its
-    *_err, and intervals by window (*_low, *_high). A candidate that llama.cpp cannot load, or that
-    crashes it, has its reason in the column `error` and NaN elsewhere; the others are kept. Raises
-    CompareError for another vocabulary or architecture, a reference that predicts nothing or no
-    numbers, or too short a text, ModelNotFoundError for a file that is not there, ModelLoadError if
-    the reference or every candidate cannot be loaded."""
-    reference, named = _path(reference), _named(candidates)
+    *_err, and intervals by window (*_low, *_high). A candidate that llama.cpp cannot load, a pair
+    that it has no cache or no kernel for, or what crashes it, has its reason in the column `error`
+    and NaN elsewhere; the others are kept. Raises CompareError for another vocabulary or
+    architecture, a reference that predicts nothing or no numbers, or too short a text,
+    ModelNotFoundError for a file that is not there, ModelLoadError if the reference or every
+    candidate cannot be loaded."""
+    reference, named, kinds = _path(reference), _named(candidates), pairs(cache_types)
     for name, value, least in (
         ("max_windows", max_windows, 1),
         ("threads", threads, 1),
         ("gpu_layers", gpu_layers, -1),
+        ("memory_ctx", memory_ctx, 1),
     ):
         whole(name, value, least, error=CompareError, none=True)
     whole("retries", retries, 0, error=CompareError)
@@ -94,6 +121,12 @@ def compare_quantizations(
             f"n_ctx={n_ctx}: a window needs at least 4 tokens; llama-perplexity's default is 512."
         )
     _check_window(reference, n_ctx)
+    rows = [
+        Row(ways.named(name, pair), name, with_cache(str(path), pair), pair)
+        for name, path in named.items()
+        for pair in kinds
+    ]
+    other = _noise(reference, gpu_layers) if noise else []
     job = {
         "reference": str(reference),
         "text": load_text(text),
@@ -101,14 +134,74 @@ def compare_quantizations(
         "max_windows": max_windows and int(max_windows),
         "gpu_layers": gpu_layers,
         "threads": threads,
+        "ways": {row.key: row.way for row in (*rows, *other) if row.key != row.way.path},
     }
-    unique = list(map(str, named.values()))
+    job["beside"] = ways.beside_bytes(n_ctx, [row.way for row in (*rows, *other)])
+    unique = [row.key for row in (*rows, *other)]
     if client is None:
         found = measure_all(job | {"candidates": unique}, progress)
-        attempts = {p: f["attempts"] for p, f in found.items()}
+        attempts = {key: f["attempts"] for key, f in found.items()}
     else:
         found, attempts = distributed(client, job, unique, retries, progress)
-    return _result(found, attempts, dict(zip(named, unique)), seed)
+    result = _result(found, attempts, rows, seed, memory_ctx or n_ctx)
+    if noise:
+        object.__setattr__(result, "noise", _table(found, other, seed)[0])
+    return result
+
+
+def noise_floor(
+    reference: str | Path,
+    text: str | Path | None = None,
+    n_ctx: int = 512,
+    *,
+    max_windows: int | None = None,
+    gpu_layers: int | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How far a file is from itself, computed another way: what no comparison with it can tell from
+    nothing.
+
+    Arguments as for compare_quantizations. The ways (ways.noise_ways): attention not fused, the
+    window read in batches of 64 tokens, and where GPUs compute, in batches of 8 and on the CPU (a
+    file not over 2 GiB). DataFrame by way: the numbers of a Comparison, and `error` for a way
+    that this model does not have. Raises as compare_quantizations does."""
+    found = compare_quantizations(
+        reference,
+        reference,
+        text,
+        n_ctx,
+        noise=True,
+        max_windows=max_windows,
+        gpu_layers=gpu_layers,
+        threads=threads,
+        seed=seed,
+        progress=progress,
+    )
+    return found.noise
+
+
+class Row(NamedTuple):
+    """A row that is asked for. name: of the row; weights: of its file; way, pair: how it is
+    computed; key: of its result, the path or what tells it from others of that file."""
+
+    name: str
+    weights: str
+    way: Way
+    pair: tuple[str, str] = PLAIN
+
+    @property
+    def key(self) -> str:
+        own = self.name.removeprefix(self.weights).strip(", ")
+        return f"{self.way.path} ({own})" if self.way.settings else self.way.path
+
+
+def _noise(reference, gpu_layers):
+    """The rows of the reference against itself."""
+    gpu = gpu_layers != 0 and bool(devices.visible_gpus())
+    found = ways.noise_ways(reference, gpu)
+    return [Row(name, "", way) for name, way in found.items()]
 
 
 def _named(candidates):
@@ -127,8 +220,6 @@ def _named(candidates):
 def _check_window(path, n_ctx):
     """Warn of a window longer than what the model was trained for; CompareError where it has no
     positions there."""
-    from ..files.gguf import GGUFFile
-
     try:
         model = GGUFFile(path)
     except LlamaTelemetryError:
@@ -163,45 +254,56 @@ def _lost(result):
     return f"its loss of {loss:.3g} nats per token is beyond any perplexity"
 
 
-def _result(found, attempts, named, seed):
-    for f in found.values():
-        if not f["error"]:
-            f["error"] = _lost(f)
-    other = [f"{p}: {f['error']}" for p, f in found.items() if f["kind"] == "other"]
+def _result(found, attempts, rows, seed, n_ctx):
+    asked = {row.key: found[row.key] for row in rows}
+    for one in found.values():
+        one["error"] = one["error"] or _lost(one)
+    other = [f"{key}: {f['error']}" for key, f in asked.items() if f["kind"] == "other"]
     if other:
         raise CompareError("Not a quantization of the reference's model: " + "; ".join(other))
-    if all(f["error"] for f in found.values()):
-        crashed = any(f["kind"] == "crash" for f in found.values())
+    if all(f["error"] for f in asked.values()):
+        crashed = any(f["kind"] == "crash" for f in asked.values())
         error = WorkerCrashedError if crashed else ModelLoadError
-        whys = "; ".join(f"{p}: {f['error']}" for p, f in found.items())
+        whys = "; ".join(f"{key}: {f['error']}" for key, f in asked.items())
         raise error(f"No candidate could be measured: {whys}")
-    rows, tables = [], []
-    for name, path in named.items():
-        row = {"name": name, "file": shown(path), **_size(path), "error": found[path]["error"]}
-        if found[path]["error"] is None:
-            table = pd.DataFrame(found[path]["columns"])
-            row |= summarize(table, seed=seed)
-            tables.append(table.assign(candidate=row["name"]))
-        else:
-            warnings.warn(f"{path} was left out: {found[path]['error']}", stacklevel=3)
-        rows.append(row)
-    result = Comparison(pd.DataFrame(rows).set_index("name"))
-    result["error"] = result.pop("error")
-    object.__setattr__(result, "tokens", pd.concat(tables, ignore_index=True)[COLUMNS])
-    object.__setattr__(result, "attempts", {name: attempts[p] for name, p in named.items()})
+    table, tokens = _table(found, rows, seed)
+    facts = [_facts(row, n_ctx) for row in rows]
+    result = Comparison(pd.DataFrame(facts, index=table.index).join(table))
+    object.__setattr__(result, "tokens", tokens)
+    object.__setattr__(result, "attempts", {row.name: attempts[row.key] for row in rows})
+    object.__setattr__(result, "noise", None)
     return result
 
 
-def _size(path):
-    """Size and real bits per weight; the latter unknown for a file that cannot be read: its row
-    says so in `error`."""
-    from ..files.gguf import GGUFFile
+def _table(found, rows, seed):
+    """(DataFrame by row of what was measured, `error` last; the rows' tokens)."""
+    made, tables = [], []
+    for row in rows:
+        one = found[row.key]
+        if (why := one["error"]) is None:
+            table = pd.DataFrame(one["columns"])
+            made.append({"name": row.name, **summarize(table, seed=seed)})
+            tables.append(table.assign(candidate=row.name))
+        else:
+            made.append({"name": row.name})
+            warnings.warn(f"{row.key} was left out: {why}", stacklevel=4)
+    table = pd.DataFrame(made).set_index("name")
+    table["error"] = [found[row.key]["error"] for row in rows]
+    return table, pd.concat(tables, ignore_index=True)[COLUMNS] if tables else None
 
+
+def _facts(row, n_ctx):
+    """What a row has before anything is measured: bits and bytes unknown for a file that cannot be
+    read, whose row says so in `error`."""
+    path = row.way.path
+    told = {"file": shown(path), "weights": row.weights, "cache_k": row.pair[0]}
+    told["cache_v"] = row.pair[1]
     try:
         file = GGUFFile(path)
-        return {"size_bytes": file.size_bytes, "bits_per_weight": file.bits_per_weight}
+        cache = ways.cache_bytes(file, n_ctx, row.pair)
+        sizes = [file.size_bytes, file.bits_per_weight, ways.token_bytes(file, row.pair), cache]
+        sizes.append(file.size_bytes + cache)
     except LlamaTelemetryError:
-        return {
-            "size_bytes": os.path.getsize(path) if os.path.isfile(path) else None,
-            "bits_per_weight": float("nan"),
-        }
+        sizes = [os.path.getsize(path) if os.path.isfile(path) else None, *[float("nan")] * 4]
+    names = "size_bytes", "bits_per_weight", "token_bytes", "cache_bytes", "memory_bytes"
+    return told | dict(zip(names, sizes))

@@ -18,18 +18,28 @@ from .worker import STEP
 
 def measure_all(job, progress=False):
     """`measure` for as many candidates at a time as fit into memory beside the reference
-    (placing.placed)."""
-    found = {}
-    for some in placed(job["reference"], job["candidates"], job["gpu_layers"]):
+    (placing.placed), all ways of a file together."""
+    found, files = {}, by_file(job["candidates"], job["ways"])
+    options = job["gpu_layers"], job["beside"]
+    for some in placed(job["reference"], list(files), *options):
         where = dict(split=some.reference, own_split=some.own, apart=some.apart)
+        where["candidates"] = [key for path in some.candidates for key in files[path]]
         seen = [gpu.uuid for gpu in some.gpus]
-        found |= measure(job | where | {"candidates": some.candidates, "seen": seen}, progress)
+        found |= measure(job | where | {"seen": seen}, progress)
+    return found
+
+
+def by_file(keys, ways):
+    """{path: keys of the candidates that are this file}. ways: {key: Way} of those that are no
+    plain paths."""
+    found = {}
+    for key in keys:
+        found.setdefault(ways[key][0] if key in ways else key, []).append(key)
     return found
 
 
 def measure(job, progress=False):
-    """Run the child process on one job; {path: {"columns", "error", "kind", "attempts",
-    "seconds"}}.
+    """Run the child process on one job; {candidate: {"columns", "error", "kind", "attempts"}}.
 
     If llama.cpp takes the process down, every unfinished candidate gets a process of its own, so
     that only the one that does it is lost."""
@@ -61,7 +71,8 @@ def _child(job, progress):
     environment = inference_environment()
     if seen := job.pop("seen", None):
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen)
-    files = [job["reference"], *job["candidates"]]
+    job.pop("beside", None)
+    files = [job["reference"], *by_file(job["candidates"], job["ways"])]
     limit = patience(files, STEP, job["n_ctx"], bool(list_gpus()))
     child = Child("llamatelemetry.compare.worker", "llama.cpp", environment, limit=limit)
     with child, tqdm(desc="compare", unit="window", disable=not progress) as meter:
@@ -107,14 +118,15 @@ def _text(piece):
         return piece
 
 
-def distributed(client, job, paths, retries, progress):
+def distributed(client, job, keys, retries, progress):
     """Every worker gets a share of the candidates: the reference is read once per worker, not once
     per candidate."""
     from tqdm.auto import tqdm
 
     hosts = [address.rpartition(":")[0] for address in client.nthreads()] or ["none yet"]
     job = job | {"workers_here": max(map(hosts.count, hosts))}
-    shares = [paths[number :: len(hosts)] for number in range(min(len(paths), len(hosts)))]
+    groups = list(by_file(keys, job["ways"]).values())
+    shares = [sum(groups[n :: len(hosts)], []) for n in range(min(len(groups), len(hosts)))]
     futures = [
         client.submit(
             measure_all,
@@ -126,7 +138,7 @@ def distributed(client, job, paths, retries, progress):
         for number, share in enumerate(shares)
     ]
     found, attempts = {}, {}
-    with tqdm(desc="compare", unit="file", total=len(paths), disable=not progress) as meter:
+    with tqdm(desc="compare", unit="candidate", total=len(keys), disable=not progress) as meter:
         for share, future in zip(shares, futures):
             try:
                 found |= future.result()

@@ -1,6 +1,7 @@
 """Where the models of a comparison go: a reference and a candidate on a GPU each, both over all of
 them, or one after the other."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,18 +28,27 @@ class Placing(NamedTuple):
     gpus: tuple[devices.Gpu, ...] = ()
 
 
-def placed(reference: str, candidates: list[str], gpu_layers: int | None = None) -> list[Placing]:
+def placed(
+    reference: str,
+    candidates: list[str],
+    gpu_layers: int | None = None,
+    beside: Mapping[str, int] | None = None,
+) -> list[Placing]:
     """How candidates are compared with a reference within the memory that is free now: as many at a
-    time as fit beside it, since it is decoded once for all of them."""
+    time as fit beside it, since it is decoded once for all of them. beside: {path: bytes} for more
+    contexts of a file than one."""
     import psutil
 
-    need = {path: hub.size_of(path) + BUFFERS for path in (reference, *candidates)}
-    largest = max(need[path] for path in candidates)
+    more = {path: BUFFERS + (beside or {}).get(path, 0) for path in candidates}
+    # The reference among the candidates shares its weights.
+    need = {path: n + hub.size_of(path) * (path != reference) for path, n in more.items()}
+    whole = hub.size_of(reference) + BUFFERS + more.get(reference, 0)
+    largest = max(need.values())
     cards = devices.visible_gpus() if gpu_layers != 0 else []
     rooms = [max(card.free_bytes - CONTEXT_BYTES, 0) for card in cards]
     if len(cards) > 1:
         for one, other in ((a, b) for a in range(len(cards)) for b in range(len(cards)) if a != b):
-            if need[reference] <= rooms[one] and largest <= rooms[other]:
+            if whole <= rooms[one] and largest <= rooms[other]:
                 first, second = np.eye(len(cards))[[one, other]].tolist()
                 groups = _groups(candidates, need, rooms[other])
                 return [Placing(group, first, second, gpus=tuple(cards)) for group in groups]
@@ -49,8 +59,8 @@ def placed(reference: str, candidates: list[str], gpu_layers: int | None = None)
         # One GPU's buffers are in what is measured as free; the machine's pages can be given back.
         where = dict(gpus=devices.plan().inference if cards else ())
         room = SHARE * (cards[0].free_bytes if cards else psutil.virtual_memory().available)
-    apart = need[reference] + largest > room
-    groups = _groups(candidates, need, 0 if apart else room - need[reference])
+    apart = whole + largest > room
+    groups = _groups(candidates, need, 0 if apart else room - whole)
     if apart:
         groups = [candidates]  # one after the other, over logits that are made once
     return [Placing(group, apart=apart, **where) for group in groups]

@@ -67,6 +67,7 @@ class Reference:
         total = self.p.sum(axis=1)
         self.p /= total[:, None]
         self.lse = _lse(values, total)
+        self.confidence = 1 / total.astype(np.float64)
         shifted *= self.p
         self.entropy = np.log(total.astype(np.float64)) - shifted.sum(axis=1)
         # llama-perplexity leaves out what the reference gives a log probability of -16 or less.
@@ -78,7 +79,8 @@ class Reference:
         """Per-token columns of one candidate's logits (token, vocab) for the same tokens: a dict of
         arrays (token,).
 
-        logprob_base, logprob (of the token that came next, nats), entropy_base, kld (nats), dp
+        logprob_base, logprob (of the token that came next, nats), entropy_base, confidence_base
+        (the reference's probability of what it holds for likeliest), kld (nats), dp
         (difference of that token's probability), same_top, top5, top10 (share of the reference's 5
         or 10 likeliest found among the candidate's), top_base, top (ids)."""
         values, top = top_k(logits, self.k)
@@ -93,6 +95,7 @@ class Reference:
             "logprob_base": self.logprob,
             "logprob": logprob,
             "entropy_base": self.entropy,
+            "confidence_base": self.confidence,
             "kld": kld,
             "dp": np.exp(logprob) - np.exp(self.logprob),
             "same_top": top[:, 0] == self.top[:, 0],

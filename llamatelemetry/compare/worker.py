@@ -1,6 +1,7 @@
 """The child process of compare_quantizations: a reference and candidates side by side, window by
 window, each a capture's Runtime. Logits never leave it: they are read where llama.cpp put them."""
 
+import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,13 +18,17 @@ STEP = 512
 
 
 def open_model(path, n_ctx, parallel, threads, gpu_layers, tensor_split=None, **changes):
+    """A Runtime with a context (`ready`). A model whose logits are no predictions gets none: an
+    encoder-decoder could not have one."""
+    model = Runtime(path, threads=threads, gpu_layers=gpu_layers, tensor_split=tensor_split)
+    model.key = path
+    return model if why_not(model) else ready(model, n_ctx, parallel, **changes)
+
+
+def ready(model, n_ctx, parallel, **changes):
     """A Runtime with a context for `parallel` windows of n_ctx tokens, set up as llama-perplexity
     does: attention is fused where llama.cpp can (its default, automatic), which captures cannot
-    have. changes: other settings of the context (flash_attn_type=0). A model whose logits are no
-    predictions gets no context: an encoder-decoder could not have one."""
-    model = Runtime(path, threads=threads, gpu_layers=gpu_layers, tensor_split=tensor_split)
-    if why_not(model):
-        return model
+    have. changes: other settings of the context (flash_attn_type=0)."""
     batch = min(STEP, n_ctx) * parallel
     settings = {"n_ctx": n_ctx * parallel, "n_seq_max": parallel, "swa_full": False}
     settings |= {"n_batch": batch, "n_ubatch": batch}
@@ -31,6 +36,13 @@ def open_model(path, n_ctx, parallel, threads, gpu_layers, tensor_split=None, **
         settings["n_outputs_max"] = parallel * (n_ctx - n_ctx // 2)
     model.make_context(**settings | changes)
     return model
+
+
+def again(model, key):
+    """The same weights once more, for a context of their own."""
+    other = copy.copy(model)
+    other.key, other.context, other.n_ctx = key, None, 0
+    return other
 
 
 def why_not(model):
@@ -117,28 +129,28 @@ def _given(some, start, bos):
 
 
 def compare(reference, candidates, texts, bos, tell, threads):
-    """Per-token columns of every candidate over windows (window, n_ctx) of ids: {path: columns},
-    {path: error}. tell(n): n more windows are done."""
-    parts, failed = {model.path: [] for model in candidates}, {}
+    """Per-token columns of every candidate over windows (window, n_ctx) of ids: {key: columns},
+    {key: error}. tell(n): n more windows are done."""
+    parts, failed = {model.key: [] for model in candidates}, {}
     with ThreadPoolExecutor(threads) as pool:
         for begin, some, start in _steps(texts):
             for model in (reference, *candidates) if start == 0 else ():
                 model.clear()
-            going = [model for model in candidates if model.path not in failed]
-            for path, columns in _step(reference, going, some, start, bos, failed, pool):
+            going = [model for model in candidates if model.key not in failed]
+            for key, columns in _step(reference, going, some, start, bos, failed, pool):
                 columns["window"] += begin
-                parts[path].append(columns)
+                parts[key].append(columns)
             tell(len(some) if start + STEP >= texts.shape[1] else 0)
     columns = {
-        path: {name: np.concatenate([part[name] for part in some]) for name in some[0]}
-        for path, some in parts.items()
-        if path not in failed
+        key: {name: np.concatenate([part[name] for part in some]) for name in some[0]}
+        for key, some in parts.items()
+        if key not in failed
     }
     return columns, failed
 
 
 def _step(reference, candidates, texts, start, bos, failed, pool):
-    """Yields (path, columns) of the candidates over positions start... of all windows; why one
+    """Yields (key, columns) of the candidates over positions start... of all windows; why one
     cannot go on is put into `failed`."""
     n_windows, n_ctx = texts.shape
     given, first = _given(texts, start, bos), n_ctx // 2
@@ -156,12 +168,12 @@ def _step(reference, candidates, texts, start, bos, failed, pool):
         try:
             own = window_logits(model, given, start, first).reshape(shape)
         except ValueError as error:  # CaptureError is one
-            failed[model.path] = str(error)
+            failed[model.key] = str(error)
             continue
         found = list(pool.map(lambda r, b, own=own: r.compare(own[b]), references, blocks))
         if found:
             yield (
-                model.path,
+                model.key,
                 {
                     "window": np.repeat(np.arange(n_windows), len(at_scored)),
                     "position": np.tile(at_scored, n_windows),
@@ -185,6 +197,7 @@ class Worker:
         self,
         reference,
         candidates,
+        ways,
         text,
         n_ctx,
         max_windows,
@@ -195,11 +208,13 @@ class Worker:
         **settings,
     ):
         """{"files": {candidate: its columns' .npz}, "pieces": {id: hexadecimal}}; tells `windows`
-        as they are done and each candidate that `failed`. split, own_split: the reference's layers
-        and the candidates' by GPU; apart: one model at a time. Raises ModelLoadError and
+        as they are done and each candidate that `failed`. candidates: keys; ways: {key: (path,
+        settings)} of those that are no plain paths (ways.py). split, own_split: the reference's
+        layers and the candidates' by GPU; apart: one model at a time. Raises ModelLoadError and
         CompareError for the reference and the text, OutputError where its logits find no room."""
-        settings = (n_ctx, max(1, STEP // n_ctx), settings["threads"], settings["gpu_layers"])
-        base = open_model(reference, *settings, split)
+        size = (n_ctx, max(1, STEP // n_ctx))
+        threads, layers = settings["threads"], settings["gpu_layers"]
+        base = open_model(reference, *size, threads, layers, split)
         if why := why_not(base):
             raise CompareError(f"Nothing can be compared with this reference: {why}")
         ids, what, bos = token_ids(base, text), identity(base), opening(base)
@@ -210,14 +225,16 @@ class Worker:
                 "smaller n_ctx."
             )
         pieces = {int(token): base.piece(int(token)).hex() for token in np.unique(texts)}
-        done, of = 0, len(texts) * (1 + len(candidates) if apart else 1)
+        groups = list(_by_file(candidates, ways).values())
+        done, of = 0, len(texts) * (1 + len(groups) if apart else 1)
 
         def tell(count):
             nonlocal done
             done += count
             self.tell(windows=done, of=of)
 
-        files, groups = {}, [[path] for path in candidates] if apart else [candidates]
+        files = {}
+        groups = groups if apart else [sum(groups, [])]
         rows = len(texts) * (n_ctx - n_ctx // 2) if apart else 0
         with ScratchFile("reference.logits", 4 * rows * base.n_vocab) as kept:
             try:
@@ -225,31 +242,64 @@ class Worker:
                     runtime, base = base, Kept(base, texts, kept, tell)
                     runtime.close()
                 for group in groups:
-                    opened = (self._open(path, what, (*settings, own_split)) for path in group)
-                    if not (models := list(filter(None, opened))):
-                        continue
-                    columns, failed = compare(base, models, texts, bos, tell, settings[2])
-                    for path, why in failed.items():
-                        self.tell(failed=path, why=why, kind="load")
-                    for path in columns:
-                        files[path] = os.path.join(folder, f"{candidates.index(path)}.npz")
-                        np.savez(files[path], **columns[path])
+                    loaded = {} if apart else {(reference, layers): base}
+                    opened = Opened(loaded, what, size, threads, layers, own_split, self.tell)
+                    models = [model for each in group if (model := opened(*each))]
+                    if models:
+                        columns, failed = compare(base, models, texts, bos, tell, threads)
+                        for key, why in failed.items():
+                            self.tell(failed=key, why=why, kind="load")
+                        for key in columns:
+                            files[key] = os.path.join(folder, f"{candidates.index(key)}.npz")
+                            np.savez(files[key], **columns[key])
                     if apart:
                         base.rewind()
-                        models[0].close()
+                        for model in models:
+                            model.close_context()
+                        opened.close()
             except NotFiniteError as error:  # of the reference: a candidate's are kept by compare
                 why = f"Nothing can be compared with this reference: {error}"
                 raise CompareError(why) from None
         return {"files": files, "pieces": pieces}
 
-    def _open(self, path, wanted, settings):
-        """A candidate, or None where it cannot be compared with the `wanted` identity."""
+
+def _by_file(candidates, ways):
+    """{path: [(key, path, settings)]}: what shares one file's weights."""
+    found = {}
+    for key in candidates:
+        path, settings = ways.get(key, (key, {}))
+        found.setdefault(path, []).append((key, path, settings))
+    return found
+
+
+class Opened:
+    """Opens candidates, each file once: what it is computed with makes contexts of their own.
+    loaded: {(path, layers on the GPU): Runtime}; wanted: the reference's identity; size: of ready;
+    tell: hears of a candidate that cannot be compared."""
+
+    def __init__(self, loaded, wanted, size, threads, layers, split, tell):
+        self.loaded, self.wanted, self.size = loaded, wanted, size
+        self.threads, self.layers, self.split, self.tell = threads, layers, split, tell
+
+    def __call__(self, key, path, changes):
+        """A candidate, or None where it cannot be compared."""
+        changes = dict(changes)
+        where = path, changes.pop("gpu_layers", self.layers)
         try:
-            model = open_model(path, *settings)
+            if where not in self.loaded:
+                options = dict(threads=self.threads, tensor_split=self.split)
+                self.loaded[where] = Runtime(path, gpu_layers=where[1], **options)
+            model = self.loaded[where]
+            if not (why := _other(identity(model), self.wanted) or why_not(model)):
+                return ready(again(model, key), *self.size, **changes)
         except ModelLoadError as error:
-            return self.tell(failed=path, why=str(error), kind="load")
-        why = _other(identity(model), wanted) or why_not(model)
-        return self.tell(failed=path, why=why, kind="other") if why else model
+            return self.tell(failed=key, why=str(error), kind="load")
+        return self.tell(failed=key, why=why, kind="other")
+
+    def close(self):
+        """Free the weights; contexts are closed before."""
+        for model in self.loaded.values():
+            model.close()
 
 
 def _other(ours, reference):

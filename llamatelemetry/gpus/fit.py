@@ -60,8 +60,11 @@ def kv_bytes(
     n_parallel: int = 1,
     n_ubatch: int = 512,
     swa_full: bool = False,
+    bytes_k: float = 2.0,
+    bytes_v: float = 2.0,
 ) -> int:
-    """Bytes of the key and value cache at 16 bit for n_parallel requests of ctx_size tokens."""
+    """Bytes of the key and value cache for n_parallel requests of ctx_size tokens, at 16 bit or
+    with bytes_k and bytes_v per number (compare.ways.cache_bytes)."""
 
     def pad(n):
         return -(-n // 256) * 256
@@ -69,11 +72,10 @@ def kv_bytes(
     cells = pad(ctx_size)
     window = cells if swa_full else min(cells, pad((gguf.sliding_window or 0) + n_ubatch))
     heads = getattr(gguf, "n_kv_head_per_layer", [gguf.n_kv_head] * gguf.n_layer)
-    per_head = 2 * (gguf.head_dim + gguf.head_dim_v)
-    return n_parallel * sum(
-        per_head * n_kv * (window if slides else cells)
-        for n_kv, slides in zip(heads, sliding_layers(gguf))
-    )
+    per_head = bytes_k * gguf.head_dim + bytes_v * gguf.head_dim_v
+    cached = zip(heads, sliding_layers(gguf))
+    rows = sum(n_kv * (window if slides else cells) for n_kv, slides in cached)
+    return int(n_parallel * per_head * rows)
 
 
 def as_type(gguf: "GGUFFile", kind: str) -> "GGUFFile":

@@ -1,0 +1,111 @@
+"""The ways in which one file is computed with: types of its key and value cache, and other orders
+of the same sums. Each is a candidate of a comparison: a file's path and settings of its context.
+
+llama.cpp turns keys and values by a Hadamard matrix before it quantizes them, unless
+LLAMA_ATTN_ROT_DISABLE=1 is set, and has quantized values with fused attention only."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..arguments import whole
+from ..errors import CompareError, LlamaTelemetryError
+from ..files.gguf import GGUFFile
+from ..gpus.fit import kv_bytes
+
+# What llama.cpp takes for -ctk and -ctv: number of the type, bytes per 32 numbers.
+TYPES = {
+    "f32": (0, 128),
+    "f16": (1, 64),
+    "bf16": (30, 64),
+    "q8_0": (8, 34),
+    "q5_1": (7, 24),
+    "q5_0": (6, 22),
+    "q4_1": (3, 20),
+    "q4_0": (2, 18),
+    "iq4_nl": (20, 18),
+}
+Pair = tuple[str, str]
+PLAIN: Pair = ("f16", "f16")  # llama.cpp's own choice
+LARGE = 2 << 30  # bytes of a file that is not read a second time on the CPU to measure noise
+
+
+class Way(NamedTuple):
+    """A candidate. path: of its file; settings: of its context, as llama.cpp names them, and
+    gpu_layers where they differ."""
+
+    path: str
+    settings: dict[str, Any]
+
+
+def pairs(cache_types: Iterable[Pair] | None) -> list[Pair]:
+    """Pairs of types for keys and values, each once, in order; CompareError for what is none."""
+    found: list[Pair] = []
+    for pair in [PLAIN] if cache_types is None else cache_types:
+        if isinstance(pair, str) or len(pair) != 2 or not all(kind in TYPES for kind in pair):
+            raise CompareError(
+                f"cache_types holds {pair!r}: give pairs such as ('q8_0', 'q4_0'), for keys and values, of "
+                f"{', '.join(TYPES)}."
+            )
+        if tuple(pair) not in found:
+            found.append((pair[0], pair[1]))
+    if not found:
+        raise CompareError("cache_types is empty: None is llama.cpp's own f16 for both.")
+    return found
+
+
+def named(name: str, pair: Pair) -> str:
+    """A row's name: the file's, and its cache where that is not llama.cpp's own."""
+    return name if pair == PLAIN else f"{name}, {'/'.join(pair)} cache"
+
+
+def with_cache(path: str, pair: Pair) -> Way:
+    """A file with a cache of these types."""
+    kinds = dict(zip(("type_k", "type_v"), (TYPES[kind][0] for kind in pair)))
+    return Way(path, kinds if pair != PLAIN else {})
+
+
+def cache_bytes(file: GGUFFile, n_tokens: int, pair: Pair = PLAIN) -> int:
+    """Bytes of the cache of one text of n_tokens, as llama.cpp makes it: in steps of 256 tokens,
+    layers with a sliding window no longer than that and a batch."""
+    n, (k, v) = whole("n_tokens", n_tokens, 1, error=CompareError), pair
+    return kv_bytes(file, n, bytes_k=TYPES[k][1] / 32, bytes_v=TYPES[v][1] / 32)
+
+
+def token_bytes(file: GGUFFile, pair: Pair = PLAIN) -> float:
+    """Bytes by which the cache grows per token, once the text is longer than any window."""
+    long = 256 * (-(-((file.sliding_window or 0) + 512) // 256) + 1)
+    return (cache_bytes(file, long + 256, pair) - cache_bytes(file, long, pair)) / 256
+
+
+def beside_bytes(n_ctx: int, ways: Iterable[Way]) -> dict[str, int]:
+    """{path: bytes} that the contexts of each file need beyond the first: the logits of a step
+    twice, and the largest cache there is."""
+    counts = Counter(way.path for way in ways)
+    found = {}
+    for path, count in counts.items():
+        try:
+            file = GGUFFile(path)
+        except LlamaTelemetryError:
+            continue  # llama.cpp says what is wrong with it
+        cache = kv_bytes(file, max(n_ctx, 512), bytes_k=4, bytes_v=4)
+        found[path] = (count - 1) * (8 * 512 * file.n_vocab + cache)
+    return found
+
+
+def noise_ways(path: str | Path, gpu: bool) -> dict[str, Way]:
+    """Other orders of the same sums, by name: what a file's own noise is measured with.
+
+    gpu: whether GPUs compute it: they have other kernels for a few tokens at a time, and the CPU is
+    another way of a file up to LARGE. The number of threads is none: it changes no sum."""
+    path = str(path)
+    found = {
+        "attention not fused": Way(path, {"flash_attn_type": 0}),
+        "batches of 64 tokens": Way(path, {"n_ubatch": 64}),
+    }
+    if gpu:
+        found["batches of 8 tokens"] = Way(path, {"n_ubatch": 8})
+        if GGUFFile(path).size_bytes <= LARGE:
+            found["on the CPU"] = Way(path, {"gpu_layers": 0})
+    return found
