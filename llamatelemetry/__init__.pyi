@@ -2,6 +2,8 @@
 from .capture.data import Capture as Capture
 from .capture.edits import ablate_head as ablate_head
 from .capture.edits import ablate_layer as ablate_layer
+from .capture.edits import add as add
+from .capture.edits import knock_out as knock_out
 from .capture.edits import patch as patch
 from .capture.edits import scale as scale
 from .compare.comparison import compare_quantizations as compare_quantizations

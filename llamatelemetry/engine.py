@@ -203,11 +203,11 @@ class InferenceEngine(Serving):
         text: tokenized with the model's special tokens. stages: see `stages()`. layers: only these
         layers of stages that have layers. queries: only these query positions of attention, scores
         and mask (attention_mean, the mean over heads, always has all). edits: changes made while it
-        runs (ablate_head, ablate_layer, scale, patch). generate: decode this many more tokens one
-        by one (fewer when the model ends its text), greedily at temperature 0, else drawn with the
-        seed; every stage then covers prompt and generated tokens, the former up to the Capture's
-        n_prompt. Raises CaptureError for what
-        cannot be done, WorkerCrashedError when llama.cpp ended."""
+        runs (ablate_head, ablate_layer, scale, add, patch, knock_out). generate: decode this many
+        more tokens one by one (fewer when the model ends its text), greedily at temperature 0, else
+        drawn with the seed; every stage then covers prompt and generated tokens, the former up to
+        the Capture's n_prompt. Raises CaptureError for what cannot be done, WorkerCrashedError when
+        llama.cpp ended."""
         return self._call(
             "capture",
             text,
@@ -258,6 +258,22 @@ class InferenceEngine(Serving):
         tokens (loss_change_err); kl: mean KL(no edits || edited) in nats; top1_agreement: share of
         positions with the same best token. attrs["base_loss"]: the loss without edits."""
         return self._call("sweep", text, variants, progress=progress)
+
+    def predict(
+        self,
+        text: Prompt,
+        variants: Mapping[Any, Edits],
+        tokens: Sequence[int] = (),
+        progress: bool = True,
+    ) -> xr.Dataset:
+        """What comes next after a text under each of {name: edits}: a Dataset of (variant, token),
+        by name and token id.
+
+        logprob: of `tokens` (nats), and before: without the edits (a difference of two tokens'
+        logprobs is one of their logits); by variant alone kl: KL(no edits || edited) of the next
+        token in nats, top_id and top_logprob. Only the positions from the first edited one on are
+        read again: many edits of the last query cost one token each."""
+        return self._call("predict", text, variants, tokens, progress=progress)
 
     def _processes(self):
         processes = {"notebook": os.getpid()}

@@ -360,7 +360,7 @@ def test_what_cannot_be_captured_is_said_and_the_next_call_works(session, full, 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda cap: scale("k", 0, 2.0),
+        lambda cap: scale("k_pre", 0, 2.0),
         lambda cap: scale("hidden", 0, 2.0, head=1),
         lambda cap: ablate_head(-1, 0),
         lambda cap: ablate_head(0, 0, "median"),

@@ -105,6 +105,48 @@ def sweep(runs, tokens, variants, progress):
     return base.summary(), rows
 
 
+def predict(runs, tokens, variants, ids, progress):
+    """{name: row} of what every variant (a list of edits) says comes after the text:
+    log-probabilities of ids, and `before` without the edits.
+
+    What comes before the first position that the edits name is read once, and kept. `before` is
+    read from the same position on, because one token's kernels round otherwise than a batch's."""
+    last, befores, rows, kept = len(tokens) - 1, {}, {}, 0
+    runs.plan(tokens), runs.plan(tokens[:1])  # now: planning empties the context
+    means = runs.means(tokens, [edit for edits in variants.values() for edit in edits])
+
+    def said(edits, past):
+        rows = []
+
+        def setup(recorder, plan):
+            runs.apply(recorder, plan, edits, len(tokens), means)
+
+        def after(logits, past):
+            rows.append(log_softmax(logits[-1:])[0])
+
+        late = runs.late(edits)
+        runs.run(tokens, setup, all_logits=late, on_logits=after, past=past, restart=rows.clear)
+        return rows[-1]
+
+    first = {name: min([last, *(edit.first for edit in edits)]) for name, edits in variants.items()}
+    for number, name in enumerate(sorted(first, key=first.get, reverse=True)):
+        past = first[name]
+        if past not in befores:
+            befores[past], kept = said((), min(past, kept)), len(tokens)
+        before, logp = befores[past], said(variants[name], min(past, kept))
+        kept = past
+        p = np.exp(before, dtype=np.float64)
+        rows[name] = {
+            "logprob": logp[ids].tolist(),
+            "before": before[ids].tolist(),
+            "kl": float((p * (before - logp)).sum()),
+            "top_id": int(logp.argmax()),
+            "top_logprob": float(logp.max()),
+        }
+        progress(number + 1)
+    return rows
+
+
 class HeadStatistics:
     """Sums over query rows of every head's attention, taken from the tensor where it lies.
 

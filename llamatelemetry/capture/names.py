@@ -31,7 +31,7 @@ class Stage:
 
     @property
     def by_head(self):
-        return "head" in self.dims
+        return self.dims[0] in ("head", "kv_head")
 
     @property
     def all_dims(self):
@@ -49,11 +49,11 @@ STAGES = {
     "attn_norm": Stage(_STREAM),
     "ffn_norm": Stage(_STREAM, late=True),
     "q": Stage(_HEADS, editable=True),
-    "k": Stage(_KV_HEADS, cached=True),
-    "v": Stage(_KV_HEADS, cached=True),
+    "k": Stage(_KV_HEADS, cached=True, editable=True),
+    "v": Stage(_KV_HEADS, cached=True, editable=True),
     "q_pre": Stage(_HEADS),
     "k_pre": Stage(_KV_HEADS),
-    "scores": Stage(_GRID, masked=True),
+    "scores": Stage(_GRID, masked=True, editable=True),
     "attention": Stage(_GRID, editable=True),
     "attention_mean": Stage(("query", "key"), mean=True),
     "mask": Stage(("query", "key"), masked=True),

@@ -21,6 +21,7 @@ class Tap:
     token_dim: int = 1
     source: int | None = None  # read this source of the node instead of its result
     grid: int = 0  # 2 for (head, query, key), 1 for (query, key)
+    after: int = -1  # before the node is computed, but after this one: what it is made from
 
     @classmethod
     def of(cls, node, shape, *view, **how):
@@ -38,6 +39,7 @@ class Plan:
     layers: list = field(default_factory=list)
     why_not: dict = field(default_factory=dict)  # stage -> reason
     masks: dict = field(default_factory=dict)  # mask -> layers that share it
+    edges: dict = field(default_factory=dict)  # layer -> (Tap of what the softmax takes, its mask)
     output: dict = field(default_factory=dict)  # done to the logits: softcap (0: none), bias
 
     def put(self, stage, layer, *taps):

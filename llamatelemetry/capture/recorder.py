@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import CaptureError
-from .edits import Edit
+from .edits import Edit, where
 from .ggml import Scratch, Tensor
 from .names import STAGES
 
@@ -22,7 +22,8 @@ class Recorder:
     def __init__(self, ggml, plan):
         self.ggml, self.plan = ggml, plan
         self._actions = {}  # node index -> [(tap, action)], in the order in which they were added
-        self._scratch = Scratch()
+        self._before = {}  # node index -> [(taps, action)]
+        self._scratch = Scratch(), Scratch()
         self._number, self._past, self._count = -1, 0, 0
 
     def on(self, tap, action):
@@ -33,6 +34,12 @@ class Recorder:
         where `key` runs over the cache, beyond the last token too."""
         self._actions.setdefault(tap.index, []).append((tap, action))
 
+    def before(self, taps, action):
+        """Call action(values, ..., past) with the values of several sources of one node, or None
+        for a tap that is not there, before it is computed."""
+        self._actions.setdefault(taps[0].after, [])  # computed by itself: what follows waits
+        self._before.setdefault(taps[0].index, []).append((taps, action))
+
     def start(self, past, count):
         """Before each decode: how many tokens came before and how many come now."""
         self._number, self._past, self._count = -1, past, count
@@ -40,9 +47,11 @@ class Recorder:
     def observe(self, address, ask):
         if ask:
             self._number += 1
+            for taps, action in self._before.get(self._number, ()):
+                self._apply(address, taps, action)
             return self._number in self._actions
         for tap, action in self._actions[self._number]:
-            self._apply(address, tap, action)
+            self._apply(address, (tap,), action)
         return True
 
     def finish(self):
@@ -53,7 +62,19 @@ class Recorder:
         if self._number + 1 != self.plan.n_nodes:
             raise PlanMismatch
 
-    def _apply(self, address, tap, action):
+    def _apply(self, address, taps, action):
+        found = [self._look(address, tap, scratch) for tap, scratch in zip(taps, self._scratch)]
+        (values, where, tensor, offset), *others = found
+        changed = action(values, *(other and other[0] for other in others), self._past)
+        if not isinstance(values, np.ndarray):
+            self.ggml.device.synchronize()
+        elif changed and not self.ggml.on_host(tensor.buffer):
+            self.ggml.write(where, self._scratch[0].last, offset)
+
+    def _look(self, address, tap, scratch):
+        """(values, address, Tensor, offset in bytes) of what a tap looks at; None for no tap."""
+        if not tap:
+            return None
         tensor = Tensor.from_address(address)
         if tensor.name.decode("utf-8", "replace") != tap.name:
             raise PlanMismatch
@@ -65,16 +86,12 @@ class Recorder:
             offset, ne, nb = tap.view
             ne = tuple(self._count if dim == tap.token_dim else size for dim, size in enumerate(ne))
             layout = offset, ne, nb
-        values = self.ggml.array(address, layout, self._scratch)
+        values = self.ggml.array(address, layout, scratch)
         if tap.grid:
             values = values.reshape(values.shape[-1 - tap.grid :])
         elif tap.view is None:
             values = values.reshape((self._count, *tap.shape))
-        changed = action(values, self._past)
-        if not isinstance(values, np.ndarray):
-            self.ggml.device.synchronize()
-        elif changed and not self.ggml.on_host(tensor.buffer):
-            self.ggml.write(address, self._scratch.last, layout[0] if layout else 0)
+        return values, address, tensor, layout[0] if layout else 0
 
 
 def on_host(values):
@@ -142,58 +159,110 @@ class Copy:
 @dataclass
 class Apply:
     """Applies an Edit at a tap. first: of several taps that add up, this one takes the new values,
-    the others none."""
+    the others none. mean: (head, feature)."""
 
     edit: Edit
+    layer: int
     first: bool = True
     mean: np.ndarray | None = None
 
     def __call__(self, values, past):
-        edit = self.edit
-        target = values.swapaxes(0, 1) if STAGES[edit.stage].grid else values  # (token, ...)
-        everywhere = range(past, past + len(target))
-        positions = everywhere if edit.positions is None else edit.positions
-        rows = np.array([one - past for one in positions if one in everywhere], int)
+        edit, stage = self.edit, STAGES[self.edit.stage]
+        target = values.swapaxes(0, 1) if stage.grid else values  # (token, ...)
+        rows = named(edit.positions, range(past, past + len(target))) - past
         if not rows.size:
             return False
-        if edit.head is not None:
-            target = target[:, edit.head]
-        new = self._new(on_host(target[rows]), rows + past)
+        index = [rows]
+        if stage.by_head:
+            index.append(named(edit.head, range(target.shape[1])))
+        if stage.grid:
+            index.append(named(edit.keys, range(target.shape[2])))
+            if not index[2].size:  # keys that come later
+                return False
+        place = np.ix_(*index) if len(index) > 1 else rows
+        new = self._new(on_host(target[place]), [rows + past, *index[1:]])
         if not isinstance(values, np.ndarray):
             import cupy
 
             new = cupy.asarray(new)
-        target[rows] = new
+        target[place] = new
         return True
 
-    def _new(self, old, positions):
+    def _new(self, old, index):
         edit = self.edit
         if edit.mean:
-            return self.mean if self.first else np.zeros_like(old)
-        if edit.values is None:
-            return old * np.float32(edit.factor) if edit.factor else np.zeros_like(old)
-        if not self.first:
-            return np.zeros_like(old)
-        given = edit.values.swapaxes(0, 1) if STAGES[edit.stage].by_head else edit.values
-        if edit.head is not None:
-            given = given[:, edit.head]
-        if positions[-1] >= len(given):
+            return self.mean[index[1]] if self.first else np.zeros_like(old)
+        new = old * np.float32(edit.factor) if edit.factor else np.zeros_like(old)
+        if edit.values is None or not self.first:
+            return new
+        given = self._given(old, index)
+        return new + given if edit.factor else given
+
+    def _given(self, old, index):
+        """The summand at positions, heads and keys, as `old`."""
+        edit, stage = self.edit, STAGES[self.edit.stage]
+        if not edit.whole:
+            given = edit.values[index[1]] if edit.values.ndim == 2 else edit.values
+            return np.broadcast_to(given, old.shape)
+        given = edit.values.swapaxes(0, 1) if stage.by_head else edit.values
+        what, last = f"the patch for {edit.stage!r} of layer {self.layer}", int(index[0][-1])
+        if last >= len(given):
             raise CaptureError(
-                f"the patch for {edit.stage!r} of layer {edit.layer} holds {len(given)} positions and position "
-                f"{int(positions[-1])} was asked for: name `positions` that both runs have."
+                f"{what} holds {len(given)} positions and position {last} was asked for: name "
+                "`positions` that both runs have."
             )
-        given = given[positions]
-        if STAGES[edit.stage].grid:
-            # The cache is longer than the text, or holds only what came in this batch and before.
-            n_key = old.shape[-1]
-            if given[..., n_key:].any():
-                raise CaptureError(
-                    f"the patch for {edit.stage!r} of layer {edit.layer} gives weight to keys after position "
-                    f"{n_key - 1}, which position {int(positions[-1])} cannot see yet: leave them zero."
-                )
-            given = np.concatenate([given[..., :n_key], old[..., given.shape[-1] :]], -1)
-        if given.shape != old.shape:
+        given = given[index[0]]
+        if stage.by_head:
+            given = given[:, index[1]]
+        if not stage.grid:
+            return given
+        # The cache is longer than the text, or holds only what came in this batch and before.
+        count = given.shape[-1]
+        later = named(edit.keys, range(index[2][-1] + 1, count))
+        if edit.stage == "attention" and given[..., later].any():
             raise CaptureError(
-                f"the patch for {edit.stage!r} has shape {given.shape}, the model has {old.shape}."
+                f"{what} gives weight to keys after position {int(index[2][-1])}, which position "
+                f"{last} cannot see yet: leave them zero."
             )
-        return given
+        inside = index[2] < count
+        return np.concatenate([given[..., index[2][inside]], old[..., ~inside]], -1)
+
+
+def named(some, there):
+    """Those of a range that a tuple, a slice or None names, as an array."""
+    wanted = where(some)
+    return np.array([one for one in there if one in wanted], int)
+
+
+@dataclass
+class Cut:
+    """Cuts the edges of a knock-out before a softmax. counts: what it adds up the edges in, under
+    `name`; sinks: rows may stay without a key, as the sink takes their attention."""
+
+    edit: Edit
+    layer: int
+    sinks: bool
+    counts: dict
+    name: tuple
+
+    def __call__(self, scores, mask, past):
+        rows = named(self.edit.positions, range(past, past + scores.shape[1])) - past
+        heads = named(self.edit.head, range(len(scores)))
+        keys = named(self.edit.keys, range(scores.shape[2]))
+        if not rows.size or not keys.size:
+            return False
+        seen = np.ones((len(rows), scores.shape[2]), bool)
+        if mask is not None:
+            seen = ~np.isneginf(on_host(mask[rows]).astype(np.float32))
+        self.counts[self.name] += int(seen[:, keys].sum())
+        place = np.ix_(heads, rows, keys)
+        scores[place] = -np.inf
+        # What other edits cut before counts, too
+        left = (seen & ~np.isneginf(on_host(scores[np.ix_(heads, rows)]))).any(-1)
+        if not left.all() and not self.sinks:
+            head, row = np.argwhere(~left)[0]
+            raise CaptureError(
+                f"no key would be left for query {int(rows[row]) + past} in head {int(heads[head])} "
+                f"of layer {self.layer}: leave it one, or ablate the head."
+            )
+        return True

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CaptureError, NotFiniteError
+from .edits import where
 from .finite import MISSING, check_finite
 from .ggml import DTYPES
 from .names import STAGES
-from .recorder import Apply, Copy, PlanMismatch, Recorder, on_host
+from .recorder import Apply, Copy, Cut, PlanMismatch, Recorder, named, on_host
 from .stages import find_stages
 
 # Enough for the graph of a prompt; recurrent models have another graph for a single token.
@@ -66,9 +67,19 @@ class Runs:
         return layers
 
     def run(
-        self, tokens, setup=None, *, all_logits=True, on_logits=None, sampler=None, restart=None
+        self,
+        tokens,
+        setup=None,
+        *,
+        all_logits=True,
+        on_logits=None,
+        sampler=None,
+        restart=None,
+        past=0,
     ):
         """Decode tokens in an empty context; setup(recorder, plan) adds the actions.
+
+        past: so many of them are in the context from the run before; only the others are decoded.
 
         on_logits(logits, past): after each chunk, (n_outputs, n_vocab). sampler: its `next(logits
         row)` gives the following token or None; each is decoded alone. restart(): forget what a run
@@ -79,7 +90,7 @@ class Runs:
             self.runtime.check_predicts()
         for last in (False, True):
             try:
-                return self._run(list(tokens), setup, all_logits, on_logits, sampler)
+                return self._run(list(tokens), setup, all_logits, on_logits, sampler, past)
             except PlanMismatch:
                 if last:
                     raise CaptureError(
@@ -87,6 +98,7 @@ class Runs:
                         "capture does not follow; try a prompt of at most 512 tokens."
                     ) from None
                 self._make_plan(tokens[: self.runtime.n_batch])
+                past = 0
                 for again in filter(None, (restart, sampler and sampler.restart)):
                     again()
             except NotFiniteError:
@@ -112,9 +124,12 @@ class Runs:
 
         self._run(list(tokens), watch_all, True, None, None)
 
-    def _run(self, tokens, setup, all_logits, on_logits, sampler):
+    def _run(self, tokens, setup, all_logits, on_logits, sampler, past=0):
         total = len(tokens) + (sampler.limit if sampler else 0)
-        pieces = self.runtime.pieces(tokens, total)
+        self._edges = {}  # (edit, layer) -> edges cut
+        if not (past and self.runtime.rewind(past)):
+            past = 0
+        pieces = [(past + at, piece) for at, piece in self.runtime.pieces(tokens[past:], total)]
         kinds = {len(piece) == 1 for _, piece in pieces} | ({True} if sampler else set())
         recorders = {}
         for single in kinds:
@@ -122,7 +137,8 @@ class Runs:
             recorders[single] = Recorder(self.runtime.ggml, plan)
             if setup:
                 setup(recorders[single], plan)
-        self.runtime.open(total)
+        if not past:
+            self.runtime.open(total)
         if len(pieces) > 1 and self.runtime.reads_whole:
             raise CaptureError(
                 f"{self.runtime.name} reads a text as a whole, at most {len(pieces[0][1])} tokens at "
@@ -147,6 +163,11 @@ class Runs:
         while sampler and (token := sampler.next(logits[-1])) is not None:
             logits = decode([token], len(tokens))
             tokens.append(token)
+        if none := [layer for (_, layer), count in self._edges.items() if not count]:
+            raise CaptureError(
+                f"a knock-out names no edge of layer {none[0]}: the model's mask hides every key that "
+                "it names from every query that it names (keys come before, within a window)."
+            )
         return tokens
 
     def apply(self, recorder, plan, edits, total, means=()):
@@ -155,38 +176,88 @@ class Runs:
 
         total: tokens that the run may have; an edit beyond them would do nothing and is refused.
         """
-        for edit in edits:
-            if edit.positions is not None and max(edit.positions, default=0) >= total:
+        for number, edit in enumerate(edits):
+            self._check_places(edit, total)
+            for layer in self._edited(plan, edit):
+                if edit.cut:
+                    taps, sinks = plan.edges[layer], plan.layers[layer]["sinks"]
+                    self._edges.setdefault((number, layer), 0)
+                    cut = Cut(edit, layer, sinks, self._edges, (number, layer))
+                    recorder.before(taps, cut)
+                    continue
+                for place, tap in enumerate(self.taps(plan, edit.stage, layer)):
+                    mean = means[layer] if edit.mean else None
+                    recorder.on(tap, Apply(edit, layer, place == 0, mean))
+
+    def late(self, edits):
+        """Whether edits change what the last layer has only of the positions whose logits are asked
+        for."""
+        last = self.n_layer - 1
+        return any(
+            STAGES[edit.stage].late and {last, last + 1} & set(named(edit.layer, range(last + 2)))
+            for edit in edits
+        )
+
+    def _edited(self, plan, edit):
+        """The layers of an edit, each of which has the heads and the width that it names."""
+        there = STAGES[edit.stage].layers(self.n_layer)
+        chosen = edit.layer
+        if isinstance(chosen, slice):
+            chosen = [layer for layer in plan.found(edit.stage) if layer in where(chosen)]
+        for layer in chosen or [edit.layer.start]:
+            if layer not in there:
                 raise CaptureError(
-                    f"an edit names position {max(edit.positions)}: the text has {total} tokens."
+                    f"an edit names layer {layer} of {edit.stage!r}: there are layers 0 to {there[-1]}."
                 )
-            if edit.layer not in STAGES[edit.stage].layers(self.n_layer):
+            tap = self.taps(plan, edit.stage, layer)[0]
+            if isinstance(edit.head, tuple) and edit.head[-1] >= tap.shape[0]:
                 raise CaptureError(
-                    f"an edit names layer {edit.layer} of {edit.stage!r}: there are layers 0 to {self.n_layer - 1}."
+                    f"an edit names head {edit.head[-1]} of layer {layer}: it has heads 0 to "
+                    f"{tap.shape[0] - 1}."
                 )
-            taps = self.taps(plan, edit.stage, edit.layer)
-            if edit.head is not None and edit.head >= taps[0].shape[0]:
+            self._check_width(edit, layer, tap.shape)
+            owner = next(one for one, taps in plan.of(edit.stage).items() if tap in taps)
+            if owner != layer:
                 raise CaptureError(
-                    f"an edit names head {edit.head} of layer {edit.layer}: it has heads 0 to {taps[0].shape[0] - 1}."
+                    f"layer {layer} has no {edit.stage!r} of its own: it reads those of layer {owner}, "
+                    "and an edit there is one for both. Name that layer."
                 )
-            for number, tap in enumerate(taps):
-                mean = means[edit.layer][edit.head] if edit.mean else None
-                recorder.on(tap, Apply(edit, number == 0, mean))
+        return chosen
+
+    @staticmethod
+    def _check_width(edit, layer, shape):
+        """CaptureError where a summand is not as wide as a stage: shape (width,) or (head,
+        feature)."""
+        given = () if edit.values is None else edit.values.shape
+        if edit.whole:  # without its positions
+            given = given[:1] if STAGES[edit.stage].grid else given[:-2] + given[-1:]
+        if given != shape[len(shape) - len(given) :]:
+            raise CaptureError(
+                f"an edit of {edit.stage!r} has values of shape {edit.values.shape}, and layer {layer} "
+                f"of this model has {' x '.join(map(str, shape))} per token: it is of another model?"
+            )
+
+    @staticmethod
+    def _check_places(edit, total):
+        for name, some in (("position", edit.positions), ("key", edit.keys)):
+            last = where(some)[-1] if isinstance(some, tuple) else where(some)[0]
+            if last >= total:
+                raise CaptureError(f"an edit names {name} {last}: the text has {total} tokens.")
 
     def means(self, tokens, edits):
         """{layer: (head, feature)} mean over positions of every head's output, of the layers that
         mean ablation among the edits needs."""
-        layers, sums = {edit.layer for edit in edits if edit.mean}, {}
+        needs, sums = [edit for edit in edits if edit.mean], {}
 
         def setup(recorder, plan):
-            for layer in layers:
+            for layer in sorted({layer for edit in needs for layer in self._edited(plan, edit)}):
                 for tap in self.taps(plan, "attn_heads", layer):
                     recorder.on(tap, lambda values, past, layer=layer: add(layer, values))
 
         def add(layer, values):
             sums[layer] = sums.get(layer, 0) + on_host(values.sum(0, dtype=np.float64))
 
-        if layers:
+        if needs:
             self.run(tokens, setup, all_logits=False, restart=sums.clear)
         return {layer: (total / len(tokens)).astype(np.float32) for layer, total in sums.items()}
 
@@ -221,7 +292,7 @@ class Runs:
                     for number, tap in enumerate(self.taps(plan, stage, layer)):
                         recorder.on(tap, Copy(target, stage, number == 0, chosen, rounded, device))
 
-        needs_all = any(STAGES[stage].late for stage in stages) or bool(edits)
+        needs_all = any(STAGES[stage].late for stage in stages) or self.late(edits)
         tokens = self.run(tokens, setup, all_logits=needs_all, sampler=sampler)
         return tokens, layout, layer_facts
 

@@ -198,12 +198,20 @@ class Runtime:
         """Forget every token in the context."""
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
 
+    def rewind(self, past):
+        """Forget the tokens from position `past` on; False where the memory cannot: a recurrent
+        state holds them all."""
+        memory = self.api.llama_get_memory(self.context)
+        return bool(memory) and self.api.llama_memory_seq_rm(memory, 0, past, -1)
+
     def _on_node(self, address, ask, _):
         """ctypes swallows exceptions in callbacks: keep it, stop the computation, raise in
         `_run`."""
         observe = self._observe
         if observe is None:
             return not ask
+        if self._failure is not None:  # while the node before was asked for
+            return ask
         NODES[0] += 1
         try:
             if not self._checked:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .. import logs
-from ..arguments import finite, prompt, say_two_starts, whole, writable
+from ..arguments import finite, one_sequence, prompt, say_two_starts, whole, writable
 from ..child import Child
 from ..errors import CaptureError, ModelLoadError, WorkerCrashedError
 from ..files.gguf import GGUFFile
@@ -181,19 +181,39 @@ class CaptureSession:
 
     def sweep(self, text_or_ids, variants, progress=True):
         """As InferenceEngine.sweep."""
+        answer = self._try("sweep", text_or_ids, variants, progress)
+        names = pd.Index(list(variants), name="name", tupleize_cols=False)
+        table = pd.DataFrame(list(answer["rows"].values()), index=names)
+        table.attrs["base_loss"] = answer["base"]["loss"]
+        return table
+
+    def predict(self, text_or_ids, variants, tokens=(), progress=True):
+        """As InferenceEngine.predict."""
+        import xarray as xr
+
+        ids = one_sequence(tokens, CaptureError)
+        if variants == {}:
+            raise CaptureError("predict takes at least one variant: {name: edits}.")
+        rows = pd.DataFrame(self._try("predict", text_or_ids, variants, progress, ids=ids)["rows"])
+        wide = {
+            name: (("variant", "token"), np.stack(rows.pop(name))) for name in ("logprob", "before")
+        }
+        data = wide | {name: ("variant", values) for name, values in rows.items()}
+        names = np.empty(len(variants), object)
+        names[:] = list(variants)
+        coords = {"variant": names, "token": ids, "piece": ("token", self._pieces(ids))}
+        return xr.Dataset(data, coords)
+
+    def _try(self, command, text_or_ids, variants, progress, **arguments):
+        """The worker's answer to a command on {name: edits}, with a bar that runs meanwhile."""
         if not isinstance(variants, dict):
             raise CaptureError(f"variants are {{name: edits}}, not {type(variants).__name__}.")
         from tqdm.auto import tqdm
 
         packed = {str(number): self._pack(edits) for number, edits in enumerate(variants.values())}
-        with tqdm(total=len(variants), desc="ablations", disable=not progress) as bar:
-            answer = self._ask(
-                "sweep", text_or_ids, lambda done: bar.update(done - bar.n), variants=packed
-            )
-        names = pd.Index(list(variants), name="name", tupleize_cols=False)
-        table = pd.DataFrame(list(answer["rows"].values()), index=names)
-        table.attrs["base_loss"] = answer["base"]["loss"]
-        return table
+        with tqdm(total=len(variants), desc="interventions", disable=not progress) as bar:
+            hear = lambda done: bar.update(done - bar.n)  # noqa: E731
+            return self._ask(command, text_or_ids, hear, variants=packed, **arguments)
 
     def head_statistics(self, text_or_ids, layers=None, patterns=None):
         """As InferenceEngine.head_statistics."""

@@ -72,6 +72,10 @@ def _attention(plan, graph, layer, softmax, n_tokens):
     plan.put("attention", layer, Tap.of(softmax, (n_head,), grid=2))
     plan.put("attention_mean", layer, Tap.of(softmax, (), grid=2))
     plan.put("scores", layer, Tap.of(scores, (n_head,), grid=2))
+    # As `scores`, but scaled, capped or biased where the graph does that in nodes of its own.
+    taken = Tap.of(softmax, (n_head,), source=0, grid=2, after=base(softmax.src[0]).index)
+    seen = mask is not None and Tap.of(softmax, (), source=1, grid=1)
+    plan.edges[layer] = (taken, seen)
     if mask is not None and mask.type in DTYPES:
         plan.masks.setdefault(mask.address, []).append(layer)
         plan.put("mask", layer, Tap.of(softmax, (), source=1, grid=1))

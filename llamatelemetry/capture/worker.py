@@ -12,7 +12,7 @@ from ..child import serve
 from ..errors import CaptureError, NotFiniteError
 from .device import open_device
 from .edits import unpack
-from .measures import HeadStatistics, score, sweep
+from .measures import HeadStatistics, predict, score, sweep
 from .runs import Runs
 
 
@@ -135,6 +135,13 @@ class Worker:
         variants = {name: unpack(rows) for name, rows in variants.items()}
         base, rows = sweep(self.runs, tokens, variants, lambda done: self.tell(done=done))
         return {"tokens": tokens, "base": base, "rows": rows}
+
+    def predict(self, prompt, variants, ids):
+        tokens = self.tokens(prompt)
+        self.tokens(ids)
+        variants = {name: unpack(rows) for name, rows in variants.items()}
+        rows = predict(self.runs, tokens, variants, ids, lambda done: self.tell(done=done))
+        return {"tokens": tokens, "rows": [rows[name] for name in variants]}
 
     def head_statistics(self, prompt, layers, patterns):
         tokens = self.tokens(prompt)
