@@ -3,6 +3,7 @@ something: NaN else, and the sentence says why."""
 
 import math
 from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,12 +77,24 @@ BLOCK = 8192  # rows per temporary, of wide rows fewer:
 _ELEMENTS = 1 << 22  # 32 MiB of float64: larger ones are fresh pages each time, which cost more
 
 
-def check_rows(matrix: NDArray) -> NDArray:
+class Matrix(Protocol):
+    """An array (n, width), or what gives its rows by slices and ids."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any, /) -> Any: ...
+
+
+Some = TypeVar("Some", bound=Matrix)
+
+
+def check_rows(matrix: Some) -> Some:
     """The matrix itself, or EmbeddingError: not two-dimensional, fewer than two rows, NaN or
     infinity (ids named)."""
-    if np.ndim(matrix) != 2 or len(matrix) < 2:
+    if len(matrix.shape) != 2 or len(matrix) < 2:
         raise EmbeddingError(
-            f"Embeddings are (vocabulary, width) with two rows or more, not {np.shape(matrix)}."
+            f"Embeddings are (vocabulary, width) with two rows or more, not {matrix.shape}."
         )
     for start, block in blocks(matrix):
         bad = start + np.flatnonzero(~np.isfinite(block).all(axis=1))
@@ -94,7 +107,7 @@ def check_rows(matrix: NDArray) -> NDArray:
     return matrix
 
 
-def blocks(matrix: NDArray, size: int | None = None) -> Iterator[tuple[int, NDArray]]:
+def blocks(matrix: Matrix, size: int | None = None) -> Iterator[tuple[int, NDArray]]:
     """Yields (first row, (<= size, width) rows)."""
     width = math.prod(matrix.shape[1:])
     size = size or max(1, min(BLOCK, _ELEMENTS // max(1, width)))

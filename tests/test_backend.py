@@ -439,7 +439,7 @@ def test_neighbours_do_not_depend_on_blocks(monkeypatch, metric):
     apart = np.flatnonzero(x.any(axis=1))  # all are equally far from a row of zeros
     for one, other in zip(whole, cpu.neighbors(x, 5, metric)):
         np.testing.assert_array_equal(one[apart], other[apart])
-    rows = base._unit_rows(x) if metric == "cosine" else x
+    rows = base._unit_rows(np, x) if metric == "cosine" else x
     squared = ((rows[:, None].astype(float) - rows[None]) ** 2).sum(axis=2)
     np.fill_diagonal(squared, np.inf)
     expected = np.argsort(squared, axis=1, kind="stable")[:, :5]

@@ -1,5 +1,8 @@
 """Embedding analyses on hand-built matrices with known answers, and their figures and sentences."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -662,3 +665,82 @@ def test_a_map_of_more_rows_than_can_be_afforded_is_of_some(cpu, monkeypatch, ca
     assert len(found.views["UMAP"]) == len(found.ids) and "400 at random" in capsys.readouterr().out
     ids, view = groups.drawn(found, 50, np.random.default_rng(0))
     np.testing.assert_array_equal(view, found.views["UMAP"][np.searchsorted(found.ids, ids)])
+
+
+def stored_matrix(path, values):
+    """A GGUF whose token embedding is `values` in Q8_0."""
+    import gguf
+
+    from llamatelemetry import GGUFFile
+
+    writer = gguf.GGUFWriter(path, "llama")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor(vectors.EMBEDDING, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFFile(path)
+
+
+def test_rows_read_in_blocks_are_the_matrix(tmp_path, cpu):
+    file = stored_matrix(tmp_path / "a.gguf", RNG.standard_normal((500, 32)).astype(np.float32))
+    matrix, rows = vectors.token_embedding(file), vectors.StoredRows(file)
+    assert len(rows) == 500 and rows.shape == (500, 32)
+    np.testing.assert_array_equal(rows[7:9], matrix[7:9])
+    ids = np.array([[499, 3], [3, 0]])
+    np.testing.assert_array_equal(rows[ids], matrix[ids])
+    sample = np.array([0, 17, 499])
+    for mine, expected in zip(*(groups.nearest(x, sample, 5, cpu) for x in (rows, matrix))):
+        np.testing.assert_array_equal(mine, expected)
+
+
+def test_rows_of_a_damaged_file_are_refused_by_their_ids(tmp_path):
+    file = stored_matrix(tmp_path / "a.gguf", np.ones((9, 32), np.float32))
+    data = bytearray(file.path.read_bytes())
+    step = len(data) - 320 + 4 * 34  # 9 blocks, padded: the float16 that row 4's begins with
+    data[step : step + 2] = np.float16(np.nan).tobytes()
+    file.path.write_bytes(data)
+    from llamatelemetry import GGUFFile
+
+    with pytest.raises(EmbeddingError, match="NaN or infinity in the row of token 4"):
+        vectors.StoredRows(GGUFFile(file.path))
+
+
+def test_a_second_file_costs_no_second_matrix(tmp_path):
+    """The whole of notebook 13's comparison: one matrix, and of the other file blocks."""
+    values = np.random.default_rng(0).standard_normal((65536, 768)).astype(np.float32)  # 201 MB
+    path = stored_matrix(tmp_path / "a.gguf", values).path
+    program = f"""
+import subprocess
+import sys
+
+import numpy as np
+from llamatelemetry import GGUFFile
+from llamatelemetry.backend import get_backend
+from llamatelemetry.embeddings import groups, vectors
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+cpu, file, sample = get_backend("cpu"), GGUFFile({str(path)!r}), np.arange(0, 65536, 900)
+warm = vectors.token_embedding(GGUFFile({str(path)!r}))[:9000].copy()
+groups.nearest(warm, sample[:5], 5, cpu, progress=False)
+del warm
+matrix = vectors.token_embedding(file)
+tokens = vectors.token_table(matrix, ["a"] * len(matrix), np.ones(len(matrix)))
+for centred in (False, True):
+    vectors.random_cosines(matrix, center=centred)
+vectors.anisotropy(matrix)
+vectors.spectra(matrix, cpu)
+vectors.unused_tokens(matrix, tokens)
+one = groups.nearest(matrix, sample, 5, cpu, progress=False)[1]
+first = peak()
+rows = vectors.StoredRows(file)
+assert (groups.nearest(rows, sample, 5, cpu, progress=False)[1] == one).all()
+print(first, peak())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, both = map(float, done.stdout.split())
+    matrix = values.nbytes / 2**20
+    assert first < 2.5 * matrix + 250, "the matrix, blocks of it, and the libraries"
+    assert both < first + 160, "two blocks of 64 MiB, no second matrix"

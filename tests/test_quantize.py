@@ -19,7 +19,7 @@ from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.compare.texts import load_text
 from llamatelemetry.convert import expand as module
 from llamatelemetry.convert import importance
-from llamatelemetry.convert.expand import expand, make_reference, reference_for
+from llamatelemetry.convert.expand import excerpt, expand, make_reference, reference_for
 from llamatelemetry.convert.importance import imatrix
 from llamatelemetry.convert.quantize import fallbacks, quantizations, quantize
 from llamatelemetry.errors import QuantizeError
@@ -114,6 +114,37 @@ def test_the_step_of_k_quants_is_their_grid(kind):
     gaps = np.diff(np.sort(values[used], axis=1), axis=1) / steps[used, 1:]
     np.testing.assert_allclose(gaps, np.round(gaps), atol=2e-3)
     assert np.round(gaps[gaps > 0.5]).min() == 1  # and on no coarser one
+
+
+def test_an_excerpt_is_those_tensors_and_all_metadata(tmp_path):
+    source, names = (
+        write(tmp_path / "in.gguf", KINDS),
+        ["blk.3.attn_q.weight", "blk.0.attn_q.weight"],
+    )
+    found = GGUFFile(excerpt(source, tmp_path / "out.gguf", names))
+    whole = GGUFFile(source)
+    assert list(found.tensors.index) == names and found.metadata == whole.metadata
+    for name in names:
+        assert found.raw(name)[1:] == whole.raw(name)[1:]
+        np.testing.assert_array_equal(found.raw(name)[0][:], whole.raw(name)[0][:])
+    with pytest.raises(ModelLoadError, match="no tensor"):
+        excerpt(source, tmp_path / "out.gguf", ["blk.9"])
+    with pytest.raises(QuantizeError):
+        excerpt(source, source, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, becomes", [("Q4_0", "Q4_0"), ("Q4_K_M", "Q5_0")])
+def test_an_excerpt_is_quantized_as_the_whole_is(tmp_path, smollm2, kind, becomes):
+    """Notebook 13 needs the token embedding alone: not minutes and gigabytes of a whole model."""
+    name = "token_embd.weight"
+    part = excerpt(smollm2, tmp_path / "part.gguf", [name])
+    with pytest.warns(UserWarning, match="quantized already"):
+        found = GGUFFile(quantize(part, tmp_path / "a.gguf", kind, pure=True, progress=False))
+        asked = {name: becomes}
+        whole = quantize(smollm2, tmp_path / "b.gguf", "Q4_0", tensor_types=asked, progress=False)
+    assert found.tensors.loc[name, "type"] == becomes
+    np.testing.assert_array_equal(found.raw(name)[0][:], GGUFFile(whole).raw(name)[0][:])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -141,7 +141,9 @@ def _rotations(at, gguf):
         return  # it mixes two rotations: not recomputed, no row
     for name, kind in (("q", "float"), ("k", "16-bit cache")):
         turned = weights.fitted_rope(at[f"{name}_pre"], at[name], gguf)[2]
-        yield Step(f"RoPE on {name}", f"{name}_pre", turned, name, kind)
+        # Positions are radians: an angle of so many has 24 bits in the runtime.
+        far = turned.shape[1] * 2.0**-24
+        yield Step(f"RoPE on {name}", f"{name}_pre", turned, name, kind, TOLERANCE[kind] + far)
 
 
 def _weights(at, facts):

@@ -50,15 +50,15 @@ def _at_least(n, needed, what):
         )
 
 
-def _unit_rows(x):
+def _unit_rows(xp, x):
     """Rows of length 1 with one column more, which only rows of zeros have: they are at cosine
     distance 1 from every row that is not zero and at 0 from each other (umap-learn's convention).
     (n, width) -> (n, width + 1)"""
-    found = np.empty((len(x), x.shape[1] + 1), np.float32)
+    found = xp.empty((len(x), x.shape[1] + 1), xp.float32)
     for start, block in blocks(x):
-        length = np.linalg.norm(block.astype(np.float64), axis=1, keepdims=True)
+        length = xp.linalg.norm(block.astype(xp.float64), axis=1, keepdims=True)
         zero = length == 0
-        found[start : start + len(block)] = np.hstack([block / np.where(zero, 1, length), zero])
+        found[start : start + len(block)] = xp.hstack([block / xp.where(zero, 1, length), zero])
     return found
 
 
@@ -86,7 +86,7 @@ def _candidates(xp, x, rows, count, scaled):
         scale, zero = _scales(xp, rows)
         rows = rows * scale[:, None]
     best = indices = None
-    for start, block in blocks(x, max(count, min(len(x), _BLOCK // len(rows)))):
+    for start, block in blocks(x, max(count, min(len(x), _BLOCK // max(rows.shape)))):
         part = slice(start, start + len(block))
         if scaled:
             near = (rows @ block.T) * scaled[0][part] + zero[:, None] * scaled[1][part]
@@ -121,7 +121,7 @@ def _why_alone(x, row, metric):
     distance."""
     if metric in ("cosine", "correlation"):
         x = x - x.mean(axis=1, keepdims=True) if metric == "correlation" else x
-        others = _unit_rows(x)
+        others = _unit_rows(np, x)
         if others[row, -1]:
             return (
                 "is all zeros and has no direction"
@@ -155,8 +155,13 @@ class CpuBackend:
         """A NumPy array from whatever this backend gives."""
         return np.asarray(array)
 
+    def to_device(self, x):
+        """A matrix where this backend computes: itself, or a copy of it on the GPU."""
+        return x
+
     def release(self):
-        """Give back device memory that is kept for the next array."""
+        """Give back memory that is kept for the next array: the GPU's, and what of the machine's
+        is locked for copies to it."""
 
     def free_bytes(self):
         """Bytes that an array could take now: of the machine's memory, or of the GPU's."""
@@ -208,13 +213,17 @@ class CpuBackend:
         precision, so that CPU and GPU agree; equal distances are ordered by index (of more than k +
         8 equal ones, any). Memory is bounded at any n.
 
-        x: (n, width); queries: (m, width), or None for the rows of x, each without itself.
+        x: (n, width), for cosines also an object with shape, len and rows by slice or ids, all of
+        them finite, that is read in blocks; queries: (m, width), or None for the rows of x, each
+        without itself.
         metric: "cosine" (1 - cosine; rows of zeros: 1 from all others) or "euclidean".
         -> (distances float32, indices int64), both (m, k)
         """
         if metric not in ("cosine", "euclidean"):
             raise ValueError(f"metric must be 'cosine' or 'euclidean', not {metric!r}")
-        x, own = _matrix(x), queries is None
+        own = queries is None
+        by_rows = metric == "cosine" and hasattr(x, "shape") and not hasattr(x, "__array__")
+        x = x if by_rows else _matrix(x)
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         _at_least(len(x), k + own, f"{k} nearest neighbours")
@@ -231,7 +240,7 @@ class CpuBackend:
         from tqdm.auto import tqdm
 
         xp, count = self.xp, min(len(x), k + own + _EXTRA)
-        on_device = xp.asarray(x)  # the one copy there is, on a GPU
+        on_device = self.to_device(x)  # the one copy there is, on a GPU
         scaled = _scales(xp, on_device) if cosine else None
         distances = np.empty((len(queries), k))
         indices = np.empty((len(queries), k), dtype=np.int64)

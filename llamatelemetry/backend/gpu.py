@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from ..errors import GpuError
+from ..maths import blocks
 from . import layout
 from .base import CpuBackend, _unit_rows, version
 
@@ -97,8 +98,17 @@ class GpuBackend(CpuBackend):
             return array.to_pandas().to_numpy()
         return self.xp.asnumpy(array)
 
+    def to_device(self, x):
+        # By blocks and by `set`: asarray copies the whole into page-locked memory first, and keeps
+        # that.
+        there = self.xp.empty(x.shape, self.xp.float32)
+        for start, block in blocks(x):
+            there[start : start + len(block)].set(np.ascontiguousarray(block, dtype=np.float32))
+        return there
+
     def release(self):
         self.xp.get_default_memory_pool().free_all_blocks()  # cuML takes its memory elsewhere
+        self.xp.get_default_pinned_memory_pool().free_all_blocks()
 
     def free_bytes(self):
         self.release()
@@ -125,10 +135,10 @@ class GpuBackend(CpuBackend):
     def _umap(self, x, n_components, n_neighbors, min_dist, metric, seed):
         UMAP = _loaded("cuml.manifold").UMAP
 
+        x = self.to_device(x)
         if metric == "cosine" and not x.any(axis=1).all():
-            x = _unit_rows(
-                x
-            )  # cuML divides rows of zeros by their length; umap-learn puts them at 1 from the others
+            # cuML divides rows of zeros by their length; umap-learn puts them at 1 from the others
+            x = _unit_rows(self.xp, x)
         model = UMAP(
             n_components=n_components,
             n_neighbors=n_neighbors,

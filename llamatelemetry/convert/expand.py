@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +54,33 @@ def expand(src: str | Path, dst: str | Path, type: str = "F32", progress: bool =
     name, too little disk space)."""
     _check_float("expand", type)
     return _rewrite(src, dst, type, lambda tensor, start, values: values, {}, progress)
+
+
+def excerpt(src: str | Path, dst: str | Path, names: Iterable[str]) -> Path:
+    """Some tensors of a GGUF file, as they are stored, with all of its metadata: for a quantizer
+    that is wanted for those alone. No model: nothing runs it. Returns the path of `dst`. Raises
+    ModelNotFoundError, ModelLoadError (no such tensor) or QuantizeError (too little disk space, a
+    `dst` that is `src`)."""
+    import gguf
+
+    source, dst = open_model(src), path_of(dst, QuantizeError)
+    tensors = [Tensor(name, *source.raw(name)) for name in names]
+    need = int(source.tensors.loc[[tensor.name for tensor in tensors], "size_bytes"].sum())
+    options = dict(inputs=[src], need=need + SLACK, model=True, error=QuantizeError)
+    with written(dst, **options) as temporary:
+        writer = gguf.GGUFWriter(temporary, source.architecture)
+        try:
+            _copy_metadata(source, writer, {})
+            for name, data, kind, shape in tensors:
+                number: Any = kind.number  # also of a type that this package lacks
+                size = len(data) * data.shape[1]
+                writer.add_tensor_info(name, shape, np.dtype(np.int8), size, raw_dtype=number)
+            _write_head(writer)
+            for tensor in tensors:
+                _write_rows(writer, (tensor.data[at : at + ROWS] for at in _starts(tensor)))
+        finally:
+            writer.close()
+    return dst
 
 
 def make_reference(
@@ -177,9 +204,7 @@ def _rewrite(src, dst, type, change, metadata, progress):
             _copy_metadata(source, writer, metadata)
             for name, shape, n in source.tensors[["shape", "n_elements"]].itertuples():
                 _announce(writer, name, shape, n, kinds[name])
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
+            _write_head(writer)
             names = tqdm(kinds.index, desc=shown(dst.name), unit="tensor", disable=not progress)
             with ThreadPoolExecutor(min(WORKERS, physical_cores())) as pool:
                 for name in names:
@@ -203,12 +228,27 @@ def _announce(writer, name, shape, n, kind):
 def _write_tensor(writer, tensor, kind, change, pool):
     from gguf import GGMLQuantizationType
 
+    job = partial(_block, tensor, change, GGMLQuantizationType[kind])
+    _write_rows(writer, in_order(pool, job, _starts(tensor), WORKERS))
+
+
+def _starts(tensor):
+    """The first row of every block of a tensor."""
+    return range(0, len(tensor.data), ROWS)
+
+
+def _write_head(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def _write_rows(writer, blocks):
+    """The next tensor: bytes of blocks of its rows, padded."""
     file = writer.fout[0]
     writer.write_padding(file, file.tell())
-    blocks = range(0, len(tensor.data), ROWS)
-    job = partial(_block, tensor, change, GGMLQuantizationType[kind])
-    for done in in_order(pool, job, blocks, WORKERS):
-        file.write(done)
+    for block in blocks:
+        file.write(block)
     writer.write_padding(file, file.tell())
 
 

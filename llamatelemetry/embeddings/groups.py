@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from ..backend.base import CpuBackend
 from ..errors import EmbeddingError
-from ..maths import unit
+from ..maths import Matrix, unit
 
 
 class Projections(NamedTuple):
@@ -30,7 +30,7 @@ class Projections(NamedTuple):
 
 
 def nearest(
-    matrix: np.ndarray,
+    matrix: Matrix,
     ids: ArrayLike,
     k: int,
     backend: CpuBackend,
@@ -40,7 +40,8 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of the whole matrix to each of some of its rows, itself left out.
 
-    ids: (n,) of those rows. -> (distances, ids), both (n, k)"""
+    matrix: (vocabulary, width), for cosines also vectors.StoredRows; ids: (n,) of its rows.
+    -> (distances, ids), both (n, k)"""
     queries = matrix[np.asarray(ids)]
     options = dict(metric=metric, queries=queries, progress=progress)
     distances, neighbors = backend.neighbors(matrix, k + 1, **options)

@@ -32,6 +32,29 @@ def token_embedding(gguf: GGUFFile) -> np.ndarray:
     return check_rows(matrix)
 
 
+class StoredRows:
+    """The token embeddings of a file as `token_embedding` gives them, dequantized when they are
+    taken, rows[4:9] or rows[ids]: of a second file there need not be a whole matrix in memory.
+    shape: (vocabulary, width)."""
+
+    def __init__(self, gguf: GGUFFile) -> None:
+        """EmbeddingError where a row holds NaN or infinity (ids named)."""
+        self._gguf = gguf
+        self.shape: tuple[int, int] = gguf.tensors.loc[EMBEDDING, "shape"]
+        self.ndim = len(self.shape)
+        check_rows(self)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, ids: slice | np.ndarray) -> np.ndarray:
+        """Rows of a slice, or of ids of any shape: (*ids.shape, width) float32."""
+        if isinstance(ids, slice):
+            return self._gguf.rows(EMBEDDING, ids)
+        rows = self._gguf.rows(EMBEDDING, np.ravel(ids))
+        return rows.reshape(*np.shape(ids), self.shape[1])
+
+
 def stored_as(gguf: GGUFFile) -> str:
     """The precision of the token embeddings in a file: "Q8_0 (8.50 bits)"."""
     row = gguf.tensors.loc[EMBEDDING]
@@ -169,7 +192,7 @@ def spectra(matrix: np.ndarray, backend: CpuBackend) -> dict[str, np.ndarray]:
     mean = _mean_row(matrix)
     there, gram, rest = xp.asarray(mean), xp.zeros((width, width)), xp.zeros(width)
     for _, block in blocks(matrix, maths.BLOCK):
-        rows = xp.asarray(block) - there
+        rows = backend.to_device(block) - there
         gram += rows.T @ rows
         rest += rows.sum(axis=0, dtype=xp.float64)  # what rounding left in the mean
     centred = gram - xp.outer(rest, rest) / len(matrix)
