@@ -6,6 +6,7 @@ from .capture.edits import add as add
 from .capture.edits import knock_out as knock_out
 from .capture.edits import patch as patch
 from .capture.edits import scale as scale
+from .compare.choices import compare_tasks as compare_tasks
 from .compare.comparison import compare_quantizations as compare_quantizations
 from .compare.texts import load_text as load_text
 from .convert.expand import expand as expand

@@ -344,8 +344,11 @@ def test_a_file_is_one_row_under_one_name(tmp_path):
     for path in (one, other):
         path.write_bytes(path.parent.name.encode())
     link.symlink_to(one)
-    assert list(comparison._named([one, one, link, other])) == [f"{tmp_path.name}/a", "other/a"]
-    assert comparison._named({"x": one, "y": link, "z": other}) == {"x": one, "z": other}
+    assert list(comparison.named_files([one, one, link, other])) == [
+        f"{tmp_path.name}/a",
+        "other/a",
+    ]
+    assert comparison.named_files({"x": one, "y": link, "z": other}) == {"x": one, "z": other}
     paths = {"Q8_0": other, "a": one}
     assert with_origin(paths, link) == with_origin(paths, one) == paths
     assert list(with_origin({"a": other}, one)) == ["a", f"{tmp_path.name}/a"]

@@ -107,7 +107,7 @@ def compare_quantizations(
     architecture, a reference that predicts nothing or no numbers, or too short a text,
     ModelNotFoundError for a file that is not there, ModelLoadError if the reference or every
     candidate cannot be loaded."""
-    reference, named, kinds = _path(reference), _named(candidates), pairs(cache_types)
+    reference, named, kinds = resolved(reference), named_files(candidates), pairs(cache_types)
     for name, value, least in (
         ("max_windows", max_windows, 1),
         ("threads", threads, 1),
@@ -204,13 +204,13 @@ def _noise(reference, gpu_layers):
     return [Row(name, "", way) for name, way in found.items()]
 
 
-def _named(candidates):
+def named_files(candidates):
     """{name of a row: path}, each file once, by the first of its names."""
     if isinstance(candidates, Mapping):
-        paths = {str(name): _path(given) for name, given in candidates.items()}
+        paths = {str(name): resolved(given) for name, given in candidates.items()}
     else:
         alone = isinstance(candidates, str | Path)
-        paths = list(map(_path, [candidates] if alone else candidates))
+        paths = list(map(resolved, [candidates] if alone else candidates))
         paths = dict(zip(labels(paths), paths))
     if not paths:
         raise CompareError("No candidates were given: pass at least one path or name.")
@@ -234,7 +234,7 @@ def _check_window(path, n_ctx):
     warnings.warn(f"{says}. What comes after those it has never learned.", stacklevel=3)
 
 
-def _path(name):
+def resolved(name):
     """The file's path as it was given, links and all: what they lead to has another name and no
     parts beside it."""
     from ..files.models import resolve_model
