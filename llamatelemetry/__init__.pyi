@@ -34,5 +34,7 @@ from .files.models import list_models as list_models
 from .files.models import resolve_model as resolve_model
 from .server.completion import InferResult as InferResult
 from .server.manager import ServerManager as ServerManager
+from .steering.vectors import ControlVector as ControlVector
+from .steering.vectors import direction as direction
 
 __version__: str

@@ -75,6 +75,7 @@ class InferenceEngine(Serving):
         the server sum in the order of captures: the same numbers to the last digits (of an F32 file
         with cache_type_k="f32" and cache_type_v="f32", as captures of it have). Raises
         ModelNotFoundError, ModelLoadError, GpuError, OptionError, ServerError."""
+        from .capture.variants import check_controls
         from .files.gguf import GGUFFile
         from .files.models import resolve_model
 
@@ -82,6 +83,8 @@ class InferenceEngine(Serving):
         n_parallel = whole("n_parallel", n_parallel, 1)
         plan, opened = devices.plan(tensor_split), GGUFFile(resolve_model(model))
         setup = settle(opened, ctx_size, server_kwargs)
+        if controls := setup.session["variant"].get("controls"):
+            check_controls(controls, opened)
         # A load that another thread makes ends before; what runs there on captures, too
         forget(InferenceEngine, self)
         with self._session_lock, self._lock:

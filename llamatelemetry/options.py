@@ -115,6 +115,7 @@ _ALIASES = """
     no_agent=no_ag log_verbosity=lv,verbosity log_verbose=v,verbose slot_prompt_similarity=sps
     defrag_thold=dt help=h,usage cache_list=cl escape=e draft=draft_n,draft_max
     draft_min=draft_n_min prompt=p file=f binary_file=bf rope_freq_base=rope_base
+    control_vector=control_vectors
 """
 ALIASES = {
     alias: name

@@ -68,11 +68,6 @@ class Variant:
             self.api.llama_model_n_layer(model),
             self.api.llama_model_n_embd(model),
         )
-        if self._control is not None and self._control.shape[1] != self._n_embd:
-            raise ModelLoadError(
-                f"the control vector is {self._control.shape[1]} wide, this model {self._n_embd}: it "
-                "was made for another one."
-            )
 
     def set_context(self, params):
         """Into llama_context_params, before a context is made."""
@@ -96,6 +91,18 @@ class Variant:
                 first if first > 0 else 1,
                 last if last > 0 else self._n_layer,
             )
+
+
+def check_controls(files, model):
+    """ModelLoadError where [path, scale] files hold control vectors of another model than this
+    GGUFFile, as far as their sizes tell."""
+    rows = control_vector(files)
+    if rows.shape[1] != model.n_embd or len(rows) >= model.n_layer:
+        raise ModelLoadError(
+            f"the control vector is {rows.shape[1]} wide and has directions up to {len(rows)}; "
+            f"{model.path.name} is {model.n_embd} wide and takes them from 1 to {model.n_layer - 1}: "
+            "it was made for another model."
+        )
 
 
 def control_vector(files):

@@ -1,0 +1,246 @@
+"""Directions and control vectors: against llama.cpp's own generator, its file format, llama-server
+and what is known of models made for it."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import xarray as xr
+from models import IDS, tiny_model
+
+from llamatelemetry import CaptureError, ControlVector, InferenceEngine, ModelLoadError, direction
+from llamatelemetry.maths import log_softmax
+
+pytest.importorskip("llama_cpp", reason="the engine is not built: llamatelemetry engine build")
+TOOL = np.load(Path(__file__).parent / "references" / "control_vector.npz")
+PAIRS = [tuple(pair) for pair in TOOL["pairs"].tolist()]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    with InferenceEngine() as engine:
+        path = tiny_model("llama", tmp_path_factory.mktemp("models"))
+        engine.load_model(path, auto_start=False, silent=True, threads=1)
+        yield engine
+
+
+def vector(layers=(2, 3), width=64, **more):
+    rows = np.random.RandomState(5).standard_normal((len(layers), width)).astype(np.float32)
+    rows = xr.DataArray(rows, dims=("layer", "embd"), coords={"layer": list(layers)})
+    return ControlVector(rows, "llama", **more)
+
+
+# Directions
+
+
+def test_the_mean_direction_is_llama_cvector_generators(engine):
+    """What it calls direction.l is of what leaves layer l - 1, and llama.cpp adds it a layer later:
+    its quirk. Pairs are of equal length, where it fills nothing up with blanks."""
+    for pair in PAIRS:
+        assert len({len(engine.tokenize(text)) for text in pair}) == 1
+    found = direction(engine, PAIRS, [1, 2], "mean", "all").unit()
+    for layer in (1, 2):
+        assert found.vectors.sel(layer=layer).values @ TOOL[f"direction.{layer}"] > 0.9999
+    assert np.allclose(found.norms, 1, atol=1e-6)
+
+
+def test_a_direction_by_hand(engine):
+    states = [[engine.capture(text, "hidden").hidden for text in pair] for pair in PAIRS]
+    last = np.stack(
+        [a.values[2:, -1] - b.values[2:, -1] for a, b in states], 1
+    )  # (layer, pair, embd)
+    mean = direction(engine, PAIRS)
+    assert mean.layers == [2, 3] and mean.hint == "llama" and mean.about["pairs"] == 3
+    np.testing.assert_allclose(mean.vectors, last.mean(1), atol=1e-6)
+    unit = mean.unit().vectors.values.astype(float)
+    along = np.square(np.einsum("lpe,le->lp", last, unit)).sum(1)
+    np.testing.assert_allclose(mean.explained, along / np.square(last).sum((1, 2)), rtol=1e-5)
+    pca = direction(engine, PAIRS, slice(2, None), "pca")
+    values, axes = np.linalg.eigh(np.einsum("lpe,lpf->lef", last.astype(float), last))
+    np.testing.assert_allclose(pca.norms, np.sqrt(values[:, -1] / 3), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.abs((pca.unit().vectors * axes[:, :, -1]).sum("embd")), 1, atol=1e-5
+    )
+    assert (pca.explained.values > mean.explained.values).all()
+    assert (np.einsum("lpe,le->l", last, pca.vectors) > 0).all()
+    over = direction(engine, PAIRS, 3, position="mean").vectors.values[0]
+    wanted = np.mean([(a.mean("token") - b.mean("token")).values[3] for a, b in states], 0)
+    np.testing.assert_allclose(over, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "lfm2", "gpt-oss"])
+def test_mixtures_and_hybrids(architecture, tmp_path):
+    """Strength 1 at the layer and position where it was found carries one text's state into the
+    other's."""
+    with InferenceEngine() as engine:
+        path = tiny_model(architecture, tmp_path)
+        engine.load_model(path, auto_start=False, silent=True, threads=1)
+        pairs = [(IDS, IDS[:-1] + [9])]
+        with pytest.warns(UserWarning, match="1 pair"):
+            found = direction(engine, pairs, [2])
+        edits = found.edits(1.0, positions=len(IDS) - 1)
+        steered = engine.capture(pairs[0][1], "hidden", edits=edits).hidden.sel(layer=2)
+        np.testing.assert_allclose(
+            steered[-1], engine.capture(IDS, "hidden").hidden.sel(layer=2)[-1], atol=1e-5
+        )
+
+
+def test_a_planted_direction_is_found(tmp_path):
+    """A model of one layer whose FFN and attention add nothing, and whose embedding is the token's
+    own: the stream of two classes of tokens differs by what was planted, and adding it moves the
+    logits as the output matrix says."""
+    path, n = tiny_model("llama", tmp_path, n_layer=2), 40
+    planted = np.random.RandomState(1).standard_normal(64).astype(np.float32)
+    planted /= np.linalg.norm(planted)
+    data = bytearray(path.read_bytes())
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+
+    def written(name):
+        place = tensors[name]
+        shape = tuple(map(int, place.shape[::-1]))
+        return np.frombuffer(data, np.float32, place.n_elements, place.data_offset).reshape(shape)
+
+    for layer in (0, 1):
+        written(f"blk.{layer}.attn_output.weight")[:] = 0
+        written(f"blk.{layer}.ffn_down.weight")[:] = 0
+    rows = written("token_embd.weight")
+    rows -= np.outer(rows @ planted, planted)
+    rows[:n] += 4 * planted  # class A: the first tokens
+    output, norm = written("output.weight"), written("output_norm.weight")
+    output, norm = output.copy(), norm.copy()
+    path.write_bytes(data)
+    random = np.random.RandomState(2)
+    pairs = [([0, int(random.randint(3, n))], [0, int(random.randint(n, 320))]) for _ in range(40)]
+    with InferenceEngine() as engine:
+        engine.load_model(path, auto_start=False, silent=True, threads=1)
+        found = direction(engine, pairs, [1, 2])
+        cosine = found.unit().vectors.values @ planted
+        assert (cosine > 0.9).all() and np.allclose(found.vectors.values @ planted, 4, atol=1e-4)
+        # the rest of a token's embedding is noise, which random directions of that length are
+        assert (np.abs(found.random(0).unit().vectors.values @ planted) < 0.5).all()
+        plain = engine.capture([0, 200], ("hidden", "logits"))
+        moved = engine.capture([0, 200], "logits", edits=found.edits(1.5, 2)).logits.values[1]
+    x = plain.hidden.values[2, 1] + 1.5 * found.vectors.sel(layer=2).values
+    x = x / np.sqrt(np.square(x).mean() + 1e-5) * norm
+    np.testing.assert_allclose(moved, output @ x, atol=1e-4)
+
+
+# Files
+
+
+def test_saved_and_loaded(tmp_path):
+    made = vector(about={"method": "mean", "pairs": 3})
+    path = made.save(tmp_path / "folder" / "x.gguf")
+    loaded = ControlVector.load(path)
+    assert (
+        loaded.vectors.equals(made.vectors) and loaded.hint == "llama" and loaded.layers == [2, 3]
+    )
+    assert loaded.about == {"method": "mean", "pairs": "3"}
+    reader = gguf.GGUFReader(str(path))
+    assert {tensor.name for tensor in reader.tensors} == {"direction.1", "direction.2"}
+    assert reader.fields["general.architecture"].contents() == "controlvector"
+    assert reader.fields["controlvector.layer_count"].contents() == 2
+    made.save(path)  # its own kind may be written over
+
+
+def test_repengs_file(tmp_path):
+    """As its export_gguf writes one: the layers from the last to the first, of unit length, with
+    the name that transformers has for the model's kind."""
+    writer = gguf.GGUFWriter(str(tmp_path / "r.gguf"), "controlvector")
+    writer.add_string("controlvector.model_hint", "mistral")
+    writer.add_uint32("controlvector.layer_count", 3)
+    rows = vector((2, 3, 4)).unit().vectors
+    for layer in (3, 2, 1):
+        writer.add_tensor(f"direction.{layer}", rows.sel(layer=layer + 1).values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    loaded = ControlVector.load(tmp_path / "r.gguf")
+    assert loaded.hint == "mistral" and loaded.layers == [2, 3, 4]
+    np.testing.assert_array_equal(loaded.vectors, rows)
+
+
+@pytest.mark.slow
+def test_llama_server_and_captures_run_a_saved_vector(tmp_path, llama_server):
+    """The same logits as with the edits that the vector is."""
+    path, saved = tiny_model("llama", tmp_path), vector().save(tmp_path / "x.gguf")
+    exact = {"flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32", "swa_full": True}
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(path, auto_start=False, silent=True, threads=1)
+        edited = engine.capture(IDS, "logits", edits=vector().edits(0.8)).logits.values
+        plain = engine.capture(IDS, "logits").logits.values
+        engine.load_model(path, silent=True, threads=1, control_vectors=[(saved, 0.8)], **exact)
+        np.testing.assert_allclose(engine.capture(IDS, "logits").logits, edited, atol=1e-6)
+        said = engine.infer(IDS, max_tokens=1, temperature=0, n_probs=5).probabilities
+    wanted = log_softmax(edited)[-1]
+    np.testing.assert_allclose(said["logprob"], wanted[said["id"]], atol=1e-4)
+    assert np.abs(wanted - log_softmax(plain)[-1]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "made, says",
+    [
+        (vector(width=65), "65 wide.* is 64 wide"),
+        (vector((2, 3, 4)), "directions up to 3.*from 1 to 2"),
+    ],
+)
+def test_a_vector_of_another_model_is_named_by_load_model(tmp_path, made, says):
+    saved = made.save(tmp_path / "x.gguf")
+    with InferenceEngine() as engine, pytest.raises(ModelLoadError, match=says):
+        path = tiny_model("llama", tmp_path)
+        engine.load_model(path, auto_start=False, silent=True, control_vectors=[(saved, 0.8)])
+
+
+@pytest.mark.parametrize(
+    "made, says", [(vector(width=65), "65 wide"), (vector((2, 4)), "leaves layer 3")]
+)
+def test_a_vector_of_another_model_is_named_by_its_check(engine, made, says):
+    with pytest.raises(CaptureError, match=says):
+        made.check_fits(engine.model)
+    with pytest.raises(CaptureError):
+        engine.capture(IDS, edits=made.edits())
+
+
+def test_what_a_file_cannot_hold_or_is_not(tmp_path):
+    with pytest.raises(CaptureError, match=r"at\(slice\(2, None\)\)"):
+        vector((1, 2)).save(tmp_path / "x.gguf")
+    vector((1, 2)).at(slice(2, None)).save(tmp_path / "x.gguf")
+    with pytest.raises(ModelLoadError, match="no control vector"):
+        ControlVector.load(tiny_model("llama", tmp_path))
+    with pytest.raises(CaptureError, match="not a file"):
+        ControlVector.load(tmp_path / "no.gguf")
+    with pytest.raises(CaptureError, match="no direction for layer 7"):
+        vector().at([2, 7])
+
+
+def test_lengths_cosines_and_random_ones():
+    made = vector()
+    drawn = made.random(3)
+    np.testing.assert_allclose(drawn.norms, made.norms, rtol=1e-6)
+    np.testing.assert_allclose(made.cosine(made), 1, rtol=1e-12)
+    assert drawn.vectors.equals(made.random(3).vectors) and (np.abs(made.cosine(drawn)) < 0.5).all()
+    assert not drawn.vectors.equals(made.random(4).vectors)
+    assert made.cosine(vector((3, 4))).layer.values.tolist() == [3]
+    with pytest.raises(CaptureError, match="64 wide and the other control vector 65"):
+        made.cosine(vector(width=65))
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(pairs=[]), "at least one"),
+        (dict(pairs="ab"), r"pairs are"),
+        (dict(pairs=[("a", "b", "c")] * 3), "pair 0 is two texts"),
+        (dict(pairs=[("the", "the")] * 3), "the same"),
+        (dict(pairs=PAIRS, method="median"), "method"),
+        (dict(pairs=PAIRS, position="first"), "position"),
+        (dict(pairs=PAIRS, position=99), "position=99"),
+        (dict(pairs=PAIRS, layers=[44]), "0 to 2"),
+        (dict(pairs=[("the cat", "the")] * 3, position="all"), "equally long"),
+    ],
+)
+def test_what_gives_no_direction(engine, arguments, says):
+    with pytest.raises(CaptureError, match=says):
+        direction(engine, **arguments)
