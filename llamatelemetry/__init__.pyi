@@ -6,6 +6,7 @@ from .capture.edits import add as add
 from .capture.edits import knock_out as knock_out
 from .capture.edits import patch as patch
 from .capture.edits import scale as scale
+from .collecting.store import open_states as open_states
 from .compare.choices import compare_tasks as compare_tasks
 from .compare.comparison import compare_quantizations as compare_quantizations
 from .compare.texts import load_text as load_text
@@ -15,6 +16,7 @@ from .convert.importance import imatrix as imatrix
 from .convert.quantize import quantize as quantize
 from .engine import InferenceEngine as InferenceEngine
 from .errors import CaptureError as CaptureError
+from .errors import CollectError as CollectError
 from .errors import EngineBuildError as EngineBuildError
 from .errors import FeatureError as FeatureError
 from .errors import GpuError as GpuError

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
     import xarray as xr
+    from distributed import Client
 
     from .capture.data import Capture
     from .capture.edits import Edit
@@ -178,9 +179,9 @@ class InferenceEngine(Serving):
                 self._session.close()
                 self._session = None
             if self._session is None:
-                from .capture.session import CaptureSession
+                from .collecting.session import CollectSession
 
-                self._session = CaptureSession(model, **self._session_args)
+                self._session = CollectSession(model, **self._session_args)
                 self._prove()
             try:
                 return getattr(self._session, name)(*args, **kwargs)
@@ -221,6 +222,49 @@ class InferenceEngine(Serving):
             generate=generate,
             temperature=temperature,
             seed=seed,
+        )
+
+    def collect(
+        self,
+        texts: Iterable[Prompt | Mapping[str, Any]] | pd.DataFrame | str | Path,
+        stages: str | Iterable[str] = "hidden",
+        layers: int | Sequence[int] | None = None,
+        pool: str | None = "last",
+        where: str | Path | None = None,
+        *,
+        labels: Iterable[Any] | None = None,
+        too_long: str = "error",
+        client: Client | None = None,
+        progress: bool = True,
+    ) -> xr.Dataset:
+        """The states of many texts, several to a batch, in a store on disk: a Dataset that reads
+        what is looked at (see llamatelemetry.open_states for its dims and coordinates).
+
+        texts: a list or generator of texts (or token ids, or mappings with a "text"), a DataFrame
+        with a column "text", or the path of a Parquet, JSONL or text file; what else a row has is
+        carried along, labels are the column "label". stages, layers: as for `capture`, of those
+        with a value per token. pool: one row per text, of its "last" token, or the "mean" or "max"
+        over its tokens; None keeps every token. where: the store's folder; None: one in scratch,
+        gone with this process. The same call goes on where it was interrupted. too_long: a text
+        that the context does not hold is an "error", or "cut" after its first tokens. client: a
+        dask.distributed Client, whose workers share the texts (cluster.local_cluster: one per GPU).
+        Memory does not grow with the texts. Raises CaptureError for what cannot be captured,
+        CollectError for a text that is none, a store of something else, or no room."""
+        from .collecting.run import collect
+
+        return collect(
+            self._call,
+            self._loaded(),
+            self._session_args,
+            texts,
+            stages,
+            layers,
+            pool,
+            where,
+            labels=labels,
+            too_long=too_long,
+            client=client,
+            progress=progress,
         )
 
     def stages(self) -> pd.DataFrame:

@@ -85,6 +85,10 @@ class CompareError(LlamaTelemetryError, ValueError):
     """Files or a text that cannot be compared as asked."""
 
 
+class CollectError(LlamaTelemetryError, ValueError):
+    """Texts whose states cannot be collected as asked, or a store that holds something else."""
+
+
 class EmbeddingError(LlamaTelemetryError, ValueError):
     """Rows, words or groups that an embedding analysis cannot use."""
 

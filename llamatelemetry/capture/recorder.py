@@ -25,6 +25,7 @@ class Recorder:
         self._before = {}  # node index -> [(taps, action)]
         self._scratch = Scratch(), Scratch()
         self._number, self._past, self._count = -1, 0, 0
+        self.ends, self._last, self._ended = False, None, False  # whether it ends the computation
 
     def on(self, tap, action):
         """Call action(values, past) when the tap's node is computed; it returns whether it changed
@@ -43,23 +44,27 @@ class Recorder:
     def start(self, past, count):
         """Before each decode: how many tokens came before and how many come now."""
         self._number, self._past, self._count = -1, past, count
+        self._last, self._ended = max(self._actions) if self.ends else None, False
 
     def observe(self, address, ask):
         if ask:
+            if self._ended:  # another device goes on with nodes of its own
+                return False
             self._number += 1
             for taps, action in self._before.get(self._number, ()):
                 self._apply(address, taps, action)
             return self._number in self._actions
         for tap, action in self._actions[self._number]:
             self._apply(address, (tap,), action)
-        return True
+        self._ended = self._number == self._last
+        return not self._ended
 
     def finish(self):
         """After each decode: waits for copies, raises PlanMismatch when the graph was another
         one."""
         if self.ggml.device:
             self.ggml.device.drain()
-        if self._number + 1 != self.plan.n_nodes:
+        if not self._ended and self._number + 1 != self.plan.n_nodes:
             raise PlanMismatch
 
     def _apply(self, address, taps, action):

@@ -66,31 +66,22 @@ class Runs:
             self.taps(plan, stage, next(iter(wanted)) if wanted else 0)
         return layers
 
-    def run(
-        self,
-        tokens,
-        setup=None,
-        *,
-        all_logits=True,
-        on_logits=None,
-        sampler=None,
-        restart=None,
-        past=0,
-    ):
+    def run(self, tokens, setup=None, *, past=0, restart=None, **how):
         """Decode tokens in an empty context; setup(recorder, plan) adds the actions.
 
         past: so many of them are in the context from the run before; only the others are decoded.
-
-        on_logits(logits, past): after each chunk, (n_outputs, n_vocab). sampler: its `next(logits
-        row)` gives the following token or None; each is decoded alone. restart(): forget what a run
-        gave that has to be done again because its graph was not the planned one. Returns all
-        tokens, those generated included. CaptureError where logits are wanted of a model that
-        predicts nothing, NotFiniteError where they are no numbers."""
-        if on_logits or sampler:
+        how: all_logits=True. on_logits(logits, past): after each chunk, (n_outputs, n_vocab).
+        sampler: its `next(logits row)` gives the following token or None; each is decoded alone.
+        lengths: of several texts that follow one another, together at most one batch. restart():
+        forget what a run gave that has to be done again because its graph was not the planned one.
+        Returns all tokens, those generated included. CaptureError where logits are wanted of a
+        model that predicts nothing, NotFiniteError where they are no numbers."""
+        sampler = how.get("sampler")
+        if how.get("on_logits") or sampler:
             self.runtime.check_predicts()
         for last in (False, True):
             try:
-                return self._run(list(tokens), setup, all_logits, on_logits, sampler, past)
+                return self._run(list(tokens), setup, past=past, **how)
             except PlanMismatch:
                 if last:
                     raise CaptureError(
@@ -122,9 +113,11 @@ class Runs:
                     for tap in self.taps(plan, stage, layer):
                         recorder.on(tap, watch(stage, layer))
 
-        self._run(list(tokens), watch_all, True, None, None)
+        self._run(list(tokens), watch_all)
 
-    def _run(self, tokens, setup, all_logits, on_logits, sampler, past=0):
+    def _run(
+        self, tokens, setup, *, all_logits=True, on_logits=None, sampler=None, past=0, lengths=()
+    ):
         total = len(tokens) + (sampler.limit if sampler else 0)
         self._edges = {}  # (edit, layer) -> edges cut
         if not (past and self.runtime.rewind(past)):
@@ -138,7 +131,7 @@ class Runs:
             if setup:
                 setup(recorders[single], plan)
         if not past:
-            self.runtime.open(total)
+            self.runtime.open(total, len(lengths) > 1)
         if len(pieces) > 1 and self.runtime.reads_whole:
             raise CaptureError(
                 f"{self.runtime.name} reads a text as a whole, at most {len(pieces[0][1])} tokens at "
@@ -149,7 +142,7 @@ class Runs:
             recorder = recorders[len(piece) == 1]
             recorder.start(past, len(piece))
             first = 0 if all_logits else past + len(piece) - 1
-            self.runtime.decode(piece, past, first, recorder.observe)
+            self.runtime.decode(piece, past, first, recorder.observe, lengths)
             recorder.finish()
             if not on_logits and not sampler:
                 return None

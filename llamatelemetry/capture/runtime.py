@@ -19,7 +19,7 @@ from .graph import Graph
 from .tokenizer import token_ids, token_piece
 from .variants import Variant
 
-MIN_CTX = 512
+MIN_CTX, SEQUENCES = 512, 256  # the latter: all that llama.cpp takes in one batch
 WARNING, ERROR = 3, 4  # enum ggml_log_level; 1 is debug
 # llama.cpp calls it until the process ends: it must outlive every Runtime.
 _KEPT: list[Callable] = []
@@ -80,7 +80,7 @@ class Runtime:
         # Of an encoder-decoder the encoder runs: its decoder would read what no encoder has
         # written.
         self.has_encoder = llama_cpp.llama_model_has_encoder(self.model)
-        self.context, self.n_ctx = None, 0
+        self.context, self.n_ctx, self._several = None, 0, False
         self._observe, self._failure, self._checked = None, None, False
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
 
@@ -136,17 +136,19 @@ class Runtime:
         decides what is computed."""
         return min(max(self.n_ctx_least, -(-n_tokens // 256) * 256), max(self.n_ctx_full, 256))
 
-    def open(self, n_tokens):
-        """An empty context that holds n_tokens, made anew when the present one is too small."""
+    def open(self, n_tokens, several=False):
+        """An empty context that holds n_tokens, of SEQUENCES or of one, made anew when the present
+        one is too small."""
         self.check_length(n_tokens)
-        if self.context and n_tokens <= self.n_ctx:
+        if self.context and n_tokens <= self.n_ctx and self._several >= several:
             return self.clear()
         n_ctx = self._context_size(n_tokens)
         self.make_context(
             n_ctx=n_ctx,
             n_batch=min(self.n_ubatch, n_ctx),
             n_ubatch=min(self.n_ubatch, n_ctx),
-            n_seq_max=1,
+            n_seq_max=min(SEQUENCES, self.n_ubatch, n_ctx) if several else 1,
+            kv_unified=True,  # sequences share the cells
             # The fused kernel never makes the probabilities that we are here for.
             flash_attn_type=0,
             type_k=self.cache_type,
@@ -158,6 +160,7 @@ class Runtime:
             no_perf=True,
             cb_eval=self._callback,
         )
+        self._several = several
 
     def make_context(self, **settings):
         """An empty context in place of the present one. settings: fields of llama_context_params;
@@ -222,18 +225,20 @@ class Runtime:
             self._failure = failure
             return ask  # asked: take the node so that the next call can stop the run
 
-    def decode(self, tokens, past=0, first=0, observe=None):
+    def decode(self, tokens, past=0, first=0, observe=None, lengths=()):
         """Decode tokens, (n,) or (sequence, n), at most one batch, after `past` others of each
-        sequence; positions from `first` on give logits. observe(address, ask) sees every graph
-        node."""
+        sequence; positions from `first` on give logits, and the last one. lengths: of sequences
+        that follow one another in (n,). observe(address, ask) sees every graph node."""
         rows = np.atleast_2d(tokens)
+        lengths = lengths or [rows.shape[1]] * len(rows)
+        places = [(number, at) for number, size in enumerate(lengths) for at in range(size)]
         batch = self.api.llama_batch_init(rows.size, 0, 1)
         try:
             batch.n_tokens = rows.size
-            for i, ((sequence, place), token) in enumerate(np.ndenumerate(rows)):
-                batch.token[i], batch.pos[i] = int(token), past + place
+            for i, ((sequence, place), token) in enumerate(zip(places, rows.ravel().tolist())):
+                batch.token[i], batch.pos[i] = token, past + place
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-                batch.logits[i] = past + place >= first
+                batch.logits[i] = past + place >= first or i == rows.size - 1
             self._observe, self._failure = observe, None
             run = self.api.llama_encode if self.has_encoder else self.api.llama_decode
             status = run(self.context, batch)

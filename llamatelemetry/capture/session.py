@@ -39,6 +39,8 @@ class CaptureSession:
     environment of the worker (CUDA_VISIBLE_DEVICES). cache_type: "f16" as llama-server has it,
     "f32", or None: f32 only for a file that is F32."""
 
+    WORKER = "llamatelemetry.capture.worker"
+
     def __init__(
         self,
         model_path,
@@ -62,7 +64,7 @@ class CaptureSession:
         context, gpu = n_ctx or self.model.n_ctx_train, gpu_layers != 0 and bool(list_gpus())
         self.model.check_place()
         self.child = Child(
-            "llamatelemetry.capture.worker",
+            self.WORKER,
             "the capture worker",
             UNFUSED | logs.ENVIRONMENT | os.environ | (env or {}),
             then="The next capture starts a new one.",
@@ -128,32 +130,30 @@ class CaptureSession:
         seed=0,
     ):
         """As InferenceEngine.capture."""
-        stages = [stages] if isinstance(stages, str) else () if stages is None else stages
-        stages = tuple(dict.fromkeys(stages))
-        unknown = [stage for stage in stages if stage not in STAGES]
-        if unknown or not stages:
-            raise CaptureError(
-                f"unknown stage {unknown[:1] or stages!r}; stages are {', '.join(STAGES)}."
-            )
         request = {
             "prompt": prompt(text_or_ids),
-            "stages": stages,
-            "layers": _chosen("layers", layers),
-            "queries": _chosen("queries", queries),
+            "stages": named_stages(stages),
+            "layers": chosen("layers", layers),
+            "queries": chosen("queries", queries),
             "generate": whole("generate", generate, 0, error=CaptureError),
             "temperature": finite("temperature", temperature, 0, error=CaptureError),
             "seed": whole("seed", seed, 0, error=CaptureError),
         }
+        answer, memory = self.into_arena("capture", edits=self._pack(edits), **request)
+        self._say_two_starts(text_or_ids, answer["tokens"])
+        return self._captured(answer, memory, request["queries"])
+
+    def into_arena(self, command, hear=None, **request):
+        """The worker's answer to a command that fills an arena, and the arena's memory."""
         arena = self._free.pop() if self._free else self._file("arena")
         try:
-            answer = self._call("capture", path=str(arena), edits=self._pack(edits), **request)
+            answer = self._call(command, hear, path=str(arena), **request)
             memory = np.memmap(arena, np.uint8, "c")  # the user's own copy where it is written to
         except BaseException:
             arena.unlink(missing_ok=True)
             raise
         weakref.finalize(memory, self._release, self._free, arena)
-        self._say_two_starts(text_or_ids, answer["tokens"])
-        return self._captured(answer, memory, request["queries"])
+        return answer, memory
 
     def _captured(self, answer, memory, queries):
         """The Capture in an arena's memory, without the positions kept free for tokens that were
@@ -220,7 +220,7 @@ class CaptureSession:
         import xarray as xr
 
         pairs = {name: np.asarray(value).tolist() for name, value in (patterns or {}).items()}
-        layers = _chosen("layers", layers)
+        layers = chosen("layers", layers)
         answer = self._ask("head_statistics", text_or_ids, layers=layers, patterns=pairs)
         data = {name: (("layer", "head"), np.asarray(v)) for name, v in answer["table"].items()}
         return xr.Dataset(data, {"layer": answer["layers"]}, {"n_tokens": len(answer["tokens"])})
@@ -297,7 +297,19 @@ class CaptureSession:
                 path.unlink()
 
 
-def _chosen(name, values):
+def named_stages(stages):
+    """The stages of a request, each once; CaptureError where one is unknown, or there is none."""
+    stages = [stages] if isinstance(stages, str) else () if stages is None else stages
+    stages = tuple(dict.fromkeys(stages))
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or not stages:
+        raise CaptureError(
+            f"unknown stage {unknown[:1] or stages!r}; stages are {', '.join(STAGES)}."
+        )
+    return stages
+
+
+def chosen(name, values):
     """A sorted list of layers or query positions without repetitions, or None for all."""
     if values is None:
         return None

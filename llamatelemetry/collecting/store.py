@@ -1,0 +1,298 @@
+"""A store of collected states: a folder of Arrow files, each a block of texts, whole or not there.
+
+Arrow, because pyarrow is there already, and the hub's `datasets` reads such a folder as it is (a
+row per text) and maps its files into memory, as is done here. A column is one layer of one stage:
+whoever reads a layer reads nothing else. xarray opens it lazily, as an array of its backends' kind.
+A block appears by being renamed when it is whole: after any interruption the others are good."""
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..capture.finite import MISSING
+from ..capture.names import STAGES
+from ..errors import CollectError, shown
+from ..files.outputs import folder_of, path_of, split_parts, written
+from .texts import OURS
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+VERSION = 1
+KEY = b"llamatelemetry"
+SAMPLES, SAMPLE = 64, 1 << 16
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """A digest of a model's files: their sizes, their headers and 64 places of their weights."""
+    digest = hashlib.sha256()
+    for part in split_parts(path):
+        size = part.stat().st_size
+        digest.update(str(size).encode())
+        with open(part, "rb") as file:
+            for start in np.linspace(0, max(size - SAMPLE, 0), SAMPLES, dtype=np.int64):
+                file.seek(int(start))
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+class Store:
+    """What is in a folder. facts: of the request and the model, the same in every block."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = path_of(folder, CollectError)
+        self.paths = sorted(self.folder.glob("block-*.arrow"))
+        names = [self._path(number) for number in range(len(self.paths))]
+        if names != self.paths:
+            missing = next(name for name in names if name not in self.paths)
+            raise CollectError(
+                f"{shown(missing)} is missing among the blocks after it: remove those, or take another folder."
+            )
+        self.facts: dict[str, Any] = read_facts(self.paths[0]) if self.paths else {}
+
+    def _path(self, number):
+        return self.folder / f"block-{number:06d}.arrow"
+
+    def rows(self, number: int) -> list[dict[str, Any]]:
+        """The texts and further columns of a block, as they were given."""
+        table = block(self.paths[number])
+        names = [name for name in table.column_names if is_given(name)]
+        facts = read_facts(self.paths[number])
+        found = table.select(names).to_pylist()
+        for at in facts["ids"]:  # given as token ids
+            found[at]["text"] = table["tokens"][at].as_py()
+        return found
+
+    def write(
+        self,
+        number: int,
+        rows: list[dict[str, Any]],
+        tokens: list[list[int]],
+        pieces: list[list[str | bytes]],
+        cut: list[bool],
+        arrays: dict[str, np.ndarray],
+        facts: dict[str, Any],
+        last: bool,
+    ) -> None:
+        """A block of texts. arrays: {stage: (layer, row, ...)}, a row per text or per token."""
+        import pyarrow as pa
+
+        ids = [at for at, row in enumerate(rows) if not isinstance(row["text"], str)]
+        raw = [[p if isinstance(p, bytes) else p.encode() for p in some] for some in pieces]
+        columns = {}
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            if name == "text":
+                for at in ids:
+                    values[at] = b"".join(raw[at]).decode("utf-8", "replace")
+            try:
+                columns[name] = pa.array(values, from_pandas=True)
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise CollectError(f"Column {name!r} cannot be stored: {error}") from error
+        columns["tokens"] = pa.array(tokens, pa.list_(pa.int32()))
+        columns["pieces"] = pa.array(raw, pa.list_(pa.binary()))
+        columns["cut"] = pa.array(cut)
+        offsets = None if facts["pool"] else columns["tokens"].offsets
+        for stage, array in arrays.items():
+            layers = facts["layout"][stage]["layers"]
+            for layer, values in zip(layers or [None], array):
+                width = int(np.prod(values.shape[1:]))
+                column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
+                if offsets is not None:
+                    column = pa.ListArray.from_arrays(offsets, column)
+                columns[column_name(stage, layer)] = column
+        said = json.dumps(facts | {"version": VERSION, "ids": ids, "last": last})
+        table = pa.table(columns).replace_schema_metadata({KEY: said.encode()})
+        path = self._path(number)
+        with written(path, need=table.nbytes, error=CollectError) as temporary:
+            with (
+                pa.OSFile(str(temporary), "wb") as file,
+                pa.ipc.new_stream(file, table.schema) as to,
+            ):
+                to.write_table(table)
+        if path not in self.paths:
+            self.paths.append(path)
+
+
+def make(folder: str | os.PathLike) -> Store:
+    """The Store in a folder, which is made where it is not there."""
+    return Store(folder_of(folder, CollectError))
+
+
+def column_name(stage, layer):
+    return stage if layer is None else f"{stage}.{layer}"
+
+
+def is_given(name):
+    """Whether a column is the user's own."""
+    return name not in OURS and name.split(".")[0] not in STAGES
+
+
+def block(path):
+    """A block's table, its columns where they lie in the file."""
+    status = path.stat()
+    return _mapped(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(32)
+def _mapped(path, *_):
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CollectError(f"{shown(path)} is no block of collected states: {error}") from error
+
+
+def read_facts(path):
+    found = json.loads((block(path).schema.metadata or {}).get(KEY, b"{}"))
+    if found.get("version") != VERSION:
+        raise CollectError(f"{shown(path)} is no block of states that this version has collected.")
+    return found
+
+
+def open_states(where: str | os.PathLike) -> "xr.Dataset":
+    """The states that InferenceEngine.collect stored in a folder, a Dataset that reads what is
+    looked at.
+
+    A variable per stage: pooled, (text, layer, embd), or (text, layer, head, feature), without
+    layer where a stage has none; unpooled, (token, layer, ...), the tokens of all texts one after
+    another. Coordinates along text: text, n_tokens, cut, last_token (its piece), unpooled also
+    start (its first token), and what was given beside the texts (label); along token: token (its
+    piece), token_id, token_position, token_text (its text's number). A stage that lacks a layer
+    that another has is NaN there. attrs: pool, model, file, where, complete. CollectError for a
+    folder without states."""
+    import xarray as xr
+    from xarray.core import indexing
+
+    store = Store(where)
+    if not store.paths:
+        raise CollectError(f"There are no collected states in {shown(store.folder)}.")
+    facts, along = store.facts, "text" if store.facts["pool"] else "token"
+    coords, sizes, n_tokens = _coordinates(store, along)
+    starts = np.cumsum([0, *(sizes if along == "text" else n_tokens)])
+    layers = sorted({layer for part in facts["layout"].values() for layer in part["layers"] or ()})
+    variables: dict[str, Any] = {}
+    widths: dict[str, int] = {}
+    for stage, part in facts["layout"].items():
+        dims = [dim for dim in STAGES[stage].dims if dim != "token"]
+        for number, (dim, size) in enumerate(zip(dims, part["shape"])):
+            if widths.setdefault(dim, size) != size:
+                dims[number] = f"{dim}_{stage}"
+        per_layer = part["layers"] is not None
+        array = make_lazy(store.paths, starts, stage, part, layers if per_layer else None)
+        dims = [along, *(["layer"] if per_layer else []), *dims]
+        variables[stage] = xr.Variable(dims, indexing.LazilyIndexedArray(array))
+    if layers:
+        coords["layer"] = layers
+    attrs = {"pool": facts["pool"] or "none", "where": str(store.folder)}
+    attrs |= {"model": facts["model"]["name"], "file": facts["model"]["file"]}
+    attrs["complete"] = bool(read_facts(store.paths[-1])["last"])
+    return xr.Dataset(variables, coords, attrs)
+
+
+def _coordinates(store, along):
+    """(coordinates, texts of each block, tokens of each block)."""
+    import pyarrow as pa
+
+    names = [name for name in block(store.paths[0]).column_names if is_given(name)]
+    given = pa.concat_tables(
+        [block(path).select(names).replace_schema_metadata() for path in store.paths],
+        promote_options="permissive",
+    )
+    frame = given.to_pandas()
+    lengths = [_lengths(block(path)["tokens"]) for path in store.paths]
+    each = np.concatenate(lengths)
+    coords = {name: ("text", _plain(frame[name])) for name in names}
+    coords["n_tokens"] = ("text", each)
+    coords["cut"] = (
+        "text",
+        np.concatenate([block(path)["cut"].to_numpy() for path in store.paths]),
+    )
+    pieces = [
+        [_text(one) for one in block(path)["pieces"].combine_chunks().values.to_pylist()]
+        for path in store.paths
+    ]
+    pieces = _objects([one for some in pieces for one in some])
+    ends = np.cumsum(each)
+    coords["last_token"] = ("text", pieces[ends - 1])
+    if along == "token":
+        ids = [block(path)["tokens"].combine_chunks().values.to_numpy() for path in store.paths]
+        coords["start"] = ("text", ends - each)
+        coords["token"] = ("token", pieces)
+        coords["token_id"] = ("token", np.concatenate(ids))
+        coords["token_text"] = ("token", np.repeat(np.arange(len(each)), each))
+        coords["token_position"] = ("token", np.arange(len(pieces)) - np.repeat(ends - each, each))
+    return coords, [len(some) for some in lengths], [int(some.sum()) for some in lengths]
+
+
+def _lengths(column):
+    return np.diff(column.combine_chunks().offsets.to_numpy())
+
+
+def _text(piece):
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return piece
+
+
+def _objects(values):
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def _plain(column: pd.Series):
+    """A column as NumPy has it: numbers and truths as they are, all else as objects."""
+    return column.to_numpy() if column.dtype.kind in "biufM" else _objects(list(column))
+
+
+def make_lazy(paths: list[Path], starts: np.ndarray, stage: str, part: dict, layers) -> Any:
+    """One stage of all blocks as xarray's backends give an array: it reads what is asked for."""
+    from xarray.backends import BackendArray
+    from xarray.core import indexing
+
+    class Blocks(BackendArray):
+        dtype = np.dtype(part["dtype"])
+        shape = (int(starts[-1]), *([len(layers)] if layers is not None else []), *part["shape"])
+
+        def __getitem__(self, key):
+            outer = indexing.IndexingSupport.OUTER
+            return indexing.explicit_indexing_adapter(key, self.shape, outer, self.read)
+
+        def read(self, key):
+            numbers = np.atleast_1d(np.arange(self.shape[0])[key[0]])
+            axes = 1 if layers is None else 2
+            wanted = [None] if layers is None else np.atleast_1d(np.array(layers)[key[1]])
+            empty = MISSING if self.dtype.kind == "f" else -1
+            out = np.full((len(numbers), len(wanted), *part["shape"]), empty, self.dtype)
+            at = np.searchsorted(starts, numbers, "right") - 1
+            for number in np.unique(at):
+                rows = at == number
+                inside = numbers[rows] - starts[number]
+                for place, layer in enumerate(wanted):
+                    if layer is None or layer in part["layers"]:
+                        values = column_values(paths[number], column_name(stage, layer))
+                        out[rows, place] = values.reshape(-1, *part["shape"])[inside]
+            for axis, some in enumerate(key[axes:], 2):
+                out = out[(*[slice(None)] * axis, np.atleast_1d(np.arange(out.shape[axis])[some]))]
+            single = [np.ndim(some) == 0 and not isinstance(some, slice) for some in key]
+            single = [single[0], layers is None or single[1], *single[axes:]]
+            return out[tuple(0 if one else slice(None) for one in single)]
+
+    return Blocks()
+
+
+def column_values(path, name):
+    """A column's numbers, one after another, where they lie in the file."""
+    column = block(path)[name].combine_chunks()
+    while hasattr(column, "values"):
+        column = column.values
+    return column.to_numpy()
