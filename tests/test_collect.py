@@ -291,6 +291,7 @@ with InferenceEngine() as engine:
 """
 
 
+@pytest.mark.slow  # three processes
 def test_a_killed_run_goes_on_with_the_same_values(tmp_path):
     path, where = tiny_model("llama", tmp_path), tmp_path / "s"
     command = [sys.executable, "-c", KILLED, str(path)]
