@@ -99,7 +99,9 @@ def _main(grace, folder, command):
         os.write(1, b"errno " + error + b"\n")
         return 127
     os.write(1, b"pid %d\n" % child)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)  # so that a log that is a pipe ends when the command does
 
     asked = None  # when a polite stop was asked for
     while True:

@@ -33,7 +33,8 @@ class Watch:
     """Ends a process that stalls while a `with` block waits for it.
 
     It has stalled where it is stopped for STOPPED seconds, asleep for SILENT, or computes for
-    `limit` seconds (see patience; seconds in which it has the CPU) without a sign of progress. A
+    `limit` seconds (see patience; seconds in which it has the CPU) without a sign of progress;
+    limit=None: of one that works for as long as it likes, only where it is stopped. A
     sign: beat() is called, or ask() returns, which then waits for the process in a thread of its
     own. end(why) is called once, from another thread, and ends the process: why is a clause.
     """
@@ -42,7 +43,7 @@ class Watch:
         self,
         pid: int,
         end: Callable[[str], object],
-        limit: float = LOOP,
+        limit: float | None = LOOP,
         ask: Callable[[], object] | None = None,
     ) -> None:
         self._pid, self._end, self._limit, self._ask = pid, end, limit, ask
@@ -85,6 +86,8 @@ class Watch:
     def _stalled(self, stopped, asleep, busy):
         if stopped >= STOPPED:
             return f"is stopped by a signal, for {STOPPED} s now"
+        if self._limit is None:
+            return None
         if asleep >= SILENT:
             return f"has neither computed nor answered for {SILENT} s"
         if busy >= self._limit:

@@ -9,7 +9,18 @@ import time
 import pytest
 from models import IDS, tiny_model
 
-from llamatelemetry import InferenceEngine, ServerError, WorkerCrashedError, liveness
+from llamatelemetry import (
+    InferenceEngine,
+    ModelLoadError,
+    ServerError,
+    WorkerCrashedError,
+    liveness,
+    quantize,
+)
+from llamatelemetry.compare.bench import bench
+from llamatelemetry.convert import run
+from llamatelemetry.convert.importance import imatrix
+from llamatelemetry.errors import QuantizeError
 from llamatelemetry.liveness import Watch
 
 LOOPS = "while :; do :; done"
@@ -73,6 +84,70 @@ def test_patience_grows_with_the_work(tmp_path):
     assert liveness.patience([small], 512, 4096, False) < 3
     assert 3600 < liveness.patience([large], 512, 4096, False)
     assert liveness.patience([small, tmp_path / "none"], 512, 4096, True) > 800
+
+
+@pytest.mark.parametrize(
+    "script, why",
+    [
+        ("kill -STOP $$", "stopped by a signal"),
+        ("exec sleep 60", "neither computed nor answered"),
+        (LOOPS, "endless loop"),
+    ],
+)
+def test_a_tool_that_stalls(script, why):
+    with pytest.raises(QuantizeError, match=f"Could not try .*{why}.*was ended"):
+        run.run_tool(["/bin/sh", "-c", script], "try", limit=1.0)
+
+
+def test_a_tool_that_says_something_now_and_then_is_let_be():
+    script = "for i in 1 2 3 4 5; do echo $i; sleep 0.7; done"
+    assert run.run_tool(["/bin/sh", "-c", script], "try", limit=1.0).split() == list("12345")
+
+
+def test_a_guard_that_is_stopped_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(run, "GUARD_S", 1)
+
+    def stop(pid):
+        os.kill(int(open(f"/proc/{pid}/stat").read().split()[3]), signal.SIGSTOP)
+
+    with pytest.raises(QuantizeError, match="does not answer"):
+        run.run_tool(["/bin/sh", "-c", "exec sleep 0.5"], "try", seen=stop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["llama-quantize", "llama-imatrix", "llama-bench"])
+def test_every_tool_that_is_stopped_is_found_out(what, tmp_path, monkeypatch):
+    """Each is stopped as soon as it runs; no half-written file stays, and the next run works."""
+    popen, model = run.guard.popen, tiny_model("llama", tmp_path)
+
+    def stopped(*args, **kwargs):
+        guard, pid = popen(*args, **kwargs)
+        if "--dry-run" not in args[0]:
+            os.kill(pid, signal.SIGSTOP)
+        return guard, pid
+
+    ask, error = {
+        "llama-quantize": (
+            lambda: quantize(model, tmp_path / "q.gguf", "Q8_0", progress=False),
+            QuantizeError,
+        ),
+        "llama-imatrix": (
+            lambda: imatrix(model, "The cat. " * 400, tmp_path / "i.gguf", 32, progress=False),
+            QuantizeError,
+        ),
+        "llama-bench": (lambda: bench(model, 16, 4, 1), ModelLoadError),
+    }[what]
+    with monkeypatch.context() as patch:
+        patch.setattr(run.guard, "popen", stopped)
+        with pytest.raises(error, match="stopped by a signal"):
+            ask()
+    assert [path.name for path in tmp_path.iterdir()] == [model.name]
+    found = ask()
+    if what == "llama-bench":
+        assert found["prompt_tps"] > 0 and found["generation_tps"] > 0 and found["load_s"] > 0
+        assert found["resident_bytes"] > 10**6
+    else:
+        assert found.is_file()
 
 
 def ropeless(folder):

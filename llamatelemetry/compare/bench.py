@@ -1,23 +1,25 @@
 """Speed, load time and memory of a model file: llama-bench's definitions, and the driver's word for
 memory."""
 
+import contextlib
 import json
-import subprocess
+import re
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from .. import logs
-from ..errors import ModelLoadError, shown
+from ..convert.run import run_tool
+from ..errors import ModelLoadError, QuantizeError, shown
 from ..files.gguf import GGUFFile
-from ..files.outputs import labels, once
+from ..files.outputs import labels, once, split_parts
 from ..files.programs import tool
 from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment, plan, visible_gpus
+from ..liveness import patience
 from .placing import split_for
 
 
@@ -36,34 +38,39 @@ def bench(
     make a context, the file in the page cache), resident_bytes (largest resident set of the
     process, the mapped file included) and gpu_bytes (largest, by NVML: 0 without a GPU, NaN where
     it does not say). Raises ModelLoadError for a file that llama.cpp does not load."""
-    options = {"-m": path, "-p": n_prompt, "-n": n_gen, "-r": repetitions, "-o": "json"}
+    options = {"-m": path, "-p": n_prompt, "-n": n_gen, "-r": repetitions, "-o": "jsonl"}
     options |= {"-t": threads or physical_cores(), "-ngl": _on_gpu(gpu_layers)}
-    command = [tool("llama-bench"), *(str(part) for pair in options.items() for part in pair)]
+    command = [
+        tool("llama-bench"),
+        "--progress",
+        *(str(part) for pair in options.items() for part in pair),
+    ]
     environment, shares = _where(path, gpu_layers)
     if shares:
         command += ["-ts", "/".join(f"{share:g}" for share in shares)]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, env=environment
-        )
-        resident, gpu = _watch(process)
-        out.seek(0)
-        log.seek(0)
-        text, words = out.read().decode("utf-8", "replace"), log.read().decode("utf-8", "replace")
-    if process.returncode:
-        raise ModelLoadError(
-            f"llama-bench cannot run {shown(path)} (exit status {process.returncode}): "
-            f"{logs.reason(words)}\n{logs.last_words(words)[-800:]}"
-        )
-    return speeds(json.loads(text)) | {
+    memory = _Memory()
+    words = _run(command, path, environment, n_prompt, max(n_prompt, n_gen), memory.watch)
+    runs = [json.loads(line) for line in words.splitlines() if line.startswith("{")]
+    return speeds(runs) | {
         "load_s": load_time(path, gpu_layers),
-        "resident_bytes": resident,
-        "gpu_bytes": gpu,
+        "resident_bytes": memory.resident,
+        "gpu_bytes": memory.gpu,
     }
 
 
+def _run(command, path, environment, tokens, context, seen=None):
+    """What a tool says that runs a model; ModelLoadError where it does not to its end."""
+    limit = patience(split_parts(path), tokens, context, bool(visible_gpus()))
+    try:
+        return run_tool(
+            command, f"time {shown(path)}", limit=limit, env=dict(environment), seen=seen
+        )
+    except QuantizeError as error:
+        raise ModelLoadError(str(error)) from None
+
+
 def speeds(runs: list[dict]) -> dict[str, float]:
-    """llama-bench's JSON output -> prompt_tps, generation_tps and their *_err."""
+    """llama-bench's JSON, parsed -> prompt_tps, generation_tps and their *_err."""
     row: dict[str, float] = {}
     for run in runs:
         name = "prompt_tps" if run["n_gen"] == 0 else "generation_tps"
@@ -101,7 +108,7 @@ from llamatelemetry.compare.worker import open_model
 import llama_cpp
 start = time.perf_counter()
 open_model(sys.argv[1], 512, 1, int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
-print(json.dumps(time.perf_counter() - start))
+print("load_s =", time.perf_counter() - start, flush=True)
 """
 
 
@@ -111,15 +118,8 @@ def load_time(path: str | Path, gpu_layers: int | None = None) -> float:
     environment, shares = _where(path, gpu_layers)
     command = [sys.executable, "-c", _LOAD, str(path), str(physical_cores()), _on_gpu(gpu_layers)]
     command += [json.dumps(shares)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, errors="replace"
-    )
-    if done.returncode:
-        raise ModelLoadError(
-            f"llama.cpp cannot load {shown(path)}: {logs.reason(done.stderr)}\n"
-            f"{logs.last_words(done.stderr)[-800:]}"
-        )
-    return float(done.stdout.splitlines()[-1])
+    words = _run(command, path, environment, 1, 512)
+    return float(re.findall(r"load_s = ([\d.e-]+)", words)[-1])
 
 
 def _where(path, gpu_layers):
@@ -134,21 +134,25 @@ def _on_gpu(layers):
     return "999" if layers is None else str(layers)
 
 
-def _watch(process):
+class _Memory:
     """Largest resident set and GPU memory of a process until it ends, in bytes."""
-    import psutil
 
     resident = gpu = 0
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
-        try:
-            resident = max(resident, watched.memory_info().rss)
-        except psutil.NoSuchProcess:
-            break
-        gpu = max(_gpu_bytes(process.pid), gpu)  # in this order: once NaN is the answer, it stays
-        time.sleep(0.05)
-    process.wait()
-    return resident, gpu
+
+    def watch(self, pid):
+        """Look at it from now on, in a thread of its own."""
+        threading.Thread(target=self._look, args=(pid,), daemon=True).start()
+
+    def _look(self, pid):
+        import psutil
+
+        with contextlib.suppress(psutil.Error):  # it ended
+            watched = psutil.Process(pid)
+            while resident := watched.memory_info().rss:
+                self.resident = max(resident, self.resident)
+                # In this order: once NaN is the answer, it stays
+                self.gpu = max(_gpu_bytes(pid), self.gpu)
+                time.sleep(0.05)
 
 
 def _gpu_bytes(pid):

@@ -12,10 +12,12 @@ from ..compare.texts import load_text, place
 from ..errors import ModelLoadError, ModelNotFoundError, QuantizeError, shown
 from ..files.gguf import GGUFFile
 from ..files.header import Header
-from ..files.outputs import path_of, some, written
+from ..files.outputs import path_of, some, split_parts, written
 from ..files.programs import tool
 from ..files.scratch import scratch
 from ..gpus.cores import physical_cores
+from ..gpus.devices import list_gpus
+from ..liveness import patience
 from ..reading import Source
 from .expand import SLACK, open_model
 from .run import run_tool
@@ -61,6 +63,7 @@ def imatrix(
             bar=shown(dst.name),
             progress=progress,
             leaves=[temporary],
+            limit=patience(split_parts(model), n_ctx, n_ctx, bool(list_gpus())),
         )
         if not out.is_file():
             reason = re.search(r"you need at least.*", words)

@@ -17,10 +17,12 @@ from ..files.registry import TYPES
 from ..files.scratch import ANNOUNCED, scratch
 from ..gpus.cores import physical_cores
 from ..gpus.fit import as_type
+from ..liveness import LOOP
 from . import importance
 from .expand import SLACK, open_model, output, quantized_types, reference_type
 from .run import run_tool
 
+SLOWEST = 1e5  # weights per second of the slowest type on the slowest machine
 _NEEDS_MATRIX = "will require an imatrix"  # what llama-quantize says in a dry run
 # What llama-quantize takes when a row is not a multiple of 256 wide: the type that is there -> what
 # it stands for.
@@ -87,6 +89,7 @@ def quantize(
             f"{type} needs an importance matrix: make one with imatrix(model, text, dst) and pass it."
         )
     need = float(size[1]) * 2**20 + SLACK
+    largest = int(source.tensors["n_elements"].max())  # it says a word after each tensor
     with written(
         dst, inputs=[src, imatrix], need=need, model=True, error=QuantizeError
     ) as temporary:
@@ -97,6 +100,7 @@ def quantize(
             bar=shown(dst.name),
             progress=progress,
             leaves=[temporary],
+            limit=LOOP + largest / SLOWEST,
         )
     return dst
 

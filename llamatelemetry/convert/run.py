@@ -2,14 +2,18 @@
 
 import os
 import re
+import subprocess
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from .. import guard, logs
 from ..errors import ModelLoadError, QuantizeError
 from ..files.scratch import scratch
+from ..liveness import LOOP, Watch
 from ..options import environment
+
+GUARD_S = 10  # seconds after a tool's end in which its guard says how it ended
 
 
 def run_tool(
@@ -20,54 +24,75 @@ def run_tool(
     bar: str = "",
     progress: bool = False,
     leaves: Iterable[Path] = (),
+    limit: float = LOOP,
+    env: Mapping[str, str] | None = None,
+    seen: Callable[[int], object] | None = None,
 ) -> str:
     """Run a tool, with a progress bar from its own output; returns that output. It dies with this
     process; then what it `leaves` is removed.
 
     step: a regular expression whose group 1 is the step reached, and group 2 the total unless
-    `total` finds it."""
+    `total` finds it. limit: seconds that the tool may compute without a word (liveness.Watch ends
+    one that stalls). env: its environment, where it is another than a tool's usual one. seen: told
+    its process id. Raises QuantizeError, or ModelLoadError where it could not read the model."""
     from tqdm.auto import tqdm
 
     tail: deque[str] = deque(maxlen=400)
     read, write = os.pipe()
     left = "\n".join(map(str, [*leaves, scratch()]))
-    output = os.fdopen(read, "rb")
+    output, stalled = os.fdopen(read, "rb"), []
     try:
         with os.fdopen(write, "wb") as log:
-            process, _ = guard.popen(command, log, env=environment(), grace=0, folder=left)
+            env = environment() if env is None else env
+            process, pid = guard.popen(command, log, env=env, grace=0, folder=left)
     except OSError as error:
         output.close()
         raise QuantizeError(
             f"Could not {what}: {command[0]} cannot be executed: {error}."
         ) from error
+
+    def end(why):
+        stalled.append(why)
+        process.kill()  # the kernel then kills the tool
+
     try:
-        with tqdm(desc=bar, disable=not (progress and step)) as meter:
+        if seen:
+            seen(pid)
+        with (
+            tqdm(desc=bar, disable=not (progress and step)) as meter,
+            Watch(pid, end, limit) as watch,
+        ):
             pending = ""
             # llama-imatrix reports its steps without ending the line.
             while chunk := output.read1(4096):
+                watch.beat()
                 pending += chunk.decode("utf-8", "replace")
                 *lines, pending = pending.split("\n")
                 tail.extend(lines)
-                seen = "\n".join([*lines, pending])
-                if total and (found := re.search(total, seen)):
+                words = "\n".join([*lines, pending])
+                if total and (found := re.search(total, words)):
                     meter.total = int(found[1])
-                for found in re.finditer(step, seen) if step else ():
+                for found in re.finditer(step, words) if step else ():
                     meter.total = int(found[2]) if found.re.groups > 1 else meter.total
                     meter.update(max(0, int(found[1]) - meter.n))
             tail.append(pending)
-        code = process.wait()
+        code = process.wait(GUARD_S)
         guard.stop(process)
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+    except subprocess.TimeoutExpired:
+        raise QuantizeError(
+            f"Could not {what}: the process between this one and {command[0]} does not answer."
+        ) from None
     finally:
+        if process.returncode is None:
+            process.kill()
+            process.wait()
         output.close()
     words = "\n".join(tail)
     if code:
         ending = f"signal {code - 128}" if code > 128 else f"exit status {code}"
+        ending = f"it {stalled[0]}, and was ended" if stalled else ending
         unread = "failed to load model" in words or "failed to read" in words
-        error = ModelLoadError if unread else QuantizeError
+        error = ModelLoadError if unread and not stalled else QuantizeError
         why = logs.reason(words, killed=code > 128)
         last = logs.last_words(words)[-1200:]
         raise error(f"Could not {what} ({ending}{why and f': {why}'}). Its last words:\n{last}")
