@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import CaptureError, OptionError, shown
+from .errors import CaptureError, OptionError, brief, shown
 
 Error = type[Exception]
 
@@ -64,7 +64,7 @@ def one_sequence(ids: Any, error: Error) -> list[int]:
         or any(isinstance(one, bool) for one in ids)
     ):
         raise error(
-            f"a prompt is a text, or one sequence of token ids (whole numbers); not {ids!r:.80}."
+            f"a prompt is a text, or one sequence of token ids (whole numbers); not {brief(ids)}."
         )
     return [int(token) for token in array]
 
@@ -73,7 +73,7 @@ def writable(text: object, error: Error = CaptureError) -> str:
     """`text`, a str that UTF-8 can hold; `error` where it is none: half a character, as of a cut
     emoji, is no text."""
     if not isinstance(text, str):
-        raise error(f"A text is a str, not {text!r:.80}: read or decode it first.")
+        raise error(f"A text is a str, not {brief(text)}: read or decode it first.")
     try:
         text.encode()
     except UnicodeEncodeError as wrong:

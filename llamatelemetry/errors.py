@@ -2,13 +2,15 @@
 
 import os
 
+from .secrecy import redact
+
 
 class LlamaTelemetryError(RuntimeError):
     """Base class of every error that this package raises on purpose. Its message can be printed
-    whatever it names."""
+    whatever it names, and has no secret in it."""
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(shown(arg) if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*(redact(shown(arg)) if isinstance(arg, str) else arg for arg in args))
 
 
 class ModelNotFoundError(LlamaTelemetryError, FileNotFoundError):
@@ -75,6 +77,13 @@ def shown(text: str | bytes | os.PathLike) -> str:
     except UnicodeEncodeError:  # half a character, which no name of a file has
         name = str(text).encode("utf-8", "backslashreplace")
     return name.decode("utf-8", "backslashreplace")
+
+
+def brief(value: object, most: int = 80) -> str:
+    """What was given, as Python writes it, without secrets and then cut: half a secret would be
+    none that is known."""
+    said = redact(repr(value))
+    return said if len(said) <= most else f"{said[: most - 4]} ..."
 
 
 class EngineBuildError(LlamaTelemetryError):

@@ -207,7 +207,7 @@ def test_an_output_that_will_not_do_is_said_before_the_work(tmp_path, capsys, mo
     ],
 )
 def test_formulas_become_mathml_outside_code(markdown, kept, formulas):
-    from llamatelemetry.tools.notebooks import take_formulas
+    from llamatelemetry.tools.export import take_formulas
 
     found = []
     text = take_formulas(markdown, found)
@@ -216,7 +216,7 @@ def test_formulas_become_mathml_outside_code(markdown, kept, formulas):
 
 
 def test_unknown_latex_is_shown_as_written():
-    from llamatelemetry.tools.notebooks import take_formulas
+    from llamatelemetry.tools.export import take_formulas
 
     found = []
     take_formulas(r"$\frac{<b>}$", found)
@@ -224,7 +224,7 @@ def test_unknown_latex_is_shown_as_written():
 
 
 def test_exported_page_refers_to_no_server(tmp_path):
-    from llamatelemetry.tools.notebooks import export_html
+    from llamatelemetry.tools.export import export_html
 
     path = notebook(tmp_path / "n.ipynb", "md:# Title\n\n$\\sqrt{d}$", "1")
     made = nbformat.read(path, as_version=4)

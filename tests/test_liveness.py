@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 
+import nbformat
 import pytest
 from models import IDS, tiny_model
 
@@ -20,8 +21,9 @@ from llamatelemetry import (
 from llamatelemetry.compare.bench import bench
 from llamatelemetry.convert import run
 from llamatelemetry.convert.importance import imatrix
-from llamatelemetry.errors import QuantizeError
+from llamatelemetry.errors import NotebookError, QuantizeError
 from llamatelemetry.liveness import Watch
+from llamatelemetry.tools.notebooks import run_notebook
 
 LOOPS = "while :; do :; done"
 
@@ -148,6 +150,22 @@ def test_every_tool_that_is_stopped_is_found_out(what, tmp_path, monkeypatch):
         assert found["resident_bytes"] > 10**6
     else:
         assert found.is_file()
+
+
+@pytest.mark.slow
+def test_a_kernel_that_is_stopped_is_found_out(tmp_path):
+    """What was executed until then is kept, and the next notebook runs."""
+    path, out = tmp_path / "n.ipynb", tmp_path / "out"
+    stop = "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)"
+    for source in ("1 + 1", stop):
+        cells = [nbformat.v4.new_code_cell(source) for source in ("A = 5", source)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        if source != stop:
+            run_notebook(path, out, progress=False)
+            continue
+        with pytest.raises(NotebookError, match=r"In \[2\]: the kernel is stopped by a signal"):
+            run_notebook(path, out, progress=False)
+    assert nbformat.read(out / path.name, 4).cells[0].execution_count == 1
 
 
 def ropeless(folder):

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import ModelLoadError
+from ..errors import ModelLoadError, brief
 from .checksums import sha256
 from .outputs import is_first, split_parts
 
@@ -62,7 +62,7 @@ def cached(repo, file):
         found = [try_to_load_from_cache(repo, str(part)) for part in split_parts(file)]
     except (ValueError, OSError) as error:  # HFValidationError is one: of names that none can have
         raise Refused(
-            f"{repo[:80]!r} is no repository's name, or {file[:80]!r} no file's in one ({error})",
+            f"{brief(repo)} is no repository's name, or {brief(file)} no file's in one ({error})",
             "give it as OWNER/NAME:FILE",
         ) from None
     return Path(found[0]) if all(isinstance(path, str) for path in found) else None

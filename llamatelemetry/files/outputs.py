@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import LlamaTelemetryError, OutputError, shown
+from ..errors import LlamaTelemetryError, OutputError, brief, shown
 from .scratch import scratch
 
 _SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
@@ -27,10 +27,12 @@ def path_of(given: str | bytes | os.PathLike, error: type[Exception] = LlamaTele
         path = Path(os.fsdecode(os.path.expanduser(given))).absolute()
         path.lstat()
     except (TypeError, ValueError) as why:  # a number; a zero byte, half a character
-        raise error(f"{given!r:.80} is no name of a file: {why}.") from None
+        raise error(f"{brief(given)} is no name of a file: {why}.") from None
     except OSError as why:
         if why.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise error(f"{shown(given)[:80]} is no name of a file here: {why.strerror}.") from None
+            raise error(
+                f"{brief(shown(given))} is no name of a file here: {why.strerror}."
+            ) from None
     return path
 
 

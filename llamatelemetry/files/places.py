@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from urllib.error import HTTPError
 
+from ..secrecy import keep
+
 SECRET_SECONDS = 10  # for one secret; Kaggle's client alone would wait 40
 
 
@@ -60,7 +62,7 @@ def secret(*labels: str) -> str | None:
     prints it."""
     for label in labels:
         if value := _attached_secret(label) or os.environ.get(label):
-            return value
+            return keep(value)
     return None
 
 

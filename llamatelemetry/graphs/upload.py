@@ -6,6 +6,7 @@ import logging
 
 from ..errors import GraphistryError
 from ..files import places
+from ..secrecy import keep, redact
 from ..views import theme
 from ..views.graph_page import categories, is_numbers
 from ..views.text import html
@@ -103,7 +104,7 @@ def upload_graph(graph, credentials, privacy, server, protocol, saved, height):
         raise GraphistryError(
             f"graphistry is not installed: pip install graphistry. {here}"
         ) from error
-    key, secret = credentials
+    key, secret = map(keep, credentials)
     step = "reaching the server"
     with _quiet():
         try:
@@ -129,8 +130,8 @@ def upload_graph(graph, credentials, privacy, server, protocol, saved, height):
             plot = bind_graph(client, graph).privacy(mode=privacy)
             url = plot.plot(render="url", name=graph.title, memoize=False)
         except Exception as error:  # the client raises plain Exception, requests' and its own types
-            reason = str(error).replace(secret, "***").replace(key, "***")
-            failed = f"Graphistry, {step}: {type(error).__name__}: {reason[:400]}"
+            reason = redact(str(error))[:400]  # before it is cut: half a key is none that is known
+            failed = f"Graphistry, {step}: {type(error).__name__}: {reason}"
             raise GraphistryError(f"{failed}. {_ADVICE[step]} {here}") from None
     return GraphistryPlot(url, privacy, saved, height)
 

@@ -18,6 +18,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from ..errors import StageError
+from ..secrecy import keep, redact
 
 SILENCE_S = 300  # of a connection, before a request counts as failed
 PATIENCE_S = 5 * 60  # with failures that may pass
@@ -81,6 +82,8 @@ class Kaggle:
     def __init__(self):
         with _one_call():
             self.api = _authenticated()
+            for name in ("key", "token"):
+                keep(self.api.config_values.get(name))
             self.user = self.api.get_config_value(self.api.CONFIG_NAME_USER) or ""
 
     def dataset(self, name):
@@ -228,7 +231,7 @@ def _one_call(shown=False):
     except StageError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _sorted_failure(error) from error
+        raise _sorted_failure(error) from None  # its own words may hold the token
     finally:
         HTTPAdapter.send = plain
 
@@ -261,5 +264,5 @@ def _sorted_failure(error):
         says = "there is no connection to Kaggle"
     if unread or code in (408, 429) or (code or 0) >= 500 or says.startswith("Upload unsuccessful"):
         return Passing(says)
-    reason = (response.text or "").strip()[:300] if response is not None else ""
+    reason = redact(response.text or "").strip()[:300] if response is not None else ""
     return StageError(" ".join(filter(None, (says, reason if reason not in says else ""))))

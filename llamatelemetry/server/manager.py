@@ -24,6 +24,7 @@ from ..gpus import devices
 from ..gpus.cores import physical_cores
 from ..liveness import Watch, kill, patience, stopped
 from ..options import environment, flags, pooling_of
+from ..secrecy import keep
 from .failures import death, refusal
 
 BATCH = 2048  # tokens that llama-server decodes in one batch, unless it is told otherwise
@@ -42,7 +43,7 @@ class ServerManager:
 
     def __init__(self, server_path: str | os.PathLike | None = None) -> None:
         self.server_path = find_server(server_path) if server_path else None
-        self._api_key = secrets.token_urlsafe(24)
+        self._api_key = keep(secrets.token_urlsafe(24))
         self._guard = self._session = None
         self._lock = threading.RLock()  # one start or stop at a time
         self._end = lambda: None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from .. import __version__
 from ..errors import LlamaTelemetryError, shown
 from ..files.programs import find_program, find_server
+from ..secrecy import redact
 from . import build, recipes
 from .pip import installed_version
 
@@ -49,7 +50,7 @@ def report() -> int:
     found = findings()
     width = max(len(finding.what) for finding in found)
     for finding in found:
-        print(shown(f"{finding.state:8}{finding.what:{width}}  {finding.text}"))
+        print(redact(shown(f"{finding.state:8}{finding.what:{width}}  {finding.text}")))
         if finding.step and finding.state != "ok":
             print(f"{'':{width + 10}}-> {finding.step}")
     return int(any(finding.state == "missing" for finding in found))

@@ -1,9 +1,10 @@
 """Runs the notebooks with papermill and keeps each as .ipynb and as one self-contained .html
-file."""
+file (export)."""
 
 import logging
 import os
 import re
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -11,31 +12,13 @@ from pathlib import Path
 
 from ..errors import NotebookError, ParameterError
 from ..files.outputs import folder_of, refuse_overwriting, written
+from ..files.scratch import ScratchFile, scratch
+from ..liveness import Watch
+from ..secrecy import redact
 from ..views import text
+from .export import export_html, keep
 from .parameter_types import fit
 
-# The lab template without what it would load from the network: require.js, MathJax, Mermaid, the
-# widget renderer. Without a font that holds the radical sign Chromium leaves square roots out: the
-# fonts of Windows, macOS, Linux. The policy makes "no request" a property of the page instead of a
-# hope about what its outputs hold.
-_TEMPLATE = """{%- extends 'index.html.j2' -%}
-{%- block html_head_js_requirejs -%}
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
- script-src 'unsafe-inline' 'unsafe-eval' blob:; img-src data: blob:; font-src data:; media-src data:; worker-src blob:;
- frame-src data: blob:">
-{%- endblock -%}
-{%- block jupyter_widgets -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}
-<style>.jp-OutputArea-output pre { word-break: normal; overflow-wrap: anywhere; }
-math { font-family: "Cambria Math", "STIX Two Math", "Latin Modern Math", "DejaVu Math TeX Gyre", "DejaVu Sans" }
-</style>
-{%- endblock -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock -%}
-"""
-_REMOTE_SCRIPT = re.compile(r"<script[^>]*\ssrc=[\"']https?://[^>]*>\s*</script>", re.IGNORECASE)
-_CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])", re.DOTALL)
-_PLACE = "formula-7c1f-{}-here"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -63,12 +46,9 @@ def run_notebook(
 
     parameters: {name: value}, of the types that the notebook's `parameters` cell declares; a
     ParameterError names what is not, before anything runs. Raises NotebookError that names the cell
-    when one fails; what was executed until then is kept and exported, too. OutputError where `out`
-    is the notebook's own folder."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from traitlets.config import Config
-
+    when one fails, or whose kernel is stopped by a signal; what was executed until then is kept and
+    exported, too, and until then lies in scratch. No secret that is known here (secrecy) is in it.
+    OutputError where `out` is the notebook's own folder."""
     path, out = Path(path).absolute(), Path(out).resolve()  # a link to a notebook keeps its name
     parameters = fit(path, parameters)
     logging.getLogger("papermill").addFilter(_unless_unknown)
@@ -79,38 +59,80 @@ def run_notebook(
     os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
     if progress is True:
         progress = {"desc": path.stem, "mininterval": 0.1 if sys.stderr.isatty() else 10}
+    with ScratchFile(f"{secrets.token_hex(4)}-{path.name}") as growing:
+        try:
+            _execute(path, growing, parameters, out, progress)
+        finally:
+            if growing.is_file():
+                _keep(growing, executed)
+    return executed
+
+
+def _execute(path, growing, parameters, out, progress):
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
+
+    stalled: list[str] = []
     try:
         # No open port
         papermill.execute_notebook(
             path,
-            executed,
+            growing,
             parameters=parameters,
             kernel_name="python3",
             language="python",
             cwd=out,
             progress_bar=progress,
             config=Config({"KernelManager": {"transport": "ipc"}}),
+            kernel_manager_class=_watched_kernel(stalled),
         )
     except papermill.exceptions.PapermillExecutionError as error:
-        trace = _COLOUR.sub("", "\n".join(error.traceback)).strip().splitlines()
+        trace = redact(_COLOUR.sub("", "\n".join(error.traceback))).strip().splitlines()
         first = next((line for line in error.source.splitlines() if line.strip()), "")
         raise NotebookError(
             f"{path.name}, In [{error.exec_count}] ({first}): {error.ename}: {error.evalue}\n"
             + "\n".join("    " + line for line in trace[-15:])
         ) from None
     except DeadKernelError:
-        raise NotebookError(
-            f"{path.name}, In [{_running_cell(executed)}]: the kernel died (out of memory?)"
-        ) from None
+        why = f"the kernel {stalled[0]}" if stalled else "the kernel died (out of memory?)"
+        raise NotebookError(f"{path.name}, In [{_running_cell(growing)}]: {why}") from None
     except OSError as trouble:
-        raise NotebookError(
-            f"{path.name}: its results could not be written to {out}: {trouble}. Make room there, or "
-            "choose another folder."
-        ) from trouble
-    finally:
-        if executed.is_file():
-            export_html(executed)
-    return executed
+        raise _no_room(path, scratch(), trouble) from trouble
+
+
+def _keep(growing, executed):
+    try:
+        keep(growing, executed)
+        export_html(executed)
+    except (OSError, ValueError) as trouble:  # ValueError: scratch has only a half of it
+        raise _no_room(executed, executed.parent, trouble) from trouble
+
+
+def _no_room(path, folder, trouble):
+    return NotebookError(
+        f"{path.name}: its results could not be written to {folder}: {trouble}. Make room there, or "
+        "choose another folder."
+    )
+
+
+def _watched_kernel(stalled):
+    """The class of a kernel that is ended where a signal has stopped it; why is put into `stalled`.
+    One that computes is let be: how long a cell takes is its author's."""
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Watched(AsyncKernelManager):
+        async def start_kernel(self, **options):
+            await super().start_kernel(**options)
+            process = self.provisioner.process
+
+            def end(why):
+                stalled.append(why)
+                process.kill()
+
+            Watch(process.pid, end, None).__enter__()  # to the end of the kernel
+
+    return Watched
 
 
 def run_all(
@@ -183,52 +205,6 @@ def _unless_unknown(record):
     """papermill takes annotated parameters, and several on one line, for unknown ones and says so;
     fit() knows."""
     return not record.getMessage().startswith("Passed unknown parameter")
-
-
-def export_html(path: Path) -> Path:
-    """Write an executed notebook as one HTML file that makes no network request; formulas become
-    MathML."""
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    path = Path(path)
-    notebook = nbformat.read(path, as_version=4)
-    formulas: list[str] = []
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = take_formulas(cell.source, formulas)
-        for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            if "text/html" in data:
-                data["text/html"] = _REMOTE_SCRIPT.sub("", data["text/html"])
-    exporter = HTMLExporter(template_name="lab", raw_template=_TEMPLATE, embed_images=True)
-    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})
-    for number, formula in enumerate(formulas):
-        page = page.replace(_PLACE.format(number), formula)
-    target = path.with_suffix(".html")
-    with written(target) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return target
-
-
-def take_formulas(markdown: str, formulas: list[str]) -> str:
-    """Replace $...$ and $$...$$ outside code by placeholders and append each as MathML, which
-    browsers draw, to `formulas`. (nbconvert parses inline HTML tag by tag and would close every
-    MathML element at once.)"""
-    from latex2mathml.converter import convert
-
-    def one(match):
-        display = match[1] is not None
-        try:
-            formulas.append(
-                convert(match[1] if display else match[2], display="block" if display else "inline")
-            )
-        except Exception:  # LaTeX that the converter does not know is shown as it was written
-            formulas.append(f"<code>{text.html(match[0])}</code>")
-        return _PLACE.format(len(formulas) - 1)
-
-    parts = _CODE.split(markdown)
-    return "".join(part if part.startswith("`") else _FORMULA.sub(one, part) for part in parts)
 
 
 def _running_cell(executed: Path) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from ..compare.texts import place
-from ..errors import LlamaTelemetryError, ParameterError
+from ..errors import LlamaTelemetryError, ParameterError, brief
 from ..files.models import from_here
 from ..files.outputs import path_of
 from ..files.registry import TYPES
@@ -143,7 +143,7 @@ def _fitted(name, value, kind, typed, notebook):
                 f"parameters cell, as in `{name}: int | None = None`."
             )
         return value
-    said = repr(value) if len(repr(value)) < 80 else f"{value!r:.76} ..."
+    said = brief(value)
     try:
         value = _as(value, kind, typed)
         value = _from_here(name, value)

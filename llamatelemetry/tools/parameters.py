@@ -10,7 +10,7 @@ The rules are those of parameter_rules, which a notebook names as parameters.opt
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LlamaTelemetryError, ParameterError
+from ..errors import LlamaTelemetryError, ParameterError, brief
 from ..files.gguf import GGUFFile
 from ..files.models import resolve_model
 from .parameter_rules import (
@@ -163,7 +163,7 @@ def _check_attention(layer, capture):
 
 
 def _error(name, value, wrong):
-    said = repr(value) if len(repr(value)) < 80 else f"{value!r:.76} ..."
+    said = brief(value)
     return ParameterError(
         f"{name} = {said}: {wrong.rstrip('.')}. Change {name} in the parameters cell."
     )

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from ..secrecy import redact
+
 
 def pip(*arguments: object, **variables: str) -> str | None:
     """Run pip quietly: what it says where it fails, else None. variables: of its environment."""
@@ -19,7 +21,7 @@ def pip(*arguments: object, **variables: str) -> str | None:
     importlib.invalidate_caches()
     if done.returncode == 0:
         return None
-    return done.stderr.strip() or f"pip ended with exit status {done.returncode}"
+    return redact(done.stderr).strip() or f"pip ended with exit status {done.returncode}"
 
 
 def installed_version(name: str) -> str | None:
