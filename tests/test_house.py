@@ -39,6 +39,7 @@ GROUND = (
     "ports",
     "reading",
     "rounding",
+    "secrecy",
     "templates",
 )
 # What the spine does without: the extras, and what only draws.

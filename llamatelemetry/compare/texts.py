@@ -89,7 +89,7 @@ def _wikitext():
     ) as error:  # offline, refused, gone: the hub's client raises a different one for each
         raise CompareError(
             f"WikiText-2 could not be downloaded ({error}): pass text=None for the built-in text."
-        ) from error
+        ) from None
     with zipfile.ZipFile(path) as archive:
         name = next(n for n in archive.namelist() if n.endswith("wiki.test.raw"))
         return archive.read(name).decode("utf-8").removesuffix("\n")

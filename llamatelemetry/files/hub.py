@@ -10,6 +10,8 @@ from ..errors import ModelLoadError, brief
 from .checksums import sha256
 from .outputs import is_first, split_parts
 
+SILENCE_S = 10  # of the hub, which its client would wait for without a limit
+
 
 class Refused(Exception):
     """Nothing could be fetched: the text is why, `do` what to do next. Nobody but this room sees
@@ -99,7 +101,8 @@ def download(repo, file, progress=True):
         from huggingface_hub import HfApi
 
         reach()
-        files = ask(lambda: HfApi().list_repo_files(repo))
+        about = ask(lambda: HfApi().model_info(repo, timeout=SILENCE_S))
+        files = [file.rfilename for file in about.siblings or ()]
         wanted, file = file, _one(repo, file, files)
         if file is None:
             there = ", ".join(str(path) for path in model_files(files)) or "no GGUF file"

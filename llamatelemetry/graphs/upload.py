@@ -6,6 +6,7 @@ import logging
 
 from ..errors import GraphistryError
 from ..files import places
+from ..network import limited
 from ..secrecy import keep, redact
 from ..views import theme
 from ..views.graph_page import categories, is_numbers
@@ -106,7 +107,7 @@ def upload_graph(graph, credentials, privacy, server, protocol, saved, height):
         ) from error
     key, secret = map(keep, credentials)
     step = "reaching the server"
-    with _quiet():
+    with _quiet(), limited():
         try:
             client = graphistry.client() if hasattr(graphistry, "client") else graphistry
             server, protocol = (
@@ -139,7 +140,7 @@ def upload_graph(graph, credentials, privacy, server, protocol, saved, height):
 def _reach(address):
     import requests
 
-    requests.head(address, timeout=_CONNECT_S)  # the client itself waits without a limit
+    requests.head(address, timeout=_CONNECT_S)
 
 
 _ADVICE = {

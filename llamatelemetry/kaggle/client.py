@@ -15,12 +15,11 @@ from contextlib import contextmanager, redirect_stdout
 from typing import NamedTuple
 
 import requests
-from requests.adapters import HTTPAdapter
 
 from ..errors import StageError
+from ..network import limited
 from ..secrecy import keep, redact
 
-SILENCE_S = 300  # of a connection, before a request counts as failed
 PATIENCE_S = 5 * 60  # with failures that may pass
 # Of kagglesdk's KernelWorkerStatus
 RUNNING = ("QUEUED", "RUNNING", "NEW_SCRIPT", "CANCEL_REQUESTED")
@@ -219,21 +218,13 @@ def _authenticated():
 def _one_call(shown=False):
     """Run calls of the client: with a time limit, without what it prints unless `shown`, failures
     sorted."""
-    plain = HTTPAdapter.send
-
-    def send(self, request, stream=False, timeout=None, **rest):
-        return plain(self, request, stream=stream, timeout=timeout or SILENCE_S, **rest)
-
-    HTTPAdapter.send = send
     try:
-        with redirect_stdout(sys.stdout if shown else io.StringIO()):
+        with limited(), redirect_stdout(sys.stdout if shown else io.StringIO()):
             yield
     except StageError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _sorted_failure(error) from None  # its own words may hold the token
-    finally:
-        HTTPAdapter.send = plain
 
 
 def _sorted_failure(error):

@@ -22,6 +22,7 @@ from ..errors import EngineBuildError, OutputError
 from ..files.outputs import path_of, written
 from ..files.places import cache_dir
 from ..gpus.cores import usable_cores
+from ..liveness import Watch
 from . import cuda_toolkit, needs
 from .build_log import failure, progress
 from .pip import pip
@@ -144,8 +145,16 @@ def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
         errors="replace",
         start_new_session=True,
     )
+    stalled: list[str] = []
+
+    def end(why):
+        stalled.append(f"pip {why}")
+        os.killpg(process.pid, signal.SIGKILL)
+
     try:
-        with open(log, "w") as file, progress("fetching sources") as bar:
+        # How long a compiler takes is its own affair: only what is stopped is ended.
+        watch, bar = Watch(process.pid, end, None), progress("fetching sources")
+        with open(log, "w") as file, bar, watch:
             for line in process.stdout or ():
                 file.write(line)
                 tail.append(line.rstrip())
@@ -162,7 +171,7 @@ def _pip_wheel(flags: dict, out: Path, log: Path, jobs: int) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if process.returncode:
-        raise EngineBuildError(failure(tail, log))
+        raise EngineBuildError(failure([*tail, *stalled], log))
 
 
 def _environment(flags, jobs):
