@@ -18,8 +18,8 @@ from llamatelemetry import (
     liveness,
     quantize,
 )
+from llamatelemetry import running as run
 from llamatelemetry.compare.bench import bench
-from llamatelemetry.convert import run
 from llamatelemetry.convert.importance import imatrix
 from llamatelemetry.errors import NotebookError, QuantizeError
 from llamatelemetry.liveness import Watch

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..convert.run import run_tool
 from ..errors import ModelLoadError, QuantizeError, shown
 from ..files.gguf import GGUFFile
 from ..files.outputs import labels, once, split_parts
@@ -20,6 +19,7 @@ from ..files.programs import tool
 from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment, plan, visible_gpus
 from ..liveness import patience
+from ..running import run_tool
 from .placing import split_for
 
 

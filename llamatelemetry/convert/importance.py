@@ -19,8 +19,8 @@ from ..gpus.cores import physical_cores
 from ..gpus.devices import list_gpus
 from ..liveness import patience
 from ..reading import Source
+from ..running import run_tool
 from .expand import SLACK, open_model
-from .run import run_tool
 
 SUMS = ".in_sum2"  # llama-imatrix: sums of squared activations, (matrices, width) per tensor
 # What llama-imatrix leaves out unless told otherwise: the output, and what is looked up and not

@@ -18,9 +18,9 @@ from ..files.scratch import ANNOUNCED, scratch
 from ..gpus.cores import physical_cores
 from ..gpus.fit import as_type
 from ..liveness import LOOP
+from ..running import run_tool
 from . import importance
 from .expand import SLACK, open_model, output, quantized_types, reference_type
-from .run import run_tool
 
 SLOWEST = 1e5  # weights per second of the slowest type on the slowest machine
 _NEEDS_MATRIX = "will require an imatrix"  # what llama-quantize says in a dry run

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from .. import guard, logs
-from ..errors import ModelLoadError, QuantizeError
-from ..files.scratch import scratch
-from ..liveness import LOOP, Watch
-from ..options import environment
+from . import guard, logs
+from .errors import ModelLoadError, QuantizeError
+from .files.scratch import scratch
+from .liveness import LOOP, Watch
+from .options import environment
 
 GUARD_S = 10  # seconds after a tool's end in which its guard says how it ended
 
