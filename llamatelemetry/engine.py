@@ -13,8 +13,9 @@ from .errors import WorkerCrashedError
 from .files.programs import find_server
 from .gpus import devices
 from .gpus.cores import physical_cores
-from .gpus.fit import Fit, Place, fit, place, spread
+from .gpus.fit import Fit, fit, spread
 from .gpus.placement import placement, proof
+from .gpus.placing import Place, place
 from .history import forget
 from .server.loading import settle
 from .serving import Serving
@@ -377,7 +378,7 @@ class InferenceEngine(Serving):
         capture: bool = True,
         server: bool = False,
     ) -> Place:
-        """Where one more model goes while this one stays: see llamatelemetry.gpus.fit.place.
+        """Where one more model goes while this one stays: see llamatelemetry.gpus.placing.place.
 
         model: a GGUFFile; kind: it once it is expanded or quantized to this. ctx_size: None for
         that of the loaded model. Another engine takes the answer:

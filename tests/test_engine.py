@@ -176,7 +176,7 @@ def test_no_server_is_said_before_anything_is_started(smollm2, monkeypatch):
         raise ServerError("No llama-server: run `llamatelemetry engine build`")
 
     monkeypatch.setattr(module, "find_server", nowhere)
-    monkeypatch.setattr("llamatelemetry.server.manager.find_server", nowhere)
+    monkeypatch.setattr("llamatelemetry.server.process.find_server", nowhere)
     with InferenceEngine() as engine:
         with pytest.raises(ServerError, match="engine build"):
             engine.load_model(smollm2, silent=True)

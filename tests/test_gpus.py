@@ -16,11 +16,11 @@ from llamatelemetry.gpus.fit import (
     compute_bytes,
     fit,
     kv_bytes,
-    place,
     sliding_layers,
     spread,
     weight_bytes,
 )
+from llamatelemetry.gpus.placing import place
 
 T4 = 15360 * 2**20
 

@@ -25,7 +25,7 @@ from llamatelemetry import (
 from llamatelemetry.files import programs
 from llamatelemetry.files.programs import find_server
 from llamatelemetry.gpus.cores import physical_cores
-from llamatelemetry.server import manager as module
+from llamatelemetry.server import process as module
 
 
 @pytest.fixture

@@ -8,46 +8,10 @@ the tensor is put in order into memory of our own, which is quick, and leaves th
 on a stream of its own, until `drain`. A model may lie on several devices: whichever holds the
 tensor that was asked for last is the current one, with streams of its own."""
 
+from pathlib import Path
+
 import numpy as np
 
-# One block per (query, head): everything about a row of attention in one pass over it. out: (head,
-# query, 6).
-_ROWS = r"""
-extern "C" __global__ void rows(const float* p, float* out, int n_query, int n_key, long row_stride,
-                                long head_stride, int past) {
-  const int q = blockIdx.x, h = blockIdx.y, position = past + q;
-  const float* row = p + h * head_stride + q * row_stride;
-  float s[4] = {0, 0, 0, 0};
-  for (int k = threadIdx.x; k <= position && k < n_key; k += blockDim.x) {
-    const float w = row[k];
-    s[0] += w;
-    if (w > 0) s[1] -= w * logf(w);
-    s[2] += w * (position - k);
-    s[3] = fmaxf(s[3], w);
-  }
-  __shared__ float part[32][4];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int m = 0; m < 4; m++) {
-    float v = s[m];
-    for (int o = 16; o; o >>= 1) {
-      const float other = __shfl_down_sync(0xffffffffu, v, o);
-      v = m == 3 ? fmaxf(v, other) : v + other;
-    }
-    if (lane == 0) part[warp][m] = v;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    float* target = out + (h * (long)n_query + q) * 6;
-    for (int m = 0; m < 4; m++) {
-      float v = part[0][m];
-      for (int w = 1; w < blockDim.x / 32; w++) v = m == 3 ? fmaxf(v, part[w][m]) : v + part[w][m];
-      target[m] = v;
-    }
-    target[4] = target[1] / logf(fmaxf(position, 1.f) + 1.f);
-    target[5] = row[0];
-  }
-}
-"""
 MEASURES = ("mass", "entropy", "distance", "top", "normalized_entropy", "sink")
 
 
@@ -148,26 +112,13 @@ class Device:
 
     def _copy(self, target, values):
         runtime = self.cupy.cuda.runtime
+        to, start, how = target.ctypes.data, values.data.ptr, runtime.memcpyDeviceToHost
         if target.flags.c_contiguous:
-            runtime.memcpyAsync(
-                target.ctypes.data,
-                values.data.ptr,
-                values.nbytes,
-                runtime.memcpyDeviceToHost,
-                self._leave.ptr,
-            )
+            runtime.memcpyAsync(to, start, values.nbytes, how, self._leave.ptr)
         elif target.ndim == 2 and target.strides[1] == target.itemsize:
-            width = target.shape[1] * target.itemsize
-            runtime.memcpy2DAsync(
-                target.ctypes.data,
-                target.strides[0],
-                values.data.ptr,
-                width,
-                width,
-                target.shape[0],
-                runtime.memcpyDeviceToHost,
-                self._leave.ptr,
-            )
+            rows, width = len(target), target.shape[1] * target.itemsize
+            pitch, stream = target.strides[0], self._leave.ptr
+            runtime.memcpy2DAsync(to, pitch, start, width, width, rows, how, stream)
         else:
             for part, rows in zip(target, values):
                 self._copy(part, rows)
@@ -177,23 +128,13 @@ class Device:
         the device."""
         cupy = self.cupy
         if self._kernel is None:
-            self._kernel = cupy.RawKernel(_ROWS, "rows")
+            source = Path(__file__).with_name("rows.cu").read_text()
+            self._kernel = cupy.RawKernel(source, "rows")
         n_head, n_query, n_key = values.shape
         out = cupy.empty((n_head, n_query, len(MEASURES)), np.float32)
-        strides = [np.int64(stride // 4) for stride in values.strides]
-        self._kernel(
-            (n_query, n_head),
-            (256,),
-            (
-                values,
-                out,
-                np.int32(n_query),
-                np.int32(n_key),
-                strides[1],
-                strides[0],
-                np.int32(past),
-            ),
-        )
+        of_head, of_row = (np.int64(stride // 4) for stride in values.strides[:2])
+        sizes = np.int32(n_query), np.int32(n_key), of_row, of_head, np.int32(past)
+        self._kernel((n_query, n_head), (256,), (values, out, *sizes))
         return out.sum(1, dtype=np.float64)
 
     def pair_sums(self, values, row, key, number, count):

@@ -9,7 +9,8 @@ import numpy as np
 from ..files import hub
 from ..files.gguf import GGUFFile
 from ..gpus import devices
-from ..gpus.fit import CONTEXT_BYTES, fit, place
+from ..gpus.fit import CONTEXT_BYTES, fit
+from ..gpus.placing import place
 
 # Bytes beside the weights: two copies of 256 rows of logits for a vocabulary of 262,144, KV cache.
 BUFFERS = 640 << 20

