@@ -542,3 +542,31 @@ def test_truncated_model(tmp_path):
     path.write_bytes(path.read_bytes()[:-20_000])
     with pytest.raises(ModelLoadError):
         CaptureSession(path)
+
+
+def test_saving_copies_no_tensor(tmp_path):
+    """A capture of a long text is gigabytes, and safetensors' own writer makes bytes of all of it
+    first; the file is what that writer would have written for its reader."""
+    import tracemalloc
+
+    from safetensors import safe_open
+
+    from llamatelemetry import Capture
+
+    array = np.random.default_rng(0).random((4, 1000, 1024), np.float32)  # 16 MB
+    parts = {"hidden": (array, [0, 1, 2, 3], None)}
+    facts = {"architecture": "llama", "n_layer": 3, "n_head": 1, "n_kv_head": 1, "n_embd": 1024}
+    model = {**facts, "n_vocab": 9, "name": "é", "file": "m.gguf", "gpu": False}
+    tokens = (list(range(1000)), ["é", b"\xff"] * 500, [False] * 1000)
+    capture = Capture(parts, tokens, model, [{"kind": "attention"}] * 3)
+    tracemalloc.start()
+    path = capture.save(tmp_path / "a.safetensors")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < array.nbytes / 8
+    with safe_open(str(path), "numpy") as file:
+        np.testing.assert_array_equal(file.get_tensor("hidden"), array)
+        assert (path.stat().st_size - array.nbytes) % 8 == 0, "aligned"
+    again = Capture.load(path)
+    np.testing.assert_array_equal(again.hidden, array)
+    assert again.tokens["piece"].tolist() == capture.tokens["piece"].tolist()

@@ -35,7 +35,7 @@ def compare_heads(a: xr.DataArray, b: xr.DataArray) -> pd.DataFrame:
     queries = np.flatnonzero(query_positions(a) >= 1)
     if not len(queries):
         raise ValueError("a prompt of one token has nothing to compare: its only weight is 1")
-    a, b = a.isel(query=queries), b.isel(query=queries)
+    a, b = (x.isel(query=slice(queries[0], None)) for x in (a, b))  # no copies
     distance = js_distance(a, b).mean("query")
     first, second = np.asarray(a), np.asarray(b.transpose(*a.dims))
     shift = np.abs(first.argmax(-1) - second.argmax(-1))  # (layer, head, query)

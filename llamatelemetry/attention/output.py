@@ -35,9 +35,8 @@ def value_norms(v: xr.DataArray, gguf: GGUFFile, *, progress: bool = False) -> x
 
 def norm_weighted(attention: xr.DataArray, norms: xr.DataArray) -> xr.DataArray:
     """alpha * |W_O v|: attention with the length of what it moves (Kobayashi et al. 2020). Same
-    dims as attention."""
-    values = measured(attention, np.float64)
-    values *= np.asarray(norms)[..., None, :]
+    dims as attention, float32."""
+    values = measured(attention) * np.asarray(norms, np.float32)[..., None, :]
     return xr.DataArray(values, dims=attention.dims, coords=attention.coords)
 
 

@@ -254,15 +254,25 @@ def next_token(logits: np.ndarray, vocabulary: Sequence, *, model: str, context:
 
 
 def arcs(
-    nodes: pd.DataFrame, edges: pd.DataFrame, *, model: str, n_layer: int, n_head: int
+    nodes: pd.DataFrame,
+    edges: pd.DataFrame,
+    *,
+    model: str,
+    n_layer: int,
+    n_head: int,
+    max_bytes: float = SIZE,
 ) -> Page:
     """Tokens in order on a line, edges of heads above it and rollout edges below, with filters for
     layer, head and weight.
 
     nodes: one row per position, with columns piece, received (colour), pagerank (size) and more
     numbers for the hover text; edges: columns src, dst, layer, head, weight, kind ("head" or
-    "rollout"). attention.flow makes both."""
-    heads, rolled = edges[edges["kind"] == "head"], edges[edges["kind"] == "rollout"]
+    "rollout"). attention.flow makes both. Of edges that do not fit in max_bytes the strongest of
+    each kind are on the page, and it says so."""
+    room = max(0, max_bytes - 250 * len(nodes)) / 2  # of each kind
+    parts = [edges[edges["kind"] == kind] for kind in ("head", "rollout")]
+    most = int(room // 40)  # bytes of an edge
+    heads, rolled = (x if len(x) <= most else x.nlargest(most, "weight") for x in parts)
     columns = {name: heads[name].to_numpy() for name in ("src", "dst", "layer", "head", "weight")}
     numbers = nodes.select_dtypes("floating")
     pieces = [token_text(piece) for piece in nodes["piece"]]
@@ -289,4 +299,7 @@ def arcs(
         f"An edge runs from a query to an earlier key that some head gives at least {threshold:.2f}; stronger lines "
         "have more weight in total. Node colour: received, size: pagerank. Hover a token for its edges alone."
     )
+    if len(heads) + len(rolled) < len(edges):
+        kept = f"{len(heads):,} of heads and {len(rolled):,} of rollout"
+        about += f" To stay small the page has the strongest of {len(edges):,} edges: {kept}."
     return Page.of(__package__, "arcs", data, title=title, about=about, height=760)

@@ -161,7 +161,9 @@ def generated_split(attention: xr.DataArray, n_prompt: int) -> pd.DataFrame:
     by position with columns first token, rest of prompt, generated (before it), itself; rows sum to
     1. n_prompt: the prompt's tokens."""
     positions = query_positions(attention)
-    mean = measured(attention, np.float64).mean(tuple(range(attention.ndim - 2)))  # (query, key)
+    new = np.flatnonzero(positions >= n_prompt)
+    rows = measured(attention)[..., new, :]
+    mean = rows.mean(tuple(range(rows.ndim - 2)), dtype=np.float64)  # (query, key)
     table = {
         position: {
             "first token": row[0],
@@ -169,7 +171,6 @@ def generated_split(attention: xr.DataArray, n_prompt: int) -> pd.DataFrame:
             "generated": row[n_prompt:position].sum(),
             "itself": row[position],
         }
-        for row, position in zip(mean, positions)
-        if position >= n_prompt
+        for row, position in zip(mean, positions[new])
     }
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("position")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -83,9 +84,6 @@ class Capture:
 
         The file appears when it is whole, and never in the place of a model. Raises CaptureError
         where it cannot."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
         ids, pieces, generated = self._tokens
         facts = {
             "model": vars(self.model),
@@ -97,13 +95,18 @@ class Capture:
                 name: [layers, queries] for name, (_, layers, queries) in self._parts.items()
             },
         }
-        arrays = {name: np.ascontiguousarray(array) for name, (array, _, _) in self._parts.items()}
+        header: dict = {"__metadata__": {"llamatelemetry": json.dumps(facts, default=_plain)}}
+        end = 0
+        for name, (array, _, _) in self._parts.items():
+            start, end, kind = end, end + array.nbytes, {"f": "F32", "i": "I32"}[array.dtype.kind]
+            header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [start, end]}
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
         path = path_of(path, CaptureError)
-        with written(path, error=CaptureError) as temporary:
-            try:
-                save_file(arrays, temporary, {"llamatelemetry": json.dumps(facts, default=_plain)})
-            except SafetensorError as error:  # its words for what the disk refuses
-                raise OSError(str(error)) from error
+        with written(path, error=CaptureError) as temporary, open(temporary, "wb") as file:
+            file.write(struct.pack("<Q", len(head)) + head)
+            for array, _, _ in self._parts.values():  # safetensors' own writer copies all of them
+                file.write(np.ascontiguousarray(array).data)
         return path
 
     @classmethod

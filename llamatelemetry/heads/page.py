@@ -1,6 +1,7 @@
 """The dashboard of notebook 15: every head on one self-contained page, linked to its matrix,
 profile and neighbours."""
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,10 +9,9 @@ import pandas as pd
 import xarray as xr
 
 from ..views import theme
-from ..views.packing import pack
+from ..views.packing import ends, pack, said_ends
 from ..views.page import Page
 
-EXACT, FINE = 4_000_000, 2_500_000  # bytes of float32 weights, of 16-bit weights; beyond: 8 bits
 COLUMNS = ("value", "low", "high", "baseline_high")
 MISSING = -99  # what page.js takes for no value
 
@@ -26,6 +26,7 @@ def dashboard(
     model: str,
     losses: pd.DataFrame | None = None,
     head: tuple[int, int] | None = None,
+    max_bytes: float = 4.8e6,
 ) -> Page:
     """Map of all heads (layer across, head down) coloured by a chosen measure; click for a head's
     matrix, its profile with intervals and baselines, and its nearest heads.
@@ -34,32 +35,33 @@ def dashboard(
     that is there, with layer, head, labels and, where there is one, cluster; attention: (layer,
     head, query, key) of one text, pieces: its tokens; distance: (head, head) as the table's rows;
     losses: table of layer, head, loss_change; head: (layer, head) that is shown first. Weights are
-    on the page as float32 where that is at most 4 MB, else in steps of 1/65535 or 1/255, and it
-    says which."""
+    on the page as float32 where max_bytes has room for that, else in steps of 1/65535 or 1/255, at
+    worst of fewer tokens, the first and the last, and it says which."""
     grid = pd.MultiIndex.from_product([profiled["layer"].values, profiled["head"].values])
     layers, n_head = profiled["layer"].values.tolist(), profiled.sizes["head"]
     rows = table.set_index(["layer", "head"])
     number = grid.get_indexer(rows.index)  # of each row's head, layer by layer
     near, near_distance = _nearest(distance, number, len(grid))
-    weights, unit, precision = _weights(np.asarray(attention, np.float32))
     clusters = rows["cluster"].reindex(grid, fill_value=-1).tolist() if "cluster" in rows else None
     data = {
-        "tokens": [theme.token_text(piece) for piece in pieces],
         "layers": layers,
         "n_head": n_head,
         "measures": _measures(profiled, losses, grid),
-        "weights": weights,
-        "unit": unit,
         "first": int(grid.get_loc(head or grid[0])),
         "labels": rows["labels"].reindex(grid, fill_value="").tolist(),
         "clusters": clusters,
         "near": pack(near),
         "near_distance": pack(near_distance),
     }
+    room = max_bytes - len(json.dumps(data)) - 40 * len(pieces)
+    shown, data["weights"], data["unit"], precision = _weights(np.asarray(attention), room)
+    data["tokens"] = [theme.token_text(pieces[position]) for position in shown]
+    data["positions"] = shown.tolist()
     about = (
         "Map: layer across, head down; click, or arrow keys. Scores: means over the set of texts, "
         "bars 95 % intervals, the mark the highest shuffled score. Matrices: query down, key across, "
-        f"one text of {len(pieces)} tokens, each with its own scale, {precision}."
+        f"one text of {len(pieces):,} tokens{said_ends(len(pieces), shown)}, each with its own scale, "
+        f"{precision}."
     )
     title = f"The heads of {model}: {len(grid)}"
     return Page.of(__package__, "page", data, title=title, about=about, height=1120)
@@ -93,13 +95,24 @@ def _nearest(distance, number, n_head):
     return near, near_distance
 
 
-def _weights(values):
-    """Lower triangles of (layer, head, query, key) packed, the unit of a step, and how to say
-    so."""
-    rows, columns = np.tril_indices(values.shape[-1])
-    lower = values[..., rows, columns].reshape(-1, len(rows))
-    if lower.nbytes <= EXACT:
-        return pack(lower), 1.0, "weights exact to float32"
-    steps, kind = (65535, np.uint16) if lower.size * 2 <= FINE else (255, np.uint8)
+def _weights(values, room):
+    """(positions of the tokens that are shown, lower triangles of (layer, head, query, key) packed
+    into `room` bytes, the unit of a step, how to say so)."""
+    n_head, n_token = values.shape[0] * values.shape[1], values.shape[-1]
+    bits = next((bits for bits in (32, 16, 8) if _size(n_head, n_token, bits) <= room), 8)
+    count = n_token
+    while count > 2 and _size(n_head, count, bits) > room:
+        count -= 1
+    shown = ends(n_token, count)
+    rows, columns = np.tril_indices(len(shown))
+    lower = values[..., shown[rows], shown[columns]].reshape(-1, len(rows)).astype(np.float32)
+    if bits == 32:
+        return shown, pack(lower), 1.0, "weights exact to float32"
+    steps, kind = (65535, np.uint16) if bits == 16 else (255, np.uint8)
     packed = pack(np.rint(lower * steps).astype(kind))
-    return packed, 1 / steps, f"weights in steps of 1/{steps}"
+    return shown, packed, 1 / steps, f"weights in steps of 1/{steps}"
+
+
+def _size(n_head, n_token, bits):
+    """Bytes of lower triangles in base64."""
+    return n_head * n_token * (n_token + 1) / 2 * bits / 6

@@ -157,7 +157,7 @@ def lens(
     from tqdm.auto import tqdm
 
     layers, tokens, _ = hidden.shape
-    x = head.normalize(hidden).astype(np.float32).reshape(layers * tokens, -1)
+    x = np.concatenate([head.normalize(one).astype(np.float32) for one in hidden])  # (row, embd)
     targets = np.broadcast_to(np.asarray(targets, dtype=np.int64), tokens)
     everyone = np.tile(targets, layers)  # (row,)
     n_vocab = head.gguf.tensors.loc[head.gguf.output_name, "shape"][0]

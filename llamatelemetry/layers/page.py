@@ -11,6 +11,8 @@ from ..views.packing import ends, pack, pack_vectors
 from ..views.page import Page
 from ..views.text import token_text
 
+STATES = 4  # whose values are on the page of however long a text
+
 
 def states(
     hidden: xr.DataArray,
@@ -27,12 +29,14 @@ def states(
     vocabulary: token id -> piece. Values are stored in 32, 16 or 8 bits, as precisely as max_bytes
     allows, at worst of every n-th state, and the page says how."""
     n_state, n_all, width = hidden.shape
-    # A state of a token also has four measures, and what the lens says of it: about 40 bytes.
-    shown = ends(n_all, max(2, int(max_bytes / 2 / (40 * n_state))))
+    # A state of a token also has four measures, and what the lens says of it: about 40 bytes. Of
+    # a long text fewer tokens, so that a few states' values are there, in 8 bits.
+    each = 40 * n_state + min(n_state, STATES) * width * 8 / 6
+    shown = ends(n_all, max(2, int(max_bytes / each)))
     hidden, lens_data = np.asarray(hidden)[:, shown], lens_data.isel(token=shown)
     hidden = hidden.astype(np.float32)
     n_token = len(shown)
-    max_bytes = max_bytes - max(0, 40 * n_state * n_token - max_bytes / 8)
+    max_bytes -= 40 * n_state * n_token
     bits = next((bits for bits in (32, 16) if hidden.size * bits / 6 <= max_bytes), 8)
     room = max(1, int(max_bytes / (hidden[0].size * bits / 6)))  # states that fit
     every = -(-n_state // room)

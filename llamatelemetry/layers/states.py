@@ -16,11 +16,13 @@ from ..capture.finite import measured
 from ..maths import rank_correlation, ratio
 
 MASSIVE_VALUE, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al. 2024, arXiv:2402.17762
+CKA_ELEMENTS = 1 << 24  # of products that are held at once
 
 
 def _stream(hidden):
-    """hidden as float64; ValueError for fewer than two tokens, because the first is kept apart."""
-    h = measured(hidden, np.float64)
+    """hidden, checked; ValueError for fewer than two tokens, because the first is kept apart. Who
+    needs double precision takes it state by state: a long text's states are gigabytes."""
+    h = measured(hidden)
     if h.ndim != 3 or h.shape[1] < 2:
         raise ValueError(
             f"hidden must be (layer, token, embd) with at least two tokens, not of shape {h.shape}"
@@ -28,10 +30,15 @@ def _stream(hidden):
     return h
 
 
+def _lengths(states):
+    """Lengths of states, float64: (layer, token, embd) -> (layer, token)."""
+    return np.stack([np.linalg.norm(one.astype(np.float64), axis=-1) for one in states])
+
+
 def norm_table(hidden: xr.DataArray) -> pd.DataFrame:
     """Length of the stream: DataFrame indexed by layer (0..n): first (the first token's), and low,
     median, high (10th, 50th and 90th percentile) over the other tokens."""
-    norms = np.linalg.norm(_stream(hidden), axis=-1)  # (layer, token)
+    norms = _lengths(_stream(hidden))
     low, median, high = np.quantile(norms[:, 1:], [0.1, 0.5, 0.9], axis=1)
     columns = {"first": norms[:, 0], "low": low, "median": median, "high": high}
     return pd.DataFrame(columns).rename_axis("layer")
@@ -43,15 +50,17 @@ def massive_activations(hidden: xr.DataArray, pieces: Sequence) -> pd.DataFrame:
 
     DataFrame, the largest first: layer, position, piece, dim, value, ratio (to the median).
     """
-    h = np.abs(_stream(hidden))
-    median = np.median(h, axis=(1, 2))
-    large = (h > MASSIVE_VALUE) & (h >= MASSIVE_RATIO * median[:, None, None])
-    layer, token, dim = np.nonzero(large)
-    table = pd.DataFrame({"layer": layer, "position": token})
-    table["piece"] = [pieces[int(t)] for t in token]
-    table["dim"] = dim
-    table["value"] = np.asarray(hidden, dtype=np.float64)[large]
-    table["ratio"] = table["value"].abs() / median[layer]
+    parts = []
+    for layer, one in enumerate(_stream(hidden)):
+        size = np.abs(one)
+        median = float(np.median(size))
+        token, dim = np.nonzero((size > MASSIVE_VALUE) & (size >= MASSIVE_RATIO * median))
+        part = pd.DataFrame({"layer": np.full(len(token), layer), "position": token})
+        part["piece"] = pd.Series([pieces[int(t)] for t in token], dtype=object)
+        part["dim"] = dim
+        part["value"] = one[token, dim].astype(np.float64)
+        parts.append(part.assign(ratio=part["value"].abs() / median))
+    table = pd.concat(parts, ignore_index=True)
     return table.sort_values("ratio", ascending=False, ignore_index=True)
 
 
@@ -60,10 +69,10 @@ def magnitude_quantiles(
 ) -> pd.DataFrame:
     """Quantiles of the magnitude of the stream's values: DataFrame indexed by layer, one column per
     quantile, over the tokens after the first; first: the largest of the first token."""
-    h = np.abs(_stream(hidden))
-    values = np.quantile(h[:, 1:].reshape(len(h), -1), quantiles, axis=1)
-    table = pd.DataFrame(values.T, columns=list(quantiles))
-    return table.assign(first=h[:, 0].max(-1)).rename_axis("layer")
+    h = _stream(hidden)
+    values = [np.quantile(np.abs(one[1:]).astype(np.float64), quantiles) for one in h]
+    table = pd.DataFrame(values, columns=list(quantiles))
+    return table.assign(first=np.abs(h[:, 0]).max(-1)).rename_axis("layer")
 
 
 def ffn_sparsity(
@@ -135,10 +144,10 @@ def contributions(
 
     norm: length of the addition; relative: over the length of the stream before it; cosine: of
     addition and stream. NaN where a layer has no such block."""
-    h, rows = measured(hidden), []
+    h, parts, rows = measured(hidden), _parts(attn_out, ffn_out), []
     for layer in range(len(h) - 1):  # one layer at a time in double precision
         before = h[layer].astype(np.float64)
-        for part in _parts(attn_out, ffn_out):
+        for part in parts:
             added = np.zeros_like(before) + part.get(layer, 0.0)
             lengths = np.linalg.norm(added, axis=-1), np.linalg.norm(before, axis=-1)
             rows.append((*lengths, (added * before).sum(-1)))
@@ -181,8 +190,9 @@ def block_influence(hidden: xr.DataArray) -> pd.DataFrame:
     al. 2024, arXiv:2403.03853). DataFrame indexed by layer: influence, over the tokens after the
     first; first: of that one."""
     h = _stream(hidden)
-    unit = h / np.maximum(np.linalg.norm(h, axis=-1, keepdims=True), 1e-300)
-    change = 1 - (unit[:-1] * unit[1:]).sum(-1)  # (layer, token)
+    lengths = np.maximum(_lengths(h), 1e-300)
+    products = [(a.astype(np.float64) * b).sum(-1) for a, b in zip(h[:-1], h[1:])]
+    change = 1 - np.stack(products) / lengths[:-1] / lengths[1:]  # (layer, token)
     table = pd.DataFrame({"influence": change[:, 1:].mean(1), "first": change[:, 0]})
     return table.rename_axis("layer")
 
@@ -198,17 +208,32 @@ def cka_map(
     than dimensions it is far from 0. NaN where all tokens after the first have one state: what does
     not vary is like nothing."""
 
-    def grams(states):
-        h = _stream(states)[:, 1:]
-        h = h - h.mean(axis=1, keepdims=True)
-        grams = h @ h.transpose(0, 2, 1)  # (layer, token, token)
-        return ratio(grams, np.linalg.norm(grams, axis=(1, 2), keepdims=True))
-
-    a = grams(hidden)
-    b = a if other is None else grams(other)
+    a = _stream(hidden)[:, 1:]
+    b = a if other is None else _stream(other)[:, 1:]
     order = np.random.default_rng(seed).permutation(a.shape[1])
-    chance = (a * a[:, order][:, :, order]).sum(axis=(1, 2)).mean()
-    return np.einsum("ist,jst->ij", a, b), float(chance)
+    products, own, theirs, shuffled = 0.0, 0.0, 0.0, 0.0
+    # Of a long text (token, token) matrices of all layers are gigabytes: some of their rows at a
+    # time, whose products add up.
+    step = max(1, CKA_ELEMENTS // ((len(a) + len(b)) * a.shape[1]))
+    for start in range(0, a.shape[1], step):
+        rows = slice(start, start + step)
+        first = _gram_rows(a, rows)  # (layer, row, token)
+        second = first if other is None else _gram_rows(b, rows)
+        products += np.einsum("ist,jst->ij", first, second, optimize=True)
+        own += (first**2).sum(axis=(1, 2))
+        theirs += (second**2).sum(axis=(1, 2))
+        shuffled += (first * _gram_rows(a[:, order], rows)).sum(axis=(1, 2))
+    similarity = ratio(products, np.sqrt(np.outer(own, theirs)))
+    return similarity, float(ratio(shuffled, own).mean())
+
+
+def _gram_rows(states, rows):
+    """Rows of the centred (token, token) products of every layer, float64: (layer, row, token)."""
+    found = []
+    for one in states:
+        one = one - one.mean(axis=0, dtype=np.float64)
+        found.append(one[rows] @ one.T)
+    return np.stack(found)
 
 
 def ablations(attention: Iterable[int], ffn: Iterable[int]) -> dict[str, list[Edit]]:
