@@ -37,7 +37,7 @@ def run_tool(
     its process id. Raises QuantizeError, or ModelLoadError where it could not read the model."""
     from tqdm.auto import tqdm
 
-    tail: deque[str] = deque(maxlen=400)
+    tail: deque[str] = deque(maxlen=4000)
     read, write = os.pipe()
     left = "\n".join(map(str, [*leaves, scratch()]))
     output, stalled = os.fdopen(read, "rb"), []

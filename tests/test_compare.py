@@ -334,6 +334,21 @@ def test_where_a_reference_and_its_candidates_go(
         assert whole.gpus == () and whole.reference is None
 
 
+@pytest.mark.parametrize("rows, groups", [(None, [1, 1]), (512, [2]), (10**6, [1, 1])])
+def test_a_reference_is_read_once_where_its_logits_are_less(rows, groups, monkeypatch):
+    """F16 of 8B over both GPUs, with room for one candidate beside it: 512 rows of 128,256 logits
+    are 263 MB, a million are half a terabyte."""
+    gib, sizes = 2**30, {"r": 15, "a": 8, "b": 5}
+    cards = [devices.Gpu(n, f"GPU-{n}", "T4", 15 * gib, int(14.5 * gib)) for n in range(2)]
+    monkeypatch.setattr(devices, "list_gpus", lambda: cards)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(placing.hub, "size_of", lambda path: sizes[path] * gib)
+    monkeypatch.setattr(placing, "GGUFFile", lambda path: SimpleNamespace(n_vocab=128_256))
+    found = placing.placed("r", ["a", "b"], rows=rows)
+    assert [len(one.candidates) for one in found] == groups
+    assert all(one.apart == (groups == [2]) for one in found)
+
+
 def test_a_file_is_one_row_under_one_name(tmp_path):
     """MODEL among the quantizations: its row came twice, and every look at it gave two."""
     from llamatelemetry.convert.quantize import with_origin

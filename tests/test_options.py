@@ -654,13 +654,13 @@ def test_every_stage_is_that_of_the_adapted_model(tmp_path, architecture):
         tensors,
     )
 
-    def change(tensor, start, values):
-        if tensor.name not in changes:
-            return values
-        rows = changes[tensor.name].reshape(-1, values.shape[-1])
-        return values + rows[start : start + len(values.reshape(-1, values.shape[-1]))].reshape(
-            values.shape
-        )
+    def change(tensor, start):
+        def add(at, values):  # (rows, width)
+            if tensor.name in changes:
+                rows = changes[tensor.name].reshape(-1, values.shape[-1])
+                values += rows[at : at + len(values)].astype(np.float32)
+
+        return add
 
     merged = _rewrite(path, tmp_path / "merged.gguf", "F32", change, {}, False)
     captures = []

@@ -11,6 +11,7 @@ import pytest
 import xarray as xr
 
 from llamatelemetry.compare.quality import summarize
+from llamatelemetry.convert.reckoning import Ladder
 from llamatelemetry.quantization import contents, figures, page, say
 from llamatelemetry.quantization.graph import graph_tables
 
@@ -215,6 +216,36 @@ def test_the_reference_is_named_for_what_it_is(kinds, name, grid, expected):
     file = SimpleNamespace(tensors=tensors, path=Path("f.gguf"), name=name, bits_per_weight=32.0)
     assert expected in say.reference(file, grid).replace("\n", " ")
     assert contents.reference_name(file) == ("f, a stand-in" if "noise" in name else "f")
+
+
+def test_what_is_made_is_said_beforehand():
+    whole = Ladder(["Q8_0", "Q4_K_M"], {"stand-in": 6.0, "Q8_0": 5.0, "Q4_K_M": 30.0}, {})
+    said = say.steps(whole, "m").replace("\n", " ")
+    assert said == "Compared are Q8_0 and Q4_K_M; making files takes about 41 s on these cores."
+    cut = Ladder(["Q8_0", "/x/m.gguf"], {"Q8_0": 100.0}, {"Q5_K_M": 217.0}, "/x/m.gguf")
+    said = say.steps(cut, "m").replace("\n", " ")
+    assert said.startswith("Compared are Q8_0 and m as it is; making files takes about 2 minutes")
+    assert said.endswith(
+        "Q5_K_M can be named in QUANTIZATIONS, but would take 4 minutes more, or "
+        "more room than scratch has."
+    )
+    assert say.steps(Ladder(["/x/m.gguf"], {}, {}), "m") == "Compared are /x/m.gguf."
+
+
+def test_what_is_looked_into_is_named_or_nearest():
+    files = {
+        name: SimpleNamespace(bits_per_weight=bits, name=name, size_bytes=1)
+        for name, bits in {"Q8_0": 8.5, "m": 4.8, "Q3_K_S": 3.5}.items()
+    }
+    for file in files.values():
+        shape = {"shape": [(8, 8)], "n_elements": [64], "size_bytes": [1]}
+        file.tensors = pd.DataFrame(shape)
+    assert contents.looked_into(files, "Q8") == "Q8_0" and say.focus("Q8_0", "Q8").startswith(
+        "Q8_0"
+    )
+    assert contents.looked_into(files, "Q4_K_M") == "m"
+    assert "No Q4_K_M is made: m, nearest" in say.focus("m", "Q4_K_M").replace("\n", " ")
+    assert contents.looked_into(files, "Q3_K_M") == "Q3_K_S"
 
 
 def test_fallbacks_are_counted_in_words():

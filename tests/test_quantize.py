@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import gguf
 import numpy as np
-import pandas as pd
 import pytest
 from models import IDS, tiny_model
 
@@ -19,9 +18,10 @@ from llamatelemetry.capture.session import CaptureSession
 from llamatelemetry.compare.texts import load_text
 from llamatelemetry.convert import expand as module
 from llamatelemetry.convert import importance
-from llamatelemetry.convert.expand import excerpt, expand, make_reference, reference_for
+from llamatelemetry.convert.expand import excerpt, expand, make_reference
 from llamatelemetry.convert.importance import imatrix
 from llamatelemetry.convert.quantize import fallbacks, quantizations, quantize
+from llamatelemetry.convert.together import reference_for
 from llamatelemetry.errors import QuantizeError
 from llamatelemetry.files import types
 from llamatelemetry.files.programs import tool
@@ -471,37 +471,6 @@ def test_the_former_format_of_importance_matrices(tmp_path):
     old.write_bytes(struct.pack("<i", 2) + entry)
     with pytest.raises(QuantizeError, match="no importance matrix"):
         importance.entries(old)
-
-
-@pytest.mark.parametrize(
-    "weights, cores, steps", [(135e6, 2, 4), (1.2e9, 2, 4), (8e9, 4, 3), (8e9, 2, 2)]
-)
-def test_the_ladder_is_reckoned_from_the_model_and_the_cores(weights, cores, steps, monkeypatch):
-    from llamatelemetry.convert import quantize as module
-
-    table = pd.DataFrame({"n_elements": [int(weights)], "shape": [(8, int(weights) // 8)]})
-    file = SimpleNamespace(tensors=table, path="x")
-    monkeypatch.setattr(module, "physical_cores", lambda: cores)
-    monkeypatch.setattr(module, "needs_imatrix", lambda *_: weights > 1e9)
-    monkeypatch.setattr(module, "free_bytes", lambda _: 60e9)
-    size = {
-        "Q8_0": 8.5,
-        "Q5_K_M": 5.7,
-        "Q4_K_M": 4.9,
-        "Q3_K_M": 3.9,
-        "IQ3_XS": 3.5,
-        "F16": 16,
-        "F32": 32,
-    }
-    reckoned = lambda _, kind: SimpleNamespace(size_bytes=int(size[kind] * weights / 8))  # noqa: E731
-    monkeypatch.setattr(module, "as_type", reckoned)
-    found = module.ladder(file)
-    assert len(found) == steps and found[0] == "Q8_0" and "Q4_K_M" in found
-    assert found == sorted(found, key=size.get, reverse=True)
-    assert ("IQ3_XS" in found) == (weights < 1e9)
-    monkeypatch.setattr(module, "free_bytes", lambda _: 0)
-    if weights > 2e9:  # what there is no room for is said where it would be made
-        assert module.ladder(file) == ["Q8_0", "Q4_K_M"]
 
 
 def test_a_large_file_that_is_made_lies_in_scratch(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,9 @@ def measure_all(job, progress=False):
     """`measure` for as many candidates at a time as fit into memory beside the reference
     (placing.placed), all ways of a file together."""
     found, files = {}, by_file(job["candidates"], job["ways"])
-    options = job["gpu_layers"], job["beside"]
+    windows = job["max_windows"] or len(job["text"]) // job["n_ctx"]  # a token is a character
+    rows = windows * (job["n_ctx"] - job["n_ctx"] // 2)  # at most
+    options = job["gpu_layers"], job["beside"], rows
     for some in placed(job["reference"], list(files), *options):
         where = dict(split=some.reference, own_split=some.own, apart=some.apart)
         where["candidates"] = [key for path in some.candidates for key in files[path]]

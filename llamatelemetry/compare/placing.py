@@ -34,10 +34,12 @@ def placed(
     candidates: list[str],
     gpu_layers: int | None = None,
     beside: Mapping[str, int] | None = None,
+    rows: int | None = None,
 ) -> list[Placing]:
     """How candidates are compared with a reference within the memory that is free now: as many at a
-    time as fit beside it, since it is decoded once for all of them. beside: {path: bytes} for more
-    contexts of a file than one."""
+    time as fit beside it, since it is decoded once for all of them. Where it would have to be read
+    again for those that do not, its logits are kept instead if they are less: `rows` of them.
+    beside: {path: bytes} for more contexts of a file than one."""
     import psutil
 
     more = {path: BUFFERS + (beside or {}).get(path, 0) for path in candidates}
@@ -62,6 +64,9 @@ def placed(
         room = SHARE * (cards[0].free_bytes if cards else psutil.virtual_memory().available)
     apart = whole + largest > room
     groups = _groups(candidates, need, 0 if apart else room - whole)
+    again = (len(groups) - 1) * hub.size_of(reference)
+    if again and rows and 4 * rows * GGUFFile(reference).n_vocab < again:
+        apart = True
     if apart:
         groups = [candidates]  # one after the other, over logits that are made once
     return [Placing(group, apart=apart, **where) for group in groups]

@@ -1,31 +1,29 @@
 """Rewriting a GGUF file tensor by tensor: expanded to floats, or made into a stand-in for a
 full-precision model."""
 
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from gguf import GGML_QUANT_VERSION, LlamaFileType
 
 from ..errors import ModelLoadError, QuantizeError, shown
 from ..files.gguf import GGUFFile, unreadable
-from ..files.outputs import path_of, written
+from ..files.outputs import path_of
 from ..files.scratch import ANNOUNCED, ScratchFile, scratch
-from ..files.types import TensorType, dequantize
-from ..gpus.cores import physical_cores
-from ..gpus.fit import as_type
+from ..files.types import TensorType, dequantize, tensor_type
 from ..reading import Rows
+from .chunks import PART, chunk
+from .writing import WORKERS, Output, assemble, in_order
 
-ROWS = 4096  # rows of a tensor that are dequantized at once: 4,096 x 4,096 float32 is 64 MiB
-WORKERS = 4  # blocks under way at a time
+ROWS = 4096  # rows of a block: one seed of the noise, one job of a thread
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes per weight
+NUMBERS = {"F32": 0, "F16": 1, "BF16": 30}  # in a file
 # Bytes per block of 32 weights, the step in float16 first.
 SIMPLE = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
 LARGEST_F32 = 2 * 10**9  # bytes of a stand-in in F32; a larger one is F16
-SLACK = 64 << 20  # metadata, tokenizer and padding, in bytes
 
 
 class Tensor(NamedTuple):
@@ -53,7 +51,7 @@ def expand(src: str | Path, dst: str | Path, type: str = "F32", progress: bool =
     QuantizeError (a type that is not one of the three, a `dst` that is `src` itself by whatever
     name, too little disk space)."""
     _check_float("expand", type)
-    return _rewrite(src, dst, type, lambda tensor, start, values: values, {}, progress)
+    return _rewrite(src, dst, type, None, {}, progress)
 
 
 def excerpt(src: str | Path, dst: str | Path, names: Iterable[str]) -> Path:
@@ -61,25 +59,15 @@ def excerpt(src: str | Path, dst: str | Path, names: Iterable[str]) -> Path:
     that is wanted for those alone. No model: nothing runs it. Returns the path of `dst`. Raises
     ModelNotFoundError, ModelLoadError (no such tensor) or QuantizeError (too little disk space, a
     `dst` that is `src`)."""
-    import gguf
-
     source, dst = open_model(src), path_of(dst, QuantizeError)
-    tensors = [Tensor(name, *source.raw(name)) for name in names]
-    need = int(source.tensors.loc[[tensor.name for tensor in tensors], "size_bytes"].sum())
-    options = dict(inputs=[src], need=need + SLACK, model=True, error=QuantizeError)
-    with written(dst, **options) as temporary:
-        writer = gguf.GGUFWriter(temporary, source.architecture)
-        try:
-            _copy_metadata(source, writer, {})
-            for name, data, kind, shape in tensors:
-                number: Any = kind.number  # also of a type that this package lacks
-                size = len(data) * data.shape[1]
-                writer.add_tensor_info(name, shape, np.dtype(np.int8), size, raw_dtype=number)
-            _write_head(writer)
-            for tensor in tensors:
-                _write_rows(writer, (tensor.data[at : at + ROWS] for at in _starts(tensor)))
-        finally:
-            writer.close()
+    tensors = {name: Tensor(name, *source.raw(name)) for name in names}
+
+    def blocks(name, _):
+        data = tensors[name].data
+        return ([[data[at : at + ROWS].data]] for at in range(0, len(data), ROWS))
+
+    plan = {name: (tensor.shape, tensor.tensor_type) for name, tensor in tensors.items()}
+    assemble([Output(dst, plan)], source, blocks, inputs=[src], bar=False)
     return dst
 
 
@@ -96,16 +84,35 @@ def make_reference(
     or "BF16" (see reference_type); same seed and type, same file. Returns the path of `dst`. Raises
     as expand() does."""
     _check_float("make_reference", type)
+    return stand_in(src, dst, seed, progress, type)
 
-    def noisy(tensor, start, values):
-        step = _steps(tensor, start, len(values))  # (rows, width)
-        if step is None:
-            return values
+
+def stand_in(
+    src: str | Path,
+    dst: str | Path,
+    seed: int,
+    progress: bool,
+    type: str,
+    beside: Sequence[tuple[Path, int, dict[str, TensorType]]] = (),
+) -> Path:
+    """make_reference, and in the same pass quantizations of what it makes, `beside` it: (path,
+    general.file_type, {tensor: type}) of each."""
+
+    def noisy(tensor, start):
         rng = np.random.default_rng([seed, start, *tensor.name.encode()])
-        return values + (rng.random(values.shape, dtype=np.float32) - np.float32(0.5)) * step
+
+        def add(at, values):
+            step = _steps(tensor, at, len(values))  # (rows, width)
+            if step is not None:
+                noise = rng.random(values.shape, dtype=np.float32)
+                noise -= np.float32(0.5)
+                noise *= step
+                values += noise
+
+        return add
 
     note = f"{open_model(src).name} + uniform noise of one quantization step (seed {seed}), not the original"
-    return _rewrite(src, dst, type, noisy, {"general.name": note}, progress)
+    return _rewrite(src, dst, type, noisy, {"general.name": note}, progress, beside)
 
 
 def _check_float(what, type):
@@ -119,20 +126,6 @@ def reference_type(file: GGUFFile) -> str:
     """The float type of a stand-in: F32 where the file is then at most 2 GB, else F16, whose
     rounding (1/2048 of a weight) is far below a step of any quantization, in half the room."""
     return "F32" if 4 * int(file.tensors["n_elements"].sum()) <= LARGEST_F32 else "F16"
-
-
-def reference_for(file: GGUFFile, folder: str | Path, seed: int = 0) -> GGUFFile:
-    """What quantizations of a model are compared with: the file itself where its matrices are
-    floats, else its stand-in of reference_type, made unless it is there: into `folder`, or into
-    scratch where it is over 1 GB (`output`). Errors: make_reference's."""
-    if not quantized_types(file):
-        return file
-    kind = reference_type(file)
-    size, name = as_type(file, kind).size_bytes, f"{file.path.stem}-noise-{seed}-{kind}.gguf"
-    stand_in = output(name, size, folder, there=lambda path: True)
-    if not stand_in.is_file():
-        make_reference(file.path, stand_in, seed, type=kind)
-    return GGUFFile(stand_in)
 
 
 def output(
@@ -188,108 +181,68 @@ def _steps(tensor, start, rows):
     return np.abs(step)  # (rows, width)
 
 
-def _rewrite(src, dst, type, change, metadata, progress):
-    import gguf
-    from tqdm.auto import tqdm
-
-    source, dst = open_model(src), path_of(dst, QuantizeError)
+def _rewrite(src, dst, type, change, metadata, progress, beside=()):
+    """change(tensor, start): of a block of rows from `start` on, a function (row, values) that
+    changes its values from that row on in place; None: they stay. beside: [(path, its
+    general.file_type, {tensor: TensorType})] of quantizations of the result, made in the same
+    pass."""
+    source, dst, name = open_model(src), path_of(dst, QuantizeError), None
     # Vectors stay F32.
     kinds = source.tensors["shape"].map(lambda shape: type if len(shape) > 1 else "F32")
-    need = int((source.tensors["n_elements"] * kinds.map(FLOATS)).sum()) + SLACK
-    with written(dst, inputs=[src], need=need, model=True, error=QuantizeError) as temporary:
-        writer = gguf.GGUFWriter(temporary, source.architecture)
-        try:
-            ftype = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[type]
-            metadata = metadata | {"general.file_type": int(gguf.LlamaFileType[ftype])}
-            _copy_metadata(source, writer, metadata)
-            for name, shape, n in source.tensors[["shape", "n_elements"]].itertuples():
-                _announce(writer, name, shape, n, kinds[name])
-            _write_head(writer)
-            names = tqdm(kinds.index, desc=shown(dst.name), unit="tensor", disable=not progress)
-            with ThreadPoolExecutor(min(WORKERS, physical_cores())) as pool:
-                for name in names:
-                    tensor = Tensor(name, *source.raw(name))
-                    _write_tensor(writer, tensor, kinds[name], change, pool)
-        except NotImplementedError:
-            raise unreadable(name, source.tensors["type"][name]) from None
-        finally:
-            writer.close()
+    ftype = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[type]
+    shapes = source.tensors["shape"]
+    floats = {name: tensor_type(NUMBERS[kind]) for name, kind in kinds.items()}
+    every = [*beside, (dst, LlamaFileType[ftype].value, floats)]
+    outputs = []
+    for path, file_type, types in every:
+        plan = {name: (shapes[name], types[name]) for name in kinds.index}
+        more = {"general.file_type": file_type}
+        if path != dst:
+            more["general.quantization_version"] = GGML_QUANT_VERSION
+        outputs.append(Output(path, plan, metadata | more))
+
+    def blocks(each, pool):
+        nonlocal name
+        name = each
+        tensor = Tensor(name, *source.raw(name))
+        wanted = [types[name] for _, _, types in every]
+        starts = range(0, len(tensor.data), ROWS)
+        return in_order(pool, partial(_block, tensor, change, wanted), starts, WORKERS)
+
+    try:
+        assemble(outputs, source, blocks, inputs=[src], bar=progress)
+    except NotImplementedError:
+        raise unreadable(name, source.tensors["type"][name]) from None
     return dst
 
 
-def _announce(writer, name, shape, n, kind):
-    from gguf import GGMLQuantizationType
-
-    dtype = np.dtype({"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind])
-    raw_dtype = GGMLQuantizationType.BF16 if kind == "BF16" else None
-    writer.add_tensor_info(name, shape, dtype, n * FLOATS[kind], raw_dtype=raw_dtype)
-
-
-def _write_tensor(writer, tensor, kind, change, pool):
-    from gguf import GGMLQuantizationType
-
-    job = partial(_block, tensor, change, GGMLQuantizationType[kind])
-    _write_rows(writer, in_order(pool, job, _starts(tensor), WORKERS))
-
-
-def _starts(tensor):
-    """The first row of every block of a tensor."""
-    return range(0, len(tensor.data), ROWS)
-
-
-def _write_head(writer):
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+def _block(tensor, change, wanted, start):
+    """One block of rows as it is written: of each wanted type its parts, in bytes. The last is of
+    floats, and the others are made of what is left of a weight in those."""
+    stop = min(start + ROWS, len(tensor.data))
+    step = max(1, PART // tensor.shape[-1])
+    change, parts = change and change(tensor, start), [[] for _ in wanted]
+    for at in range(start, stop, step):
+        rows = tensor.data.part(at, min(at + step, stop))
+        values = dequantize(rows, tensor.tensor_type)
+        if change:
+            change(at, values)
+        floats = _as_floats(values, wanted[-1].name)
+        parts[-1].append(floats.data)
+        if len(wanted) > 1 and floats is not values:
+            values = dequantize(floats.view(np.uint8), wanted[-1])
+        for kind, own in zip(wanted[:-1], parts):
+            same = kind.number == wanted[-1].number
+            own.append(floats.data if same else chunk(values, kind).data)
+    return parts
 
 
-def _write_rows(writer, blocks):
-    """The next tensor: bytes of blocks of its rows, padded."""
-    file = writer.fout[0]
-    writer.write_padding(file, file.tell())
-    for block in blocks:
-        file.write(block)
-    writer.write_padding(file, file.tell())
+def _as_floats(values, kind):
+    if kind == "BF16":
+        from gguf import GGMLQuantizationType, quants
 
-
-def _block(tensor, change, kind, start):
-    """One block of rows as it is written: bytes of the given float type."""
-    import gguf
-
-    values = dequantize(tensor.data.part(start, start + ROWS), tensor.tensor_type)
-    values = change(tensor, start, values)
-    return gguf.quants.quantize(values, kind).data
-
-
-def in_order(pool, job, items, ahead):
-    """job(item) of every item, in their order, at most `ahead` of them done or under way before one
-    is taken: memory for that many."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(job, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _copy_metadata(source, writer, metadata):
-    import gguf
-
-    for key, value in source.metadata.items():
-        # One file comes out of all parts of a split one.
-        if key in ("general.architecture", *metadata) or key.startswith("split."):
-            continue
-        if key == "general.alignment":
-            writer.add_custom_alignment(value)
-            continue
-        kind = source.kinds[key]
-        kind, inner = kind if isinstance(kind, tuple) else (kind, None)
-        # The writer refuses to write an empty array.
-        if kind != gguf.GGUFValueType.ARRAY or value:
-            writer.add_key_value(key, value, kind, sub_type=inner)
-    for key, value in metadata.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+        return quants.quantize(values, GGMLQuantizationType.BF16)
+    return values.astype({"F32": np.float32, "F16": np.float16}[kind], copy=False)
 
 
 def open_model(path: str | Path) -> GGUFFile:

@@ -20,7 +20,8 @@ from ..gpus.devices import list_gpus
 from ..liveness import patience
 from ..reading import Source
 from ..running import run_tool
-from .expand import SLACK, open_model
+from .expand import open_model
+from .writing import SLACK
 
 SUMS = ".in_sum2"  # llama-imatrix: sums of squared activations, (matrices, width) per tensor
 # What llama-imatrix leaves out unless told otherwise: the output, and what is looked up and not

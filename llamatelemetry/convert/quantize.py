@@ -2,8 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -11,19 +11,17 @@ import pandas as pd
 from ..errors import ModelLoadError, ModelNotFoundError, QuantizeError, shown
 from ..files.gguf import GGUFFile
 from ..files.outputs import labels, once, path_of, refuse_overwriting, written
-from ..files.places import free_bytes
 from ..files.programs import tool
 from ..files.registry import TYPES
-from ..files.scratch import ANNOUNCED, scratch
 from ..gpus.cores import physical_cores
 from ..gpus.fit import as_type
 from ..liveness import LOOP
 from ..running import run_tool
 from . import importance
-from .expand import SLACK, open_model, output, quantized_types, reference_type
+from .expand import open_model, output, quantized_types
+from .writing import SLACK
 
 SLOWEST = 1e5  # weights per second of the slowest type on the slowest machine
-_NEEDS_MATRIX = "will require an imatrix"  # what llama-quantize says in a dry run
 # What llama-quantize takes when a row is not a multiple of 256 wide: the type that is there -> what
 # it stands for.
 STANDS_FOR = {
@@ -79,16 +77,12 @@ def quantize(
         options += ["--tensor-type", f"{pattern}={kind.lower()}"]
     threads = str(physical_cores())
     what = f"quantize {shown(src)} to {type}"
-    dry = run_tool([tool("llama-quantize"), "--dry-run", *options, str(src), type], what)
-    if not (size := re.search(r"quant size\s*=\s*([\d.]+) MiB", dry)):
-        raise QuantizeError(
-            f"llama-quantize did not say how large {shown(dst)} will be. Its last words:\n{dry[-800:]}"
-        )
-    if _NEEDS_MATRIX in dry and imatrix is None:
+    dry = dry_run(src, type, options)
+    need = dry_size(dry) + SLACK
+    if wants_imatrix(dry) and imatrix is None:
         raise QuantizeError(
             f"{type} needs an importance matrix: make one with imatrix(model, text, dst) and pass it."
         )
-    need = float(size[1]) * 2**20 + SLACK
     largest = int(source.tensors["n_elements"].max())  # it says a word after each tensor
     with written(
         dst, inputs=[src, imatrix], need=need, model=True, error=QuantizeError
@@ -105,14 +99,47 @@ def quantize(
     return dst
 
 
+def dry_run(src: str | Path, type: str, options: Iterable[str] = ("--allow-requantize",)) -> str:
+    """What llama-quantize says it would do, tensor by tensor: a tenth of a second, once."""
+    path = path_of(src, ModelNotFoundError)
+    return _dry_run(path, type, tuple(options), path.is_file() and path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _dry_run(path, type, options, _):
+    command = [tool("llama-quantize"), "--dry-run", *options, str(path), type]
+    return run_tool(command, f"quantize {shown(path)} to {type}")
+
+
+def targets(words: str) -> dict[str, str]:
+    """{tensor: the type that it would get, "Q4_K"} of a dry run: of those that can be quantized,
+    else the type that they have."""
+    found = re.findall(
+        r"^\[ *\d+/ *\d+\] +(\S+) .*type = +(\w+), size = [^(\n]*(?:\((\w+)\))?", words, re.M
+    )
+    return {name: (new or old).upper() for name, old, new in found}
+
+
+def dry_size(words: str) -> float:
+    """Bytes of the tensors that a dry run announces."""
+    if not (size := re.search(r"quant size\s*=\s*([\d.]+) MiB", words)):
+        raise QuantizeError(
+            f"llama-quantize did not say how large the file will be. Its last words:\n{words[-800:]}"
+        )
+    return float(size[1]) * 2**20
+
+
 def needs_imatrix(src: str | Path, type: str) -> bool:
-    """Whether llama-quantize makes this type of a file only with an importance matrix: a dry run, a
-    tenth of a second.
+    """Whether llama-quantize makes this type of a file only with an importance matrix.
 
     It depends on the model, since rows that are no multiple of 256 wide get another type.
     """
-    command = [tool("llama-quantize"), "--dry-run", "--allow-requantize", str(src), type]
-    return _NEEDS_MATRIX in run_tool(command, f"quantize {shown(src)} to {type}")
+    return wants_imatrix(dry_run(src, type))
+
+
+def wants_imatrix(words: str) -> bool:
+    """Whether a dry run says so."""
+    return "will require an imatrix" in words
 
 
 def quantizations(
@@ -134,43 +161,24 @@ def quantizations(
         if str(name).upper() not in TYPES:
             paths.append(Path(resolve_model(name)))
             continue
-        size = as_type(GGUFFile(reference), str(name).upper()).size_bytes
-        file, there = (
-            f"{name}{'-imatrix' if imatrix else ''}.gguf",
-            partial(_made_from, inputs=inputs),
-        )
-        path = output(file, size, folder, there)
+        there = partial(_made_from, inputs=inputs)
+        path = place_of(name, GGUFFile(reference), folder, imatrix, there)
         if not there(path):
             quantize(reference, path, str(name), imatrix=imatrix, progress=progress)
         paths.append(path)
     return once(dict(zip(labels(paths), paths)))
 
 
-LADDER = ("Q8_0", "Q4_K_M", "Q5_K_M", "IQ3_XS")  # what is made first where not all can be
-# Weights per second and core of llama-quantize: 18 million for k-quants (measured on 2 cores with
-# 1.2 billion weights), ten times as many for Q8_0.
-RATES = {"Q8_0": 180e6}
-RATE = 18e6
-
-
-def ladder(file: GGUFFile, seconds: float = 240) -> list[str]:
-    """Types for a comparison of what a model loses from step to step, largest first: Q8_0, Q5_K_M,
-    Q4_K_M and IQ3_XS (Q3_K_M where that needs an importance matrix), without those whose making
-    would go beyond `seconds` on this machine's cores or beyond what scratch has free."""
-    weights, used = int(file.tensors["n_elements"].sum()), 0.0
-    room = free_bytes(scratch()) - as_type(file, reference_type(file)).size_bytes
-    chosen: list[tuple[int, str]] = []
-    for kind in LADDER:
-        if kind == "IQ3_XS" and needs_imatrix(file.path, kind):
-            kind = "Q3_K_M"
-        size = as_type(file, kind).size_bytes
-        used += weights / RATES.get(kind, RATE) / physical_cores()
-        # Beside them a mixture and its control are made.
-        room -= size if size > ANNOUNCED else 0
-        if len(chosen) > 1 and (used > seconds or size > ANNOUNCED and room < 2 * size):
-            break
-        chosen.append((size, kind))
-    return [kind for _, kind in sorted(chosen, reverse=True)]
+def place_of(
+    kind: str | Path,
+    model: GGUFFile,
+    folder: str | Path,
+    imatrix: str | Path | None = None,
+    there: Callable[[Path], bool] | None = None,
+) -> Path:
+    """Where a quantization of a model is made (expand.output)."""
+    size = as_type(model, str(kind).upper()).size_bytes
+    return output(f"{kind}{'-imatrix' if imatrix else ''}.gguf", size, folder, there)
 
 
 def with_origin(paths: Mapping[str, Path], origin: str | Path) -> dict[str, Path]:

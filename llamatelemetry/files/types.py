@@ -38,7 +38,7 @@ class TensorType(NamedTuple):
 
 
 class _Traits(ctypes.Structure):
-    """`struct ggml_type_traits`; `_engine` checks it against types whose values are known."""
+    """`struct ggml_type_traits`, checked against types whose values are known."""
 
     _fields_ = [
         ("name", ctypes.c_char_p),
@@ -107,7 +107,7 @@ def dequantize(raw, kind):
 
 
 @lru_cache(maxsize=1)
-def _engine():
+def engine_library():
     """libggml-base of the installed engine, or None: not there, or with other structures than are
     read here."""
     folder = engine_folder()
@@ -135,7 +135,7 @@ def _engine():
 @cache
 def _traits(number):
     """The engine's _Traits of a type, or None where it does not know that number."""
-    library = _engine()
+    library = engine_library()
     known = number in GGMLQuantizationType._value2member_map_  # else the engine may end before it
     if library is None or not (known or _accepted(library, number)):
         return None

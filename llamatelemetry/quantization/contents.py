@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..convert.expand import quantized_types
 from ..files.gguf import GGUFFile
+from ..gpus.fit import as_type
 
 
 def is_stand_in(file: GGUFFile) -> bool:
@@ -27,6 +28,15 @@ def reference_kind(file: GGUFFile, grid: float) -> str:
     if quantized_types(file):
         return "quantized"
     return "expanded" if grid > 0.2 else "stand-in" if is_stand_in(file) else "precise"
+
+
+def looked_into(files: Mapping[str, GGUFFile], start: str) -> str:
+    """The file whose name begins with `start`, else the one whose bits per weight are nearest to
+    those of a file of that type: where a ladder was cut to what can be made in minutes."""
+    if named := [name for name in files if name.startswith(start)]:
+        return named[0]
+    wanted = as_type(next(iter(files.values())), start).bits_per_weight
+    return min(files, key=lambda name: abs(files[name].bits_per_weight - wanted))
 
 
 def sizes(files: Mapping[str, GGUFFile]) -> pd.DataFrame:

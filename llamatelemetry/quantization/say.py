@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from ..compare.quality import NOISE
-from ..convert.quantize import LADDER
+from ..convert.reckoning import Ladder
 from ..files.gguf import GGUFFile
 from ..maths import ratio
 from ..views.sentences import counted, listed, sentence, sentence_by_name, some
@@ -18,14 +18,28 @@ NOTHING = "Nothing was measured: there is nothing to say."
 
 
 @sentence
-def steps(wanted: list[str], chosen: bool) -> str:
-    """chosen: by quantize.ladder, not by the reader."""
-    said = f"Compared are {listed(wanted)}"
-    left = [kind for kind in LADDER if kind not in wanted and kind[0] == "Q"]
-    if not chosen or not left:
-        return f"{said}."
-    why = "it would take minutes more on these cores, or more room than scratch has"
-    return f"{said}, chosen for the model's size: {listed(left)} can be named in QUANTIZATIONS, but {why}."
+def steps(plan: Ladder, model: str) -> str:
+    """plan: of reckoning.ladder. model: the name of MODEL's file."""
+    names = [f"{model} as it is" if kind == plan.own else kind for kind in plan.wanted]
+    facts = [f"Compared are {listed(names)}"]
+    if plan.seconds:
+        facts.append(f"making files takes about {_time(plan.seconds.values())} on these cores")
+    if plan.left:
+        why = f"would take {_time(plan.left.values())} more, or more room than scratch has"
+        facts.append(f"{listed(plan.left)} can be named in QUANTIZATIONS, but {why}")
+    return f"{'; '.join(facts)}."
+
+
+def _time(seconds):
+    total = sum(seconds)
+    return f"{total / 60:.0f} minutes" if total >= 90 else f"{total:.0f} s"
+
+
+@sentence
+def focus(name: str, start: str) -> str:
+    if name.startswith(start):
+        return f"{name} is looked into part by part."
+    return f"No {start} is made: {name}, nearest to it in size, is looked into part by part."
 
 
 @sentence

@@ -199,9 +199,9 @@ def candidates(value, model, values):
 
 def start_of_candidate(value, model, values):
     """The beginning of the name of one of QUANTIZATIONS, or of those that None stands for."""
-    from ..convert.quantize import ladder
+    from ..convert.reckoning import LADDER
 
-    given = ladder(model) if values["QUANTIZATIONS"] is None else values["QUANTIZATIONS"]
+    given = LADDER if values["QUANTIZATIONS"] is None else values["QUANTIZATIONS"]
     names = [name for item in given for name in (str(item), Path(str(item)).stem)]
     if isinstance(value, str) and value and any(name.startswith(value) for name in names):
         return None
