@@ -33,6 +33,8 @@ def reference_for(
         planned = ((each, _plan(file, str(each), kind)) for each in types)
         beside = [(place_of(each, file, folder), *plan) for each, plan in planned if plan]
         stand_in(file.path, path, seed, True, kind, beside)
+        for made, *_ in beside:
+            made.touch()  # no older than what it was made from
     return GGUFFile(path)
 
 

@@ -46,7 +46,7 @@ def assemble(
 
     with ExitStack() as stack:
         files = [stack.enter_context(_begun(output, source, inputs)) for output in outputs]
-        text = shown(", ".join(output.dst.name for output in outputs))
+        text = shown(outputs[-1].dst.name) + f" and {len(files) - 1} more" * (len(files) > 1)
         names = tqdm(outputs[0].tensors, desc=text, unit="tensor", disable=not bar)
         with ThreadPoolExecutor(min(WORKERS, physical_cores())) as pool:
             for name in names:
