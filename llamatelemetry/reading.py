@@ -11,6 +11,9 @@ import numpy as np
 
 from .errors import ModelLoadError, ModelNotFoundError, shown
 
+GAP = 1 << 14  # bytes between two rows that are quicker read than left out
+BLOCK = 1 << 20  # bytes that are read together at most
+
 
 class Source:
     """An open file. path; size: in bytes. Every read is of the file as it was when it was opened,
@@ -84,9 +87,9 @@ def _state(file):
 
 
 class Rows:
-    """The rows of a tensor as they lie in a file, read when they are taken: rows[4:9] and
-    rows[[7, 0]] are (n, bytes of a row) uint8, part(4, 9) is Rows. shape: (rows, bytes of a
-    row)."""
+    """The rows of a tensor as they lie in a file, read when they are taken, each once and those
+    that lie near each other together: rows[4:9] and rows[[7, 0]] are (n, bytes of a row) uint8,
+    part(4, 9) is Rows. shape: (rows, bytes of a row)."""
 
     def __init__(self, source: Source, start: int, shape: tuple[int, int]) -> None:
         self._source, self._start, self.shape = source, start, shape
@@ -102,12 +105,28 @@ class Rows:
 
     def __getitem__(self, ids: slice | np.ndarray) -> np.ndarray:
         n, width = self.shape
-        numbers = np.arange(n)[ids]  # also of negative ones
+        if isinstance(ids, slice) and ids.step in (None, 1):
+            part = self.part(ids.start, ids.stop)
+            out = np.empty(part.shape, np.uint8)
+            self._source.read_into([(part._start, out.reshape(-1).data)])
+            return out
+        # Also of negative ones; each is read once
+        numbers, order = np.unique(np.arange(n)[ids], return_inverse=True)
         out = np.empty((len(numbers), width), np.uint8)
-        if isinstance(ids, slice) and ids.step in (None, 1):  # they lie side by side
-            numbers, buffers = numbers[:1], [out.reshape(-1).data]
-        else:
-            buffers = [row.data for row in out]
-        starts = (self._start + numbers * width).tolist()
-        self._source.read_into(zip(starts, buffers))
-        return out
+        self._source.read_into(self._blocks(numbers, out))
+        return out[order]
+
+    def _blocks(self, numbers, out):
+        """(first byte, buffer) of each block of rows that are read together; once it is full, and
+        the next is asked for, its rows are put into `out`."""
+        width = self.shape[1]
+        at = numbers * width
+        new = (np.diff(at, prepend=-GAP - 2 * width) > GAP + width) | (
+            np.diff(at // BLOCK, prepend=-1) != 0
+        )
+        begins = np.flatnonzero(new).tolist()
+        for some in map(slice, begins, [*begins[1:], len(out)]):
+            rows = numbers[some] - numbers[some.start]
+            block = np.empty((rows[-1] + 1, width), np.uint8)
+            yield int(self._start + at[some.start]), block.reshape(-1).data
+            out[some] = block[rows]

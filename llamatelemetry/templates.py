@@ -3,8 +3,11 @@ a process of its own before llama-server, which runs it while it loads, gets it.
 
 import subprocess
 import sys
+from contextlib import suppress
+from hashlib import sha256
 
 from .errors import TemplateError, shown
+from .files.places import cache_dir
 
 SECONDS, BYTES = 2, 1 << 30  # CPU time and memory of a probe: real templates take milliseconds
 WALL = 20  # seconds, on a machine that is busy with other things
@@ -44,6 +47,13 @@ def check(template: object, model: object) -> None:
     if not isinstance(template, str):
         return
     code = _PROBE.replace("SECONDS", str(SECONDS)).replace("BYTES", str(BYTES))
+    tried = (
+        cache_dir()
+        / "templates"
+        / sha256(f"{code}{template}".encode("utf-8", "replace")).hexdigest()
+    )
+    if tried.is_file():  # this one was: a process costs a tenth of a second
+        return
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -60,3 +70,6 @@ def check(template: object, model: object) -> None:
             'a few words. Give one with load_model(..., chat_template="chatml"), the name of another '
             "that llama.cpp knows or a text in Jinja; infer uses none."
         )
+    with suppress(OSError):  # nowhere to remember it
+        tried.parent.mkdir(parents=True, exist_ok=True)
+        tried.touch()

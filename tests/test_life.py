@@ -3,6 +3,7 @@ threads."""
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from processes import alive, gone
 from llamatelemetry import InferenceEngine, LlamaTelemetryError, ServerManager, templates
 from llamatelemetry.child import Child
 from llamatelemetry.errors import TemplateError
+from llamatelemetry.liveness import stopped
 
 
 @pytest.fixture
@@ -150,6 +152,32 @@ def test_a_worker_whose_parent_was_killed_goes(fork):
     assert gone(int(pid), 7) and not os.path.exists(folder)
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_stopped_worker_whose_parent_was_killed_goes(goes_on):
+    """Once it is continued, or at the next start."""
+    from llamatelemetry.files.scratch import sweep
+
+    script = (
+        "import os, time\nfrom llamatelemetry.child import Child\n"
+        "child = Child('llamatelemetry.capture.worker', 'worker', dict(os.environ))\n"
+        "print(child.pid, child.folder, flush=True)\ntime.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pid, folder = parent.stdout.readline().split()
+    time.sleep(2)  # until it serves
+    os.kill(int(pid), signal.SIGSTOP)
+    while not stopped(int(pid)):  # it may not run at this moment
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    assert not gone(int(pid), 1)
+    if goes_on:
+        os.kill(int(pid), signal.SIGCONT)
+    else:
+        sweep()
+    assert gone(int(pid), 7) and not os.path.exists(folder)
+
+
 def test_half_an_output_of_a_killed_process_is_removed_at_the_next_start(tmp_path):
     script = (
         "import os, signal\nfrom llamatelemetry.files.outputs import written\n"
@@ -174,10 +202,18 @@ def test_half_an_output_of_a_killed_process_is_removed_at_the_next_start(tmp_pat
         ("{{ 'x' * 4000000000 }}", False),
     ],
 )
-def test_a_chat_template_is_tried_within_limits(template, ends, monkeypatch):
+def test_a_chat_template_is_tried_within_limits(template, ends, monkeypatch, tmp_path):
+    """And only once where it ends."""
+    runs, run = [], templates.subprocess.run
+    monkeypatch.setattr(templates.subprocess, "run", lambda *a, **k: runs.append(1) or run(*a, **k))
     monkeypatch.setattr(templates, "SECONDS", 1)
+    monkeypatch.setenv("LLAMATELEMETRY_CACHE", str(tmp_path))
     if ends:
-        return templates.check(template, "model.gguf")
+        for _ in range(3):
+            templates.check(template, "model.gguf")
+        templates.check(template + " ", "model.gguf")
+        assert len(runs) == 2
+        return
     with pytest.raises(TemplateError, match="model.gguf"):
         templates.check(template, "model.gguf")
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import OutputError, shown
+from ..liveness import kill, stopped
 from .places import free_bytes, temp_dir
 
 ANNOUNCED = 10**9  # bytes: a larger file is announced
@@ -52,8 +53,8 @@ def marked() -> str:
 
 
 def sweep() -> None:
-    """Remove what processes of ours that are gone left in scratch, and the unfinished outputs that
-    links in it lead to."""
+    """Remove what processes of ours that are gone left in scratch, the unfinished outputs that
+    links in it lead to, and children of theirs that are stopped."""
     places = {temp_dir(), Path(tempfile.gettempdir()), Path("/dev/shm")}
     for folder in [folder for place in places for folder in place.glob(f"{_PREFIX}*")]:
         with contextlib.suppress(OSError):
@@ -62,6 +63,15 @@ def sweep() -> None:
                     if link.is_symlink() and os.readlink(link).endswith(link.name):
                         Path(os.readlink(link)).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        # One of ours goes when its parent does, but not while a signal has stopped it.
+        with contextlib.suppress(OSError):
+            of, pid = (
+                re.search(f"{_PREFIX}[\\d-]+".encode(), process.read_bytes()),
+                process.parent.name,
+            )
+            if of and gone(of[0].decode()) and stopped(int(pid)):
+                kill(int(pid))
 
 
 def scratch() -> Path:
