@@ -1,5 +1,6 @@
 # make run    virtual environment, engine, embedded model, then every notebook into executed/ (.ipynb and .html)
 # make test   the same set-up, then every test;  make fast: those that need no model, browser or GPU
+# make soak   the long tests, an hour: damaged files, faults in every phase, many threads, many loads
 # make bench  the benchmarks;  make documents: their figures, and pictures from executed/, into the documents
 # make clean  what the others made in this folder
 #
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 MAKEFLAGS += --no-print-directory
 
-.PHONY: run test fast bench architectures documents clean distclean
+.PHONY: run test fast soak bench architectures documents clean distclean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.notebooks $(VENV)/.engine $(VENV)/.model
@@ -26,6 +27,10 @@ test: $(VENV)/.test $(VENV)/.engine $(VENV)/.model $(VENV)/.test-models
 
 fast: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# One part: make soak SOAK="--parts cycles"
+soak: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
+	@$(BIN)/python tests/soak $(SOAK)
 
 bench: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
 	@set -e; for script in $(sort $(wildcard tests/benchmarks/bench_*.py)); do \

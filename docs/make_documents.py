@@ -454,6 +454,67 @@ def _scale_cell(row):
     )
 
 
+def reliability():
+    """What `make soak` counted, a row per part."""
+    stored = next(iter(_results("soak.json")), None)
+    if stored is None:
+        return f"`make soak`: {NOT_MEASURED}."
+    lines = ["| what | tried | what came of it | findings |", "|---|---|---|---|"]
+    for part, said in SOAK.items():
+        rows = [row for row in stored["rows"] if row["part"] == part]
+        what, told = said
+        cells = [NOT_MEASURED] * 3
+        if rows:
+            cells = [f"{rows[0]['count']:,}", told(rows[0], rows[1:]), f"{rows[0]['findings']}"]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{_machine(stored)}."])
+
+
+def _soak_files(row, _):
+    return (
+        f"{row.get('typed', 0):,} end in a typed error, {row.get('works', 0):,} work; each within "
+        f"{row['limit_s']} s and {row['limit_mib']:,} MiB"
+    )
+
+
+def _soak_phases(row, faults):
+    kinds = {"typed": "a typed error", "works": "the right result", "interrupted": "interrupted"}
+    kinds |= {"killed": "killed, and all of its own gone", "missed": "over before the fault"}
+    sums = {said: sum(fault.get(kind, 0) for fault in faults) for kind, said in kinds.items()}
+    came = "; ".join(f"{said}: {count}" for said, count in sums.items() if count)
+    names = ", ".join(fault["what"] for fault in faults)
+    slow = sum(fault.get("slow", 0) for fault in faults)
+    late = f"; beyond the limit at first, within it when played again: {slow}" if slow else ""
+    return f"{row['phases']} phases, faults {names}. {came}{late}"
+
+
+def _soak_requests(row, slots):
+    said = []
+    for part in slots:
+        tie = part.get("tie", 0)
+        near = f", {tie} by a tie of rounding (at most {part['largest_tie']} nats)" if tie else ""
+        same = f"{part.get('same', 0)} of {part['count']} equal to the answer given alone{near}"
+        said.append(f"{part['what']}: {same}")
+    return f"{'; '.join(said)}; {row['captures']} captures beside them, each equal bit by bit"
+
+
+def _soak_cycles(row, _):
+    return (
+        f"{row['dropped']} of the engines dropped, not closed; memory changes by "
+        f"{row['mib_per_cycle']:+.3f} MiB per cycle; {row['descriptors']} descriptors at the end"
+    )
+
+
+# {part of soak.json: (what it is, what its rows say)}
+SOAK = {
+    "files": ("Damaged files: models, splits, importance matrices, captures", _soak_files),
+    "phases": ("Faults in the middle of each phase", _soak_phases),
+    "requests": ("Greedy requests from 16 threads, captures beside them", _soak_requests),
+    "cycles": ("Loads and closes in one process", _soak_cycles),
+    "templates": ("Chat templates written to do harm", _soak_files),
+}
+
+
 def pictures():
     """The pictures with what their cells printed."""
     path = ROOT / "docs" / "figures" / "captions.json"
@@ -475,6 +536,7 @@ PARTS = {
     "speed": speed,
     "t4": t4,
     "scale": scale,
+    "reliability": reliability,
 }
 
 

@@ -64,15 +64,16 @@ class Source:
         if _state(self._file) != self._state:
             raise self._changed("was written to")
 
-    def check_place(self) -> None:
-        """ModelLoadError where another file lies under this name by now: who opens it again (a
-        process of ours) would have that."""
+    def check_place(self, running: bool = False) -> None:
+        """ModelLoadError where the file was written to; not `running`: also where another lies
+        under this name by now, which who opens it again (a process of ours) would have."""
         try:
-            same = _state(self._file) == self._state == _state(self.path)
+            same = _state(self._file) == self._state
+            same = same and (running or _state(self.path) == self._state)
         except OSError:
             same = False
         if not same:
-            raise self._changed("is another, or gone,")
+            raise self._changed("was written to" if running else "is another, or gone,")
 
     def _changed(self, how):
         return ModelLoadError(

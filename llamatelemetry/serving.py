@@ -39,7 +39,9 @@ class Running:
     def post(self, *args: Any, **kwargs: Any) -> Any:
         if self._server.pid != self._pid:
             raise ServerError(STOPPED)
-        return self._server.post(*args, **kwargs)
+        answer = self._server.post(*args, **kwargs)
+        self.model.check_place(running=True)
+        return answer
 
     def lost(self, error: Exception) -> ServerError:
         same = self._server.pid == self._pid
@@ -198,6 +200,7 @@ class Serving:
                         event = json.loads(line[6:])
                         if "error" in event:
                             raise ServerError(f"llama-server: {event['error'].get('message')}")
+                        server.model.check_place(running=True)
                         if drawn(event)["content"]:
                             yield event["content"]
                         if event["stop"]:
@@ -240,14 +243,17 @@ class Serving:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         model = self._loaded()
-        given = model.metadata.keys() | self._server_args.keys()
-        if not given & {"tokenizer.chat_template", "chat_template", "chat_template_file"}:
+        own = {"chat_template", "chat_template_file"} & self._server_args.keys()
+        if not own and "tokenizer.chat_template" not in model.metadata:
             raise ServerError(
                 f"{model.name} has no chat template in its file: it is not a chat model. Use infer."
             )
         with self._serving() as server:
             if self._template_error:  # the server runs with another one than the file's
                 raise TemplateError(str(self._template_error))
+            if not own:  # what it does may depend on what is said: llama-server has no limits
+                template = model.metadata["tokenizer.chat_template"]
+                templates.check(template, model.path, list(messages))
             return server.post("/apply-template", {"messages": list(messages)})["prompt"]
 
     def embed(

@@ -348,6 +348,10 @@ def visit(what, path):
     from llamatelemetry.convert import expand, importance
     from llamatelemetry.gpus.fit import fit
 
+    if what == "template":
+        from soak import spells
+
+        return spells.visit(path)
     if what == "capture":
         captured = Capture.load(path)
         repr(captured), captured.tokens, captured.layers
@@ -372,34 +376,27 @@ def visit(what, path):
 
 
 def serve():
-    from llamatelemetry import LlamaTelemetryError
+    from outcomes import outcome
 
+    from llamatelemetry import liveness
+
+    liveness.LOOP = 20  # so that an endless loop of llama.cpp is found out within SECONDS
     for line in sys.stdin:
         what, path = json.loads(line)
-        try:
-            visit(what, Path(path))
-            answer = ["works", ""]
-        except LlamaTelemetryError as error:
-            # The worker gives an error that is none of ours so
-            foreign = re.match(r"[A-Za-z.]*(Error|Exception): ", str(error))
-            kind = "untyped" if foreign else "typed"
-            answer = [kind, f"{type(error).__name__}: {error}"]
-        except BaseException as error:
-            import traceback
-
-            frames = traceback.extract_tb(error.__traceback__)
-            where = next(
-                (f for f in reversed(frames) if "llamatelemetry" in f.filename), frames[-1]
-            )
-            place = f"{Path(where.filename).name}:{where.lineno}"
-            answer = ["untyped", f"{type(error).__name__}: {str(error)[:200]} ({place})"]
-        print(json.dumps(answer), flush=True)
+        kind, said = outcome(lambda: visit(what, Path(path)) and "")
+        print(json.dumps([kind, said if kind != "works" else ""]), flush=True)
 
 
 class Watched:
-    """A process that opens one file after the other; a new one where it had to be ended."""
+    """A process that opens one file after the other; a new one where it had to be ended. What it
+    starts is watched with it.
+
+    script: what that process runs; seconds: for one file."""
 
     process = None
+
+    def __init__(self, script=__file__, seconds=SECONDS, limit=LIMIT):
+        self.script, self.seconds, self.limit = script, seconds, limit
 
     def open(self, what, path):
         """(kind, what it said)."""
@@ -408,7 +405,7 @@ class Watched:
         if self.process is None:
             paths = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__],
+                [sys.executable, "-W", "ignore", str(self.script)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -417,18 +414,36 @@ class Watched:
             )
         self.process.stdin.write(json.dumps([what, str(path)]) + "\n")
         self.process.stdin.flush()
-        deadline, itself = time.monotonic() + SECONDS, psutil.Process(self.process.pid)
+        deadline, itself = time.monotonic() + self.seconds, psutil.Process(self.process.pid)
         while not select.select([self.process.stdout], [], [], 0.05)[0]:
             if time.monotonic() > deadline:
-                return self._end("hang", f"no answer in {SECONDS} s")
+                return self._end("hang", f"no answer in {self.seconds} s")
             try:
-                held = itself.memory_info().rss
+                family = [itself, *itself.children(recursive=True)]
             except psutil.Error:
                 break
-            if held > LIMIT:
-                return self._end("memory", f"{held >> 20} MiB")
+            if too_much := self._above(family):
+                return self._end("memory", too_much)
         line = self.process.stdout.readline()
-        return json.loads(line) if line else self._end("crash", f"status {self.process.wait()}")
+        if not line:
+            return self._end("crash", f"status {self.process.wait()}")
+        # What it held for a moment only
+        too_much = self._above([itself])
+        return self._end("memory", too_much) if too_much else json.loads(line)
+
+    def _above(self, processes):
+        """What one of the processes held at its most, where that is more than the limit; a file
+        that it maps is none of it."""
+        for each in processes:
+            try:
+                said = Path(f"/proc/{each.pid}/status").read_text()
+            except OSError:
+                continue
+            peak = re.search(r"VmHWM:\s+(\d+)", said)
+            if peak and int(peak[1]) << 10 > self.limit:
+                name = re.search(r"Name:\s+(.*)", said)[1]
+                return f"{int(peak[1]) >> 10} MiB in {name}"
+        return ""
 
     def _end(self, kind, said):
         self.close()

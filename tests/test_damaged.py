@@ -153,6 +153,28 @@ def test_a_file_that_is_replaced_is_read_on_but_not_run(tmp_path):
             engine.capture([1, 2])
 
 
+@pytest.mark.slow
+def test_a_running_model_that_is_written_over_gives_no_answer(tmp_path, llama_server):
+    """llama.cpp maps its file: what is written there is computed with, and nothing crashes."""
+    path = tiny_model("llama", tmp_path)
+    other = tiny_model("llama", tmp_path, seed=1).read_bytes()
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(path, silent=True)
+        engine.capture([1, 2]), engine.infer([1, 2], max_tokens=2)
+        with open(path, "r+b") as file:
+            file.write(other)
+        for call in (
+            lambda: engine.capture([1, 2]),
+            lambda: engine.infer([1, 2], max_tokens=2),
+            lambda: list(engine.infer_stream([1, 2], max_tokens=2)),
+            lambda: engine.head_statistics([1, 2]),
+        ):
+            with pytest.raises(ModelLoadError, match="was written to since it was opened"):
+                call()
+        engine.load_model(path, silent=True)
+        assert engine.infer([1, 2], max_tokens=2).tokens_generated == 2
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.gguf")
     with pytest.raises(ModelLoadError, match="device or a pipe"):

@@ -301,6 +301,49 @@ def test_the_rehearsal_on_the_t4_s_kernels_is_told_as_stored(maker, tmp_path, mo
     assert said.endswith("not a T4's speed.")
 
 
+def test_the_soak_is_told_as_stored(maker, tmp_path, monkeypatch):
+    monkeypatch.setattr(maker, "RESULTS", tmp_path)
+    assert maker.NOT_MEASURED in maker.reliability()
+    rows = [
+        {
+            "part": "files",
+            "what": "all",
+            "count": 1000,
+            "typed": 800,
+            "works": 199,
+            "findings": 1,
+            "limit_s": 60,
+            "limit_mib": 1536,
+        },
+        {"part": "phases", "what": "all", "count": 9, "phases": 3, "findings": 0},
+        {"part": "phases", "what": "kill", "count": 5, "typed": 4, "missed": 1, "slow": 1},
+        {"part": "phases", "what": "full", "count": 4, "works": 4},
+        {"part": "requests", "what": "all", "count": 8, "captures": 7, "findings": 0},
+        {"part": "requests", "what": "1 slots", "count": 4, "same": 4, "largest_tie": 0.0},
+        {
+            "part": "requests",
+            "what": "4 slots",
+            "count": 4,
+            "same": 3,
+            "tie": 1,
+            "largest_tie": 0.2,
+        },
+    ]
+    stored = {"hardware": {"cpu": "C", "cores": 2, "date": "today"}, "rows": rows}
+    (tmp_path / "soak.json").write_text(json.dumps(stored))
+    said = maker.reliability()
+    assert (
+        "| 1,000 | 800 end in a typed error, 199 work; each within 60 s and 1,536 MiB | 1 |" in said
+    )
+    assert "3 phases, faults kill, full. a typed error: 4; the right result: 4; over before" in said
+    assert "within it when played again: 1 | 0 |" in said
+    assert (
+        "4 slots: 3 of 4 equal to the answer given alone, 1 by a tie of rounding (at most 0.2"
+        in said
+    )
+    assert said.count(maker.NOT_MEASURED) == 6 and said.endswith("C, 2 cores, today.")
+
+
 def test_a_stand_in_is_named_wherever_its_figures_are():
     """The embedded model is quantized: what notebook 16 measures from it by default has no original
     to be measured from."""

@@ -291,10 +291,12 @@ class CaptureSession:
 
     def _call(self, command, hear=None, **arguments):
         try:
-            return self.child.call(command, hear, **arguments)
+            answer = self.child.call(command, hear, **arguments)
         finally:
             for path in self.child.folder.glob("patch-*"):
                 path.unlink()
+        self.model.check_place(running=True)
+        return answer
 
 
 def named_stages(stages):

@@ -9,9 +9,11 @@ import numpy as np
 from .. import logs
 from ..child import Child
 from ..errors import CaptureError, LlamaTelemetryError, ModelLoadError, WorkerCrashedError
+from ..files.outputs import split_parts
 from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment, list_gpus
 from ..liveness import patience
+from ..reading import Source
 from .placing import placed
 from .worker import STEP
 
@@ -36,8 +38,12 @@ def by_file(keys, ways):
     plain paths."""
     found = {}
     for key in keys:
-        found.setdefault(ways[key][0] if key in ways else key, []).append(key)
+        found.setdefault(_file(key, ways), []).append(key)
     return found
+
+
+def _file(key, ways):
+    return ways[key][0] if key in ways else key
 
 
 def measure(job, progress=False):
@@ -75,21 +81,41 @@ def _child(job, progress):
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen)
     job.pop("beside", None)
     files = [job["reference"], *by_file(job["candidates"], job["ways"])]
+    held = {path: _held(path) for path in files}
     limit = patience(files, STEP, job["n_ctx"], bool(list_gpus()))
     child = Child("llamatelemetry.compare.worker", "llama.cpp", environment, limit=limit)
     with child, tqdm(desc="compare", unit="window", disable=not progress) as meter:
         try:
             found = child.call("compare", hear, **_settings(job), folder=str(child.folder))
+            _check_kept(held[job["reference"]])
         except ModelLoadError as error:
             why = f"{_reason(error, child)} It is the reference: download or make it again."
             raise ModelLoadError(why) from None
         except (WorkerCrashedError, CaptureError) as error:  # the latter: what it did not foresee
             return results, str(error)
         for path, file in found["files"].items():
+            try:
+                _check_kept(held[_file(path, job["ways"])])
+            except ModelLoadError as error:
+                results[path] = {"error": str(error), "kind": "load"}
+                continue
             columns = _load(file)
             columns["piece"] = [_text(found["pieces"][str(i)]) for i in columns["id"]]
             results[path] = {"columns": columns, "error": None, "kind": None}
     return results, None
+
+
+def _held(path):
+    """The parts of a file, open, to know afterwards whether they were written to meanwhile."""
+    try:
+        return [Source(part) for part in split_parts(path)]
+    except LlamaTelemetryError:
+        return []  # llama.cpp says what is wrong with it
+
+
+def _check_kept(parts):
+    for part in parts:
+        part.check_place(running=True)
 
 
 def _settings(job):

@@ -45,8 +45,7 @@ def imatrix(
     windows (llama-imatrix asks for that much) and for a `dst` that is the model or the text;
     CompareError for a text that is not there."""
     model, dst = path_of(model, ModelNotFoundError), path_of(dst, QuantizeError)
-    open_model(model)
-    file = place(text)
+    source, file = open_model(model), place(text)
     output = dict(inputs=[model, file], need=SLACK, model=is_one(dst), error=QuantizeError)
     with tempfile.TemporaryDirectory(dir=scratch()) as folder, written(dst, **output) as temporary:
         path = Path(folder) / "text.txt"
@@ -70,6 +69,7 @@ def imatrix(
             reason = re.search(r"you need at least.*", words)
             said = reason[0] if reason else words[-800:]
             raise QuantizeError(f"llama-imatrix wrote nothing: {said}")
+        source.check_place(running=True)
         shutil.copy(out, temporary)
     return dst
 

@@ -96,6 +96,7 @@ def quantize(
             leaves=[temporary],
             limit=LOOP + largest / SLOWEST,
         )
+        source.check_place(running=True)
     return dst
 
 

@@ -146,11 +146,12 @@ class GGUFFile:
             raise ValueError(f"{name[:80]} has {len(value)} values for {self.n_layer} layers")
         return value
 
-    def check_place(self) -> None:
+    def check_place(self, running: bool = False) -> None:
         """ModelLoadError where another file lies under the name of one of its parts by now: before
-        a process opens it anew."""
+        a process opens it anew. running: only where a part was written to, which a process that
+        maps it has seen: after its answer."""
         for part in self._parts:
-            part.source.check_place()
+            part.source.check_place(running)
 
     def override(self, metadata: Mapping[str, Any]) -> None:
         """Go on as if the file said this: {key: value}, as llama.cpp's override_kv does."""

@@ -1,0 +1,342 @@
+"""The quick part of `make soak`, and that each of its detectors finds what was planted for it."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from damage import Watched
+from models import tiny_model
+from soak import __main__ as soak
+from soak import asked, cycles, phases, spells
+from soak.scene import play
+
+TESTS = os.path.dirname(__file__)
+
+
+# What opens damaged files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "planted, kind, said",
+    [
+        ("while True: pass", "hang", "no answer in 3 s"),
+        ("time.sleep(60)", "hang", "no answer in 3 s"),
+        ("held = b'x' * (300 << 20); time.sleep(60)", "memory", "MiB in python"),
+        ("b'x' * (300 << 20)", "memory", "MiB in python"),  # for a moment only
+        (
+            "subprocess.run([sys.executable, '-c', 'a = b\"x\" * (300 << 20); input()'])",
+            "memory",
+            "MiB in python",
+        ),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "crash", "status -11"),
+        ("os._exit(0)", "crash", "status 0"),
+        ("raise KeyError('planted')", "untyped", "KeyError: 'planted'"),
+        ("raise LlamaTelemetryError('ValueError: of the worker')", "untyped", "of the worker"),
+        ("raise LlamaTelemetryError('said')", "typed", "said"),
+        ("pass", "works", ""),
+    ],
+)
+def test_what_a_reader_does_is_seen(tmp_path, planted, kind, said):
+    script = tmp_path / "reader.py"
+    script.write_text(
+        f"import os, signal, subprocess, sys, time\nsys.path.insert(0, {TESTS!r})\nimport damage\n"
+        "from llamatelemetry import LlamaTelemetryError\n"
+        f"def visit(what, path):\n    {planted}\n    return True\n"
+        "damage.visit = visit\ndamage.serve()\n"
+    )
+    watched = Watched(script, seconds=3, limit=250 << 20)
+    try:
+        found = watched.open("model", tmp_path / "x.gguf")
+        assert found[0] == kind and said in found[1]
+        # The next file is opened, by a new process where need be
+        assert watched.open("model", tmp_path / "x.gguf")[0] == kind
+    finally:
+        watched.close()
+
+
+# A scene
+
+PLANTED = {
+    "nothing": ("return 'right'", "", None, None),
+    "an untyped error": ("raise KeyError('planted')", "", "untyped", "KeyError: 'planted'"),
+    "a hang": ("time.sleep(99)", "", "hang", "nothing within"),
+    "a wrong answer": ("return 'left'", "", "wrong", "left is not right"),
+    "a death": ("os.kill(os.getpid(), signal.SIGSEGV)", "", "crash", "-11"),
+    "a process": ("return 'right'", "subprocess.Popen(['sleep', '98'])", "process", "sleep 98"),
+    "a daemon": (
+        "return 'right'",
+        "subprocess.Popen(['sleep', '97'], start_new_session=True)",
+        "process",
+        "sleep 97",
+    ),
+    "a file": ("return 'right'", "(tmp / 'left').write_text('x')", "file", "left"),
+    "half an output": ("return 'right'", "(scene.folder / 'F16.gguf').touch()", "half", "F16"),
+    "a hidden half": ("return 'right'", "(scene.folder / '.a.partial').touch()", "file", "partial"),
+    "a folder": (
+        "return 'right'",
+        "(tmp / f'llamatelemetry-scratch-{scratch.maker()}-x').mkdir()",
+        "file",
+        "llamatelemetry-scratch",
+    ),
+}
+
+
+def actor(folder, call, leaves, again=""):
+    """A script that is an actor whose call does this."""
+    script = folder / "actor.py"
+    body = textwrap.indent(f"{leaves}\n{call}", "    ")
+    script.write_text(
+        "import os, pathlib, signal, subprocess, sys, tempfile, time\n"
+        f"sys.path.insert(0, {TESTS!r})\nfrom soak import actor\n"
+        "from llamatelemetry.files import scratch\n"
+        "tmp, calls = pathlib.Path(tempfile.gettempdir()), []\n"
+        f"def call(scene):\n    calls.append(1)\n    {again or 'pass'}\n{body}\n"
+        "actor.PHASES['expand'] = (None, call)\nactor.main(*sys.argv[1:4])\n"
+    )
+    return script
+
+
+# Nobody hears what a killed process answers, and the next start removes its folders
+KILLED = ["nothing", "a process", "a daemon", "a file", "half an output", "a hidden half"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault, planted",
+    [(None, planted) for planted in PLANTED] + [("parent", planted) for planted in KILLED],
+)
+def test_what_a_scene_leaves_is_seen(tmp_path, monkeypatch, planted, fault):
+    monkeypatch.setattr("soak.scene.LIMIT", 4)
+    monkeypatch.setattr("soak.scene.GONE", 1)
+    call, leaves, kind, said = PLANTED[planted]
+    if fault:
+        call = "time.sleep(99)"
+    (tmp_path / "model").write_bytes(b"x")
+    (folder := tmp_path / "scene").mkdir()
+    script, usual = actor(tmp_path, call, leaves), 2 if fault else 0.1
+    given = dict(usual=usual, right="right", actor=script)
+    verdict = play("expand", fault, tmp_path / "model", folder, **given)
+    kinds = {found for found, _ in verdict.findings}
+    assert kinds == ({kind} if kind else set()), verdict
+    assert not kind or said in verdict.findings[0][1]
+
+
+@pytest.mark.slow
+def test_a_folder_of_a_killed_process_goes_at_the_next_start(tmp_path):
+    (tmp_path / "model").write_bytes(b"x")
+    (folder := tmp_path / "scene").mkdir()
+    script = actor(tmp_path, "time.sleep(99)", PLANTED["a folder"][1])
+    verdict = play("expand", "parent", tmp_path / "model", folder, usual=2, actor=script)
+    assert verdict.struck and not verdict.findings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "again, said",
+    [
+        ("if len(calls) == 2: raise KeyError('second')", "at the next call: KeyError"),
+        ("if len(calls) == 2: return 'left'", "at the next call: left is not right"),
+        ("if len(calls) == 2: os._exit(3)", "at the next call"),
+    ],
+)
+def test_the_next_call_is_heard(tmp_path, again, said):
+    (tmp_path / "model").write_bytes(b"x")
+    (folder := tmp_path / "scene").mkdir()
+    script = actor(tmp_path, "return 'right'", "", again)
+    verdict = play(
+        "expand", "removed", tmp_path / "model", folder, usual=0.1, right="right", actor=script
+    )
+    assert len(verdict.findings) == 1 and said in verdict.findings[0][1]
+
+
+def test_every_fault_is_in_every_phase_that_it_can_strike():
+    found = phases.pairs()
+    assert len(set(found)) == len(found) > 90 and len({phase for phase, _ in found}) == 12
+    assert ("expand", "kill") not in found and ("infer", "guard") in found
+
+
+# Requests
+
+
+def table(*tokens):
+    """Of an answer's tokens: [(piece, logprob), ...] each, the first was chosen."""
+    rows = [
+        {"position": at, "piece": piece, "logprob": logprob, "chosen": not rank}
+        for at, alternatives in enumerate(tokens)
+        for rank, (piece, logprob) in enumerate(alternatives)
+    ]
+    return pd.DataFrame(rows)
+
+
+SAID = table([("a", -0.1), ("b", -3.0)], [(" c", -1.0), (" d", -1.1)], [("e", -0.1)])
+ALONE = [
+    ("infer", "a ce", SAID),
+    ("infer", "bcd", None),
+    ("embed", np.array([1.0, 0.0]), None),
+    ("embed", np.array([0.0, 1.0]), None),
+    ("tokenize", [1, 2], None),
+]
+
+
+@pytest.mark.parametrize(
+    "number, answer, exact, kind",
+    [
+        (0, "a ce", True, "same"),
+        (0, "a dx", False, "tie"),  # 0.1 nats less probable
+        (0, "a dx", True, "wrong"),
+        (0, "bx", False, "wrong"),  # 2.9 nats
+        (0, "a x", False, "wrong"),  # not among what was probable
+        (0, "a", False, "wrong"),  # cut short
+        (0, "bcd", False, "crossed"),
+        (0, TimeoutError("late"), False, "lost"),
+        (2, np.array([1.0, 0.0]), True, "same"),
+        (2, np.array([0.999, 0.01]), False, "tie"),
+        (2, np.array([0.999, 0.01]), True, "wrong"),
+        (2, np.array([0.1, 0.9]), False, "crossed"),
+        (2, np.array([0.5, 0.4]), False, "wrong"),
+        (4, [1, 2], False, "same"),
+        (4, [1, 3], False, "wrong"),
+    ],
+)
+def test_an_answer_is_judged(number, answer, exact, kind):
+    assert asked.judge(number, answer, ALONE, exact)[0] == kind
+
+
+def test_no_request_is_lost_without_being_told():
+    def ask(number):
+        if number == 3:
+            raise ValueError("planted")
+        if number == 5:
+            asked.time.sleep(30)
+        return number
+
+    answers = asked.together(ask, range(20), threads=4, seconds=1)
+    assert len(answers) == 20 and all(answers[at] == at for at in (0, 1, 2, 4, 19))
+    assert isinstance(answers[3], ValueError) and isinstance(answers[5], TimeoutError)
+
+
+def test_a_capture_that_is_another_is_told():
+    numbers = iter(range(10**9))
+
+    def capture(text):
+        return [np.array([max(3, next(numbers))])]
+
+    with asked.Beside(capture, ["x"]) as beside:
+        while beside.done < 6:
+            pass
+    assert beside.wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", asked.SLOTS)
+def test_requests_of_many_threads(smollm2, llama_server, slots):
+    counts, findings, facts = asked.measure(smollm2, slots, 40, 20, seed=1, threads=8)
+    assert not findings and sum(counts.values()) == 40 and facts["captures"]
+
+
+# Cycles
+
+
+@pytest.mark.parametrize(
+    "planted, said",
+    [
+        ("kept.append(os.open('/dev/null', 0))", "descriptors"),
+        ("kept.append(subprocess.Popen(['sleep', '60']))", "processes are left"),
+        ("threading.Thread(target=time.sleep, args=(5,)).start()", "threads"),
+        ("kept.append(b'x' * (1 << 20))", "memory grows by 1"),
+        ("(scratch.scratch() / str(number)).touch()", "scratch"),
+        ("pass", ""),
+    ],
+)
+def test_what_a_cycle_leaves_is_seen(tmp_path, planted, said):
+    code = (
+        "import os, subprocess, sys, threading, time\n"
+        "from soak import cycles\nfrom llamatelemetry.files import scratch\nkept = []\n"
+        f"def one(model, number):\n    {planted}\n"
+        "ledger = cycles.measure(None, 12, one)\nprint(ledger.findings(settled=4))\n"
+        "for each in kept:\n    hasattr(each, 'kill') and each.kill()\nos._exit(0)\n"
+    )
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([TESTS, os.path.dirname(TESTS)])
+    done = said_by(code, env)
+    assert said in done and (said or done.strip() == "[]")
+
+
+def said_by(code, env):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_loading_and_closing_leaves_nothing(tmp_path, llama_server):
+    ledger = cycles.measure(tiny_model("llama", tmp_path), 12)
+    assert not ledger.findings(settled=5, slope=1.0)
+
+
+# Faults and templates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "phase, faults",
+    [
+        ("load", ["kill"]),
+        ("stream", ["overwritten", "interrupt"]),
+        ("capture running", ["stop", "full"]),
+        ("quantize", ["overwritten", "fork"]),
+    ],
+)
+def test_a_fault_in_a_phase(smollm2, llama_server, phase, faults):
+    there = [fault for _, fault in phases.pairs([phase], faults)]
+    plain = phases.undisturbed(phase, smollm2)
+    assert not plain.findings and plain.digest
+    for fault in there:
+        verdict, _ = phases.struck(phase, fault, smollm2, 7, plain)
+        assert not verdict.findings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text put away", "loop, later", "doubled text, later"])
+def test_a_template_that_harms_later_is_bounded(tmp_path, llama_server, name):
+    base, path = tiny_model("llama", tmp_path), tmp_path / "spell.gguf"
+    spells.write(base, spells.SPELLS[name], path)
+    watched = Watched(seconds=spells.SECONDS)
+    try:
+        kind, said = watched.open("template", path)
+    finally:
+        watched.close()
+    assert kind == "typed" and "takes more than" in said
+
+
+# The command
+
+
+def test_a_part_that_was_whole_is_stored_beside_the_others(tmp_path, monkeypatch, capsys):
+    def fake(name):
+        def run(given):
+            if name == "soak.cycles":
+                given.find("planted", "--parts cycles")
+            return None if name == "soak.asked" else [{"what": "all", "count": 3}]
+
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr(soak.importlib, "import_module", fake)
+    results = tmp_path / "soak.json"
+    given = ["--results", str(results)]
+    assert soak.main([*given, "--parts", "requests", "templates"]) == 0
+    assert soak.main([*given, "--parts", "cycles"]) == 1
+    assert soak.main([*given, "--parts", "files", "--count", "1"]) == 0  # stores nothing
+    rows = json.loads(results.read_text())["rows"]
+    assert [(row["part"], row["findings"]) for row in rows] == [("cycles", 1), ("templates", 0)]
+    assert soak.main([*given, "--parts", "cycles", "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "FINDING (cycles): planted\n  again: --parts cycles" in said
+    assert "requests was not whole" in said
