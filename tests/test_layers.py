@@ -302,10 +302,12 @@ def test_generated_tokens_are_read_where_they_were_predicted():
             "entropy": (("layer", "token"), [[1.0, 2, 3], [3, 4, 5]]),
             "top": (("layer", "token", "best"), best),
         },
-        {"layer": [5, 6]},
+        {"layer": [5, 6], "position": ("token", [0, 1, 2])},
     )
     run = capture_of({"logits": logits}, tokens=tokens, n_prompt=1)
     table = compare.generation_table(run, data)
+    read = data.isel(token=[0, 1])  # those that predicted something
+    pd.testing.assert_frame_equal(table, compare.generation_table(run, read))
     assert table["probability"].tolist() == pytest.approx([0.75, 0.5])
     assert table["settled"].tolist() == [6, 5] and table["lens_entropy"].tolist() == [2, 3]
     assert table["entropy"][1] == pytest.approx(np.log(2))

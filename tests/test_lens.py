@@ -20,6 +20,7 @@ from llamatelemetry.layers.lens import (
     lens,
     logit_attribution,
     logit_error,
+    readable,
     settled,
     unembedding,
 )
@@ -244,6 +245,30 @@ def test_small_blocks_of_a_large_lens(monkeypatch):
     small = lens(head, hidden, [1, 2, 1999])
     for key in whole:
         assert small[key].values == pytest.approx(whole[key].values, rel=1e-5)
+
+
+def test_a_lens_of_some_positions_is_those_of_all():
+    rng = np.random.default_rng(2)
+    head = Unembedding(Matrix(rng.standard_normal((700, 8))), "norm")
+    hidden = xr.DataArray(rng.standard_normal((3, 6, 8)), dims=("layer", "token", "embd"))
+    targets, logits = rng.integers(0, 700, 6), rng.standard_normal((6, 700)).astype(np.float32)
+    whole = lens(head, hidden, targets, logits)
+    some = lens(head, hidden, targets, logits, positions=[0, 4, 5])
+    assert some["position"].values.tolist() == [0, 4, 5]
+    for key in whole:
+        assert some[key].values == pytest.approx(whole[key].values[:, [0, 4, 5]], rel=1e-5)
+
+
+def test_a_lens_that_would_take_too_long_reads_the_last_tokens_and_says_so(capsys, monkeypatch):
+    from llamatelemetry.layers import lens as module
+
+    head = Unembedding(Matrix(np.ones((3000, 8))), "norm")
+    hidden = xr.DataArray(np.ones((2, 300, 8), np.float32), dims=("layer", "token", "embd"))
+    assert len(readable(head, hidden, seconds=0)) == 300, "few states are read without reckoning"
+    monkeypatch.setattr(module, "ROWS", 100)
+    assert len(readable(head, hidden, seconds=1e6)) == 300 and not capsys.readouterr().out
+    assert readable(head, hidden, seconds=0).tolist() == [0, 299]
+    assert "for 300 tokens: it reads the first and the last 1, about" in capsys.readouterr().out
 
 
 def test_settled_is_the_last_change_of_mind():

@@ -108,7 +108,8 @@ def test_states():
     best = (*dims, "best")
     measures["top"] = (best, np.zeros((*shape, 1), int))
     measures["top_probability"] = (best, same(*shape, 1))
-    page = layers_page.states(hidden, xr.Dataset(measures), PIECES, [" wörd"], model="M")
+    read = {"position": ("token", np.arange(N_TOKEN))}
+    page = layers_page.states(hidden, xr.Dataset(measures, read), PIECES, [" wörd"], model="M")
     assert "Of 2,000 tokens" in page.html
     assert size(page)["positions"][-1] == N_TOKEN - 1
 

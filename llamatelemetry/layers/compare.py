@@ -167,9 +167,11 @@ def generation_table(captured: Capture, lens_data: xr.Dataset) -> pd.DataFrame:
     probability that the model gave it, entropy (nats) of the model's output, settled (layer from
     which on the lens names the output's best token), lens_entropy (nats, mean over layers).
 
-    captured: a Capture with logits, of generate=; lens_data: lens.lens of all its positions."""
+    captured: a Capture with logits, of generate=; lens_data: lens.lens of those positions, at
+    least."""
     new = captured.tokens.iloc[captured.n_prompt :]
     before = new.index.to_numpy() - 1
+    at = np.searchsorted(lens_data["position"].values, before)
     logp = log_softmax(measured(captured["logits"])[before])
     return pd.DataFrame(
         {
@@ -177,7 +179,7 @@ def generation_table(captured: Capture, lens_data: xr.Dataset) -> pd.DataFrame:
             "piece": new["piece"].to_numpy(),
             "probability": np.exp(logp[np.arange(len(new)), new["id"]]),
             "entropy": entropy(np.exp(logp)),
-            "settled": settled(lens_data)[before],
-            "lens_entropy": lens_data["entropy"].isel(token=before).mean("layer").values,
+            "settled": settled(lens_data)[at],
+            "lens_entropy": lens_data["entropy"].isel(token=at).mean("layer").values,
         }
     )

@@ -134,9 +134,9 @@ def best_tokens(
 
     data: lens.lens; pieces: of the tokens read; vocabulary: token id -> piece; last: so many
     positions from the end. Of more than 36 states every second, third, .. is shown."""
-    every, positions = -(-data.sizes["layer"] // 36), np.arange(data.sizes["token"])[-last:]
+    every, positions = -(-data.sizes["layer"] // 36), data["position"].values[-last:]
     states = data["layer"].values[::-1][::every][::-1]  # the last one always
-    shown = data.sel(layer=states).isel(token=positions)
+    shown = data.sel(layer=states).isel(token=slice(-last, None))
     names = [[named(vocabulary, best) for best in row] for row in shown["top"].values]
     shares = shown["top_probability"].values  # (layer, token, best)
 
@@ -159,9 +159,12 @@ def best_tokens(
     return name_tokens(figure, labels, axis, -45, most=32)
 
 
-def settled(layers: Sequence[int], pieces: Sequence, *, title: str) -> go.Figure:
-    """State at which the prediction after each token settles. layers: (token,) of lens.settled."""
-    figure, labels = panels(title, 380), token_labels(pieces)
+def settled(
+    layers: Sequence[int], pieces: Sequence, *, title: str, positions: Sequence[int] | None = None
+) -> go.Figure:
+    """State at which the prediction after each token settles. layers: (token,) of lens.settled;
+    positions: of those tokens, None for all pieces."""
+    figure, labels = panels(title, 380), token_labels(pieces, positions)
     x, hover = theme.axis_values(labels), "%{x}: state %{y}"
     add_bars(figure, x, layers, "", theme.COLOR["residual"], hover)
     depth = range(int(max(layers)) + 1)
@@ -247,7 +250,7 @@ def drift(data: xr.Dataset, change: pd.DataFrame, pieces: Sequence, *, title: st
 
 def generation(table: pd.DataFrame, lens_data: xr.Dataset, *, title: str) -> go.Figure:
     """Each generated token: entropy and probability above, the lens's entropy by state below.
-    table: compare.generation_table; lens_data: lens.lens of all positions."""
+    table: compare.generation_table; lens_data: lens.lens of theirs."""
     spacing: dict[str, Any] = dict(
         shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.35, 0.65]
     )
@@ -259,7 +262,8 @@ def generation(table: pd.DataFrame, lens_data: xr.Dataset, *, title: str) -> go.
     line = dict(mode="lines+markers", line=dict(color=ORANGE), secondary_y=True)
     share = dict(y=table["probability"], name="probability of the token", **line)
     figure.add_scatter(x=x, row=1, col=1, **share)
-    entropy = lens_data["entropy"].isel(token=table["position"].to_numpy() - 1)
+    at = np.searchsorted(lens_data["position"].values, table["position"].to_numpy() - 1)
+    entropy = lens_data["entropy"].isel(token=at)
     bar = dict(title=dict(text="entropy of the lens (nats)", side="right"), len=0.6, y=0.3)
     hover = "%{x}, state %{y}: %{z:.3f} nats<extra></extra>"
     look = dict(colorscale=theme.MAGNITUDE, colorbar=bar, hovertemplate=hover)

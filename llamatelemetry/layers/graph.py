@@ -12,6 +12,19 @@ from ..capture.finite import measured
 from ..files.vocabulary import named
 from ..views.text import token_text
 
+MOST = 4000  # nodes
+
+
+def drawn(captured: Capture, most: int = MOST) -> np.ndarray:
+    """Positions of the tokens that stream_graph draws, and of those that predicted the generated
+    ones: all, or the last of a long text."""
+    n_layer, n_token = captured["hidden"].shape[:2]
+    return np.arange(min(_first(n_layer, n_token, most), captured.n_prompt - 1), n_token)
+
+
+def _first(n_layer, n_token, most):
+    return max(0, n_token - max(2, most // n_layer))
+
 
 def stream_graph(
     captured: Capture,
@@ -19,21 +32,21 @@ def stream_graph(
     vocabulary: Sequence,
     per_query: int = 1,
     least: float = 0.05,
-    most: int = 4000,
+    most: int = MOST,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(nodes, edges) DataFrames of one run.
 
     captured: a Capture with hidden, and attention_mean where the model has it; lens_data: lens.lens
-    of it; vocabulary: token id -> piece. Nodes: id, layer, position, piece, generated, norm,
-    log_norm (base 10), says (top token of the lens), probability, label (piece and what the lens
-    says), x, y. Edges: src, dst, weight, kind: "stream" from a layer to the next, weight the cosine
-    of the two states (at least 0.001), and "attention" from the key's node that enters the layer to
-    the query's node that leaves it, weight the mean over heads, for the `per_query` strongest keys
-    of each query other than itself and the first token (the sink would hide the rest), where the
-    weight is at least `least`. Of a text with more than `most` nodes the last tokens are there, the
-    first among nodes.attrs["from"]."""
+    of it, at least of the tokens that are `drawn`; vocabulary: token id -> piece. Nodes: id, layer,
+    position, piece, generated, norm, log_norm (base 10), says (top token of the lens), probability,
+    label (piece and what the lens says), x, y. Edges: src, dst, weight, kind: "stream" from a layer
+    to the next, weight the cosine of the two states (at least 0.001), and "attention" from the
+    key's node that enters the layer to the query's node that leaves it, weight the mean over heads,
+    for the `per_query` strongest keys of each query other than itself and the first token (the sink
+    would hide the rest), where the weight is at least `least`. Of a text with more than `most`
+    nodes the last tokens are there, the first among nodes.attrs["from"]."""
     n_layer, n_token = captured["hidden"].shape[:2]
-    first = max(0, n_token - max(2, most // n_layer))
+    first = _first(n_layer, n_token, most)
     h, tokens = measured(captured["hidden"][:, first:]).astype(np.float64), captured.tokens
     lens_data = lens_data.isel(token=slice(first - n_token, None))
     norm = np.linalg.norm(h, axis=-1)

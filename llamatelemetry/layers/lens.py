@@ -4,6 +4,7 @@ nostalgebraist (2020), "interpreting GPT: the logit lens". The matrix is dequant
 rows, and only sums over the vocabulary are kept: a vocabulary of 262,144 tokens never stands in
 memory at full width."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,11 +18,14 @@ from ..capture.data import Capture
 from ..capture.finite import measured
 from ..errors import CaptureError
 from ..files.gguf import GGUFFile
-from ..maths import log_softmax
+from ..maths import blocks
 from ..norms import centred, divisor, gain_and_bias, normalized
+from ..views.packing import ends
 
 Ids = Sequence[int] | NDArray[np.integer]  # of tokens
 _ELEMENTS = 1 << 24  # logits of one block: rows of the stream x tokens of the vocabulary
+LENS_SECONDS = 60.0  # beyond, it reads fewer tokens
+ROWS = 4096  # states of tokens that are read without reckoning
 NORM_NAMES = ("output_norm", "token_embd_norm")  # LFM2 keeps its final norm under the second name
 
 
@@ -146,37 +150,81 @@ def lens(
     targets: ArrayLike,
     final_logits: ArrayLike | None = None,
     k: int = 5,
+    positions: ArrayLike | None = None,
     progress: bool = False,
 ) -> xr.Dataset:
-    """The logit lens at every layer and token.
+    """The logit lens at every layer and token, or at the tokens of some positions.
 
     hidden: (layer, token, embd); targets: (token,) ids, one per position; final_logits: (token,
     vocab), captured. Returns a Dataset of (layer, token): probability, rank (0 is best) and logit
     of the target, entropy (nats), kl: KL(model's output || lens) in nats (with final_logits;
-    Belrose et al. 2023); (layer, token, top): top ids and top_probability of the k best."""
+    Belrose et al. 2023); (layer, token, top): top ids and top_probability of the k best; coordinate
+    position."""
     from tqdm.auto import tqdm
 
+    read = np.arange(hidden.shape[1]) if positions is None else np.asarray(positions)
+    targets = np.broadcast_to(np.asarray(targets, dtype=np.int64), hidden.shape[1])[read]
+    hidden = hidden if positions is None else hidden[:, read]
     layers, tokens, _ = hidden.shape
     x = np.concatenate([head.normalize(one).astype(np.float32) for one in hidden])  # (row, embd)
-    targets = np.broadcast_to(np.asarray(targets, dtype=np.int64), tokens)
     everyone = np.tile(targets, layers)  # (row,)
     n_vocab = head.gguf.tensors.loc[head.gguf.output_name, "shape"][0]
     size = int(np.clip(_ELEMENTS // len(x), 256, 8192))
     unique, where = np.unique(targets, return_inverse=True)
     own = _products(head, x, unique)[np.arange(len(x)), np.tile(where, layers)]
     state = _Sums(len(x), k)
-    cross = np.zeros(len(x))
-    model = None if final_logits is None else log_softmax(final_logits)  # (token, vocab)
+    cross, minus_entropy = np.zeros(len(x)), None
+    if final_logits is not None:
+        minus_entropy = np.zeros(tokens)
+        final = measured(final_logits)
+        final = final if positions is None else final[read]  # (token, vocab)
+        total = _log_sum_exp(final)
     blocks = head.gguf.iter_rows(head.gguf.output_name, size)
     shown = dict(desc="logit lens", unit="block", disable=not progress, leave=False)
     for start, weights in tqdm(blocks, total=-(-n_vocab // size), **shown):
         ids = slice(start, start + len(weights))
         logits = head.finish(x @ weights.T, ids).astype(np.float32)
         state.add(logits, start, own, everyone)
-        if model is not None:
-            p = np.exp(model[:, ids])
+        if minus_entropy is not None:
+            model = (final[:, ids] - total).astype(np.float32)
+            p = np.exp(model)
             cross += np.einsum("lts,ts->lt", logits.reshape(layers, tokens, -1), p).ravel()
-    return _dataset(state, own, cross, model, hidden, layers, tokens)
+            minus_entropy += (p * model).sum(-1, dtype=np.float64)
+    return _dataset(state, own, cross, minus_entropy, hidden, read)
+
+
+def readable(head: Unembedding, hidden: xr.DataArray, seconds: float = LENS_SECONDS) -> np.ndarray:
+    """Positions that `lens` reads within so many seconds: all, or the first and the last, and then
+    what was reckoned is printed. The time grows with states x tokens x vocabulary x width; what a
+    part of it takes is measured here. hidden: (layer, token, embd)."""
+    n_state, n_token, width = hidden.shape
+    if n_state * n_token <= ROWS:
+        return np.arange(n_token)
+    name, took = head.gguf.output_name, np.inf
+    weights, x = head.gguf.rows(name, slice(0, 2048)), np.ones((256, width), np.float32)
+    for _ in range(2):  # the first wakes the libraries
+        started, nobody = time.perf_counter(), np.zeros(len(x), dtype=np.int64)
+        logits = head.finish(x @ weights.T, slice(0, len(weights))).astype(np.float32)
+        _Sums(len(x), 5).add(logits, 0, nobody, nobody)
+        took = min(took, time.perf_counter() - started)
+    n_vocab = head.gguf.tensors.loc[name, "shape"][0]
+    each = took / len(x) * n_vocab / len(weights) * n_state  # seconds of a token
+    found = ends(n_token, max(2, min(n_token, int(seconds / each))))
+    if len(found) < n_token:
+        print(
+            f"The lens would take about {each * n_token:,.0f} s for {n_token:,} tokens: it reads the "
+            f"first and the last {len(found) - 1}, about {each * len(found):.0f} s."
+        )
+    return found
+
+
+def _log_sum_exp(logits):
+    """(row, vocab) -> (row, 1) float64, some rows at a time."""
+    found = []
+    for _, part in blocks(logits, 64):
+        high = part.max(-1, keepdims=True)
+        found.append(high + np.log(np.exp(part - high).sum(-1, keepdims=True, dtype=np.float64)))
+    return np.concatenate(found)
 
 
 def _products(head, x, ids):
@@ -216,23 +264,22 @@ class _Sums:
         return self.best + np.log(self.total)
 
 
-def _dataset(state, own, cross, model, hidden, layers, tokens):
-    dims, shape = ("layer", "token"), (layers, tokens)
+def _dataset(state, own, cross, minus_entropy, hidden, read):
+    dims, shape, layers = ("layer", "token"), hidden.shape[:2], hidden.shape[0]
     data = {
         "probability": np.exp(own - state.lse),
         "rank": state.rank,
         "logit": own,
         "entropy": np.maximum(state.lse - state.weighted / state.total, 0.0),
     }
-    if model is not None:
-        minus_entropy = (np.exp(model) * model).sum(-1, dtype=np.float64)  # (token,)
+    if minus_entropy is not None:
         data["kl"] = np.maximum(np.tile(minus_entropy, layers) - cross + state.lse, 0.0)
     result = {name: (dims, values.reshape(shape)) for name, values in data.items()}
     result["top"] = ((*dims, "best"), state.top.reshape(*shape, -1))
     probability = np.exp(state.top_logit - state.lse[:, None])
     result["top_probability"] = ((*dims, "best"), probability.reshape(*shape, -1))
     numbers = getattr(hidden, "coords", {}).get("layer", range(layers))
-    coords = {"layer": np.asarray(numbers), "position": ("token", np.arange(tokens))}
+    coords = {"layer": np.asarray(numbers), "position": ("token", read)}
     return xr.Dataset(result, coords)
 
 

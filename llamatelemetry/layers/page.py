@@ -29,11 +29,13 @@ def states(
     vocabulary: token id -> piece. Values are stored in 32, 16 or 8 bits, as precisely as max_bytes
     allows, at worst of every n-th state, and the page says how."""
     n_state, n_all, width = hidden.shape
+    read = lens_data["position"].values  # the tokens that the lens has read
     # A state of a token also has four measures, and what the lens says of it: about 40 bytes. Of
     # a long text fewer tokens, so that a few states' values are there, in 8 bits.
     each = 40 * n_state + min(n_state, STATES) * width * 8 / 6
-    shown = ends(n_all, max(2, int(max_bytes / each)))
-    hidden, lens_data = np.asarray(hidden)[:, shown], lens_data.isel(token=shown)
+    chosen = ends(len(read), max(2, int(max_bytes / each)))
+    shown, lens_data = read[chosen], lens_data.isel(token=chosen)
+    hidden = np.asarray(hidden)[:, shown]
     hidden = hidden.astype(np.float32)
     n_token = len(shown)
     max_bytes -= 40 * n_state * n_token
