@@ -162,6 +162,18 @@ def test_the_first_figure_and_slow_cells_are_read_from_an_executed_notebook(tmp_
     begun = [cell("import a", 1, 3), cell("a.table()", 3, 4, "<table>"), cell("load()", 4, 15)]
     drawn = [cell("draw()", 15, 17, '<div class="plotly-graph-div">'), cell("more()", 17, 25)]
     path.write_text(json.dumps({"cells": [{"cell_type": "markdown"}, *begun, *drawn]}))
-    assert bench_scale.cells(path) == (16.0, {"load()": 11, "more()": 8})
+    assert bench_scale.cells(path) == (16.0, {"load()": 11, "more()": 8}, None)
+    said = {"output_type": "stream", "text": ["hello\n", "analytics on T4 (here): cuML 26\n"]}
+    drawn[1]["outputs"].append(said)
+    path.write_text(json.dumps({"cells": [*begun, *drawn]}))
+    assert bench_scale.cells(path)[2] == "analytics on T4 (here)"
     path.write_text(json.dumps({"cells": begun}))
-    assert bench_scale.cells(path) == (None, {"load()": 11})
+    assert bench_scale.cells(path) == (None, {"load()": 11}, None)
+
+
+def test_what_is_stored_and_whole_is_not_run_again(options):
+    assert bench_scale.done(options.results) == set()
+    for row in ({"what": "12, 8b"}, {"what": "13, 8b", "failed": "stopped"}):
+        rehearse_t4.store("scale", row, options.results)
+    assert bench_scale.done(options.results) == {"12, 8b"}
+    assert bench_scale.called(Path("12-x.ipynb"), "/x/8b.gguf") == "12, 8b"

@@ -1,19 +1,21 @@
 """The five notebooks with models of the sizes that are promised, on what Kaggle gives: two T4s'
 memory, four cores.
 
-    python tests/benchmarks/bench_scale.py --vocab VOCAB.gguf [--models smollm2 1b 8b] [--names 12
-    13]
+    python tests/benchmarks/bench_scale.py --vocab VOCAB.gguf [--models smollm2 1b 8b] [--names
+    12,13] [--missing]
 
 1b and 8b are shapes with random weights (make_shapes.py), made in --work where they are not there
 yet. Every GPU is left what a T4 has (rehearse_t4.py), every process gets --cores. A row per
 notebook and model: seconds, seconds until the first figure stands, memory of all processes, of each
 GPU, what was kept and the most that lay in scratch, the page, the cells that took longest. Without
-a GPU the memory alone is bounded. Stored after every notebook in results/scale.json."""
+a GPU the memory alone is bounded. Stored after every notebook in results/scale.json; --missing goes
+on with those that are not there yet of this commit, where a call may take only so long."""
 
 import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from datetime import datetime
@@ -59,8 +61,8 @@ def size_of(folder):
 
 
 def cells(executed):
-    """(seconds until the first figure stands or None, {first line: seconds} of slow cells) of an
-    executed notebook."""
+    """(seconds until the first figure stands or None, {first line: seconds} of slow cells, where
+    the analytics ran or None) of an executed notebook."""
     code = [
         cell for cell in json.loads(executed.read_text())["cells"] if cell["cell_type"] == "code"
     ]
@@ -74,7 +76,10 @@ def cells(executed):
         for cell, ran in code
         if (ran.get("duration") or 0) > SLOW_S
     }
-    return (round((first - started).total_seconds(), 1) if first and started else None), slow
+    said = "".join("".join(each.get("text", "")) for cell, _ in code for each in cell["outputs"])
+    where = re.search(r"^analytics on [^:]*", said, re.MULTILINE)
+    seconds = round((first - started).total_seconds(), 1) if first and started else None
+    return seconds, slow, where and where[0]
 
 
 def _when(text):
@@ -94,6 +99,10 @@ def model_file(name, options):
         return resolve_model("smollm2-135m-Q4_1" if name == "smollm2" else name)
     path = options.work / f"llama-{name}-Q4_K.gguf"
     if not path.is_file():
+        if options.vocab is None:
+            raise SystemExit(
+                f"--vocab: {path} is made with the tokenizer of a GGUF file, which one?"
+            )
         script = Path(__file__).with_name("make_shapes.py")
         status, seconds, tail = run(
             [sys.executable, script, name, options.vocab, path],
@@ -106,16 +115,26 @@ def model_file(name, options):
     return path
 
 
+def called(path, model):
+    """What a row says that it is of."""
+    return f"{path.stem[:2]}, {Path(model).stem}"
+
+
+def done(results):
+    """What is stored and ran to its end."""
+    stored = json.loads(results.read_text())["rows"] if results.is_file() else []
+    return {row["what"] for row in stored if "failed" not in row}
+
+
 def one(path, model, options):
     """Run a notebook with a model; its row."""
     from llamatelemetry.gpus.devices import list_gpus
 
-    what = f"{path.stem[:2]}, {Path(model).stem}"
+    what = called(path, model)
     out, scratch = options.work / "out" / what.replace(", ", "-"), options.work / "scratch"
     for folder in (out, scratch):
         folder.mkdir(parents=True, exist_ok=True)
-    gpus = bool(list_gpus())
-    given = {"BACKEND": "gpu" if gpus else "cpu", "MODEL": str(model_file(model, options))}
+    gpus, given = bool(list_gpus()), {"MODEL": str(model_file(model, options))}
     given |= dict(pair.split("=", 1) for pair in options.parameter)
     parameters = [part for pair in given.items() for part in ("-p", *pair)]
     command = [*OURS, "notebooks", path.stem, "--folder", FOLDER, "--out", out, *parameters]
@@ -125,7 +144,7 @@ def one(path, model, options):
             command, options.work / f"{what}.log", options, {"TMPDIR": str(scratch)}, cwd=out
         )
     executed, page = out / f"{path.stem}.ipynb", out / f"{path.stem}.html"
-    first, slow = cells(executed) if executed.is_file() else (None, {})
+    first, slow, where = cells(executed) if executed.is_file() else (None, {}, None)
     row = {
         "what": what,
         "seconds": round(seconds, 1),
@@ -138,6 +157,7 @@ def one(path, model, options):
         "html_mb": round(page.stat().st_size / 1e6, 1) if page.is_file() else None,
         "cores": len(options.cores),
         "slow": slow,
+        "analytics": where,
     }
     return failed(status, tail, row)
 
@@ -149,7 +169,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=["smollm2", *SHAPES], help="or a GGUF file")
-    parser.add_argument("--names", nargs="*", default=[], help="only these notebooks")
+    parser.add_argument("--names", default="", help="only these notebooks: 12,13")
+    parser.add_argument("--missing", action="store_true", help="only what is not stored yet")
     parser.add_argument("--vocab", type=Path, help="a GGUF file whose tokenizer the shapes get")
     parser.add_argument(
         "-p", "--parameter", action="append", default=[], help="NAME=VALUE, for all"
@@ -165,9 +186,12 @@ def main():
     options.deadline = time.monotonic() + 60 * options.until
     options.work = options.work.resolve()
     options.cores &= os.sched_getaffinity(0)
-    broken = False
+    broken, names = False, [name for name in options.names.split(",") if name]
+    there = done(options.results) if options.missing else set()
     for model in options.models:
-        for path in find(FOLDER, options.names):
+        for path in find(FOLDER, names):
+            if called(path, model) in there:
+                continue
             if time.monotonic() > options.deadline:
                 print(f"{path.stem[:2]}, {model}: not run: --until is over", flush=True)
                 continue
