@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from llamatelemetry.files.outputs import written
 from llamatelemetry.views.text import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -553,7 +554,8 @@ def main(check=False):
         if (filled := fill(text)) != text:
             stale.append(name)
             if not check:
-                path.write_text(filled)
+                with written(path) as temporary:
+                    temporary.write_text(filled)
     if stale:
         print(f"{'differ from the measurements' if check else 'written'}: {', '.join(stale)}")
     return int(check and bool(stale))

@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 
 from ..errors import StageError
+from ..files.outputs import written
 
 # A saved page shows every cell's text: this one takes its own away, in the classic notebook's pages
 # and in JupyterLab's.
@@ -90,7 +91,9 @@ def write_setup_cell(
             i for i, other in enumerate(rest) if "parameters" in other.metadata.get("tags", [])
         )
         notebook.cells = [*rest[: place + 1], *new, *rest[place + 1 :]]
-        nbformat.write(notebook, path)
-        if path.read_text() != before:
+        words = nbformat.writes(notebook).rstrip("\n") + "\n"
+        if words != before:
+            with written(path, error=StageError) as temporary:
+                temporary.write_text(words, encoding="utf-8")
             changed.append(path)
     return changed

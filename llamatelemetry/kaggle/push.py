@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import StageError
+from ..files.outputs import written
 from ..tools.build import reckoned
 from .client import Kaggle, Missing, Passing, patiently
 from .rules import DATASET, check
@@ -141,9 +142,8 @@ class State:
 
     def put(self, name, content, version, step, **more):
         self.records[name] = {"content": content, "version": version, "step": step, **more}
-        scratch = self.path.with_suffix(".new")
-        scratch.write_text(json.dumps(self.records, indent=1))
-        os.replace(scratch, self.path)
+        with written(self.path, error=StageError) as temporary:
+            temporary.write_text(json.dumps(self.records, indent=1))
 
 
 def content_of(folder: Path, *more: object) -> str:

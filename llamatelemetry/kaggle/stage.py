@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import StageError
+from ..files.outputs import folder_of, written
 from ..tools.pip import pip
 from .cells import write_setup_cell
 from .rules import DATASET, KERNEL, check
@@ -61,21 +62,21 @@ def stage(
     made = {"wheels": _wheels(templates, out / "wheels", user, checkout, engine, progress)}
     if not engine:
         made["engine"] = _fresh(out / "engine")
-        shutil.copy(templates / "engine" / "build_engine.py", made["engine"])
+        _copy(templates / "engine" / "build_engine.py", made["engine"])
         _write(made["engine"] / KERNEL, templates / "engine" / KERNEL, user)
     if models:
         made["models"] = _models(templates, out / "models", user, models)
     wheel = next(made["wheels"].glob("llamatelemetry-*.whl"))
     for stem in stems:
         folder = made[stem] = _fresh(out / stem)
-        shutil.copy(checkout / "notebooks" / f"{stem}.ipynb", folder)
+        _copy(checkout / "notebooks" / f"{stem}.ipynb", folder)
         meta = _write(folder / KERNEL, templates / "notebook.json", user)
         meta |= {"id": f"{user}/{stem}", "title": title_of(stem), "code_file": f"{stem}.ipynb"}
         if engine:
             meta["kernel_sources"] = []
         if models:
             meta["dataset_sources"].append(f"{user}/llamatelemetry-models")
-        (folder / KERNEL).write_text(json.dumps(meta, indent=1))
+        _put(folder / KERNEL, meta)
     write_setup_cell([made[stem] / f"{stem}.ipynb" for stem in stems], checkout, wheel)
     for folder in made.values():
         check(folder)
@@ -142,14 +143,24 @@ def _fresh(folder):
             f"{folder} was not staged and would be emptied: give another --out, or remove it."
         )
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+    return folder_of(folder, StageError)
 
 
 def _write(target, template, user):
     meta = json.loads(template.read_text().replace("OWNER", user))
-    target.write_text(json.dumps(meta, indent=1))
+    _put(target, meta)
     return meta
+
+
+def _put(target, meta):
+    with written(target, error=StageError) as temporary:
+        temporary.write_text(json.dumps(meta, indent=1))
+
+
+def _copy(source, folder):
+    """A copy in a folder, whole or not there at all."""
+    with written(folder / Path(source).name, model=True, error=StageError) as temporary:
+        shutil.copy(source, temporary)
 
 
 def _pip(*arguments, **variables):
@@ -185,7 +196,7 @@ def _wheels(templates, folder, user, checkout, engine, progress):
             raise StageError(
                 f"--engine {wheel}: a wheel that `llamatelemetry engine build` made is expected."
             )
-        shutil.copy(wheel, folder)
+        _copy(wheel, folder)
     return folder
 
 
@@ -205,5 +216,5 @@ def _models(templates, folder, user, models):
             try:
                 (folder / part.name).hardlink_to(part.resolve())
             except OSError:  # another file system
-                shutil.copy(part, folder)
+                _copy(part, folder)
     return folder
