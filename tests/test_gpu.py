@@ -15,6 +15,7 @@ from models import DENSE, IDS, tiny_model
 
 from llamatelemetry import InferenceEngine, ablate_head, patch, scale
 from llamatelemetry.capture.session import CaptureSession
+from llamatelemetry.collecting.session import CollectSession
 from llamatelemetry.convert.expand import expand
 from llamatelemetry.gpus.devices import list_gpus
 from llamatelemetry.gpus.placement import placement
@@ -48,6 +49,26 @@ def pair(request, tmp_path_factory):
 def relative(a, b):
     """Largest difference over the largest value of b."""
     return np.abs(a - b).max() / max(np.abs(b).max(), 1e-9)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean", "max", None])
+def test_states_of_many_texts_equal_single_captures(tmp_path, pool):
+    """In batches of 32 tokens, and of a text that is longer, pooled on the device."""
+    texts = [IDS[:9], IDS[:1], IDS, IDS[5:12], IDS + IDS, IDS[::-1]]
+    ways = {"last": lambda v: v[:, -1], "mean": lambda v: v.mean(1), "max": lambda v: v.max(1)}
+    with CollectSession(tiny_model("gemma3", tmp_path), env=EXACT, n_ubatch=32) as session:
+        stages = ("hidden", "ffn_out", "q", "k")
+        _, _, found = session.collect(texts, stages, pool=pool)
+        start = 0
+        for number, ids in enumerate(texts):
+            cap = session.capture(ids, stages)
+            for stage, array in found.items():
+                expected = cap[stage].transpose("layer", "token", ...).values
+                got = array[:, start : start + len(ids)]
+                if pool:
+                    got, expected = array[:, number], ways[pool](expected)
+                assert relative(got, expected) < 1e-4, (stage, number)
+            start += len(ids)
 
 
 def test_every_stage_equals_the_cpus(pair):

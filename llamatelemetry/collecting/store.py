@@ -215,20 +215,17 @@ def _coordinates(store, along):
         "text",
         np.concatenate([block(path)["cut"].to_numpy() for path in store.paths]),
     )
-    pieces = [
-        [_text(one) for one in block(path)["pieces"].combine_chunks().values.to_pylist()]
-        for path in store.paths
-    ]
-    pieces = _objects([one for some in pieces for one in some])
-    ends = np.cumsum(each)
-    coords["last_token"] = ("text", pieces[ends - 1])
+    held = [block(path)["pieces"].combine_chunks() for path in store.paths]
+    last = [one.values.take(pa.array(one.offsets.to_numpy()[1:] - 1)) for one in held]
+    coords["last_token"] = ("text", _pieces(last))
     if along == "token":
         ids = [block(path)["tokens"].combine_chunks().values.to_numpy() for path in store.paths]
-        coords["start"] = ("text", ends - each)
-        coords["token"] = ("token", pieces)
+        start = np.cumsum(each) - each
+        coords["start"] = ("text", start)
+        coords["token"] = ("token", _pieces([one.values for one in held]))
         coords["token_id"] = ("token", np.concatenate(ids))
         coords["token_text"] = ("token", np.repeat(np.arange(len(each)), each))
-        coords["token_position"] = ("token", np.arange(len(pieces)) - np.repeat(ends - each, each))
+        coords["token_position"] = ("token", np.arange(each.sum()) - np.repeat(start, each))
     return coords, [len(some) for some in lengths], [int(some.sum()) for some in lengths]
 
 
@@ -236,11 +233,16 @@ def _lengths(column):
     return np.diff(column.combine_chunks().offsets.to_numpy())
 
 
-def _text(piece):
-    try:
-        return piece.decode()
-    except UnicodeDecodeError:
-        return piece
+def _pieces(columns):
+    """Bytes of all blocks as an array of texts; bytes where they are none."""
+
+    def text(piece):
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return piece
+
+    return _objects([text(piece) for column in columns for piece in column.to_pylist()])
 
 
 def _objects(values):
