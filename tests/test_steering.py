@@ -5,12 +5,23 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from models import IDS, tiny_model
+from scipy.stats import spearmanr
 
-from llamatelemetry import CaptureError, ControlVector, InferenceEngine, ModelLoadError, direction
+from llamatelemetry import (
+    CaptureError,
+    ControlVector,
+    InferenceEngine,
+    ModelLoadError,
+    ablate_head,
+    direction,
+    knock_out,
+)
 from llamatelemetry.maths import log_softmax
+from llamatelemetry.steering import dose, edges, figures, say
 
 pytest.importorskip("llama_cpp", reason="the engine is not built: llamatelemetry engine build")
 TOOL = np.load(Path(__file__).parent / "references" / "control_vector.npz")
@@ -244,3 +255,189 @@ def test_lengths_cosines_and_random_ones():
 def test_what_gives_no_direction(engine, arguments, says):
     with pytest.raises(CaptureError, match=says):
         direction(engine, **arguments)
+
+
+# Dose and response
+
+
+def test_a_dose_is_what_the_output_matrix_says(tmp_path):
+    """Added to what leaves the last layer, a direction moves the logits by the final norm and the
+    output matrix alone."""
+    with InferenceEngine() as engine:
+        path = tiny_model("llama", tmp_path)
+        engine.load_model(path, auto_start=False, silent=True, threads=1)
+        output, norm = (
+            np.array(tensor.data)
+            for name in ("output.weight", "output_norm.weight")
+            for tensor in gguf.GGUFReader(str(path)).tensors
+            if tensor.name == name
+        )
+        made, prompts = vector((3,)), [IDS, IDS[:9]]
+        found = dose.dose(
+            engine, made, prompts, [5, 6], [7], strengths=(-1, 0, 2), n_random=2, progress=False
+        )
+        assert len(found) == 2 * (2 * 3 + 1)
+        last = [engine.capture(prompt, "hidden").hidden.values[3, -1] for prompt in prompts]
+        directions = {-1: made, 0: made.random(0), 1: made.random(1)}
+        for row in found.itertuples():
+            x = last[row.prompt] + row.strength * directions[row.seed].vectors.values[0]
+            logits = output @ (x / np.sqrt(np.square(x).mean() + 1e-5) * norm)
+            logp = log_softmax(logits[None])[0]
+            wanted = np.logaddexp(logp[5], logp[6])
+            assert row.difference == pytest.approx(wanted - logp[7], abs=1e-4)
+            assert row.probability == pytest.approx(np.exp(wanted), abs=1e-5)
+        odds = dose.dose(engine, made, prompts, [5], n_random=0, progress=False)
+        p = odds["probability"]
+        np.testing.assert_allclose(odds["difference"], np.log(p / (1 - p)), atol=1e-4)
+        cost = dose.price(engine, made, IDS, strengths=(2,), n_random=1, progress=False)
+        loss = [-engine.score(IDS, edits)["logprob"].mean() for edits in ((), made.edits(2))]
+        row = cost[(cost["direction"] == "found") & (cost["strength"] == 2)].iloc[0]
+        assert row["mean"] == pytest.approx(np.exp(loss[1] - loss[0]), rel=1e-5)
+        assert row["low"] < row["mean"] < row["high"]
+        assert cost[cost["strength"] == 0][["mean", "low", "high"]].to_numpy().tolist() == [
+            [1, 1, 1]
+        ]
+
+
+def test_the_same_file_twice_steers_alike(engine, tmp_path):
+    with InferenceEngine() as other:
+        other.load_model(engine.model.path, auto_start=False, silent=True, threads=1)
+        found, table = dose.across(
+            {"a": engine, "b": other}, PAIRS, [IDS, IDS[:7]], [5], [6], layers=[2], progress=False
+        )
+    assert found["a"].vectors.equals(found["b"].vectors)
+    pairs = table.groupby(["found_in", "steered"])["difference"].apply(list)
+    assert len(pairs) == 4 and all(values == pairs.iloc[0] for values in pairs)
+    said = say.across(dose.response(table), found["a"].cosine(found["b"]), ("a", "b"))
+    assert "cosine of 1.000 or more" in said.replace("\n", " ")
+    figure = figures.across(dose.summary(table), measured="lead (nats)", title="t")
+    assert len(figure.data) == 8
+
+
+def test_intervals_and_slopes_by_hand():
+    rows = [
+        (name, seed, strength, prompt, slope * strength + prompt)
+        for name, seed, slope in (("found", -1, 3.0), ("random", 0, -1.0), ("random", 1, 2.0))
+        for strength in (-1.0, 0.0, 2.0)
+        for prompt in (0, 1)
+        if strength or name == "found"
+    ]
+    table = pd.DataFrame(rows, columns=["direction", "seed", "strength", "prompt", "difference"])
+    summary = dose.summary(table).set_index(["direction", "strength"])
+    assert summary.loc[("found", 2.0), "mean"] == 6.5
+    assert summary.loc[("found", 2.0), ["low", "high"]].tolist() == [6, 7]
+    assert summary.loc[("random", 2.0)].tolist() == [1.5, -1.5, 4.5]  # means -1.5 and 4.5
+    slopes = dose.response(table).groupby(["direction", "seed"])["slope"].mean()
+    assert slopes.to_dict() == pytest.approx(
+        {("found", -1): 3, ("random", 0): -1, ("random", 1): 2}
+    )
+
+
+def test_words_are_their_first_tokens(engine):
+    assert dose.word_ids(engine, ["the cat", 7]) == [engine.tokenize("the cat", False)["id"][0], 7]
+    assert dose.word_ids(engine, "the") == dose.word_ids(engine, ["the"])
+    for arguments, says in (
+        (([IDS], ["the", "cat"], ["the"]), "share one"),
+        (([IDS], []), "at least one word"),
+        (([IDS], [""]), "no token"),
+        (("a text", ["the"]), "several texts"),
+    ):
+        with pytest.raises(CaptureError, match=says):
+            dose.dose(engine, vector(), *arguments, progress=False)
+
+
+# Edges
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """gemma2: layers 0 and 2 see 8 tokens back."""
+    with InferenceEngine() as engine:
+        path = tiny_model("gemma2", tmp_path_factory.mktemp("models"))
+        engine.load_model(path, auto_start=False, silent=True, threads=1)
+        yield engine, engine.capture(IDS, ("attention", "logits"))
+
+
+def test_cuts_are_those_of_captures(windowed):
+    engine, cap = windowed
+    last, answers = len(IDS) - 1, (5, 77)
+    groups = [
+        edges.Group("one", [0]),
+        edges.Group("two", [0, 1], [1, 2]),
+        edges.Group("three", [3]),
+    ]
+    found = edges.cut(engine, IDS, cap.attention, answers, groups, [0, 22, last], progress=False)
+    assert np.isnan(found["kl"].sel(group="one", key=0))  # before its window
+    logits = cap.logits.values[-1]
+    assert found.attrs["lead"] == pytest.approx(logits[5] - logits[77], abs=1e-4)
+    for name, layers, heads, key in (
+        ("one", [0], None, 22),
+        ("two", [1], [1, 2], 0),  # layer 0 does not see that far
+        ("two", [0, 1], [1, 2], 22),
+        ("three", [3], None, last),
+    ):
+        edits = knock_out(layers, heads, last, key)
+        again = engine.capture(IDS, "logits", edits=edits).logits.values[-1]
+        change = (again[5] - again[77]) - (logits[5] - logits[77])
+        row = found.sel(group=name, key=key)
+        assert float(row["change"]) == pytest.approx(change, abs=1e-4)
+        weights = cap.attention.sel(layer=layers).isel(query=-1, key=key)
+        weights = weights if heads is None else weights.isel(head=heads)
+        assert float(row["weight"]) == pytest.approx(float(weights.mean()), rel=1e-5)
+    assert "rank correlation" in say.cuts(found, cap.tokens["piece"].tolist())
+
+
+def test_a_map_is_as_fine_as_its_seconds_allow(windowed, capsys):
+    engine, cap = windowed
+    fine = edges.cut_map(engine, IDS, cap.attention, (5, 77), seconds=1e6, progress=False)
+    assert fine.sizes == {"group": 4, "key": len(IDS)} and fine["group"][1] == "layer 1"
+    coarse = edges.cut_map(engine, IDS, cap.attention, (5, 77), 1, seconds=1e-6)
+    assert coarse.sizes == {"group": 4, "key": 12} and coarse["group"][0] == "head 0"
+    assert "4 groups and 12 keys are tried" in capsys.readouterr().out
+    grouped = edges.head_groups(cap.attention, 1, 3)
+    assert [group.name for group in grouped] == ["heads 0 to 2", "head 3"]
+
+
+def test_whole_tokens_beside_attention_and_rollout(windowed):
+    engine, cap = windowed
+    rollout = np.linspace(0, 1, len(IDS))
+    table = edges.whole_tokens(engine, IDS, cap.attention, (5, 77), range(28), rollout, False)
+    layers = [1, 3]  # of the others the window is over
+    again = engine.capture(IDS, "logits", edits=knock_out(layers, None, 27, 3)).logits.values
+    kl = np.exp(log_softmax(cap.logits.values)) * (
+        log_softmax(cap.logits.values) - log_softmax(again)
+    )
+    assert table["kl"][3] == pytest.approx(kl[-1].sum(), abs=1e-5)
+    expected = spearmanr(table["kl"][1:], cap.attention.values[:, :, -1].mean((0, 1))[1:])[0]
+    assert table.attrs["attention"] == pytest.approx(expected)
+
+
+def test_the_strongest_edge_of_every_query(windowed):
+    engine, cap = windowed
+    weights = cap.attention.values[1, 2]
+    edited = engine.capture(IDS, edits=edges.strongest_edges(cap.attention, 1, 2)).attention.values[
+        1, 2
+    ]
+    rows = np.arange(1, len(IDS))
+    assert not edited[rows, weights.argmax(-1)[rows]].any() and edited[0, 0] == 1
+    np.testing.assert_allclose(edited.sum(-1), 1, atol=1e-6)
+    table = edges.head_or_edge(engine, IDS, cap.attention, [(1, 2), (2, 0)], progress=False)
+    swept = engine.sweep(IDS, {"head": ablate_head(1, 2)}, progress=False)
+    assert (
+        table["kl_head"][0] == pytest.approx(swept["kl"].iloc[0]) and (table["kl_edge"] > 0).all()
+    )
+    assert table["weight"][0] == pytest.approx(weights.max(-1)[1:].mean(), rel=1e-6)
+    assert "median of 2 heads" in say.head_or_edge(table).replace("\n", " ")
+
+
+def test_one_token_has_no_edge_to_cut(windowed):
+    engine, _ = windowed
+    cap = engine.capture([5], "attention")
+    found = edges.cut_map(engine, [5], cap.attention, (5, 77), progress=False)
+    assert not found["kl"].notnull().any() and "No edge" in say.cuts(found, ["a"])
+    assert "no edge could be cut" in figures.cuts(found, ["a"], title="t").to_json()
+    table = edges.whole_tokens(engine, [5], cap.attention, (5, 77), [0], [1.0], False)
+    assert say.importance(table, ["a"]) == "No token could be cut out."
+    assert edges.head_or_edge(
+        engine, [5, 6], engine.capture([5], "attention").attention, [(0, 0)], False
+    ).empty
