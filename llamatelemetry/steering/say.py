@@ -13,7 +13,7 @@ from ..views.sentences import counted, listed, quoted, sentence, some
 @sentence
 def direction(norms: xr.DataArray, explained: xr.DataArray, stream: xr.DataArray) -> str:
     share = norms / stream.sel(layer=norms["layer"])
-    most, best = int(share["layer"][share.argmax()]), int(explained["layer"][explained.argmax()])
+    most, best = int(share.idxmax()), int(explained.idxmax())
     return (
         f"The direction is longest against the stream in state {most}, {float(share.max()):.0%} of "
         f"its length; it is most of what the pairs differ by in state {best}, where "
