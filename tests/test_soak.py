@@ -14,7 +14,7 @@ from damage import Watched
 from models import tiny_model
 from soak import __main__ as soak
 from soak import asked, cycles, phases, spells
-from soak.scene import play
+from soak.scene import Verdict, play
 
 TESTS = os.path.dirname(__file__)
 
@@ -162,6 +162,17 @@ def test_every_fault_is_in_every_phase_that_it_can_strike():
     assert ("expand", "kill") not in found and ("infer", "guard") in found
 
 
+def test_a_fault_that_never_struck_is_told(monkeypatch):
+    found = []
+    given = dict(seed=0, phases=["infer"], faults=["kill"], over=lambda: False)
+    told = SimpleNamespace(find=lambda *said: found.append(said), progress=print, **given)
+    monkeypatch.setattr(phases, "undisturbed", lambda *_: Verdict("infer", "none", digest="x"))
+    monkeypatch.setattr(phases, "play", lambda *_, **__: Verdict("infer", "kill", kind="works"))
+    total, row = phases.run(told)
+    assert row == {"what": "kill", "count": 1, "missed": 1, "findings": 1} and total["count"] == 1
+    assert len(found) == 1 and "kill in infer: missed" in found[0][0]
+
+
 # Requests
 
 
@@ -300,7 +311,7 @@ def test_a_fault_in_a_phase(smollm2, llama_server, phase, faults):
     assert not plain.findings and plain.digest
     for fault in there:
         verdict, _ = phases.struck(phase, fault, smollm2, 7, plain)
-        assert not verdict.findings
+        assert verdict.struck and not verdict.findings
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from .actor import digest
 from .marked import Marked
 
 HERE = Path(__file__).parent
-SERVER, WORKER, COMPARER = "llama-server", "llamatelemetry.capture.worker", "compare.worker"
+SERVER, WORKER = "llama-server", ".worker"  # ends of a program's or a module's name
 # Whose work a phase is, as its command line says; None: the process's own.
 WORKS = {
     "load": SERVER,
@@ -34,7 +34,7 @@ WORKS = {
     "quantize": "llama-quantize",
     "expand": None,
     "imatrix": "llama-imatrix",
-    "compare": COMPARER,
+    "compare": WORKER,
     "make_reference": None,
 }
 GUARDED = (SERVER, "llama-quantize", "llama-imatrix")
