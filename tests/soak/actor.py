@@ -69,7 +69,7 @@ def streaming(scene):
 
 
 def embedding(scene):
-    return digest(scene.engine.embed([f"{number}: {TEXT * 10}" for number in range(12)]))
+    return digest(scene.engine.embed([f"{number}: {TEXT * 10}" for number in range(4)]))
 
 
 def capture_start(scene):
