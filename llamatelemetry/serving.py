@@ -237,9 +237,9 @@ class Serving:
             prompt, max_tokens, temperature, top_p, top_k, seed, stop_sequences, n_probs, **options
         )
 
-    def apply_template(self, messages: str | Sequence[dict[str, str]]) -> str:
+    def apply_template(self, messages: str | Sequence[dict[str, str]], answer: bool = True) -> str:
         """The text that the model's chat template makes of `messages` (see chat): what the model
-        really reads."""
+        really reads. answer: with the beginning of its answer."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         model = self._loaded()
@@ -248,13 +248,14 @@ class Serving:
             raise ServerError(
                 f"{model.name} has no chat template in its file: it is not a chat model. Use infer."
             )
+        asked = {"messages": list(messages), "add_generation_prompt": answer}
         with self._serving() as server:
             if self._template_error:  # the server runs with another one than the file's
                 raise TemplateError(str(self._template_error))
             if not own:  # what it does may depend on what is said: llama-server has no limits
                 template = model.metadata["tokenizer.chat_template"]
                 templates.check(template, model.path, list(messages))
-            return server.post("/apply-template", {"messages": list(messages)})["prompt"]
+            return server.post("/apply-template", asked)["prompt"]
 
     def embed(
         self, texts: str | Sequence[str], pooling: str | None = None, normalize: bool = True

@@ -22,6 +22,7 @@ from ..files.gguf import GGUFFile
 from ..files.outputs import labels, once
 from ..gpus import devices
 from . import ways
+from .chats import Conversation, Special, chat_text
 from .jobs import distributed, measure_all
 from .quality import NOISE, summarize
 from .texts import load_text
@@ -60,7 +61,7 @@ class Comparison(pd.DataFrame):
 def compare_quantizations(
     reference: str | Path,
     candidates: str | Path | Iterable[str | Path] | Mapping[str, str | Path],
-    text: str | Path | None = None,
+    text: str | Path | list[Conversation] | tuple[Conversation, ...] | None = None,
     n_ctx: int = 512,
     client: "Client | None" = None,
     *,
@@ -79,7 +80,9 @@ def compare_quantizations(
 
     reference, candidates: paths or registry names; of candidates also {name: path}, which names the
     rows. A file that comes twice, by whatever path, is one row. text: the text or a path to one, as
-    load_text takes it, or None for the public-domain text of this package (compare/text.md). n_ctx:
+    load_text takes it, or None for the public-domain text of this package (compare/text.md);
+    conversations, which the reference's own template renders, and what chats.written_by returns are
+    read with their special tokens (chats.Special), any other text has none. n_ctx:
     tokens per window; the second half of each is scored, and a text that ends within a window loses
     that remainder. Memory does not grow with it but for the caches: at most 512 tokens are decoded
     and scored at a time. cache_types: pairs of types for keys and values, of ways.TYPES, such as
@@ -121,6 +124,9 @@ def compare_quantizations(
             f"n_ctx={n_ctx}: a window needs at least 4 tokens; llama-perplexity's default is 512."
         )
     _check_window(reference, n_ctx)
+    if isinstance(text, (list, tuple)):
+        text = chat_text(reference, text, gpu_layers)
+    text = load_text(text)
     rows = [
         Row(ways.named(name, pair), name, with_cache(str(path), pair), pair)
         for name, path in named.items()
@@ -129,7 +135,8 @@ def compare_quantizations(
     other = _noise(reference, gpu_layers) if noise else []
     job = {
         "reference": str(reference),
-        "text": load_text(text),
+        "text": text,
+        "special": isinstance(text, Special),
         "n_ctx": int(n_ctx),
         "max_windows": max_windows and int(max_windows),
         "gpu_layers": gpu_layers,

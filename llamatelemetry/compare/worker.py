@@ -50,9 +50,9 @@ def why_not(model):
     return model.predicts.why_not(model.name)
 
 
-def token_ids(model, text):
-    """(n,) ids of a text, in which nothing stands for a special token."""
-    return np.array(model.tokenize(text, parse_special=False), dtype=np.int32)
+def token_ids(model, text, special=False):
+    """(n,) ids of a text. special: special tokens that are written out in it are those tokens."""
+    return np.array(model.tokenize(text, parse_special=special), dtype=np.int32)
 
 
 def opening(model):
@@ -205,6 +205,7 @@ class Worker:
         split,
         own_split,
         apart,
+        special=False,
         **settings,
     ):
         """{"files": {candidate: its columns' .npz}, "pieces": {id: hexadecimal}}; tells `windows`
@@ -217,7 +218,7 @@ class Worker:
         base = open_model(reference, *size, threads, layers, split)
         if why := why_not(base):
             raise CompareError(f"Nothing can be compared with this reference: {why}")
-        ids, what, bos = token_ids(base, text), identity(base), opening(base)
+        ids, what, bos = token_ids(base, text, special), identity(base), opening(base)
         texts = windows(ids, n_ctx, max_windows)
         if not len(texts):
             raise CompareError(
