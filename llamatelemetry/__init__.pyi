@@ -7,12 +7,16 @@ from .capture.edits import knock_out as knock_out
 from .capture.edits import patch as patch
 from .capture.edits import scale as scale
 from .collecting.store import open_states as open_states
+from .compare.chats import written_by as written_by
 from .compare.choices import compare_tasks as compare_tasks
 from .compare.comparison import compare_quantizations as compare_quantizations
+from .compare.tasks import load_tasks as load_tasks
 from .compare.texts import load_text as load_text
 from .convert.expand import expand as expand
 from .convert.expand import make_reference as make_reference
 from .convert.importance import imatrix as imatrix
+from .convert.mixture import group_costs as group_costs
+from .convert.mixture import recommend as recommend
 from .convert.quantize import quantize as quantize
 from .engine import InferenceEngine as InferenceEngine
 from .errors import CaptureError as CaptureError

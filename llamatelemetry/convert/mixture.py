@@ -1,0 +1,191 @@
+"""A file of a given size that diverges least: what each group of tensors costs at each type is
+measured, and the mixture chosen, made and measured again on another text."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ..arguments import finite, whole
+from ..compare.comparison import Comparison, compare_quantizations
+from ..compare.paired import Paired, paired
+from ..compare.texts import load_text
+from ..errors import QuantizeError
+from ..files.gguf import GGUFFile
+from ..files.outputs import path_of
+from ..gpus.cores import physical_cores
+from .choice import BASE, TYPES, at_random, least, options, tensor_types
+from .expand import open_model, output
+from .mixing import mix
+from .quantize import quantize
+from .reckoning import FLOW, PER_CORE, SLOWEST, speed
+
+TOGETHER = 1 << 30  # bytes of files that lie there at a time, or one file
+
+
+class Costs(NamedTuple):
+    """table: choice.options with kld (mean, of the file with that group alone at that type) and
+    cost (kld less that of the file that is all BASE); base: that file, kld: its mean KLD; seconds:
+    what was reckoned before it began; left: types for which there was no time, with what they would
+    have taken."""
+
+    table: pd.DataFrame
+    base: Path
+    kld: float
+    seconds: float
+    left: dict[str, float]
+
+
+class Recommendation(NamedTuple):
+    """types: {group: what is inside}; tensor_types: {pattern: type}, as quantize() takes it;
+    size_bytes: of the file; kld: expected, if costs add up; rows: the chosen ones of
+    Costs.table."""
+
+    types: dict[str, str]
+    tensor_types: dict[str, str]
+    size_bytes: int
+    kld: float
+    rows: pd.DataFrame
+
+
+def group_costs(
+    reference: str | Path,
+    folder: str | Path,
+    text: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    types: Iterable[str] = TYPES,
+    n_ctx: int = 512,
+    max_windows: int | None = 1,
+    seconds: float = 60,
+    progress: bool = True,
+) -> Costs:
+    """What every group of tensors (attention q, k, v and output, FFN gate, up and down, embedding
+    and output) costs at each type: the mean KLD from the reference of a file in which that group
+    alone has it and everything else is Q8_0, less that of the file that is all Q8_0.
+
+    base: the reference's Q8_0 file; None makes one. folder: where files are made (over 1 GB:
+    scratch), one GiB or one file at a time, and removed.
+    text: as for compare_quantizations; what is recommended is to be measured on another. seconds:
+    how long it may take; the time is reckoned from the first comparison, and types that would go
+    beyond it are left out, the last first. Raises QuantizeError where not even one type is left,
+    with what it would take."""
+    finite("seconds", seconds, 0, error=QuantizeError)
+    source = open_model(reference)
+    base = _base(source, folder, progress) if base is None else path_of(base, QuantizeError)
+    settings: dict[str, Any] = dict(n_ctx=n_ctx, max_windows=max_windows, progress=progress)
+    settings["text"] = load_text(text)
+    begun = time.perf_counter()
+    plain = compare_quantizations(source.path, {BASE: base}, **settings)
+    once = time.perf_counter() - begun
+    tensors = GGUFFile(base).tensors
+    types = list(dict.fromkeys(types))
+    need = {kind: _seconds(options(tensors, [kind]), GGUFFile(base), once) for kind in types}
+    left: dict[str, float] = {}
+    while sum(need.values()) > seconds and need:
+        left |= dict([need.popitem()])
+    if not need:
+        raise QuantizeError(
+            f"Measuring one type takes {min(left.values()):.0f} s here, of which seconds={seconds:g} allows none: "
+            "allow more, or take a published mixture."
+        )
+    table = options(tensors, need)
+    table["kld"] = float(plain["kld_mean"].iloc[0])
+    todo = table.index[table["type"] != BASE]
+    for some in np.array_split(todo, -(-len(todo) // _together(base.stat().st_size))):
+        made = {str(n): _alone(table.loc[n], base, source.path, folder, f"group-{n}") for n in some}
+        found = compare_quantizations(source.path, made, **settings)
+        for path in made.values():
+            path.unlink()
+        table.loc[some, "kld"] = found["kld_mean"].to_numpy()
+    own = float(plain["kld_mean"].iloc[0])
+    return Costs(table.assign(cost=table["kld"] - own), base, own, sum(need.values()), left)
+
+
+def _base(source, folder, progress):
+    path = output(f"{source.path.stem}-{BASE}.gguf", _size(source), folder, lambda _: True)
+    if not path.is_file() or path.stat().st_mtime < source.path.stat().st_mtime:
+        quantize(source.path, path, BASE, progress=progress)
+    return path
+
+
+def _size(source):
+    from ..gpus.fit import as_type
+
+    return as_type(source, BASE).size_bytes
+
+
+def _alone(row, base, source, folder, name):
+    """A file that is `base` but for one row of options."""
+    path = output(f"{name}.gguf", base.stat().st_size, folder)
+    return mix(base, source, path, tensor_types(pd.DataFrame([row])), progress=False)
+
+
+def _together(size):
+    """How many files of a size lie there at a time."""
+    return max(1, TOGETHER // size)
+
+
+def _seconds(rows, base, once):
+    """Reckoned seconds for one type of all groups: their weights quantized, the base copied, and
+    the comparison as it was timed, half of which was the reference's."""
+    own, weights = rows[rows["type"] != BASE], base.tensors["n_elements"]
+    each = [(kind, weights[name]) for given in own["tensors"] for name, kind in given.items()]
+    work = sum(n / PER_CORE.get(kind, SLOWEST) for kind, n in each if kind != BASE)
+    copies = len(own) * 2 * base.size_bytes / FLOW
+    compared = once / 2 * (len(own) + -(-len(own) // _together(base.size_bytes)))
+    return work / (physical_cores() * speed()) + copies + compared
+
+
+def recommend(size_bytes: float, costs: Costs) -> Recommendation:
+    """The mixture of least divergence in a file of at most so many bytes: an exact integer program
+    over the measured costs of each group at each type, which are taken to add up.
+
+    costs: of group_costs. Whether they add up, and whether the mixture is better than others of its
+    size, says `verify`. Raises QuantizeError for a size below the smallest mixture."""
+    finite("size_bytes", size_bytes, 1, error=QuantizeError)
+    return _recommendation(least(costs.table, size_bytes - _rest(costs)), costs)
+
+
+def random_mixture(size_bytes: float, costs: Costs, seed: int = 0) -> Recommendation:
+    """A mixture of the size of recommend()'s, drawn at random from the same types: its control."""
+    chosen = recommend(size_bytes, costs).rows
+    whole("seed", seed, 0, error=QuantizeError)
+    return _recommendation(at_random(costs.table, size_bytes - _rest(costs), chosen, seed), costs)
+
+
+def _rest(costs):
+    """Bytes of a file that no choice changes."""
+    rows = costs.table
+    return costs.base.stat().st_size - int(rows.loc[rows["type"] == BASE, "bytes"].sum())
+
+
+def _recommendation(rows, costs):
+    size = _rest(costs) + int(rows["bytes"].sum())
+    types = dict(zip(rows["group"], rows["inside"]))
+    return Recommendation(
+        types, tensor_types(rows), size, costs.kld + float(rows["cost"].sum()), rows
+    )
+
+
+def make(chosen: Recommendation, costs: Costs, reference: str | Path, dst: str | Path) -> Path:
+    """The mixture as a file, tensors that stay Q8_0 copied: the bytes that llama-quantize makes
+    with these types. Returns its path."""
+    return mix(
+        costs.base, reference, path_of(dst, QuantizeError), chosen.tensor_types, progress=False
+    )
+
+
+def verdicts(found: Comparison, name: str, floor: float = 0.0, seed: int = 0) -> dict[str, Paired]:
+    """Is one file of a comparison closer to the reference than each of the others: {other: Paired},
+    "less" where `name` diverges less. By whole windows (paired.paired)."""
+    tokens = {one: part for one, part in found.tokens.groupby("candidate", sort=False)}
+    mine = tokens[name]
+    return {
+        other: paired(mine["kld"], theirs["kld"], mine["window"], seed, floor)
+        for other, theirs in tokens.items()
+        if other != name
+    }
