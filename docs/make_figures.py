@@ -62,7 +62,7 @@ FIGURES = (
         "quantizations",
         "What each step down in precision costs",
         "16",
-        "figures.ladder(",
+        "quality_figures.ladder(",
         700,
         (None, "The reference"),
     ),

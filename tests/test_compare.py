@@ -1,8 +1,10 @@
 """compare_quantizations against llama-perplexity of the same build, and what it does with bad
 input."""
 
+import contextlib
 import os
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -25,13 +27,18 @@ from llamatelemetry import (
 )
 from llamatelemetry.compare import comparison, jobs, placing, ways
 from llamatelemetry.compare.comparison import CompareError, compare_quantizations
+from llamatelemetry.compare.paired import better
 from llamatelemetry.compare.texts import TEXT, load_text
 from llamatelemetry.compare.worker import windows
 from llamatelemetry.convert.quantize import quantize
 from llamatelemetry.errors import QuantizeError
 from llamatelemetry.files.gguf import GGUFFile
+from llamatelemetry.files.header import Header
 from llamatelemetry.files.programs import tool
 from llamatelemetry.gpus import devices
+from llamatelemetry.quantization.inside import weight_errors
+from llamatelemetry.quantization.tokens import vulnerable_tokens
+from llamatelemetry.views.text import piece_kind
 
 N_CTX, WINDOWS = 128, 4
 NUMBER = r"\s*(-?[\d.]+)(?: ±\s*([\d.]+))?"
@@ -489,3 +496,73 @@ def test_a_long_text_of_one_line_is_scored(tmp_path):
         "The dog saw the cat and the cat saw the dog. " * 12,
     )
     assert len(compare_quantizations(model, model, text, n_ctx=64, progress=False).tokens) == 62
+
+
+@pytest.mark.slow
+def test_planted_noise_is_found_where_it_is(smollm2, tmp_path):
+    """The steps of some tokens' rows of the embedding, which also makes the logits, moved by 5% or
+    15%, up or down: the kind of token that suffers is theirs, and no other matrix has an error."""
+    file, header = GGUFFile(smollm2), Header(smollm2)
+    kind, (n_rows, width), offset, _ = header.tensors["token_embd.weight"]
+    of_piece = np.array([piece_kind(piece) for piece in file.pieces])
+    rng, planted = np.random.default_rng(0), {}
+    for wanted, size in (("part", 0.05), ("part", 0.15), ("word", 0.15)):
+        path = planted[f"{wanted} {size}"] = tmp_path / f"{wanted}-{size}.gguf"
+        shutil.copy(smollm2, path)
+        shape = (n_rows, width // kind.block, kind.size)
+        blocks = np.memmap(path, np.uint8, "r+", header.data + offset, shape)
+        rows = np.flatnonzero(of_piece == wanted)
+        step = np.ascontiguousarray(blocks[rows, :, :2]).view(np.float16)  # of Q8_0, in front
+        step = step * (1 + size * rng.choice([-1, 1], step.shape))
+        blocks[rows, :, :2] = step.astype(np.float16).view(np.uint8)
+        blocks.flush()
+        error = weight_errors(file, GGUFFile(path))["error"]
+        assert list(error.index[error > 0]) == ["token_embd.weight"]
+        assert error["token_embd.weight"] == pytest.approx(
+            size * np.sqrt(np.mean(of_piece == wanted)), rel=0.4
+        )
+    found = compare_quantizations(smollm2, planted, n_ctx=256, max_windows=2, progress=False)
+    kinds = vulnerable_tokens(found.tokens).xs("piece", level="by")
+    kinds = kinds[kinds["n"] >= 10]
+    for name, times in zip(planted, (5, 5, 1.2)):
+        hurt = kinds.loc[name].sort_values("kld")
+        assert hurt.index[-1] == name.split()[0]
+        assert hurt["kld"].iloc[-1] > times * hurt["kld"].iloc[-2]
+        assert times < 5 or hurt["same_top"].idxmin() == hurt["top10"].idxmin() == hurt.index[-1]
+    assert better(found.tokens).loc[("part 0.05", "part 0.15"), "better"] == "yes"
+
+
+@pytest.mark.slow
+def test_a_long_window_needs_no_more_logits_than_a_short_one(tmp_path):
+    """16,384 tokens: the logits of their second half would be 0.5 GiB for two models of this
+    vocabulary, and are 32 MiB."""
+    pytest.importorskip("llama_cpp")
+    narrow = dict(n_layer=1, n_head=1, n_kv_head=1, head_dim=64, n_vocab=8192, n_ctx=16384)
+    model, peak, done = tiny_model("llama", tmp_path, **narrow), {}, threading.Event()
+
+    def watch(n_ctx):
+        while not done.is_set():
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "llamatelemetry.compare.worker" in child.cmdline():
+                        peak[n_ctx] = max(peak.get(n_ctx, 0), child.memory_info().rss)
+            time.sleep(0.02)
+
+    for n_ctx in (512, 16384):
+        done.clear()
+        thread = threading.Thread(target=watch, args=(n_ctx,))
+        thread.start()
+        try:
+            found = compare_quantizations(
+                model,
+                model,
+                n_ctx=n_ctx,
+                max_windows=1,
+                cache_types=[("q8_0", "q8_0")],
+                progress=False,
+            )
+        finally:
+            done.set()
+            thread.join()
+        assert found["n_tokens"].iloc[0] == n_ctx // 2 - 1 and found["kld_mean"].iloc[0] > 1e-5
+    assert peak[16384] - peak[512] < 200 * 2**20

@@ -1,9 +1,10 @@
 """Paired intervals: against scipy's bootstrap, and on differences of known size."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from llamatelemetry.compare.paired import paired
+from llamatelemetry.compare.paired import better, paired
 from llamatelemetry.errors import CompareError
 
 
@@ -47,3 +48,57 @@ def test_what_does_not_pair_is_refused():
         paired([1, 2], [1])
     with pytest.raises(CompareError, match="no number"):
         paired([1, np.nan], [1, 2])
+
+
+def three_files(noise, seed=0):
+    """Two windows of 256 tokens: b is 0.01 nats worse than a, c as good, all with the same hard
+    tokens."""
+    rng = np.random.default_rng(seed)
+    hard = rng.exponential(0.1, 512)
+    where = {"window": np.repeat([0, 1], 256), "position": np.tile(np.arange(256, 512), 2)}
+    files = {"a": 0.0, "b": 0.01, "c": 0.0}
+    tables = [
+        pd.DataFrame(where | {"candidate": name, "kld": hard + more + rng.normal(0, noise, 512)})
+        for name, more in files.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def test_of_two_files_one_is_better_or_it_cannot_be_told():
+    found = better(three_files(0.02))
+    assert list(found.index) == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert list(found["better"]) == ["yes", "cannot be told", "no"]
+    assert found.loc[("a", "b"), "difference"] == pytest.approx(-0.01, abs=0.003)
+    assert list(better(three_files(1.0))["better"]) == ["cannot be told"] * 3
+    assert list(better(three_files(0.02), floor=0.02)["better"]) == ["equal"] * 3
+    assert better(three_files(0.02).query("candidate == 'a'")).empty
+    one = better(three_files(0.02).query("window == 0 and position < 270"))  # a block alone
+    assert one["low"].isna().all() and (one["better"] == "cannot be told").all()
+
+
+def test_the_interval_between_files_is_scipys_and_holds_what_it_promises():
+    stats = pytest.importorskip("scipy.stats")
+    tokens = three_files(0.05)
+    found = better(tokens).loc[("a", "b")]
+    wide = tokens.pivot(index=["window", "position"], columns="candidate", values="kld")
+    blocks = wide[["a", "b"]].to_numpy().reshape(16, 32, 2).mean(axis=1)
+    interval = stats.ttest_rel(*blocks.T).confidence_interval(0.95)
+    assert [found["low"], found["high"]] == pytest.approx(interval)
+    # Files that are alike: one in twenty is called better or worse, whatever the noise.
+    tables = [better(three_files(0.3, seed)) for seed in range(150)]
+    told = [table.loc[("a", "c"), "better"] != "cannot be told" for table in tables]
+    assert 0.01 < np.mean(told) < 0.1
+
+
+@pytest.mark.parametrize("scored, blocks", [(255, 8), (63, 2), (40, 1), (33, 1), (7, 1)])
+def test_no_block_is_a_remainder(scored, blocks):
+    """A window's tokens are shared out evenly over its blocks."""
+    stats = pytest.importorskip("scipy.stats")
+    where = {"window": np.repeat([0, 1, 2], scored), "position": np.tile(np.arange(scored), 3)}
+    step = np.floor(np.arange(scored) * blocks / scored)
+    kld = 1 + np.tile(step % 2, 3) + where["window"]
+    tokens = [pd.DataFrame(where | {"candidate": n, "kld": k}) for n, k in (("a", kld), ("b", 0))]
+    found = better(pd.concat(tokens, ignore_index=True)).iloc[0]
+    means = np.add.outer(np.arange(3), 1 + np.arange(blocks) % 2).ravel()
+    interval = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    assert [found["low"], found["high"]] == pytest.approx(interval)

@@ -12,7 +12,7 @@ import xarray as xr
 
 from llamatelemetry.convert.expand import quantized_types
 from llamatelemetry.maths import jensen_shannon
-from llamatelemetry.quantization import contents, decision, inside, tracing
+from llamatelemetry.quantization import cache, contents, decision, inside, tracing
 from llamatelemetry.quantization import tokens as token_tables
 from llamatelemetry.views.text import piece_kind
 
@@ -195,23 +195,108 @@ def test_kinds_of_pieces(piece, kind):
     assert piece_kind(piece) == kind
 
 
+def scored(**columns):
+    """Tokens of one candidate, as many as the columns have."""
+    table = pd.DataFrame({"candidate": "x", "dp": 0.0, "same_top": True, "top10": 1.0} | columns)
+    given = {"piece": " a", "kld": 1.0, "logprob_base": -1.0, "confidence_base": 0.5}
+    missing = {"position": np.arange(len(table))} | given
+    return table.assign(**{name: missing[name] for name in missing if name not in columns})
+
+
 def test_vulnerable_tokens_add_up():
-    tokens = pd.DataFrame(
-        {
-            "candidate": "x",
-            "piece": [" a", "b", " c", "1"],
-            "kld": [1.0, 2.0, 3.0, 4.0],
-            "logprob_base": np.log([0.9, 0.1, 0.01, 0.6]),
-        }
+    tokens = scored(
+        piece=[" a", "b", " c", "1"],
+        kld=[1.0, 2.0, 3.0, 4.0],
+        logprob_base=np.log([0.9, 0.1, 0.01, 0.6]),
+        same_top=[True, True, False, True],
+        dp=[0.3, 0, -0.4, 0],
+        top10=[1.0, 1.0, 0.5, 0.9],
     )
     table = token_tables.vulnerable_tokens(tokens)
-    assert (
-        table.loc[("x", "piece", "word"), "kld"] == 2
-        and table.loc[("x", "piece", "number"), "share_of_kld"] == 0.4
-    )
+    words = table.loc[("x", "piece", "word")]
+    assert words["kld"] == 2 and words["n"] == 2 and words["same_top"] == 0.5
+    assert words["mean_dp"] == pytest.approx(-0.05) and words["top10"] == 0.75
+    assert words["rms_dp"] == pytest.approx(np.sqrt(0.125)) and words["median"] == 1
+    assert table.loc[("x", "piece", "number"), "share_of_kld"] == 0.4
     sure = table.loc[("x", "reference's probability")]
-    assert sure["kld"].to_dict() == {"p >= 0.5": 2.5, "0.05 to 0.5": 2.0, "p < 0.05": 3.0}
-    assert table.groupby("by")["n"].sum().tolist() == [4, 4]
+    assert sure["kld"].to_dict() == {"p < 0.05": 3.0, "0.05 to 0.5": 2.0, "p >= 0.5": 2.5}
+    assert table.groupby("by")["n"].sum().tolist() == [4] * 4
+    assert list(table.xs("position", level="by").loc["x"].index) == [
+        "0 to 0",
+        "1 to 1",
+        "2 to 2",
+        "3 to 3",
+    ]
+    one = token_tables.vulnerable_tokens(scored(kld=[1.0]))
+    assert list(one.loc[("x", "position")].index) == ["0 to 0"]
+
+
+def test_buckets_of_confidence_are_qbenchs():
+    """Share, mean and lower median of the KLD where low <= the reference's likeliest < high: what
+    exllamav3's eval/qbench/measure.py has for the same numbers."""
+    rng = np.random.default_rng(0)
+    confidence, kld = rng.random(1001), rng.exponential(0.1, 1001)
+    confidence[:5] = 0.25, 0.5, 0.75, 0.95, 1.0  # an end belongs to the bucket above
+    table = token_tables.vulnerable_tokens(scored(kld=kld, confidence_base=confidence))
+    table = table.loc[("x", "reference's confidence")]
+    buckets = [(0.00, 0.25), (0.25, 0.50), (0.50, 0.75), (0.75, 0.95), (0.95, 1.01)]
+    assert len(table) == len(buckets)
+    for (kind, row), (low, high) in zip(table.iterrows(), buckets):
+        inside = np.sort(kld[(confidence >= low) & (confidence < high)])
+        assert kind == f"{low:.2f} to {min(high, 1):.2f}"
+        assert row["n"] / 1001 == (len(inside) / 1001)
+        assert row["kld"] == pytest.approx(inside.mean(), rel=1e-12)
+        assert row["median"] == inside[(len(inside) - 1) // 2]
+
+
+def two_files(**more):
+    """Large and small weights, each with a full and a small cache: size, bytes per token, KLD."""
+    rows = {
+        "large": ("large", "f16", "f16", 100, 4.0, 0.01),
+        "large, q8_0/q8_0 cache": ("large", "q8_0", "q8_0", 100, 2.0, 0.02),
+        "small": ("small", "f16", "f16", 60, 4.0, 0.05),
+        "small, q8_0/q8_0 cache": ("small", "q8_0", "q8_0", 60, 2.0, 0.06),
+    } | more
+    columns = ["weights", "cache_k", "cache_v", "size_bytes", "token_bytes", "kld_mean"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def for_context(table, tokens):
+    return table.assign(memory_bytes=table["size_bytes"] + tokens * table["token_bytes"])
+
+
+def test_a_smaller_cache_beats_smaller_weights_where_it_fits_and_loses_less():
+    # 30 tokens: large 220, with the small cache 160; small 180, with it 120.
+    found = cache.crossover(for_context(two_files(), 30))
+    assert list(found.index) == [120, 160, 180, 220]
+    assert list(found["better"]) == [
+        "smaller cache",
+        "smaller cache",
+        "smaller cache",
+        "smaller weights",
+    ]
+    assert found.loc[180].tolist()[:4] == ["small", "large, q8_0/q8_0 cache", 0.05, 0.02]
+    assert found["smaller_weights"].isna().tolist() == [True, True, False, False]
+    # 5 tokens: 120, 110; 80, 70: large weights with any cache come after small ones with a full.
+    found = cache.crossover(for_context(two_files(), 5))
+    assert list(found["better"]) == [
+        "smaller cache",
+        "smaller weights",
+        "smaller cache",
+        "smaller weights",
+    ]
+    assert list(found.index) == [70, 80, 110, 120]
+    assert (
+        list(cache.crossover(for_context(two_files(), 30), floor=0.04)["better"][-2:])
+        == ["equal"] * 2
+    )
+    # 20 tokens: large with the small cache needs what small with the full one does.
+    turns = cache.turning(two_files())
+    assert turns.loc[0].tolist() == ["large, q8_0/q8_0 cache", "small", 20, pytest.approx(0.03)]
+    assert len(turns) == 1 and cache.turning(two_files(), floor=0.04).empty
+    lost = two_files(bad=("bad", "q4_0", "q4_0", 100, 1.0, np.nan))
+    assert cache.turning(lost).equals(turns)
+    assert cache.crossover(for_context(lost.iloc[:0], 1)).empty
 
 
 def test_maps_find_the_part_that_was_broken():

@@ -12,7 +12,7 @@ import xarray as xr
 
 from llamatelemetry.compare.quality import summarize
 from llamatelemetry.convert.reckoning import Ladder
-from llamatelemetry.quantization import contents, figures, page, say
+from llamatelemetry.quantization import cache, contents, figures, page, quality_figures, say
 from llamatelemetry.quantization.graph import graph_tables
 
 
@@ -72,7 +72,7 @@ def test_the_ladder_is_drawn_and_told():
     )
     assert said.endswith("More divergence in spite of more bits: high than middle.")
     assert say.ladder(quality(low=1.0, high=0.2), "m").endswith("more bits: none.")
-    figure = figures.ladder(table, title="m")
+    figure = quality_figures.ladder(table, title="m")
     assert [t.y[0] for t in figure.data] == pytest.approx([1.0, 0.1, 0.2]) and [
         t.x[0] for t in figure.data
     ] == [
@@ -81,22 +81,26 @@ def test_the_ladder_is_drawn_and_told():
         5,
     ]
     one_window = table.assign(kld_mean_low=np.nan, kld_mean_high=np.nan)
-    assert figures.ladder(one_window, title="m").data[0].error_y.array[0] == 0
-    assert len(figures.percentiles(table, title="m").data) == 3
+    assert quality_figures.ladder(one_window, title="m").data[0].error_y.array[0] == 0
+    assert len(quality_figures.percentiles(table, title="m").data) == 3
     assert "1.0 times the median" in say.percentiles(table)
 
 
 def test_a_file_that_failed_is_left_out():
     table = quality(good=0.1, bad=0.2)
     table.loc["bad", table.columns != "bits_per_weight"] = np.nan
-    assert len(figures.ladder(table, title="m").data) == 1 and "bad" not in say.ladder(table, "m")
+    assert len(quality_figures.ladder(table, title="m").data) == 1 and "bad" not in say.ladder(
+        table, "m"
+    )
 
 
 def test_every_file_keeps_its_colour():
     table = quality(a=1.0, b=0.1)
     chosen = figures.colors(["a", "b"])
-    assert [t.marker.color for t in figures.ladder(table, title="m").data] == list(chosen.values())
-    assert [t.line.color for t in figures.percentiles(table, title="m").data] == list(
+    assert [t.marker.color for t in quality_figures.ladder(table, title="m").data] == list(
+        chosen.values()
+    )
+    assert [t.line.color for t in quality_figures.percentiles(table, title="m").data] == list(
         chosen.values()
     )
 
@@ -208,14 +212,76 @@ def test_pareto_marks_what_is_beaten():
             0.0,
             "is a stand-in, x + uniform noise",
         ),
-        (["F32"], "x", 0.01, "32 bits per weight; 1% of its blocks"),
+        (
+            ["F32"],
+            "x",
+            0.01,
+            "holds F32, 32 bits per weight; 1% of its blocks lie on an even grid: its w",
+        ),
+        (["BF16"] * 3 + ["F32"], "x", 0.0, "holds BF16 and F32, 32 bits per weight"),
     ],
 )
 def test_the_reference_is_named_for_what_it_is(kinds, name, grid, expected):
     tensors = pd.DataFrame({"type": kinds, "shape": [(2, 2)] * len(kinds)})
     file = SimpleNamespace(tensors=tensors, path=Path("f.gguf"), name=name, bits_per_weight=32.0)
     assert expected in say.reference(file, grid).replace("\n", " ")
-    assert contents.reference_name(file) == ("f, a stand-in" if "noise" in name else "f")
+    what = {
+        "is itself": "itself Q4_1 and F32",
+        "no ladder": "expanded from a quantized file",
+        "is a stan": "a stand-in: a quantized file with noise",
+        "holds F32": "F32",
+        "holds BF1": "BF16 and F32",
+    }
+    assert contents.reference_name(file, grid) == f"f ({what[expected[:9]]})"
+
+
+def with_caches():
+    """Two files with a full and a small cache, at 1,000 tokens."""
+    table = quality(Q8=0.01, small=0.02, Q4=0.05, tiny=0.06)
+    table.index = ["Q8", "Q8, q8_0/q8_0 cache", "Q4", "Q4, q8_0/q8_0 cache"]
+    table["weights"] = ["Q8", "Q8", "Q4", "Q4"]
+    table["cache_k"] = table["cache_v"] = ["f16", "q8_0"] * 2
+    table["size_bytes"], table["token_bytes"] = [100e6, 100e6, 60e6, 60e6], [40e3, 20e3] * 2
+    return table.assign(memory_bytes=table["size_bytes"] + 3000 * table["token_bytes"])
+
+
+def test_the_cache_is_drawn_against_all_memory_and_said():
+    table = with_caches()
+    figure = quality_figures.cache(table, 3000, floor=1e-3, title="m")
+    lines = {trace.name: trace for trace in figure.data}
+    assert list(lines["Q8"].x) == [160, 220] and list(lines["Q8"].y) == pytest.approx([0.02, 0.01])
+    assert list(lines["Q4"].x) == [120, 180] and lines["Q4"].marker.symbol == ("square", "circle")
+    assert lines["noise floor"].y == (1e-3, 1e-3) and lines["q8_0/q8_0 cache"].x == (None,)
+    said = say.cache(cache.crossover(table), cache.turning(table), 3000).replace("\n", " ")
+    assert (
+        "At 3,000 tokens a smaller cache beats smaller weights at 1 of 2 budgets where both" in said
+    )
+    assert "most at 180.0 MB: Q8, q8_0/q8_0 cache (0.02 nats) instead of Q4 (0.05)" in said
+    assert (
+        "From 2,000 tokens on Q8, q8_0/q8_0 cache takes less memory than Q4 and is 0.03 nats"
+        in said
+    )
+    full = table.iloc[::2]
+    assert "no two ways" in say.cache(cache.crossover(full), cache.turning(full), 3000)
+
+
+def test_noise_is_drawn_and_said():
+    table, noise = quality(a=0.04, b=0.002), quality(**{"not fused": 0.001, "batches": 0.003})
+    figure = quality_figures.ladder(table, floor=0.003, title="m")
+    assert figure.data[-1].name == "noise floor" and figure.data[-1].y == (0.003, 0.003)
+    said = say.noise(noise, table, 0.003).replace("\n", " ")
+    assert "up to 0.003 nats from itself (batches)" in said and said.endswith("from it: b.")
+    assert "20 times as far: more than noise" in say.noise(noise, table[:1], 0.002).replace(
+        "\n", " "
+    )
+    pairs = pd.DataFrame({"better": ["no"]}, pd.MultiIndex.from_tuples([("a", "b")]))
+    said = say.better(pairs, table).replace("\n", " ")
+    assert said.startswith("Of 1 pair of neighbours, 1 are told apart") and "told: none" in said
+    pairs["better"] = "equal"
+    assert "noise floor: b and a." in say.better(pairs, table).replace("\n", " ")
+    fronts = {"size_bytes": pd.Series([True, False], table.index)}
+    drawn = figures.pareto(table.assign(size_bytes=[1e6, 2e6]), fronts, floor=0.003, title="m")
+    assert {trace.name for trace in drawn.data} >= {"noise floor", "a", "b"}
 
 
 def test_what_is_made_is_said_beforehand():

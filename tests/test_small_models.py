@@ -24,8 +24,8 @@ from llamatelemetry.heads import say as heads_say
 from llamatelemetry.layers import compare, say, states
 from llamatelemetry.layers import figures as layer_figures
 from llamatelemetry.maths import rank_correlation, ratio
+from llamatelemetry.quantization import cache, inside, quality_figures, tracing
 from llamatelemetry.quantization import figures as quantization_figures
-from llamatelemetry.quantization import inside, tracing
 from llamatelemetry.quantization import say as quantization_words
 from llamatelemetry.tools.notebooks import run_notebook
 from llamatelemetry.views import theme
@@ -375,6 +375,7 @@ def nothing_of_heads():
 def nothing_of_files():
     """Where no file could be measured, and nothing in it moved."""
     file = pd.DataFrame(columns="kld_mean bits_per_weight size_bytes".split(), dtype=float)
+    file = file.assign(memory_bytes=0.0, token_bytes=0.0, weights="", cache_k="", cache_v="")
     costs = pd.DataFrame(columns="part layer cost fall share".split(), dtype=float)
     costs.attrs["kld"] = 0.0
     matrix = pd.DataFrame({"layer": [np.nan], "group": "token_embd", "error": [np.nan]})
@@ -383,9 +384,10 @@ def nothing_of_files():
     layer = pd.DataFrame(columns=columns, dtype=float)
     kinds = pd.DataFrame()
     figures_of = [
-        quantization_figures.ladder(file, title="t"),
-        quantization_figures.percentiles(file, title="t"),
-        quantization_figures.token_kinds(kinds, "piece", title="t"),
+        quality_figures.ladder(file, title="t"),
+        quality_figures.percentiles(file, title="t"),
+        quality_figures.token_kinds(kinds, "piece", title="t"),
+        quality_figures.cache(file, 512, title="t"),
         quantization_figures.weight_errors({"a": matrix}, "a", title="t"),
         quantization_figures.attention({"a": moved}, "a", title="t"),
         quantization_figures.drift({}, title="t"),
@@ -398,6 +400,9 @@ def nothing_of_files():
     said = [
         quantization_words.ladder(file, "r"),
         quantization_words.percentiles(file),
+        quantization_words.noise(file, file, 1e-5),
+        quantization_words.better(pd.DataFrame(), file),
+        quantization_words.cache(cache.crossover(file), cache.turning(file), 512),
         quantization_words.token_kinds(kinds, "piece"),
         quantization_words.weight_errors({"a": matrix}),
         quantization_words.attention({"a": moved.assign_coords(layer=[0], head=[0, 1])}),

@@ -10,6 +10,7 @@ import pandas as pd
 from ..convert.expand import quantized_types
 from ..files.gguf import GGUFFile
 from ..gpus.fit import as_type
+from ..views.sentences import listed
 
 
 def is_stand_in(file: GGUFFile) -> bool:
@@ -17,9 +18,21 @@ def is_stand_in(file: GGUFFile) -> bool:
     return "uniform noise" in str(file.name)
 
 
-def reference_name(file: GGUFFile) -> str:
-    """What figures and sentences call the reference: its file's name, and that it is a stand-in."""
-    return f"{file.path.stem}{', a stand-in' if is_stand_in(file) else ''}"
+def reference_name(file: GGUFFile, grid: float) -> str:
+    """What figures and sentences call the reference: its file's name, and what it is, by the types
+    of its matrices: trained weights, or others in their place. grid: its grid_share."""
+    what = {
+        "quantized": f"itself {listed(matrix_types(file), most=2)}",
+        "expanded": "expanded from a quantized file",
+        "stand-in": "a stand-in: a quantized file with noise",
+        "precise": listed(matrix_types(file), most=2),
+    }
+    return f"{file.path.stem} ({what[reference_kind(file, grid)]})"
+
+
+def matrix_types(file: GGUFFile) -> list[str]:
+    """Types of a file's matrices, most frequent first."""
+    return list(file.tensors[file.tensors["shape"].map(len) > 1]["type"].value_counts().index)
 
 
 def reference_kind(file: GGUFFile, grid: float) -> str:

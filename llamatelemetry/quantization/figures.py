@@ -15,6 +15,7 @@ from ..views.text import plotly
 
 Tables = Mapping[str, pd.DataFrame]
 KLD = "mean KL divergence (nats, log scale)"
+FLOOR = "noise floor"
 PARTS = {
     "attn_out": ("attention", theme.COLOR["attention"]),
     "ffn_out": ("FFN", theme.COLOR["ffn"]),
@@ -38,92 +39,22 @@ def decades(figure: go.Figure, **where) -> go.Figure:
     return theme.decades(figure, **where).update_yaxes(minor=minor, **where)
 
 
-def _figure(title, x, y, **layout):
+def axes(title, x, y, **layout) -> go.Figure:
+    """An empty figure with its titles."""
     return go.Figure(layout=dict(**theme.titled(title), xaxis_title=x, yaxis_title=y, **layout))
 
 
-def ladder(table: pd.DataFrame, *, title: str) -> go.Figure:
-    """Mean KL divergence against real bits per weight, with the 95% interval by window where there
-    is one.
-
-    table: a Comparison or DataFrame with bits_per_weight, kld_mean, kld_mean_low, kld_mean_high,
-    indexed by file."""
-    figure = _figure(title, "bits per weight", KLD)
-    color, drawn = colors(table.index), table.dropna(subset="kld_mean")
-    if drawn.empty:
-        return theme.nothing(title, "no file was measured")
-    for name, row in drawn.iterrows():
-        kld, ends = row["kld_mean"], (row["kld_mean_low"], row["kld_mean_high"])
-        low, high = (kld if np.isnan(end) else end for end in ends)
-        figure.add_scatter(
-            x=[row["bits_per_weight"]],
-            y=[max(kld, 1e-9)],
-            name=plotly(name),
-            mode="markers+text",
-            text=[f"  {plotly(name)}"],
-            textposition="middle right",  # beside the interval, not on it
-            marker=dict(size=11, color=color[name]),
-            showlegend=False,
-            error_y=dict(array=[high - kld], arrayminus=[kld - low], type="data"),
-            hovertemplate=f"{plotly(name)}<br>%{{x:.3f}} bits per weight<br>KLD %{{y:.5g}} nats"
-            f"<br>95% by window: {low:.5g} to {high:.5g}<extra></extra>",
-        )
-    low, high = drawn["bits_per_weight"].min(), drawn["bits_per_weight"].max()
-    step = (high - low or 1) / 20
-    figure.update_xaxes(range=[low - step, high + 3 * step])  # room for the last name
-    return decades(figure)
-
-
-def percentiles(table: pd.DataFrame, *, title: str) -> go.Figure:
-    """Percentiles of the per-token KL divergence, one line per file. table: as for ladder."""
-    steps = dict(
-        min="min",
-        p05="5",
-        p10="10",
-        median="50",
-        p90="90",
-        p95="95",
-        p99="99",
-        p999="99.9",
-        max="max",
+def draw_floor(figure: go.Figure, floor: float | None, ends, **where) -> go.Figure:
+    """The noise floor as a dotted line between two places of the x axis; None draws nothing."""
+    if floor is None:
+        return figure
+    line = dict(color=theme.COLOR["baseline"], dash="dash", width=1)
+    text = (
+        f"noise: the reference from itself, computed another way<br>{floor:.3g} nats<extra></extra>"
     )
-    axis = "percentile of the scored tokens"
-    figure = _figure(title, axis, "KL divergence (nats, log scale)")
-    color, drawn = colors(table.index), table.dropna(subset="kld_mean")
-    if drawn.empty:
-        return theme.nothing(title, "no file was measured")
-    for name, row in drawn.iterrows():
-        values = row[[f"kld_{step}" for step in steps]].to_numpy(float)
-        figure.add_scatter(
-            x=list(steps.values()),
-            y=np.maximum(values, 1e-7),
-            name=plotly(name),
-            mode="lines+markers",
-            line_color=color[name],
-            hovertemplate=f"percentile %{{x}}<br>%{{y:.4g}} nats<extra>{plotly(name)}</extra>",
-        )
-    return decades(figure).update_xaxes(type="category")
-
-
-def token_kinds(kinds: pd.DataFrame, by: str, *, title: str) -> go.Figure:
-    """Mean KLD by kind of token. kinds: vulnerable_tokens; by: "piece" or "reference's
-    probability"."""
-    if kinds.empty:
-        return theme.nothing(title, "no token was scored")
-    part = kinds.xs(by, level="by").reset_index()
-    figure = _figure(title, "kind of token" if by == "piece" else by, KLD, barmode="group")
-    color = colors(part["candidate"].unique())
-    for name, rows in part.groupby("candidate", sort=False):
-        figure.add_bar(
-            x=theme.axis_values(rows["kind"]),
-            y=rows["kld"],
-            name=plotly(name),
-            marker_color=color[name],
-            customdata=rows[["n", "share_of_kld"]],
-            hovertemplate="%{x}: %{y:.4g} nats<br>%{customdata[0]} tokens, %{customdata[1]:.0%} "
-            f"of the sum<extra>{plotly(name)}</extra>",
-        )
-    return decades(figure)
+    first = not any(trace.name == FLOOR for trace in figure.data)
+    look = dict(mode="lines", line=line, name=FLOOR, showlegend=first, legendgroup=FLOOR)
+    return figure.add_scatter(x=list(ends), y=[floor] * 2, hovertemplate=text, **look, **where)
 
 
 def weight_errors(errors: Tables, shown: str, *, title: str) -> go.Figure:
@@ -132,7 +63,7 @@ def weight_errors(errors: Tables, shown: str, *, title: str) -> go.Figure:
     if all(table.dropna(subset=["layer", "error"]).empty for table in errors.values()):
         return theme.nothing(title, "no matrix of a layer was compared")
     scale = _Decades([table["error"] for table in errors.values()], "||W' - W|| / ||W||")
-    figure = _figure(title, "layer", "matrix")
+    figure = axes(title, "layer", "matrix")
     for table in errors.values():
         inside = table.dropna(subset="layer")
         place = dict(index="group", columns="layer", sort=False)
@@ -149,7 +80,7 @@ def attention(maps: Mapping[str, xr.DataArray], shown: str, *, title: str) -> go
     if not any(bits.notnull().any() for bits in maps.values()):
         return theme.nothing(title, "no head was compared")
     scale = _Decades([bits.values for bits in maps.values()], "Jensen-Shannon divergence (bits)")
-    figure = _figure(title, "head", "layer", height=640)
+    figure = axes(title, "head", "layer", height=640)
     for bits in maps.values():
         text = "layer %{y}, head %{x}: %{customdata:.5f} bits<extra></extra>"
         scale.draw(figure, bits.to_pandas(), hovertemplate=text)
@@ -260,7 +191,7 @@ def falls(table: pd.DataFrame, *, title: str) -> go.Figure:
 def _parts(table, column, title, axis):
     if table.empty:
         return theme.nothing(title, "no part was measured")
-    figure = _figure(title, "layer", axis, barmode="group")
+    figure = axes(title, "layer", axis, barmode="group")
     for part, (name, color) in PARTS.items():
         rows = table[table["part"] == part]
         text = f"layer %{{x}}: %{{y:.5f}} nats<extra>{name}</extra>"
@@ -277,7 +208,7 @@ def together(table: pd.DataFrame, *, title: str) -> go.Figure:
     x, y = "relative weight error of the layer", "drift added by the layer (relative error)"
     if table.empty:
         return theme.nothing(title, "no layer was measured")
-    figure = _figure(title, x, y)
+    figure = axes(title, x, y)
     cost = table["cost"].to_numpy(float)
     top = float(cost.max()) or 1.0
     bar = dict(title=dict(text="cost when quantized alone (nats)", side="right"))
@@ -303,11 +234,17 @@ def together(table: pd.DataFrame, *, title: str) -> go.Figure:
     return figure
 
 
-def pareto(table: pd.DataFrame, fronts: Mapping[str, pd.Series], *, title: str) -> go.Figure:
+def pareto(
+    table: pd.DataFrame,
+    fronts: Mapping[str, pd.Series],
+    *,
+    floor: float | None = None,
+    title: str,
+) -> go.Figure:
     """Divergence against size, speed and memory, the Pareto front drawn through the files that no
     other beats.
 
-    table: with_costs; fronts: {column of COSTS: boolean Series}.
+    table: with_costs; fronts: {column of COSTS: boolean Series}; floor: Comparison.floor.
     """
     if table["kld_mean"].isna().all() or not fronts:
         return theme.nothing(title, "no file was measured")
@@ -340,6 +277,7 @@ def pareto(table: pd.DataFrame, fronts: Mapping[str, pd.Series], *, title: str) 
                 marker=dict(size=12, color=color[name], symbol=symbol),
                 hovertemplate=f"%{{x:.4g}} {axis}<br>%{{y:.4g}} nats<extra>{plotly(name)}</extra>",
             )
-        figure.update_xaxes(title=axis, row=1, col=col)
+        ends = table[column].min() * factor, table[column].max() * factor
+        draw_floor(figure, floor, ends, row=1, col=col).update_xaxes(title=axis, row=1, col=col)
     figure.update_layout(**theme.titled(title), legend=dict(orientation="h", y=-0.25))
     return decades(figure).update_yaxes(title=KLD, col=1)

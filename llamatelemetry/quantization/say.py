@@ -51,7 +51,8 @@ def reference(file: GGUFFile, grid: float) -> str:
         "quantized": f"is itself quantized: {luck}",
         "expanded": f"was expanded from a quantized file ({lying}): {luck}",
         "stand-in": f"is a stand-in, {file.name}: steps between its quantizations are measured, the original is not.",
-        "precise": f"has {file.bits_per_weight:.3g} bits per weight; {lying}, so no such file was expanded to it.",
+        "precise": f"holds {listed(contents.matrix_types(file))}, {file.bits_per_weight:.3g} bits per weight; {lying}: "
+        "its weights are those that were trained, as far as a file can show it.",
     }
     return f"The reference {file.path.name} {meaning[contents.reference_kind(file, grid)]}"
 
@@ -74,6 +75,62 @@ def ladder(table: pd.DataFrame, reference: str) -> str:
     odd = listed(f"{more} than {less}" for more, less in decision.ladder(rows))
     ends = f"{said[0]} is closest to {reference}, {said[-1]} farthest"
     return f"Mean KLD: {ends}. More divergence in spite of more bits: {odd}."
+
+
+@sentence
+def noise(table: pd.DataFrame, quality: pd.DataFrame, floor: float) -> str:
+    """table: a Comparison's noise; floor: its floor."""
+    rows = table.dropna(subset="kld_mean")
+    if rows.empty:
+        return "The reference could not be computed another way: its own noise is not known."
+    way, most = rows["kld_mean"].idxmax(), rows["kld_mean"].max()
+    said = f"Computed another way, the reference is up to {most:.2g} nats from itself ({way})"
+    below = quality.index[quality["kld_mean"] <= floor]
+    if len(below):
+        return f"{said}. No more than that from it, so not to be told from it: {listed(below)}."
+    times = float(ratio(quality["kld_mean"].min(), floor))
+    return f"{said}. The closest file is {some(times, '{:,.0f}')} times as far: more than noise."
+
+
+@sentence
+def better(pairs: pd.DataFrame, quality: pd.DataFrame) -> str:
+    """Of neighbours on the ladder. pairs: of paired.better."""
+    order = list(quality["kld_mean"].dropna().sort_values().index)
+    verdicts: dict[str, list] = {"yes": [], "equal": [], "cannot be told": []}
+    for near, far in zip(order, order[1:]):
+        found = pairs.loc[(near, far) if (near, far) in pairs.index else (far, near), "better"]
+        verdicts["yes" if found == "no" else found].append(f"{near} and {far}")
+    if len(order) < 2:
+        return "There are no two files to compare."
+    apart = (
+        f"Of {counted(len(order) - 1, 'pair')} of neighbours, {len(verdicts['yes'])} are told apart"
+    )
+    equal, open_ = listed(verdicts["equal"]), listed(verdicts["cannot be told"])
+    return f"{apart} by this text. Closer than the noise floor: {equal}. Cannot be told: {open_}."
+
+
+@sentence
+def cache(steps: pd.DataFrame, turns: pd.DataFrame, n_tokens: int) -> str:
+    """steps, turns: of cache.crossover and cache.turning."""
+    if not (steps["smaller_weights"].notna() & steps["smaller_cache"].notna()).any():
+        return "There are no two ways to save memory to compare: a full and a smaller cache are needed."
+    asked = steps.dropna(subset=["smaller_weights", "smaller_cache"])
+    wins = asked[asked["better"] == "smaller cache"]
+    count = f"{len(wins)} of {counted(len(asked), 'budget')}"
+    said = f"At {n_tokens:,} tokens a smaller cache beats smaller weights at {count} where both fit"
+    if len(wins):
+        row = wins.loc[(wins["weights_loss"] - wins["cache_loss"]).idxmax()]
+        said += (
+            f", most at {row.name / 1e6:,.1f} MB: {row.smaller_cache} ({row.cache_loss:.3g} nats) "
+        )
+        said += f"instead of {row.smaller_weights} ({row.weights_loss:.3g})"
+    if turns.empty:
+        return (
+            f"{said}. No context makes a smaller cache with larger weights the better of two files."
+        )
+    first = turns.iloc[0]
+    gain = f"from {first.tokens:,} tokens on {first.keep} takes less memory than {first.instead_of}"
+    return f"{said}. {gain[0].upper() + gain[1:]} and is {first.gain:.3g} nats closer."
 
 
 @sentence

@@ -8,23 +8,44 @@ import pandas as pd
 from ..views.text import piece_kind, text_of, token_text
 
 BEFORE = 8  # tokens shown before one that moved
+CONFIDENCE = [0.0, 0.25, 0.5, 0.75, 0.95, 1.01]
 
 
 def vulnerable_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
-    """Mean KLD by kind of token, per candidate: DataFrame indexed by (candidate, by, kind): kld,
-    share_of_kld, n.
+    """Where it hurts: DataFrame indexed by (candidate, by, kind): kld (mean, nats), median (the
+    lower one of two), share_of_kld, n, and same_top, top10, mean_dp, rms_dp there.
 
-    tokens: Comparison.tokens. Kinds of the token that came next: number, punctuation, whitespace,
-    word (begins one), part (continues one), other; and by how sure the reference was of it: "p >=
-    0.5", "0.05 to 0.5", "p < 0.05"."""
+    tokens: Comparison.tokens. by and its kinds: "piece", of the token that came next: number,
+    punctuation, whitespace, word (begins one), part (continues one), other; "reference's
+    probability" of that token; "reference's confidence", its probability of what it holds for
+    likeliest, in the buckets of exllamav3's qbench (eval/qbench/measure.py); "position" in the
+    window, four parts of what is scored."""
     p, labels = np.exp(tokens["logprob_base"]), ["p < 0.05", "0.05 to 0.5", "p >= 0.5"]
     kinds = {
         "piece": tokens["piece"].map(piece_kind),
         "reference's probability": pd.cut(p, [-1, 0.05, 0.5, 2], right=False, labels=labels),
+        "reference's confidence": _between(
+            tokens["confidence_base"], CONFIDENCE, "{:.2f} to {:.2f}"
+        ),
+        "position": _quarters(tokens["position"]),
     }
-    found = {by: _by_kind(tokens, kind.astype(str)) for by, kind in kinds.items()}
+    found = {by: _by_kind(tokens, kind) for by, kind in kinds.items()}
     table = pd.concat(found, names=["by"]).reset_index("by")
     return table.set_index(["candidate", "by", "kind"])
+
+
+def _between(values, ends, form):
+    """Which bucket each value is in, [low, high): a categorical of their names."""
+    labels = [form.format(low, min(high, 1.0)) for low, high in zip(ends, ends[1:])]
+    return pd.cut(values, ends, right=False, labels=labels)
+
+
+def _quarters(positions):
+    """Positions as four stretches of the same length: "257 to 320"."""
+    first, last = int(positions.min()), int(positions.max())
+    ends = np.unique(np.linspace(first, last + 1, 5).astype(int))
+    labels = [f"{low} to {high - 1}" for low, high in zip(ends, ends[1:])]
+    return pd.cut(positions, ends, right=False, labels=labels)
 
 
 def kind_means(kinds: pd.DataFrame, by: str) -> pd.Series:
@@ -38,10 +59,25 @@ def kind_means(kinds: pd.DataFrame, by: str) -> pd.Series:
 
 
 def _by_kind(tokens, kind):
-    groups = tokens.groupby([tokens["candidate"], kind.rename("kind")], sort=False)["kld"]
-    table = groups.agg(kld="mean", share_of_kld="sum", n="size").reset_index()
+    # In the order in which kinds come, and buckets in their own.
+    kind = kind.astype("category") if kind.dtype != "category" else kind
+    own = tokens[["candidate", "kld", "dp", "same_top", "top10"]].assign(
+        kind=kind, square=tokens["dp"] ** 2
+    )
+    groups = own.groupby(["candidate", "kind"], sort=True, observed=True)
+    table = groups["kld"].agg(
+        kld="mean",
+        median=lambda values: values.quantile(0.5, interpolation="lower"),
+        share_of_kld="sum",
+        n="size",
+    )
+    names = dict(same_top="same_top", top10="top10", mean_dp="dp", rms_dp="square")
+    means = groups[list(names.values())].mean().set_axis(list(names), axis=1)
+    table = table.join(means.assign(rms_dp=np.sqrt(means["rms_dp"]))).reset_index()
     table["share_of_kld"] /= table.groupby("candidate")["share_of_kld"].transform("sum")
-    return table
+    order = {name: place for place, name in enumerate(tokens["candidate"].unique())}
+    table = table.sort_values("candidate", key=lambda names: names.map(order), kind="stable")
+    return table.astype({"kind": str})
 
 
 def worst_tokens(
