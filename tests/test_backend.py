@@ -600,3 +600,27 @@ def test_betweenness_of_a_star_and_of_a_path(backend):
     np.testing.assert_allclose(backend.betweenness(star, 5), [1, 0, 0, 0, 0])
     path = np.array([(0, 1), (1, 2), (2, 3)])
     np.testing.assert_allclose(backend.betweenness(path, 4), [0, 2 / 3, 2 / 3, 0], rtol=1e-6)
+
+
+def test_a_matrix_goes_to_the_gpu_by_blocks(monkeypatch):
+    """cupy.asarray copies the whole of it into page-locked memory first, and keeps that: 2.1 GB
+    beside a matrix of 128,256 x 4,096."""
+    sizes = []
+
+    class There:
+        def __init__(self, shape, dtype):
+            self.values = np.empty(shape, dtype)
+
+        def __getitem__(self, rows):
+            def put(block):
+                sizes.append(len(block))
+                self.values[rows] = block
+
+            return types.SimpleNamespace(set=put)
+
+    backend = GpuBackend.__new__(GpuBackend)
+    backend.__dict__["xp"] = types.SimpleNamespace(empty=There, float32=np.float32)
+    monkeypatch.setattr(maths, "BLOCK", 100)
+    x = np.random.default_rng(0).normal(size=(250, 3)).astype(np.float32)
+    np.testing.assert_array_equal(backend.to_device(x).values, x)
+    assert sizes == [100, 100, 50]

@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 from notebook_checks import figures_with_sentences
 
-from llamatelemetry import Capture
+from llamatelemetry import Capture, load_text
 from llamatelemetry.layers import page as layers_page
 from llamatelemetry.tools.notebooks import NotebookError, run_notebook
 
@@ -173,3 +173,23 @@ def test_page_says_how_precise_it_is(tokens, words):
     hidden, pieces = np.ones((4, tokens, 500)), ["a"] * tokens
     shown = layers_page.states(hidden, lens_of(hidden), pieces, pieces, model="m")
     assert words in shown.html and len(shown.html) < 5.2e6
+
+
+@pytest.mark.slow
+def test_a_long_prompt_ends_in_bounded_pages(tmp_path, smollm2):
+    prompt = load_text(None)[:2000]
+    parameters = {"MODEL": str(smollm2), "PROMPT": prompt, "OUTPUT_DIR": str(tmp_path / "out")}
+    parameters["SECOND_PROMPT"] = prompt.replace("almost all men", "almost all cats")
+    parameters |= {"TEXT_TOKENS": 8, "PATCH_POSITIONS": 2, "PATCH_EVERY": 15}
+    run_notebook(NOTEBOOK, tmp_path, parameters, progress=False)
+    out = tmp_path / "out"
+    saved = Capture.load(out / "prompt.safetensors")
+    n_token = len(saved.tokens)
+    assert n_token > 400 and saved.hidden.shape == (31, n_token, 576)
+    read = pd.read_parquet(out / "lens.parquet")
+    at = read["position"].unique()
+    assert at[0] == 0 and at[-1] == n_token - 1 and len(read) == 31 * len(at)
+    nodes = pd.read_parquet(out / "graph.nodes.parquet")
+    assert len(nodes) <= 4000 and nodes["position"].max() == n_token + 23
+    for page in out.glob("*.html"):
+        assert page.stat().st_size < 5_000_000, page.name
