@@ -106,3 +106,13 @@ def test_what_is_wrong_is_found(tmp_path, change, message):
     change(cells)
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     assert any(message in problem for problem in notebook_problems(path))
+
+
+def test_a_late_output_does_not_end_a_run(tmp_path, monkeypatch):
+    """The client waits 4 s for what a cell has printed: on a busy machine long prompts ended so."""
+    from llamatelemetry.tools import notebooks
+
+    given = {}
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **options: given.update(options))
+    notebooks._execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {}, tmp_path, False)
+    assert given["iopub_timeout"] >= 60

@@ -19,6 +19,7 @@ from ..views import text
 from .export import export_html, keep
 from .parameter_types import fit
 
+IOPUB_SECONDS = 300  # for the last output of a cell that has ended
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -86,6 +87,8 @@ def _execute(path, growing, parameters, out, progress):
             progress_bar=progress,
             config=Config({"KernelManager": {"transport": "ipc"}}),
             kernel_manager_class=_watched_kernel(stalled),
+            # Late on a busy machine, where the client's own 4 s end the run.
+            iopub_timeout=IOPUB_SECONDS,
         )
     except papermill.exceptions.PapermillExecutionError as error:
         trace = redact(_COLOUR.sub("", "\n".join(error.traceback))).strip().splitlines()
