@@ -161,8 +161,10 @@ def serve(make):
             out.flush()
 
     threading.Thread(target=_beat, args=(answer, working), daemon=True).start()
+    lines = _listen(sys.stdin, *sys.argv[1:4])  # before what takes a while to be imported
     worker = make(lambda **said: answer(said=said))
-    for command in _commands(sys.stdin, *sys.argv[1:4]):
+    while True:
+        command = json.loads(lines.get())
         working.set()
         try:
             answer(ok=getattr(worker, command.pop("command"))(**command))
@@ -188,9 +190,9 @@ def _beat(answer, working):
         time.sleep(1)
 
 
-def _commands(pipe, folder, parent, scratch_folder):
-    """Lines of stdin through a thread, so that the parent's end is noticed during a long
-    computation too; then the folder goes as well: it may lie in memory."""
+def _listen(pipe, folder, parent, scratch_folder):
+    """A queue of the lines of stdin, through a thread, so that the parent's end is noticed during a
+    long computation too; then the folder goes as well: it may lie in memory."""
     lines = queue.Queue()
 
     def leave():
@@ -212,5 +214,4 @@ def _commands(pipe, folder, parent, scratch_folder):
 
     threading.Thread(target=read, daemon=True).start()
     threading.Thread(target=look, daemon=True).start()
-    while True:
-        yield json.loads(lines.get())
+    return lines

@@ -35,8 +35,6 @@ def run_tool(
     `total` finds it. limit: seconds that the tool may compute without a word (liveness.Watch ends
     one that stalls). env: its environment, where it is another than a tool's usual one. seen: told
     its process id. Raises QuantizeError, or ModelLoadError where it could not read the model."""
-    from tqdm.auto import tqdm
-
     tail: deque[str] = deque(maxlen=4000)
     read, write = os.pipe()
     left = "\n".join(map(str, [*leaves, scratch()]))
@@ -50,6 +48,8 @@ def run_tool(
         raise QuantizeError(
             f"Could not {what}: {command[0]} cannot be executed: {error}."
         ) from error
+
+    from tqdm.auto import tqdm  # takes longer than all else: the tool is on its way by now
 
     def end(why):
         stalled.append(why)

@@ -50,3 +50,12 @@ PIECES = [
     "سلام" * 20,
 ]
 NAME = "<b>m</b> \"q\" 'a' & $x$ %{y} <script>window.bad=1</script> שלום 4"  # a model's or a file's
+FILE = "<i>f<b> 'a' & $y$ %{x} |`_ <img src=x onerror=window.bad=1>"  # what a file may be called
+
+# Parts of these names as they must never come in an output of each kind.
+_TAGS = ("<b>m", "<b> 'a'", "<script>window.bad", "<i>f", "<img src=x on")
+MARKUP = {
+    "application/vnd.plotly.v1+json": (*_TAGS, "& $", "%{y} ", "%{x} |"),
+    "text/html": _TAGS,
+    "text/markdown": (*_TAGS, " |`_ "),
+}

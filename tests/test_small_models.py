@@ -4,6 +4,8 @@ column. "None" is a finding, a quotient over nothing is not."""
 import re
 from pathlib import Path
 
+import hostile
+import models
 import nbformat
 import numpy as np
 import pandas as pd
@@ -461,18 +463,47 @@ PARAMETERS = {
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 x 1", "2 x 2"])
 def small(request, tmp_path_factory, smollm2, llama_server):
-    """A random model of as many layers and heads, with a vocabulary of whole words."""
-    n = request.param
-    return tiny_model(
-        "llama",
-        tmp_path_factory.mktemp(f"small{n}"),
-        vocabulary=GGUFFile(smollm2),
-        n_layer=n,
-        n_head=n,
-        n_kv_head=n,
-        head_dim=64 // n,
-        n_ctx=2048,
-    )
+    """A random model of as many layers and heads, with a vocabulary of whole words. The second has
+    markup for a name, the file's and the model's."""
+    n, plain = request.param, models.metadata
+    with pytest.MonkeyPatch.context() as patch:
+        if n == 2:
+            named = {"general.name": hostile.NAME}
+            patch.setattr(models, "metadata", lambda *args: plain(*args) | named)
+        path = tiny_model(
+            "llama",
+            tmp_path_factory.mktemp(f"small{n}"),
+            vocabulary=GGUFFile(smollm2),
+            n_layer=n,
+            n_head=n,
+            n_kv_head=n,
+            head_dim=64 // n,
+            n_ctx=2048,
+        )
+    return path if n == 1 else path.rename(path.with_name(f"{hostile.FILE}.gguf"))
+
+
+def marked_up(output):
+    """Texts of an output in which a part of the hostile names is markup."""
+    if output.output_type == "stream" or "data" not in output:
+        return []
+
+    def texts(part):
+        if isinstance(part, (dict, list)):
+            for each in part.values() if isinstance(part, dict) else part:
+                yield from texts(each)
+        elif isinstance(part, str):
+            yield part
+
+    found = []
+    for kind, data in output.data.items():
+        if kind in hostile.MARKUP:
+            drawn = [data["data"], data["layout"]] if "plotly" in kind else data
+            # Plotly's own HTML has its figure in a script, as JSON
+            shown = [text for text in texts(drawn) if "Plotly.newPlot" not in text]
+            marks = hostile.MARKUP[kind]
+            found += [(mark, text[:300]) for text in shown for mark in marks if mark in text]
+    return found
 
 
 @pytest.mark.slow
@@ -484,6 +515,7 @@ def test_a_notebook_passes_on_a_small_model_and_says_only_what_is_so(small, numb
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     said = "\n".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
     assert len(said) > 1000 and not NO_NUMBER.search(said), NO_NUMBER.findall(said)
+    assert [found for output in outputs for found in marked_up(output)] == []
     tables = [
         output.data.get("text/html", "") for output in outputs if output.output_type != "stream"
     ]

@@ -46,6 +46,7 @@ def imatrix(
     CompareError for a text that is not there."""
     model, dst = path_of(model, ModelNotFoundError), path_of(dst, QuantizeError)
     source, file = open_model(model), place(text)
+    limit = patience(split_parts(model), n_ctx, n_ctx, bool(list_gpus()))
     output = dict(inputs=[model, file], need=SLACK, model=is_one(dst), error=QuantizeError)
     with tempfile.TemporaryDirectory(dir=scratch()) as folder, written(dst, **output) as temporary:
         path = Path(folder) / "text.txt"
@@ -63,7 +64,7 @@ def imatrix(
             bar=shown(dst.name),
             progress=progress,
             leaves=[temporary],
-            limit=patience(split_parts(model), n_ctx, n_ctx, bool(list_gpus())),
+            limit=limit,
         )
         if not out.is_file():
             reason = re.search(r"you need at least.*", words)
