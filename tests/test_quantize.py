@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -502,3 +503,21 @@ def test_a_stand_in_of_half_the_size_is_the_same_but_for_rounding(type, tmp_path
     np.testing.assert_allclose(rounded, whole, rtol=step, atol=1e-6)
     with pytest.raises(QuantizeError, match="make_reference"):
         make_reference(smollm2, tmp_path / "x.gguf", type="Q8_0")
+
+
+@pytest.mark.parametrize("kept", [0, 100, -40])
+def test_half_an_importance_matrix_is_none(tmp_path, monkeypatch, kept):
+    """llama-imatrix ends in order on a full disk, with an empty file or a part of one."""
+    from damage import sound
+
+    whole = sound(tmp_path)["matrix"][1].read_bytes()
+
+    def leaves_half(command, *_, **__):
+        Path(command[command.index("-o") + 1]).write_bytes(whole[:kept])
+        return ""
+
+    monkeypatch.setattr(importance, "run_tool", leaves_half)
+    monkeypatch.setattr(importance, "tool", str)
+    with pytest.raises(QuantizeError, match="no whole file"):
+        imatrix(tiny_model("llama", tmp_path), "a text", tmp_path / "made.gguf")
+    assert not (tmp_path / "made.gguf").exists()

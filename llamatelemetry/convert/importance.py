@@ -13,6 +13,7 @@ from ..errors import ModelLoadError, ModelNotFoundError, QuantizeError, shown
 from ..files.gguf import GGUFFile
 from ..files.header import Header
 from ..files.outputs import path_of, some, split_parts, written
+from ..files.places import free_bytes
 from ..files.programs import tool
 from ..files.scratch import scratch
 from ..gpus.cores import physical_cores
@@ -70,6 +71,11 @@ def imatrix(
             reason = re.search(r"you need at least.*", words)
             said = reason[0] if reason else words[-800:]
             raise QuantizeError(f"llama-imatrix wrote nothing: {said}")
+        if not is_one(out):  # it says nothing of a disk that is full
+            raise QuantizeError(
+                f"llama-imatrix wrote no whole file: {shown(out.parent)} has "
+                f"{free_bytes(out.parent) / 1e9:.2f} GB free. Make room there, or set TMPDIR."
+            )
         source.check_place(running=True)
         shutil.copy(out, temporary)
     return dst
