@@ -38,6 +38,7 @@ from .features.encoder import Features as Features
 from .files.gguf import GGUFFile as GGUFFile
 from .files.models import list_models as list_models
 from .files.models import resolve_model as resolve_model
+from .live.explorer import explore as explore
 from .server.completion import InferResult as InferResult
 from .server.manager import ServerManager as ServerManager
 from .steering.vectors import ControlVector as ControlVector
