@@ -21,7 +21,16 @@ PASSED_ON = {"load_model": "server_kwargs", "start_server": "server_kwargs"} | d
     ("infer", "infer_stream", "chat"), "options"
 )
 PACKAGE = ROOT / "llamatelemetry"
-SUBJECTS = ("attention", "embeddings", "layers", "heads", "quantization", "features", "steering", "live")
+SUBJECTS = (
+    "attention",
+    "embeddings",
+    "layers",
+    "heads",
+    "quantization",
+    "features",
+    "steering",
+    "live",
+)
 SPINE = ("capture", "server", "files", "gpus")
 # What every room stands on. The face is not among it.
 GROUND = (

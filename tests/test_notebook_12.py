@@ -83,3 +83,10 @@ def test_every_figure_has_a_sentence(run):
 def test_bad_parameters_stop_the_notebook_by_name(tmp_path, smollm2, parameters, message):
     with pytest.raises(NotebookError, match=message):
         run_notebook(NOTEBOOK, tmp_path, {"MODEL": str(smollm2), **parameters}, progress=False)
+
+
+@pytest.mark.slow
+def test_the_live_page_leaves_its_first_picture(run):
+    cell = next(cell for cell in run[0].cells if cell.source.startswith("live = explore("))
+    pages = [output.get("data", {}).get("text/html", "") for output in cell.outputs]
+    assert sum("llt-next" in page and "Layer 18, head 6" in page for page in pages) == 1

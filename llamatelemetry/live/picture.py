@@ -12,7 +12,6 @@ from .question import Answer
 
 CELLS, LABEL = (14, 28), 88  # pixels: a square of the map, least and most; room for tokens' texts
 SIDE = 320  # pixels: the map of a short prompt
-MOST = 40  # tokens of the map: of longer prompts the last ones
 _SHADES = 64
 _RAMP = sample_colorscale(theme.MAGNITUDE, np.linspace(0, 1, _SHADES))
 BEFORE, AFTER = theme.COLOR["baseline"], theme.COLOR["attention"]
@@ -47,8 +46,9 @@ def _short(prompt):
 
 def _map(answer):
     """SVG of the weights, a square a pair, its exact value on hover; cut edges are crossed."""
-    first = max(0, len(answer.pieces) - MOST)
-    weights, n = answer.weights[first:, first:], len(answer.pieces) - first
+    n = len(answer.weights)
+    first = len(answer.pieces) - n
+    weights = answer.weights[:, first:]
     top = float(np.nan_to_num(weights).max()) or 1.0
     names = [escape(shorten(token_text(piece), 10)) for piece in answer.pieces[first:]]
     cell = min(max(SIDE // n, CELLS[0]), CELLS[1])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..engine import InferenceEngine
 
 SHOWN = 10  # next tokens
+MOST = 40  # queries whose weights are captured: the last ones of longer prompts
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Question:
 @dataclass(frozen=True)
 class Answer:
     """question: what was asked. pieces: of the prompt's tokens. weights: (query, key) of the shown
-    head, edits in force. table: next tokens (id, piece, before, after: probabilities), the best
-    `SHOWN` of both runs. before_s, after_s: seconds of the run without and with edits; after_s is
-    None without any. kl: KL(before || after) of the next token, nats."""
+    head, edits in force, of the last `MOST` queries. table: next tokens (id, piece, before, after:
+    probabilities), the best `SHOWN` of both runs. before_s, after_s: seconds of the run without and
+    with edits; after_s is None without any. kl: KL(before || after) of the next token, nats."""
 
     question: Question
     pieces: list
@@ -104,6 +105,7 @@ class Asker:
         first, last = (log_softmax(run.logits.values[-1:])[0] for run in (before, after))
         best = np.union1d(np.argsort(-first)[:SHOWN], np.argsort(-last)[:SHOWN])
         best = sorted(best, key=lambda token: -max(first[token], last[token]))[:SHOWN]
+        assert self.engine.model is not None  # explore() has looked
         pieces = self.engine.model.pieces
         table = [
             {
@@ -122,5 +124,8 @@ class Asker:
     def _run(self, question, edits=()):
         started = time.perf_counter()
         stages = ("attention", "logits")
-        capture = self.engine.capture(question.prompt, stages, layers=question.layer, edits=edits)
+        tokens = self.engine.tokenize(question.prompt)
+        queries = range(max(0, len(tokens) - MOST), len(tokens))
+        where = dict(layers=question.layer, queries=queries, edits=edits)
+        capture = self.engine.capture(tokens["id"], stages, **where)
         return capture, time.perf_counter() - started
