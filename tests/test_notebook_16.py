@@ -29,6 +29,8 @@ def run(tmp_path_factory, smollm2):
         "WINDOWS": 2,
         "N_CTX": 256,
         "WORKERS": 1,
+        "N_TASKS": 12,
+        "COST_SECONDS": 100_000,
     }
     executed = run_notebook(NOTEBOOK, folder, parameters, progress=False)
     return nbformat.read(executed, 4), folder / "out"
@@ -70,16 +72,42 @@ def test_exports_are_what_was_measured(run):
     assert {"graph.html", "answers.html"} <= {path.name for path in out.iterdir()}
 
 
-@pytest.mark.slow
-def test_it_says_that_the_reference_is_a_stand_in(run):
-    notebook, _ = run
-    said = " ".join(
+def printed(notebook):
+    return " ".join(
         out.text
         for cell in notebook.cells
         if cell.cell_type == "code"
         for out in cell.outputs
         if out.output_type == "stream" and out.name == "stdout"
     )
+
+
+@pytest.mark.slow
+def test_tasks_texts_and_a_mixture_of_a_size(run):
+    notebook, out = run
+    tasks = pd.read_parquet(out / "tasks.parquet").set_index(["tasks", "name"])
+    names = ["reference", "Q8_0", "Q4_K_M"]
+    assert list(tasks.index) == [(kind, name) for kind in ("endings", "gaps") for name in names]
+    assert (tasks["n"] == 12).all() and (tasks["accuracy"] > tasks["chance"]).all()
+    kinds = [line.split("=") for line in (out / "mixture-of-size.txt").read_text().splitlines()]
+    assert len(kinds) == 211 and {kind for _, kind in kinds} <= {
+        "q8_0",
+        "q5_0",
+        "q4_0",
+        "q4_k",
+        "q3_k",
+    }
+    mixture, focus = (GGUFFile(out / f"{name}.gguf") for name in ("mixture-of-size", "Q4_K_M"))
+    assert 0.97 * focus.size_bytes < mixture.size_bytes <= focus.size_bytes
+    said = printed(notebook).replace("\n", " ")
+    assert "Kendall's tau between two texts" in said and "Expected were" in said
+    assert "cheapest" in said and "The mixture is" in said and "with the matrix is" in said
+
+
+@pytest.mark.slow
+def test_it_says_that_the_reference_is_a_stand_in(run):
+    notebook, _ = run
+    said = printed(notebook)
     assert "not the original" in said and "166 matrices meant for Q4_K became Q5_0" in said.replace(
         "\n", " "
     )

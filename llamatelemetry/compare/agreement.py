@@ -13,13 +13,24 @@ from .paired import paired
 
 def by_text(found: Mapping[str, Comparison]) -> pd.DataFrame:
     """{text: Comparison} as one table, indexed by (text, name): n_tokens, ppl_base, kld_mean,
-    kld_mean_low, kld_mean_high, same_top, rank (1 diverges least; NaN without a number)."""
+    kld_mean_low, kld_mean_high, same_top, rank (1 diverges least). Only files measured on all
+    texts."""
     columns = ["n_tokens", "ppl_base", "kld_mean", "kld_mean_low", "kld_mean_high", "same_top"]
-    parts = {
-        text: pd.DataFrame(one)[columns].assign(rank=one["kld_mean"].rank(method="min"))
-        for text, one in found.items()
-    }
-    return pd.concat(parts, names=["text"])
+    names = _everywhere(found)
+    parts = {text: pd.DataFrame(one)[columns].loc[names] for text, one in found.items()}
+    ranks = {text: part["kld_mean"].rank(method="min") for text, part in parts.items()}
+    parts = {text: part.assign(rank=ranks[text]) for text, part in parts.items()}
+    return pd.concat(parts, names=["text", "name"])
+
+
+def _everywhere(found):
+    """Files with a number on every text, in the order of the first."""
+    first = next(iter(found.values()))["kld_mean"].dropna().index
+    return [
+        name
+        for name in first
+        if all(np.isfinite(one["kld_mean"].get(name, np.nan)) for one in found.values())
+    ]
 
 
 def order(found: Mapping[str, Comparison], floor: float = 0.0, seed: int = 0) -> pd.DataFrame:
@@ -30,11 +41,8 @@ def order(found: Mapping[str, Comparison], floor: float = 0.0, seed: int = 0) ->
 
     Only files measured on all texts. floor: a difference in mean KLD of at most that is noise."""
     texts = list(found)
-    names = [
-        name
-        for name in found[texts[0]]["kld_mean"].dropna().sort_values().index
-        if all(np.isfinite(one["kld_mean"].get(name, np.nan)) for one in found.values())
-    ]
+    means = found[texts[0]]["kld_mean"]
+    names = sorted(_everywhere(found), key=lambda name: means[name])
     tokens = {
         text: {name: part for name, part in one.tokens.groupby("candidate", sort=False)}
         for text, one in found.items()

@@ -81,6 +81,35 @@ def written_by(
     return Special("".join(parts))
 
 
+def talk(text: str, turns: int = 40) -> list[Conversation]:
+    """A text's paragraphs as conversations of two turns, the user's and the answer: what a chat
+    template alone changes."""
+    parts = [part.strip() for part in text.split("\n\n") if part.strip()][:turns]
+    asked = [{"role": "user", "content": part} for part in parts[::2]]
+    return [[one, _said(part)] for one, part in zip(asked, parts[1::2])]
+
+
+def texts(
+    model: str | Path, text: str, prompts: int = 4, n_tokens: int = 48, seed: int = 0
+) -> dict[str, str]:
+    """Texts of other kinds to compare on beside `text`: {"as a chat": talk of it in the model's
+    template, "written by the reference": its answers to so many of PROMPTS}. Without the first
+    where the model has no template, or the text fewer than two paragraphs."""
+    from ..files.gguf import GGUFFile
+    from ..files.models import resolve_model
+
+    model = resolve_model(model)
+    found: dict[str, str] = {}
+    asked: list = list(PROMPTS[:prompts])
+    talks = talk(text)
+    if "tokenizer.chat_template" not in GGUFFile(model).metadata:
+        asked, talks = [one[0]["content"] for one in asked], []
+    if talks:
+        found["as a chat"] = chat_text(model, talks)
+    found["written by the reference"] = written_by(model, asked, n_tokens, seed)
+    return found
+
+
 def _said(answer):
     return {"role": "assistant", "content": answer}
 

@@ -14,7 +14,7 @@ BASE = "Q8_0"  # the type that all others are measured from; it fits every row o
 # A k-quant packs 256 weights of a row. Where a row is no multiple of that, what llama-quantize
 # takes in its place.
 INSTEAD = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-TYPES = ("Q3_K", "Q4_K", "Q6_K")
+TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q3_K")  # what is left out first comes last
 OUTPUTS = ("embedding", "output")  # one group: often the same matrix
 
 

@@ -23,6 +23,7 @@ from .mixing import mix
 from .quantize import quantize
 from .reckoning import FLOW, PER_CORE, SLOWEST, speed
 
+GROUPS = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down embedding".split()
 TOGETHER = 1 << 30  # bytes of files that lie there at a time, or one file
 
 
@@ -75,6 +76,10 @@ def group_costs(
     with what it would take."""
     finite("seconds", seconds, 0, error=QuantizeError)
     source = open_model(reference)
+    types = list(dict.fromkeys(types))
+    # Before anything is made: for every group there is at least a copy of the base.
+    copies = len(GROUPS) * 2 * _size(source) / FLOW
+    _time_for(dict.fromkeys(types, copies), seconds)
     base = _base(source, folder, progress) if base is None else path_of(base, QuantizeError)
     settings: dict[str, Any] = dict(n_ctx=n_ctx, max_windows=max_windows, progress=progress)
     settings["text"] = load_text(text)
@@ -82,16 +87,8 @@ def group_costs(
     plain = compare_quantizations(source.path, {BASE: base}, **settings)
     once = time.perf_counter() - begun
     tensors = GGUFFile(base).tensors
-    types = list(dict.fromkeys(types))
     need = {kind: _seconds(options(tensors, [kind]), GGUFFile(base), once) for kind in types}
-    left: dict[str, float] = {}
-    while sum(need.values()) > seconds and need:
-        left |= dict([need.popitem()])
-    if not need:
-        raise QuantizeError(
-            f"Measuring one type takes {min(left.values()):.0f} s here, of which seconds={seconds:g} allows none: "
-            "allow more, or take a published mixture."
-        )
+    need, left = _time_for(need, seconds)
     table = options(tensors, need)
     table["kld"] = float(plain["kld_mean"].iloc[0])
     todo = table.index[table["type"] != BASE]
@@ -103,6 +100,19 @@ def group_costs(
         table.loc[some, "kld"] = found["kld_mean"].to_numpy()
     own = float(plain["kld_mean"].iloc[0])
     return Costs(table.assign(cost=table["kld"] - own), base, own, sum(need.values()), left)
+
+
+def _time_for(need, seconds):
+    """What can be had within some seconds, the last left out first, and what is left out."""
+    need, left = dict(need), {}
+    while sum(need.values()) > seconds and need:
+        left |= dict([need.popitem()])
+    if not need:
+        raise QuantizeError(
+            f"Measuring what each group of tensors costs takes {min(left.values()):.0f} s or more for one type, "
+            f"and seconds={seconds:g} allows less: allow more, or name fewer types."
+        )
+    return need, left
 
 
 def _base(source, folder, progress):
@@ -148,6 +158,18 @@ def recommend(size_bytes: float, costs: Costs) -> Recommendation:
     size, says `verify`. Raises QuantizeError for a size below the smallest mixture."""
     finite("size_bytes", size_bytes, 1, error=QuantizeError)
     return _recommendation(least(costs.table, size_bytes - _rest(costs)), costs)
+
+
+def smallest(costs: Costs) -> int:
+    """Bytes of the smallest file that can be asked for."""
+    return _rest(costs) + int(costs.table.groupby("group")["bytes"].min().sum())
+
+
+def frontier(costs: Costs, sizes: int = 24) -> dict[int, float]:
+    """{bytes: expected mean KLD} of the best mixtures from the smallest size to all Q8_0."""
+    ends = smallest(costs), costs.base.stat().st_size
+    found = [recommend(size, costs) for size in np.linspace(*ends, sizes)]
+    return {one.size_bytes: one.kld for one in found}
 
 
 def random_mixture(size_bytes: float, costs: Costs, seed: int = 0) -> Recommendation:

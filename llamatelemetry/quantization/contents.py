@@ -52,6 +52,11 @@ def looked_into(files: Mapping[str, GGUFFile], start: str) -> str:
     return min(files, key=lambda name: abs(files[name].bits_per_weight - wanted))
 
 
+def is_light(reference: GGUFFile) -> bool:
+    """Whether a reference is read in about a second on any machine: up to 2 GB."""
+    return reference.size_bytes <= 2 * 10**9
+
+
 def sizes(files: Mapping[str, GGUFFile]) -> pd.DataFrame:
     """DataFrame by file: MB, bits per weight."""
     rows = {name: (file.size_bytes / 1e6, file.bits_per_weight) for name, file in files.items()}
