@@ -23,7 +23,10 @@ def tasks(table: pd.DataFrame, *, title: str) -> go.Figure:
     drawn = table.dropna(subset="accuracy")
     if drawn.empty:
         return theme.nothing(title, "no task was done")
-    sets = list(drawn.index.unique("tasks"))
+    sets, dotted = (
+        list(drawn.index.unique("tasks")),
+        dict(dash="dot", color=theme.COLOR["baseline"]),
+    )
     figure = make_subplots(
         rows=2, cols=len(sets), shared_xaxes=True, shared_yaxes="rows", vertical_spacing=0.08
     )
@@ -34,6 +37,7 @@ def tasks(table: pd.DataFrame, *, title: str) -> go.Figure:
         ends = dict(
             array=rows["accuracy_high"] - rows["accuracy"],
             arrayminus=rows["accuracy"] - rows["accuracy_low"],
+            color=theme.COLOR["baseline"],
         )
         figure.add_scatter(
             x=files,
@@ -48,7 +52,7 @@ def tasks(table: pd.DataFrame, *, title: str) -> go.Figure:
             row=1,
             col=col,
         )
-        figure.add_hline(rows["chance"].iloc[0], line_dash="dot", row=1, col=col)
+        figure.add_hline(rows["chance"].iloc[0], line=dotted, row=1, col=col)
         for column, text, sign, color in (
             ("right_to_wrong", "right to wrong", -1, theme.CATEGORIES[5]),
             ("wrong_to_right", "wrong to right", 1, theme.CATEGORIES[0]),
@@ -66,7 +70,7 @@ def tasks(table: pd.DataFrame, *, title: str) -> go.Figure:
             )
         figure.update_xaxes(title=plotly(name), row=2, col=col)
     figure.update_layout(**theme.titled(title), barmode="relative", height=560)
-    figure.update_layout(legend=dict(orientation="h", y=-0.3))
+    figure.update_layout(legend=dict(orientation="h", y=-0.2))
     figure.update_yaxes(title="accuracy", tickformat=".0%", row=1, col=1)
     figure.update_yaxes(title="share of the tasks", tickformat=".0%", row=2, col=1)
     return figure.update_xaxes(type="category")

@@ -11,7 +11,11 @@ from ..convert.mixture import Costs
 from ..files.gguf import GGUFFile
 from ..views.sentences import counted, listed, sentence
 
-WORDS = {"less": "closer", "more": "farther", "cannot be told": "cannot be told apart"}
+WORDS = {
+    "less": "is closer than",
+    "more": "is farther than",
+    "cannot be told": "cannot be told apart from",
+}
 
 
 @sentence
@@ -99,12 +103,12 @@ def sizes(found: pd.DataFrame, expected: float, verdicts: Mapping[str, Paired]) 
     verdicts: of mixture.verdicts for it."""
     mean = found.loc["mixture", "kld_mean"]
     against = [
-        f"{WORDS[one.verdict]} {'from' if one.verdict == 'cannot be told' else 'than'} {name} "
+        f"{WORDS[one.verdict]} {name} "
         f"({one.difference:+.3g} nats, {one.low:+.3g} to {one.high:+.3g})"
         for name, one in verdicts.items()
     ]
     adds = f"Expected were {expected:.4g} nats if costs add up, measured on another text {mean:.4g}"
-    return f"{adds}. The mixture is {listed(against)}."
+    return f"{adds}. The mixture {listed(against)}."
 
 
 @sentence
@@ -115,8 +119,7 @@ def importance(table: pd.DataFrame, verdict: Paired, name: str) -> str:
     if len(kinds) > 1:
         ends = [f"{kind} ({share:.0%})" for kind, share in kinds.iloc[[0, -1]].items()]
         even = f"Activations are spread least evenly over the columns of {ends[0]} and most over those of {ends[1]}. "
-    way = WORDS[verdict.verdict]
     return (
-        f"{even}{name} with the matrix is {way} {'from' if way.startswith('cannot') else 'than'} {name} without "
+        f"{even}{name} with the matrix {WORDS[verdict.verdict]} {name} without "
         f"({verdict.difference:+.3g} nats, {verdict.low:+.3g} to {verdict.high:+.3g})."
     )
