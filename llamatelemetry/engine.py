@@ -75,8 +75,11 @@ class InferenceEngine(Serving):
         for captures too, those that captures cannot follow are refused: llamatelemetry.options.
         LLAMA_ARG_* and ~/.config/llama.cpp are not read. flash_attn="off" with swa_full=True makes
         the server sum in the order of captures: the same numbers to the last digits (of an F32 file
-        with cache_type_k="f32" and cache_type_v="f32", as captures of it have). Raises
-        ModelNotFoundError, ModelLoadError, GpuError, OptionError, ServerError."""
+        with cache_type_k="f32" and cache_type_v="f32", as captures of it have). Keys may be
+        quantized (cache_type_k="q8_0"), values not: that needs fused attention, which makes no
+        probabilities. Capture.layers then says key_type, and in key_turn how many features were
+        turned together before it; q and k are shown as they are before. Raises ModelNotFoundError,
+        ModelLoadError, GpuError, OptionError, ServerError."""
         from .capture.variants import check_controls
         from .files.gguf import GGUFFile
         from .files.models import resolve_model

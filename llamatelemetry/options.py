@@ -45,6 +45,8 @@ NUMBERS = {
 }
 SCALINGS = {"none": 0, "linear": 1, "yarn": 2}  # llama_rope_scaling_type
 CACHE_TYPES = ("f16", "f32")
+# Of keys alone: quantized values need fused attention.
+KEY_TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 SHARED = (
     *NUMBERS,
     *"rope_scale rope_scaling override_kv cache_type_k cache_type_v lora lora_scaled".split(),

@@ -44,7 +44,8 @@ DTYPES = {
     26: np.dtype("i4"),
     27: np.dtype("i8"),
 }
-TYPE_BY_NAME = {"f32": 0, "f16": 1}
+TYPE_BY_NAME = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8}
+TYPE_BY_NAME["iq4_nl"] = 20
 
 
 def _function(library, name, restype, *argtypes):

@@ -270,14 +270,16 @@ class Runs:
             if part["uneven"]:  # what a layer does not have is not a number
                 array.fill(MISSING if array.dtype.kind == "f" else -1)
             arrays[stage] = array if STAGES[stage].per_layer else array[None]
-        cache, device = DTYPES[self.runtime.cache_type], self.runtime.ggml.device
+        # Quantized keys are shown as they go into the cache.
+        cache = {stage: DTYPES.get(kind) for stage, kind in self.runtime.cache_types.items()}
+        device = self.runtime.ggml.device
         layer_facts = [dict(facts) for facts in plan.layers]
 
         def setup(recorder, plan):
             self._watch_masks(recorder, plan, layer_facts)
             self.apply(recorder, plan, edits, total, means)
             for stage, array in arrays.items():
-                rounded = cache if STAGES[stage].cached else None
+                rounded = cache[stage] if STAGES[stage].cached else None
                 chosen = None if STAGES[stage].mean else rows
                 for target, layer in zip(array, layout[stage]["layers"]):
                     if not STAGES[stage].grid and target.ndim == 3:

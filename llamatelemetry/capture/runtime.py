@@ -76,7 +76,9 @@ class Runtime:
         self.n_ctx_limit = min(longest or self.n_ctx_full, self.n_ctx_full)
         self.n_ctx_least = max(at_least, MIN_CTX)
         self.n_ubatch, self.threads = n_ubatch, threads or physical_cores()
-        self.cache_type = TYPE_BY_NAME[cache_type]
+        # Quantized values need fused attention: they stay in 16 bits.
+        kinds = {"k": cache_type, "v": cache_type if cache_type in ("f16", "f32") else "f16"}
+        self.cache_types = {stage: TYPE_BY_NAME[kind] for stage, kind in kinds.items()}
         # Of an encoder-decoder the encoder runs: its decoder would read what no encoder has
         # written.
         self.has_encoder = llama_cpp.llama_model_has_encoder(self.model)
@@ -151,8 +153,8 @@ class Runtime:
             kv_unified=True,  # sequences share the cells
             # The fused kernel never makes the probabilities that we are here for.
             flash_attn_type=0,
-            type_k=self.cache_type,
-            type_v=self.cache_type,
+            type_k=self.cache_types["k"],
+            type_v=self.cache_types["v"],
             # One cell per position, also in sliding-window layers. llama-server has a window's
             # cells there, used in turn: the same terms, but summed in another order, which rounding
             # to 8 bits then magnifies (bench_attention.py).

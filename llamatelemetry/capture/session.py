@@ -37,7 +37,7 @@ class CaptureSession:
     settings, adapters and control vectors, as llamatelemetry.options makes them of load_model's
     options. gpu_layers: layers on the GPU, -1 for all. threads: default the physical cores. env:
     environment of the worker (CUDA_VISIBLE_DEVICES). cache_type: "f16" as llama-server has it,
-    "f32", or None: f32 only for a file that is F32."""
+    "f32", or None: f32 only for a file that is F32; "q8_0", ...: keys so, values in 16 bits."""
 
     WORKER = "llamatelemetry.capture.worker"
 

@@ -5,13 +5,14 @@ the two products around it. `residual` finds the stream and the blocks. Names on
 and the stream where per-layer inputs bypass it."""
 
 from .ends import find_ends
-from .ggml import DTYPES
+from .ggml import DTYPES, TYPE_BY_NAME
 from .graph import NORMS, VIEWS, base
 from .plan import Plan, Tap, float_param, node_tap, view_tap
 from .residual import find_block, find_stream
 
 # Walking back from a query to its rotation: anything that keeps the shape.
 ELEMENTWISE = VIEWS | NORMS | {"SCALE", "MUL", "CONT", "CPY", "CLAMP"}
+NAMES = {number: name for name, number in TYPE_BY_NAME.items()}
 # What a router's values are, by the operation that makes them.
 ROUTERS = {
     "SOFT_MAX": "softmax",
@@ -81,9 +82,11 @@ def _attention(plan, graph, layer, softmax, n_tokens):
         plan.put("mask", layer, Tap.of(softmax, (), source=1, grid=1))
 
     query = scores.src[1].src[0] if scores.src[1].op == "PERMUTE" else scores.src[1]
+    query, turned = _unturned(query)
+    plan.layers[layer] |= {"key_type": NAMES.get(scores.src[0].type, "other"), "key_turn": turned}
     plan.put("q", layer, view_tap(query, 2))
     plan.put("q_pre", layer, _before_rope(query))
-    key = _stored(graph, scores.src[0]) or scores.src[0]
+    key = _unturned(_stored(graph, scores.src[0]) or scores.src[0])[0]
     plan.put("k", layer, _rows_tap(key, scores.src[0].ne[2], scores.src[0].ne[0], n_tokens))
     plan.put("k_pre", layer, _before_rope(key))
     value = _stored(graph, values.src[0]) or values.src[0]
@@ -94,6 +97,16 @@ def _attention(plan, graph, layer, softmax, n_tokens):
         result = result.users[0]
     if result.op == "CONT":
         plan.put("attn_heads", layer, Tap.of(result, (n_head, result.ne[0] // n_head)))
+
+
+def _unturned(node):
+    """What a query or key was before llama.cpp turned it for a quantized cache, and how many
+    features are turned together (0: none): a product with its Hadamard matrix, an input."""
+    product = base(node)
+    if product.op != "MUL_MAT" or not product.src[0].name.startswith("attn_inp_k_rot"):
+        return node, 0
+    plain = product.src[1]
+    return plain.src[0] if plain.op in VIEWS | {"CONT"} else plain, product.src[0].ne[0]
 
 
 def _leaf(node):

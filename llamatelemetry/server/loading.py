@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ..arguments import whole
-from ..errors import ModelLoadError
-from ..options import SCALINGS, pooling_of
+from ..errors import ModelLoadError, OptionError
+from ..options import CACHE_TYPES, KEY_TYPES, SCALINGS, pooling_of
 from .settings import both, sort_options
 
 # Tokens, where the model was trained for more: a KV cache for 128k tokens does not fit a T4.
@@ -49,6 +49,11 @@ def settle(gguf, ctx_size, options):
             says += "What comes after those, in answers and captures, it has never learned."
             variant["overrides"] = _longer(gguf, size, variant.get("overrides", []))
     session = {"longest": longest, "cache_type": variant.pop("cache_type", None)}
+    if session["cache_type"] in KEY_TYPES and gguf.head_dim % 32:
+        raise OptionError(
+            f"cache_type_k={session['cache_type']!r} holds blocks of 32 numbers, and {gguf.name} has heads "
+            f"of {gguf.head_dim}: leave it out, or use {' or '.join(CACHE_TYPES)}."
+        )
     # llama-server ends a request at what the model was trained for.
     size = min(in_steps(size), max(trained, size)) if trained else in_steps(size)
     return Setup(size, server | both(variant), session | {"variant": variant}, says)

@@ -11,6 +11,7 @@ from ..errors import ModelNotFoundError, OptionError
 from ..files.outputs import path_of
 from ..options import (
     CACHE_TYPES,
+    KEY_TYPES,
     KIND,
     NUMBERS,
     PARAMETERS,
@@ -56,10 +57,14 @@ def sort_options(options):
             server[name] = _plain(name, value, KIND[name])
         else:
             raise OptionError(refusal(given, name))
-    if server.get("cache_type_k", "f16") != server.get("cache_type_v", "f16"):
+    keys, values = (server.get(f"cache_type_{each}", "f16") for each in "kv")
+    if keys != values and (keys not in KEY_TYPES or values != "f16"):
         raise OptionError(
-            "cache_type_k and cache_type_v: captures keep keys and values in one type. Give both, alike."
+            "cache_type_k and cache_type_v: captures keep keys and values in one type, or quantized keys "
+            "beside f16 values. Give both, alike, or cache_type_k alone."
         )
+    if "cache_type_k" in server or "cache_type_v" in server:
+        variant["cache_type"] = keys
     return server, variant
 
 
@@ -111,12 +116,12 @@ def _shared(name, value, variant):
         variant["overrides"] = [_override(item) for item in _items(value)]
         return None
     elif name.startswith("cache_type_"):
-        if value not in CACHE_TYPES:
+        if value not in CACHE_TYPES + (KEY_TYPES if name.endswith("k") else ()):
             raise OptionError(
-                f"{name}={value!r}: captures keep {' or '.join(CACHE_TYPES)}. llama.cpp has quantized "
-                "values only with fused attention, which never makes what a capture shows."
+                f"{name}={value!r}: captures keep {' or '.join(CACHE_TYPES)}, keys also {', '.join(KEY_TYPES)}. "
+                "llama.cpp has quantized values only with fused attention, which never makes what a "
+                "capture shows."
             )
-        variant["cache_type"] = value
     elif name == "control_vector_layer_range":
         layers = value.split() if isinstance(value, str) else np.ravel(value).tolist()
         if len(layers) != 2:
