@@ -32,6 +32,7 @@ from .errors import NotebookError as NotebookError
 from .errors import OptionError as OptionError
 from .errors import OutputError as OutputError
 from .errors import ParameterError as ParameterError
+from .errors import ProbeError as ProbeError
 from .errors import ServerError as ServerError
 from .errors import WorkerCrashedError as WorkerCrashedError
 from .features.encoder import Features as Features

@@ -98,6 +98,10 @@ class CollectError(LlamaTelemetryError, ValueError):
     """Texts whose states cannot be collected as asked, or a store that holds something else."""
 
 
+class ProbeError(LlamaTelemetryError, ValueError):
+    """Labels, groups or states that a probe cannot use."""
+
+
 class EmbeddingError(LlamaTelemetryError, ValueError):
     """Rows, words or groups that an embedding analysis cannot use."""
 

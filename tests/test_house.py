@@ -30,6 +30,7 @@ SUBJECTS = (
     "features",
     "steering",
     "live",
+    "probing",
 )
 SPINE = ("capture", "server", "files", "gpus")
 # What every room stands on. The face is not among it.

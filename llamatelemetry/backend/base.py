@@ -268,6 +268,19 @@ class CpuBackend:
         _at_least(len(x), k, f"k-means with k={k}")
         return self._kmeans(x, k, seed).astype(np.int64)
 
+    def classify(self, x, labels, rows, strength=1.0):
+        """The labels that logistic regression (L2-regularized, C=strength) made from x gives to
+        other rows. Columns are standardized as they are in x; those that do not vary there are
+        left out.
+
+        x: (n, width); labels: (n,) whole numbers, two kinds or more; rows: a list of (m, width).
+        -> a list of (m,) int64."""
+        x = np.asarray(_matrix(x), np.float64)
+        spread = x.std(axis=0)
+        scale = np.where(spread > 0, spread, np.inf)
+        made, *others = ((part - x.mean(axis=0)) / scale for part in (x, *map(_matrix, rows)))
+        return [told.astype(np.int64) for told in self._classify(made, labels, others, strength)]
+
     def hdbscan(self, x, min_cluster_size=15, min_samples=None):
         """HDBSCAN (Campello, Moulavi and Sander 2013), euclidean. x: (n, width) -> labels (n,)
         int64, -1: noise.
@@ -342,6 +355,14 @@ class CpuBackend:
         from sklearn.cluster import KMeans
 
         return KMeans(k, n_init=4, random_state=seed).fit_predict(x)
+
+    def _classify(self, x, labels, rows, strength):
+        from sklearn.linear_model import LogisticRegression
+        from threadpoolctl import threadpool_limits  # scikit-learn's
+
+        with threadpool_limits(1, "blas"):  # products this small only wait for their threads
+            model = LogisticRegression(C=strength, max_iter=1000).fit(x, labels)
+            return [model.predict(part) for part in rows]
 
     def _hdbscan(self, x, min_cluster_size, min_samples):
         from sklearn.cluster import HDBSCAN

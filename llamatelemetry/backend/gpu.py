@@ -173,6 +173,13 @@ class GpuBackend(CpuBackend):
         )
         return model.fit_predict(x)
 
+    def _classify(self, x, labels, rows, strength):
+        LogisticRegression = _loaded("cuml.linear_model").LogisticRegression
+
+        model = LogisticRegression(C=strength, max_iter=1000, output_type="numpy")
+        model.fit(x.astype(np.float32), np.asarray(labels, np.float32))
+        return [np.asarray(model.predict(part.astype(np.float32))) for part in rows]
+
     def _hdbscan(self, x, min_cluster_size, min_samples):
         HDBSCAN = _loaded("cuml.cluster").HDBSCAN
 
