@@ -35,6 +35,7 @@ from .parameter_rules import (
     texts,
     whole,
 )
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,13 +122,21 @@ def check(values: Mapping[str, Any], **rules: Rule) -> GGUFFile:
 
 
 def check_texts(
-    values: Mapping[str, Any], engine: "InferenceEngine", room: int | None = None
+    values: Mapping[str, Any], engine: "InferenceEngine | GGUFFile", room: int | None = None
 ) -> dict[str, "pd.DataFrame"]:
     """Check what needs the model's tokenizer: the lengths of PROMPT, SECOND_PROMPT and TEXT, and
     that LAYER has attention.
 
-    room: tokens that a prompt may have; None: CONTEXT - GENERATE. Returns {name: tokens} of the
-    prompts, as engine.tokenize gives them. Raises ParameterError."""
+    engine: with the model loaded, or the GGUFFile of a notebook that has not loaded it: then only
+    its vocabulary is read. room: tokens that a prompt may have; None: CONTEXT - GENERATE. Returns
+    {name: tokens} of the prompts, as engine.tokenize gives them. Raises ParameterError."""
+    if isinstance(engine, GGUFFile):
+        with Vocabulary(engine) as vocabulary:
+            return _check_texts(values, vocabulary, room)
+    return _check_texts(values, engine, room)
+
+
+def _check_texts(values, engine, room):
     context, generate = values.get("CONTEXT", 0), values.get("GENERATE", 0)
     because = "" if room else f" (CONTEXT {context} - GENERATE {generate})"
     room = room or context - generate
