@@ -1,7 +1,10 @@
 """Published features against sae_lens' own encoders (references/features.npz), and what of them
 survives against scipy."""
 
+import http.server
 import json
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +169,64 @@ def test_without_a_network_the_hub_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FeatureError, match="HF_HUB_OFFLINE"):
         Features.load("google/gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_9")
+
+
+@pytest.fixture
+def asked_hub(monkeypatch):
+    """asked_hub(names): the hub, with a repository of these files; None: it never says which."""
+    from huggingface_hub import constants
+
+    end, servers = threading.Event(), []
+
+    def start(names):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.send_response(200)
+                self.end_headers()
+
+            def do_GET(self):
+                if names is None:
+                    end.wait(20)
+                    return
+                said = {"id": "a/b", "siblings": [{"rfilename": name} for name in names]}
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.end_headers()
+                self.wfile.write(json.dumps(said).encode())
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    yield start
+    end.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_repository_says_which_format_it_has(asked_hub, monkeypatch):
+    asked_hub(["f/cfg.json", "f/params.npz", "g/cfg.json"])
+    monkeypatch.setattr(formats.hub, "fetch", lambda repo, names, progress: [repo, *names])
+    assert formats.locate("a/b/f") == ("a/b/f", ["a/b", "f/params.npz"])
+    with pytest.raises(FeatureError, match="a/b has no features in g: there is no cfg.json with"):
+        formats.locate("a/b/g")
+
+
+def test_a_hub_that_says_nothing_is_not_waited_for(asked_hub, monkeypatch):
+    asked_hub(None)
+    monkeypatch.setattr(formats.hub, "SILENCE_S", 0.3)
+    started = time.monotonic()
+    with pytest.raises(FeatureError, match="a/b/f could not be fetched: .*imeout.* Run it again"):
+        formats.locate("a/b/f")
+    assert time.monotonic() - started < 10
 
 
 def planted(n_in=6):

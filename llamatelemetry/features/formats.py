@@ -107,7 +107,8 @@ def _first_there(repo, choices):
         if all(isinstance(try_to_load_from_cache(repo, file), str) for file in files):
             return files
     hub.reach()
-    there = set(hub.ask(lambda: HfApi().list_repo_files(repo)))
+    about = hub.ask(lambda: HfApi().model_info(repo, timeout=hub.SILENCE_S))
+    there = {file.rfilename for file in about.siblings or ()}
     return next((files for files in choices if there.issuperset(files)), None)
 
 
