@@ -250,7 +250,7 @@ def test_notebooks_run_with_parameters_and_name_the_cell_that_fails(tmp_path, ca
     assert "01-good.ipynb" in printed and "A is 7 executed" in (out / "01-good.html").read_text()
     assert "2 of 3 notebooks failed" in err
     assert "02-bad.ipynb, In [4] (raise KeyError('lost')): KeyError: 'lost'" in err
-    assert "03-dead.ipynb, In [3]: the kernel died" in err
+    assert "03-dead.ipynb, In [3] (import os, signal): the kernel died" in err
     assert (out / "02-bad.html").is_file()
     assert not (tmp_path / "01-good.ipynb").exists() and {
         path.suffix for path in out.iterdir()

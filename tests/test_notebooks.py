@@ -116,3 +116,23 @@ def test_a_late_output_does_not_end_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr("papermill.execute_notebook", lambda *_, **options: given.update(options))
     notebooks._execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {}, tmp_path, False)
     assert given["iopub_timeout"] >= 60
+
+
+@pytest.mark.slow
+def test_outputs_that_do_not_come_are_no_full_disk(tmp_path, monkeypatch):
+    """nbclient's limit is a TimeoutError, and so an OSError."""
+    from llamatelemetry import NotebookError
+    from llamatelemetry.tools import notebooks
+
+    mute = "get_ipython().kernel._publish_status = lambda *_: None  # nor says that it is through"
+    sources = ["print(1)", f"\n{mute}", "print(2)"]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "mute.ipynb")
+    monkeypatch.setattr(notebooks, "IOPUB_SECONDS", 1)
+    with pytest.raises(NotebookError) as error:
+        notebooks.run_notebook(tmp_path / "mute.ipynb", tmp_path / "out", progress=False)
+    said = str(error.value)
+    assert said.startswith(f"mute.ipynb, In [2] ({mute}): its code has ended, and its outputs did")
+    assert "within 1 s" in said and "Run it again" in said and "room" not in said
+    assert (tmp_path / "out" / "mute.html").is_file()

@@ -71,7 +71,7 @@ def run_notebook(
 
 def _execute(path, growing, parameters, out, progress):
     import papermill
-    from nbclient.exceptions import DeadKernelError
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
 
     stalled: list[str] = []
@@ -99,7 +99,13 @@ def _execute(path, growing, parameters, out, progress):
         ) from None
     except DeadKernelError:
         why = f"the kernel {stalled[0]}" if stalled else "the kernel died (out of memory?)"
-        raise NotebookError(f"{path.name}, In [{_running_cell(growing)}]: {why}") from None
+        raise NotebookError(f"{path.name}, {_cell(growing)}: {why}") from None
+    except CellTimeoutError:  # a TimeoutError, which is an OSError
+        raise NotebookError(
+            f"{path.name}, {_cell(growing, answered=True)}: its code has ended, and its outputs did not "
+            f"all come within {IOPUB_SECONDS} s. Run it again when less else runs here, or have this "
+            "cell print and draw less."
+        ) from None
     except OSError as trouble:
         raise _no_room(path, scratch(), trouble) from trouble
 
@@ -210,13 +216,16 @@ def _unless_unknown(record):
     return not record.getMessage().startswith("Passed unknown parameter")
 
 
-def _running_cell(executed: Path) -> str:
-    """Number of the first cell that the kernel never answered."""
+def _cell(executed: Path, answered: bool = False) -> str:
+    """Number and first line of the first cell that the kernel never answered; answered: of the last
+    that it did."""
     import nbformat
 
     cells = nbformat.read(executed, as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
-    for number, cell in enumerate(code, start=1):
-        if "shell.execute_reply" not in cell.metadata.get("execution", {}):
-            return str(number)
-    return "?"
+    done = [cell for cell in code if "shell.execute_reply" in cell.metadata.get("execution", {})]
+    number = len(done) - answered  # they run in order
+    if not 0 <= number < len(code):
+        return "In [?]"
+    first = next(line for line in code[number].source.splitlines() if line.strip())
+    return f"In [{number + 1}] ({first})"
