@@ -87,6 +87,11 @@ def test_what_a_model_wrote_itself(tiny):
     assert wrote.startswith(begin) and "<|im_end|>\nCall me" in wrote[len(begin) :]
     assert wrote == chats.written_by(tiny, [TALK[1], "Call me"], **ask)
     assert wrote != chats.written_by(tiny, [TALK[1], "Call me"], n_tokens=12, seed=4)
+    kinds = chats.texts(tiny, "One.\n\nTwo.\n\n\nThree.\n\nFour.\n\nFive.", prompts=1, n_tokens=4)
+    paired = [("user", "One."), ("assistant", "Two.")], [("user", "Three."), ("assistant", "Four.")]
+    assert kinds["as a chat"] == "".join(turns(("system", SYSTEM), *pair) for pair in paired)
+    assert chats.PROMPTS[0][0]["content"] in kinds["written by the reference"]
+    assert list(chats.texts(tiny, "One.", prompts=1, n_tokens=4)) == ["written by the reference"]
     with pytest.raises(CompareError, match="no prompts"):
         chats.written_by(tiny, [])
 

@@ -3,7 +3,6 @@ itself. Their special tokens count as such when they are read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..arguments import whole, writable
 from ..errors import CompareError
@@ -61,24 +60,35 @@ def written_by(
     most so many for each; drawn from the whole distribution at temperature 1, by llama-server, from
     the seed. Raises CompareError, ServerError."""
     whole("n_tokens", n_tokens, 1, error=CompareError)
-    given = PROMPTS if prompts is None else list(prompts)
-    drawn: dict[str, Any] = dict(max_tokens=n_tokens, temperature=1.0, top_p=1.0, top_k=0)
-    parts: list[str] = []
+    given = None if prompts is None else list(prompts)
     with _serving(model, gpu_layers) as engine:
-        if prompts is None and "tokenizer.chat_template" not in engine.model.metadata:
-            given = [one[0]["content"] for one in PROMPTS]
-        for number, prompt in enumerate(given):
-            own = drawn | {"seed": seed + number}
-            if isinstance(prompt, str):
-                answer = engine.infer(writable(prompt, CompareError), **own).text
-                parts.append(f"{prompt}{answer}\n")
-                continue
-            messages = _checked(prompt)
-            answer = engine.chat(messages, **own).text
-            parts.append(_rendered(engine, [[*messages, _said(answer)]]))
+        return _written(engine, _asked(engine) if given is None else given, n_tokens, seed)
+
+
+def _written(engine, prompts, n_tokens, seed):
+    drawn = dict(max_tokens=n_tokens, temperature=1.0, top_p=1.0, top_k=0)
+    parts = []
+    for number, prompt in enumerate(prompts):
+        own = drawn | {"seed": seed + number}
+        if isinstance(prompt, str):
+            answer = engine.infer(writable(prompt, CompareError), **own).text
+            parts.append(f"{prompt}{answer}\n")
+            continue
+        messages = _checked(prompt)
+        answer = engine.chat(messages, **own).text
+        parts.append(_rendered(engine, [[*messages, _said(answer)]]))
     if not parts:
         raise CompareError("There are no prompts: give at least one.")
     return Special("".join(parts))
+
+
+def _asked(engine):
+    """PROMPTS, or their words where the model has no chat template."""
+    return PROMPTS if _has_template(engine) else [one[0]["content"] for one in PROMPTS]
+
+
+def _has_template(engine):
+    return "tokenizer.chat_template" in engine.model.metadata
 
 
 def talk(text: str, turns: int = 40) -> list[Conversation]:
@@ -90,24 +100,17 @@ def talk(text: str, turns: int = 40) -> list[Conversation]:
 
 
 def texts(
-    model: str | Path, text: str, prompts: int = 4, n_tokens: int = 48, seed: int = 0
+    model: str | Path, text: str, prompts: int = 4, n_tokens: int = 40, seed: int = 0
 ) -> dict[str, str]:
     """Texts of other kinds to compare on beside `text`: {"as a chat": talk of it in the model's
     template, "written by the reference": its answers to so many of PROMPTS}. Without the first
     where the model has no template, or the text fewer than two paragraphs."""
-    from ..files.gguf import GGUFFile
-    from ..files.models import resolve_model
-
-    model = resolve_model(model)
-    found: dict[str, str] = {}
-    asked: list = list(PROMPTS[:prompts])
-    talks = talk(text)
-    if "tokenizer.chat_template" not in GGUFFile(model).metadata:
-        asked, talks = [one[0]["content"] for one in asked], []
-    if talks:
-        found["as a chat"] = chat_text(model, talks)
-    found["written by the reference"] = written_by(model, asked, n_tokens, seed)
-    return found
+    talks, found = talk(text), {}
+    with _serving(model, None) as engine:
+        if talks and _has_template(engine):
+            found["as a chat"] = _rendered(engine, talks)
+        written = _written(engine, _asked(engine)[:prompts], n_tokens, seed)
+    return found | {"written by the reference": written}
 
 
 def _said(answer):
