@@ -115,6 +115,10 @@ WRONG = {
     "OTHER_MODEL": ["", "/no/such/file.gguf"],
     "PROMPT": ["", " \n", None],
     "SECOND_PROMPT": ["", None],
+    "STEER_TO": ["", None],
+    "STEER_FROM": [" ", None],
+    "MORE": ["", None],
+    "LESS": ["\n", None],
     "TEXT": [""],
     "TEXTS": [
         {},

@@ -21,7 +21,7 @@ from llamatelemetry import (
     knock_out,
 )
 from llamatelemetry.maths import log_softmax
-from llamatelemetry.steering import dose, edges, figures, say
+from llamatelemetry.steering import dose, figures, knockout, say
 
 pytest.importorskip("llama_cpp", reason="the engine is not built: llamatelemetry engine build")
 TOOL = np.load(Path(__file__).parent / "references" / "control_vector.npz")
@@ -324,22 +324,36 @@ def test_intervals_and_slopes_by_hand():
     ]
     table = pd.DataFrame(rows, columns=["direction", "seed", "strength", "prompt", "difference"])
     summary = dose.summary(table).set_index(["direction", "strength"])
-    assert summary.loc[("found", 2.0), "mean"] == 6.5
-    assert summary.loc[("found", 2.0), ["low", "high"]].tolist() == [6, 7]
-    assert summary.loc[("random", 2.0)].tolist() == [1.5, -1.5, 4.5]  # means -1.5 and 4.5
+    assert summary.loc[("found", 2.0)].tolist() == [6, 6, 6]  # both prompts move alike
+    assert summary.loc[("random", 2.0)].tolist() == [1, -2, 4]
     slopes = dose.response(table).groupby(["direction", "seed"])["slope"].mean()
     assert slopes.to_dict() == pytest.approx(
         {("found", -1): 3, ("random", 0): -1, ("random", 1): 2}
     )
+    table.loc[(table["strength"] == 2) & (table["prompt"] == 1), "difference"] += 2
+    summary = dose.summary(table).set_index(["direction", "strength"])
+    assert summary.loc[("found", 2.0)].tolist() == [7, 6, 8]  # one moves by 6, one by 8
 
 
-def test_words_are_their_first_tokens(engine):
-    assert dose.word_ids(engine, ["the cat", 7]) == [engine.tokenize("the cat", False)["id"][0], 7]
-    assert dose.word_ids(engine, "the") == dose.word_ids(engine, ["the"])
+def test_words_are_told_apart_by_one_token(engine):
+    ids = {word: engine.tokenize(word, False)["id"].tolist() for word in ("the cat", "the dog")}
+    first, second = ids.values()
+    at = next(place for place, pair in enumerate(zip(first, second)) if len(set(pair)) > 1)
+    assert at and dose.answers(engine, "the cat", ["the dog"]) == (
+        first[:at],
+        [first[at]],
+        [second[at]],
+    )
+    assert dose.answers(engine, [7, 8], ["the dog"]) == ([], [7, 8], [second[0]])
+    assert dose.answers(engine, "the cat", ()) == ([], [first[0]], [])
+    found = dose.dose(engine, vector(), [IDS], "the cat", "the dog", n_random=0, progress=False)
+    logits = engine.capture(IDS + first[:at], "logits").logits.values[-1]
+    lead = found[found["strength"] == 0]["difference"].item()
+    assert lead == pytest.approx(logits[first[at]] - logits[second[at]], abs=1e-4)
     for arguments, says in (
-        (([IDS], ["the", "cat"], ["the"]), "share one"),
-        (([IDS], []), "at least one word"),
-        (([IDS], [""]), "no token"),
+        (([IDS], ["the", "cat"], ["the"]), "one token tells apart"),
+        (([IDS], []), "at least one"),
+        (([IDS], [""]), "at least one"),
         (("a text", ["the"]), "several texts"),
     ):
         with pytest.raises(CaptureError, match=says):
@@ -362,11 +376,11 @@ def test_cuts_are_those_of_captures(windowed):
     engine, cap = windowed
     last, answers = len(IDS) - 1, (5, 77)
     groups = [
-        edges.Group("one", [0]),
-        edges.Group("two", [0, 1], [1, 2]),
-        edges.Group("three", [3]),
+        knockout.Group("one", [0]),
+        knockout.Group("two", [0, 1], [1, 2]),
+        knockout.Group("three", [3]),
     ]
-    found = edges.cut(engine, IDS, cap.attention, answers, groups, [0, 22, last], progress=False)
+    found = knockout.cut(engine, IDS, cap.attention, answers, groups, [0, 22, last], progress=False)
     assert np.isnan(found["kl"].sel(group="one", key=0))  # before its window
     logits = cap.logits.values[-1]
     assert found.attrs["lead"] == pytest.approx(logits[5] - logits[77], abs=1e-4)
@@ -389,19 +403,19 @@ def test_cuts_are_those_of_captures(windowed):
 
 def test_a_map_is_as_fine_as_its_seconds_allow(windowed, capsys):
     engine, cap = windowed
-    fine = edges.cut_map(engine, IDS, cap.attention, (5, 77), seconds=1e6, progress=False)
+    fine = knockout.cut_map(engine, IDS, cap.attention, (5, 77), seconds=1e6, progress=False)
     assert fine.sizes == {"group": 4, "key": len(IDS)} and fine["group"][1] == "layer 1"
-    coarse = edges.cut_map(engine, IDS, cap.attention, (5, 77), 1, seconds=1e-6)
+    coarse = knockout.cut_map(engine, IDS, cap.attention, (5, 77), 1, seconds=1e-6)
     assert coarse.sizes == {"group": 4, "key": 12} and coarse["group"][0] == "head 0"
     assert "4 groups and 12 keys are tried" in capsys.readouterr().out
-    grouped = edges.head_groups(cap.attention, 1, 3)
+    grouped = knockout.head_groups(cap.attention, 1, 3)
     assert [group.name for group in grouped] == ["heads 0 to 2", "head 3"]
 
 
 def test_whole_tokens_beside_attention_and_rollout(windowed):
     engine, cap = windowed
     rollout = np.linspace(0, 1, len(IDS))
-    table = edges.whole_tokens(engine, IDS, cap.attention, (5, 77), range(28), rollout, False)
+    table = knockout.whole_tokens(engine, IDS, cap.attention, (5, 77), range(28), rollout, False)
     layers = [1, 3]  # of the others the window is over
     again = engine.capture(IDS, "logits", edits=knock_out(layers, None, 27, 3)).logits.values
     kl = np.exp(log_softmax(cap.logits.values)) * (
@@ -415,13 +429,13 @@ def test_whole_tokens_beside_attention_and_rollout(windowed):
 def test_the_strongest_edge_of_every_query(windowed):
     engine, cap = windowed
     weights = cap.attention.values[1, 2]
-    edited = engine.capture(IDS, edits=edges.strongest_edges(cap.attention, 1, 2)).attention.values[
-        1, 2
-    ]
+    edited = engine.capture(
+        IDS, edits=knockout.strongest_edges(cap.attention, 1, 2)
+    ).attention.values[1, 2]
     rows = np.arange(1, len(IDS))
     assert not edited[rows, weights.argmax(-1)[rows]].any() and edited[0, 0] == 1
     np.testing.assert_allclose(edited.sum(-1), 1, atol=1e-6)
-    table = edges.head_or_edge(engine, IDS, cap.attention, [(1, 2), (2, 0)], progress=False)
+    table = knockout.head_or_edge(engine, IDS, cap.attention, [(1, 2), (2, 0)], progress=False)
     swept = engine.sweep(IDS, {"head": ablate_head(1, 2)}, progress=False)
     assert (
         table["kl_head"][0] == pytest.approx(swept["kl"].iloc[0]) and (table["kl_edge"] > 0).all()
@@ -433,11 +447,11 @@ def test_the_strongest_edge_of_every_query(windowed):
 def test_one_token_has_no_edge_to_cut(windowed):
     engine, _ = windowed
     cap = engine.capture([5], "attention")
-    found = edges.cut_map(engine, [5], cap.attention, (5, 77), progress=False)
+    found = knockout.cut_map(engine, [5], cap.attention, (5, 77), progress=False)
     assert not found["kl"].notnull().any() and "No edge" in say.cuts(found, ["a"])
     assert "no edge could be cut" in figures.cuts(found, ["a"], title="t").to_json()
-    table = edges.whole_tokens(engine, [5], cap.attention, (5, 77), [0], [1.0], False)
+    table = knockout.whole_tokens(engine, [5], cap.attention, (5, 77), [0], [1.0], False)
     assert say.importance(table, ["a"]) == "No token could be cut out."
-    assert edges.head_or_edge(
+    assert knockout.head_or_edge(
         engine, [5, 6], engine.capture([5], "attention").attention, [(0, 0)], False
     ).empty

@@ -2,6 +2,7 @@
 directions of the same length, what it costs on a text that has nothing to do with it, and whether a
 direction of one file steers another."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -16,24 +17,49 @@ if TYPE_CHECKING:
     from ..engine import InferenceEngine, Prompt
 
 Words: TypeAlias = Sequence[str | int]  # or token ids
-STRENGTHS = (-2.0, -1.0, 1.0, 2.0)
+STRENGTHS = (-4.0, -2.0, 2.0, 4.0)
 KEYS = ["direction", "seed", "strength"]
 FILES = ["found_in", "steered"]
 SEED = 0
+# What a pair's two texts end with, and what is completed under a direction: as plain as can be.
+ENDINGS = ("Today", "My friend and I", "At the office", "In the evening", "Then she said", "It was")
+PROMPTS = (
+    "After the visit the old man felt",
+    "When she read the letter she was",
+    "The child looked",
+)
 
 
-def word_ids(engine: "InferenceEngine", words: Words) -> list[int]:
-    """Token ids of words: of each its first token, as the model writes it after a text (" happy",
-    with its blank). CaptureError for a word without tokens."""
-    if isinstance(words, str):
-        words = [words]
-    ids = []
-    for word in words:
-        given = [word] if not isinstance(word, str) else engine.tokenize(word, False)["id"].tolist()
-        if not given:
-            raise CaptureError(f"the word {word!r} has no token.")
-        ids.append(int(given[0]))
-    return list(dict.fromkeys(ids))
+def contrast(first: str, second: str, endings: Sequence[str] = ENDINGS) -> list[tuple[str, str]]:
+    """Pairs for `direction`: two texts before each of several endings."""
+    return [(f"{first.strip()} {end}", f"{second.strip()} {end}") for end in endings]
+
+
+def answers(
+    engine: "InferenceEngine", more: Words, less: Words
+) -> tuple[list[int], list[int], list[int]]:
+    """(what all words begin with, ids of `more`, ids of `less`): of each word the first token that
+    it does not share with all the others, and before it what they share. Words are written as the
+    model writes them after a text (" happy", with its blank).
+
+    CaptureError for no word, and for words of both groups that are told apart only later."""
+    more, less = ([one] if isinstance(one, str) else list(one) for one in (more, less))
+    lists = [
+        engine.tokenize(word, False)["id"].tolist() if isinstance(word, str) else [int(word)]
+        for word in (*more, *less)
+    ]
+    shared = os.path.commonprefix(lists) if len(lists) > 1 else []
+    at = len(shared)
+    wanted, other = (
+        list(dict.fromkeys(ids[at] for ids in some if len(ids) > at))
+        for some in (lists[: len(more)], lists[len(more) :])
+    )
+    if not more or not all(len(ids) > at for ids in lists) or set(wanted) & set(other):
+        raise CaptureError(
+            f"`more` and `less` are words that one token tells apart, at least one in `more`: not "
+            f"{more!r} and {less!r}."
+        )
+    return shared, wanted, other
 
 
 def variants(
@@ -76,23 +102,21 @@ def dose(
     """How probable some words are after prompts, at each strength of a direction and of random ones
     of its length (Turner et al. 2023; Rimsky et al. 2024).
 
-    more, less: words (their first tokens), or ids; layers, positions: where the direction is added,
-    None for all. A row per direction, seed, strength and prompt: difference (nats) is log P(more) -
-    log P(less), of two words the difference of their logits; without `less` the log-odds of `more`;
-    probability is that of `more`; kl (nats) how far the whole prediction moved. Strength 0, without
-    an edit, is a row of the found direction. One run per row; prompts are read once for positions
-    that start late. Raises CaptureError."""
+    more, less: words, or ids, as `answers` tells them apart; layers, positions: where the direction
+    is added, None for all. A row per direction, seed, strength and prompt: difference (nats) is
+    log P(more) - log P(less), of two words the difference of their logits; without `less` the
+    log-odds of `more`; probability is that of `more`; kl (nats) how far the whole prediction moved.
+    Strength 0, without an edit, is a row of the found direction. One run per row; prompts are read
+    once for positions that start late. Raises CaptureError."""
     vector.check_fits(engine._loaded())
-    wanted, other = word_ids(engine, more), word_ids(engine, less)
-    if not wanted or set(wanted) & set(other):
-        raise CaptureError(
-            f"`more` and `less` are words that begin with tokens of their own: {more!r} and {less!r} "
-            "share one." if wanted else "`more` names at least one word."
-        )  # fmt: skip
+    shared, wanted, other = answers(engine, more, less)
     if isinstance(prompts, str) or not len(prompts):
         raise CaptureError("prompts are several texts, at least one.")
     edits, tables = variants(vector, strengths, layers, positions, n_random, seed), []
     for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            prompt = engine.tokenize(prompt)["id"].tolist()
+        prompt = [*prompt, *shared]
         said = engine.predict(prompt, edits, [*wanted, *other], progress=progress and not number)
         keys = pd.DataFrame([*said.variant.values, ("found", -1, 0.0)], columns=KEYS)
         logprob = np.vstack([said["logprob"], said["before"][:1]]).astype(float)
@@ -138,7 +162,8 @@ def price(
 def summary(
     dosed: pd.DataFrame, column: str = "difference", n_boot: int = 1000, seed: int = SEED
 ) -> pd.DataFrame:
-    """A dose table's means over prompts with intervals: direction, strength, mean, low, high.
+    """How far a dose table's column is from its value at strength 0, means over prompts with
+    intervals: direction, strength, mean, low, high.
 
     found: a 95% bootstrap over prompts, the same draws at every strength. random: the mean over
     directions, low and high the least and the largest of their means. Of `across`'s table one
@@ -152,6 +177,7 @@ def summary(
         ]
         return pd.concat(parts, ignore_index=True)
     wide = dosed.pivot_table(index=KEYS, columns="prompt", values=column)  # (key, prompt)
+    wide = wide - wide.loc[("found", -1, 0.0)]
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, wide.shape[1], (n_boot, wide.shape[1]))
     rows = []

@@ -70,13 +70,13 @@ def across(tables: pd.DataFrame, *, measured: str, title: str) -> go.Figure:
 
 
 def direction(
-    norms: xr.DataArray, explained: xr.DataArray, stream: xr.DataArray, *, title: str
+    norms: xr.DataArray, explained: xr.DataArray, stream: pd.Series, *, title: str
 ) -> go.Figure:
     """How much of the stream a direction is, and how much of the pairs' differences it is, by layer
-    of hidden. norms, explained: a ControlVector's; stream: (layer) length of the state itself."""
+    of hidden. norms, explained: a ControlVector's; stream: length of the state itself, by layer."""
     layers = norms["layer"].values
     figure = go.Figure()
-    share = norms.values / stream.sel(layer=layers).values
+    share = norms.values / stream.loc[layers].to_numpy()
     for name, values, color in (
         ("length over the state's", share, theme.COLOR["residual"]),
         ("share of the pairs' differences along it", explained.values, theme.CATEGORIES[0]),
@@ -91,8 +91,8 @@ def direction(
 
 
 def cuts(cuts: xr.Dataset, pieces: Sequence, *, title: str) -> go.Figure:
-    """What cutting the last token's edges to each key changes in a lead. cuts: edges.cut; pieces:
-    of the whole text."""
+    """What cutting the last token's edges to each key changes in a lead. cuts: knockout.cut;
+    pieces: of the whole text."""
     change = cuts["change"].values
     if not np.isfinite(change).any():
         return theme.nothing(title, "no edge could be cut: each query needs one key that is left")
@@ -125,31 +125,30 @@ def cuts(cuts: xr.Dataset, pieces: Sequence, *, title: str) -> go.Figure:
 
 
 def importance(table: pd.DataFrame, pieces: Sequence, *, title: str) -> go.Figure:
-    """Each token's share of three things: what cutting it out costs, attention, rollout. table:
-    edges.whole_tokens; pieces: of the whole text."""
-    if table.empty or not (table["kl"].sum() > 0):
-        return theme.nothing(title, "no token could be cut out")
-    labels = token_labels(pieces, table["key"].to_numpy())
-    figure = go.Figure()
+    """Each token's share of three things: what cutting it out costs, attention, rollout; of the
+    tokens after the first, which would hide the others. table: knockout.whole_tokens; pieces: of
+    the whole text."""
+    shown = table[table["key"] > 0]
+    if shown.empty or not shown["kl"].sum() > 0:
+        return theme.nothing(title, "no token after the first could be cut out")
+    labels, figure = token_labels(pieces, shown["key"].to_numpy()), go.Figure()
     for name, color, said in (
         ("kl", theme.CATEGORIES[5], "KL of cutting it out"),
         ("attention", theme.COLOR["attention"], "attention"),
         ("rollout", theme.CATEGORIES[4], "rollout"),
     ):
-        figure.add_bar(
-            x=theme.axis_values(labels), y=table[name] / table[name].sum(), name=said,
-            marker_color=color, hovertemplate=f"%{{x}}<br>{said}: %{{y:.1%}}<extra></extra>",
-        )  # fmt: skip
+        hover = f"%{{x}}<br>{said}: %{{y:.1%}}<extra></extra>"
+        share, x = shown[name] / shown[name].sum(), theme.axis_values(labels)
+        figure.add_bar(x=x, y=share, name=said, marker_color=color, hovertemplate=hover)
     theme.label_ticks(figure, labels, "x", most=48)
     figure.update_xaxes(title_text="key", tickangle=-60)
-    figure.update_yaxes(title_text="share of the total", tickformat=".0%")
-    return figure.update_layout(
-        **theme.titled(title), barmode="group", height=440, **theme.LEGEND_ABOVE
-    )
+    figure.update_yaxes(title_text="share of the tokens after the first", tickformat=".0%")
+    look = dict(barmode="group", height=440, **theme.LEGEND_ABOVE)
+    return figure.update_layout(**theme.titled(title), **look)
 
 
 def head_or_edge(table: pd.DataFrame, *, title: str) -> go.Figure:
-    """KL without a head against KL without its strongest edges. table: edges.head_or_edge."""
+    """KL without a head against KL without its strongest edges. table: knockout.head_or_edge."""
     shown = table[(table[["kl_head", "kl_edge"]] > 0).all(axis=1)]
     if shown.empty:
         return theme.nothing(title, "no head could be compared")

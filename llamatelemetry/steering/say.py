@@ -11,9 +11,9 @@ from ..views.sentences import counted, listed, quoted, sentence, some
 
 
 @sentence
-def direction(norms: xr.DataArray, explained: xr.DataArray, stream: xr.DataArray) -> str:
-    share = norms / stream.sel(layer=norms["layer"])
-    most, best = int(share.idxmax()), int(explained.idxmax())
+def direction(norms: xr.DataArray, explained: xr.DataArray, stream: pd.Series) -> str:
+    share = pd.Series(norms.values, norms["layer"].values) / stream.loc[norms["layer"].values]
+    most, best = share.idxmax(), int(explained.idxmax())
     return (
         f"The direction is longest against the stream in state {most}, {float(share.max()):.0%} of "
         f"its length; it is most of what the pairs differ by in state {best}, where "
@@ -27,13 +27,13 @@ def dose(response: pd.DataFrame, price: pd.DataFrame, more: Sequence, less: Sequ
     ends = [means.index.min(), means.index.max()]
     low, high = means["found"].loc[ends]
     facts = [
-        f"From strength {ends[0]:g} to {ends[1]:g} the lead of {_words(more)} over {_words(less)} goes "
-        f"from {low:+.2f} to {high:+.2f} nats"
+        f"At strength {ends[0]:g} the lead of {_words(more)} over {_words(less)} changes by "
+        f"{low:+.2f} nats, at {ends[1]:g} by {high:+.2f}"
     ]
     if "random" in means:
         random = means["random"].loc[ends]
         facts.append(
-            f"with random directions of its length from {random.iloc[0]:+.2f} to {random.iloc[1]:+.2f}"
+            f"with random directions of its length by {random.iloc[0]:+.2f} and {random.iloc[1]:+.2f}"
         )
         outside = _outside(response)
         facts.append(f"the two intervals part at {outside} of {len(means) - 1} strengths")
