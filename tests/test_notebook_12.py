@@ -1,6 +1,7 @@
 """Notebook 12 from end to end: what it writes is what the model did, and bad parameters stop it by
 name."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -46,6 +47,19 @@ def test_exports_are_the_capture(run, engine):
     for page in ("steps", "views", "next-token", "arcs", "graph"):
         assert (out / f"{page}.html").stat().st_size < 5_000_000
     assert pd.read_parquet(out / "steps.parquet")["agrees"].all()
+
+
+@pytest.mark.slow
+def test_the_edge_to_the_name_carries_the_answer(run):
+    """Of the default prompt: in the layers where it counts, the last token's edge to " Anna"."""
+    said = " ".join(
+        " ".join(output.text.split())
+        for cell in run[0].cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream" and output.name == "stdout"
+    )
+    assert re.search(r"loses most, [\d.]+, without the edges of layers? 2\d.* to 19 '␣Anna'", said)
+    assert "Cutting out 19 '␣Anna' changes the prediction most" in said
 
 
 @pytest.mark.slow

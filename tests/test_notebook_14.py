@@ -1,6 +1,7 @@
 """Notebook 14 from end to end, its page in a browser, and a mixture of experts through the same
 cells."""
 
+import re
 from pathlib import Path
 
 import models
@@ -11,7 +12,7 @@ import pytest
 import xarray as xr
 from notebook_checks import figures_with_sentences
 
-from llamatelemetry import Capture, load_text
+from llamatelemetry import Capture, ControlVector, load_text
 from llamatelemetry.layers import page as layers_page
 from llamatelemetry.tools.notebooks import NotebookError, run_notebook
 
@@ -70,6 +71,7 @@ def test_exports_are_the_capture(run, engine):
     best, second = np.argsort(-logits)[:2]
     assert parts["value"].sum() == pytest.approx(logits[best] - logits[second], abs=0.5)
     assert len(pd.read_parquet(out / "importance.parquet")) == 30
+    assert ControlVector.load(out / "direction.gguf").layers == [19]
     nodes = pd.read_parquet(out / "graph.nodes.parquet")
     assert len(nodes) > 1000 and nodes["id"].is_unique
 
@@ -84,6 +86,17 @@ def test_the_answer_moves_from_the_name_to_the_last_token(run):
     """What the model does with the default prompts; another model would say something else."""
     assert "position 9 '␣John': states 0 to" in said(run[0])
     assert "position 13 '␣to': state 30." in said(run[0])
+
+
+@pytest.mark.slow
+def test_the_direction_turns_the_answer_in_both_files(run):
+    """With the default words: up where it is added, down where it is taken away, in either file."""
+    text = said(run[0])
+    found = re.search(r"changes by (-[\d.]+) nats, at 4 by \+([\d.]+), with random", text)
+    assert found and float(found[2]) > 2
+    across = re.search(r"by ([+-][\d.]+) against ([+-][\d.]+) nats per unit of strength", text)
+    assert min(map(float, across.groups())) > 0.3
+    assert float(re.search(r"have a cosine of ([\d.]+) or more", text)[1]) > 0.9
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Notebook 15 from end to end: its tables are what the model did, figures have sentences, bad
 parameters stop it."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -46,6 +47,17 @@ def test_exports_are_what_the_model_did(run, engine):
     assert (profile["low"] <= profile["high"] + 1e-12).all()
     for page in ("dashboard", "graph"):
         assert 10_000 < (out / f"{page}.html").stat().st_size < 6_000_000
+
+
+@pytest.mark.slow
+def test_the_strongest_edges_are_set_beside_the_heads(run):
+    said = " ".join(
+        " ".join(output.text.split())
+        for cell in run[0].cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream" and output.name == "stdout"
+    )
+    assert re.search(r"moves the predictions by \d+% of what zeroing the head does", said)
 
 
 @pytest.mark.slow

@@ -66,7 +66,8 @@ def across(tables: pd.DataFrame, *, measured: str, title: str) -> go.Figure:
             _band(figure, part, f"found in {origin}", color, "mean", row=1, col=column)
             figure.data[-1].update(showlegend=column == 1)
     figure.update_xaxes(title_text="strength").update_yaxes(title_text=plotly(measured), col=1)
-    return figure.update_layout(**theme.titled(title), height=440, **theme.LEGEND_ABOVE)
+    figure.update_layout(**theme.titled(title), height=480, **theme.LEGEND_ABOVE)
+    return figure.update_layout(legend_y=1.1, margin_t=125)  # above the panels' titles
 
 
 def direction(
