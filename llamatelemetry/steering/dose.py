@@ -48,7 +48,7 @@ def answers(
         engine.tokenize(word, False)["id"].tolist() if isinstance(word, str) else [int(word)]
         for word in (*more, *less)
     ]
-    shared = os.path.commonprefix(lists) if len(lists) > 1 else []
+    shared = list(os.path.commonprefix(lists)) if len(lists) > 1 else []
     at = len(shared)
     wanted, other = (
         list(dict.fromkeys(ids[at] for ids in some if len(ids) > at))
