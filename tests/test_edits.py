@@ -298,3 +298,17 @@ def test_on_the_device_as_on_the_cpu(architecture, tmp_path):
             for key, edit in edits.items():
                 after = log_softmax(logits(session, edit))[-1, 5]
                 assert abs(float(found.logprob.sel(variant=key)[0]) - after) < 0.05
+
+
+def test_keys_and_values_in_one_vector_overlap():
+    """As multi-head latent attention has them: values are the first features of the keys. Fused
+    projections lie side by side."""
+    from llamatelemetry.capture.plan import Tap
+
+    def tap(offset, width, index=7):
+        view = (offset, (width, 1, 5), (4, 4 * width, 400))
+        return Tap(index, "kv", (1, width), view, 2)
+
+    keys, values = tap(0, 72), tap(0, 64)
+    assert keys.overlaps(values) and values.overlaps(keys) and keys.overlaps(tap(256, 8))
+    assert not tap(0, 64).overlaps(tap(256, 64)) and not keys.overlaps(tap(0, 64, index=8))

@@ -23,6 +23,14 @@ class Tap:
     grid: int = 0  # 2 for (head, query, key), 1 for (query, key)
     after: int = -1  # before the node is computed, but after this one: what it is made from
 
+    def overlaps(self, other):
+        """Whether a token's values here and there share bytes."""
+        spans = []
+        for tap in (self, other):
+            offset, ne, nb = tap.view or (0, tap.shape, (0, 0))
+            spans.append(set(range(offset, offset + 4 * ne[0])))
+        return self.index == other.index and bool(spans[0] & spans[1])
+
     @classmethod
     def of(cls, node, shape, *view, **how):
         return cls(node.index, node.name, shape, *view, **how)

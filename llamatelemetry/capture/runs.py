@@ -209,6 +209,13 @@ class Runs:
                     f"{tap.shape[0] - 1}."
                 )
             self._check_width(edit, layer, tap.shape)
+            other = plan.of({"k": "v", "v": "k"}.get(edit.stage)).get(layer, [])
+            if any(tap.overlaps(one) for one in other):
+                raise CaptureError(
+                    f"layer {layer} of architecture {self.architecture!r} keeps keys and values in one "
+                    "vector (multi-head latent attention): an edit of one is an edit of both. Edit "
+                    "its scores or attn_heads."
+                )
             owner = next(one for one, taps in plan.of(edit.stage).items() if tap in taps)
             if owner != layer:
                 raise CaptureError(
