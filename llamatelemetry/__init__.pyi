@@ -10,6 +10,7 @@ from .collecting.store import open_states as open_states
 from .compare.chats import written_by as written_by
 from .compare.choices import compare_tasks as compare_tasks
 from .compare.comparison import compare_quantizations as compare_quantizations
+from .compare.comparison import noise_floor as noise_floor
 from .compare.tasks import load_tasks as load_tasks
 from .compare.texts import load_text as load_text
 from .convert.expand import expand as expand

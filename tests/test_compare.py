@@ -187,7 +187,7 @@ def test_every_file_comes_with_every_cache(tmp_path):
 
 def test_pairs_of_cache_types():
     assert ways.pairs(None) == [("f16", "f16")]
-    assert ways.pairs([["q8_0", "q4_0"], ("q8_0", "q4_0")]) == [("q8_0", "q4_0")]
+    assert ways.pairs([["q8_0", "q4_0"], ("q8_0", "q4_0"), "q8_0/q4_0"]) == [("q8_0", "q4_0")]
     for wrong in (["q8_0"], [("q8_0",)], [("q8_0", "q3_K")], [], "q8_0"):
         with pytest.raises(CompareError, match="cache_types"):
             ways.pairs(wrong)

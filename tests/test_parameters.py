@@ -157,6 +157,8 @@ WRONG = {
     "REQUANTIZE": ["fp16", "", None],
     "QUANTIZATIONS": [[], "Q8_0", ["Q8_0", "Q9_9"], ["Q8_0", ""], ["Q8_0", "Q8_0"], [None]],
     "FOCUS": ["Q2_K", "", None, "q4_k_m"],
+    "CACHE_TYPES": [[], "q8_0/q8_0", ["q8_0"], ["q3_K/q8_0"], ["q8_0/q8_0"] * 2, [1], None],
+    "CACHE_TOKENS": [0, -1, 1.5, "8192"],
     "IMATRIX": [0, "False", None],
     "LONGER": [0, "True", 1.0],
     "TASKS": ["", " ", 3],

@@ -1,6 +1,7 @@
 """Analysis of quantizations on inputs with known answers."""
 
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from models import tiny_model
 
+from llamatelemetry import compare_quantizations
 from llamatelemetry.convert.expand import quantized_types
 from llamatelemetry.maths import jensen_shannon
-from llamatelemetry.quantization import cache, contents, decision, inside, tracing
+from llamatelemetry.quantization import cache, contents, decision, inside, say, tracing
 from llamatelemetry.quantization import tokens as token_tables
 from llamatelemetry.views.text import piece_kind
 
@@ -297,6 +300,43 @@ def test_a_smaller_cache_beats_smaller_weights_where_it_fits_and_loses_less():
     lost = two_files(bad=("bad", "q4_0", "q4_0", 100, 1.0, np.nan))
     assert cache.turning(lost).equals(turns)
     assert cache.crossover(for_context(lost.iloc[:0], 1)).empty
+
+
+def test_memory_is_reckoned_for_a_context_as_llama_cpp_makes_the_cache():
+    file = SimpleNamespace(n_ctx_train=8192)
+    assert cache.context(file, None, 512) == 8192 and cache.context(file, 100, 512) == 100
+    assert cache.context(SimpleNamespace(n_ctx_train=131072), None, 512) == 32768
+    assert cache.context(SimpleNamespace(n_ctx_train=None), None, 512) == 512
+    shape = dict(n_layer=3, n_kv_head=2, head_dim=64, head_dim_v=32, architecture="llama")
+    gguf_file = SimpleNamespace(**shape, sliding_window=None, metadata={})
+    gguf_file.n_kv_head_per_layer = [2, 2, 1]  # 5 heads in all
+    table = two_files().iloc[[0, 1]].assign(cache_v=["f16", "q4_0"])
+    found = cache.at_context(table, {"large": gguf_file}, 300)  # 512 cells
+    assert list(found["cache_bytes"]) == [512 * 5 * 2 * 96, 512 * 5 * (64 * 34 + 32 * 18) // 32]
+    assert list(found["memory_bytes"]) == [100 + n for n in found["cache_bytes"]]
+    sizes = pd.DataFrame({"size_bytes": [3, 9, 5]}, index=["a", "b", "c"])
+    assert cache.some_files(sizes, "c") == ["b", "c", "a"] and cache.some_files(sizes, "b") == [
+        "b",
+        "a",
+    ]
+
+
+def test_smaller_caches_are_measured_or_it_is_said_why_not(tmp_path):
+    pytest.importorskip("llama_cpp")
+    text = dict(text="The dog saw the cat and the cat. " * 20, n_ctx=64)
+    for width, pairs in ((64, 2), (16, 1)):
+        model = tiny_model("llama", tmp_path, seed=width, head_dim=width, n_layer=1)
+        full = compare_quantizations(model, {"m": model}, **text, max_windows=1, progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the candidate is left out
+            found = cache.with_smaller(
+                full, model, {"m": model}, ["q8_0/q8_0"], **text, max_windows=1
+            )
+        assert len(found) == pairs and found["kld_mean"].iloc[0] == 0
+        assert bool(found.attrs["why"]) == (width == 16)
+    assert "block size 32" in found.attrs["why"]
+    steps, turns = cache.crossover(found), cache.turning(found)
+    assert "No smaller cache could" in say.cache(steps, turns, 64, found.attrs["why"])
 
 
 def test_maps_find_the_part_that_was_broken():

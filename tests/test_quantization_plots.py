@@ -228,7 +228,7 @@ def test_the_reference_is_named_for_what_it_is(kinds, name, grid, expected):
     what = {
         "is itself": "itself Q4_1 and F32",
         "no ladder": "expanded from a quantized file",
-        "is a stan": "a stand-in: a quantized file with noise",
+        "is a stan": "a stand-in: quantized, with noise",
         "holds F32": "F32",
         "holds BF1": "BF16 and F32",
     }

@@ -65,7 +65,7 @@ def compare_quantizations(
     n_ctx: int = 512,
     client: "Client | None" = None,
     *,
-    cache_types: Iterable[tuple[str, str]] | None = None,
+    cache_types: Iterable[tuple[str, str] | str] | None = None,
     noise: bool = False,
     memory_ctx: int | None = None,
     max_windows: int | None = None,
@@ -86,8 +86,8 @@ def compare_quantizations(
     tokens per window; the second half of each is scored, and a text that ends within a window loses
     that remainder. Memory does not grow with it but for the caches: at most 512 tokens are decoded
     and scored at a time. cache_types: pairs of types for keys and values, of ways.TYPES, such as
-    ("q8_0", "q4_0"): every file is a row with each of them, named "Q4_K_M, q8_0/q4_0 cache", as
-    llama-perplexity -ctk -ctv has it; None: f16 for both, as for the reference always. The
+    ("q8_0", "q4_0") or "q8_0/q4_0": every file is a row with each of them, named "Q4_K_M, q8_0/q4_0
+    cache", as llama-perplexity -ctk -ctv has it; None: f16 for both, as the reference has. The
     reference among the candidates shows what a smaller cache alone costs. noise: measure the
     reference against itself, too (noise_floor). memory_ctx: tokens for which memory is reckoned
     (default: n_ctx). max_windows: use only the first so many. gpu_layers: None puts all layers on

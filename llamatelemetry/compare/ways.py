@@ -39,13 +39,15 @@ class Way(NamedTuple):
     settings: dict[str, Any]
 
 
-def pairs(cache_types: Iterable[Pair] | None) -> list[Pair]:
-    """Pairs of types for keys and values, each once, in order; CompareError for what is none."""
+def pairs(cache_types: Iterable[Pair | str] | None) -> list[Pair]:
+    """Pairs of types for keys and values, each once, in order: ("q8_0", "q4_0") or "q8_0/q4_0".
+    CompareError for what is none."""
     found: list[Pair] = []
-    for pair in [PLAIN] if cache_types is None else cache_types:
-        if isinstance(pair, str) or len(pair) != 2 or not all(kind in TYPES for kind in pair):
+    for given in [PLAIN] if cache_types is None else cache_types:
+        pair = given.split("/") if isinstance(given, str) else given
+        if len(pair) != 2 or not all(kind in TYPES for kind in pair):
             raise CompareError(
-                f"cache_types holds {pair!r}: give pairs such as ('q8_0', 'q4_0'), for keys and values, of "
+                f"cache_types holds {given!r}: give pairs such as ('q8_0', 'q4_0'), for keys and values, of "
                 f"{', '.join(TYPES)}."
             )
         if tuple(pair) not in found:

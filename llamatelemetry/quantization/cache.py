@@ -1,15 +1,62 @@
 """What a smaller cache costs beside smaller weights, at the memory that both need for a context.
-Pure functions on the rows of a Comparison with cache_types."""
+All but with_smaller are pure functions on the rows of a Comparison with cache_types."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..compare.ways import cache_bytes
+from ..compare.comparison import compare_quantizations
+from ..compare.ways import Pair, cache_bytes
+from ..errors import ModelLoadError, WorkerCrashedError
 from ..files.gguf import GGUFFile
 
 FULL = ("f16", "f16")
+LONGEST = 32_768  # tokens of context that memory is reckoned for, unless the reader says
+
+
+def context(file: GGUFFile, asked: int | None, at_least: int) -> int:
+    """Tokens that memory is reckoned for: as asked, else as trained, up to LONGEST."""
+    return asked or max(at_least, min(file.n_ctx_train or at_least, LONGEST))
+
+
+def some_files(table: pd.DataFrame, focus: str) -> list[str]:
+    """Names of three files to try smaller caches on: the largest, the focus and the smallest."""
+    sizes = table["size_bytes"].sort_values(ascending=False)
+    return list(dict.fromkeys([sizes.index[0], focus, sizes.index[-1]]))
+
+
+def with_smaller(
+    table: pd.DataFrame,
+    reference: str | Path,
+    candidates: Mapping[str, str | Path],
+    cache_types: Iterable[Pair | str],
+    text: str,
+    n_ctx: int,
+    *,
+    max_windows: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """A Comparison's rows with a full cache, and the candidates' with smaller ones, measured now on
+    the same windows. attrs["why"]: why there are none, where llama.cpp has none of these caches for
+    this model; else ""."""
+    try:
+        found = compare_quantizations(
+            reference,
+            candidates,
+            text,
+            n_ctx,
+            cache_types=cache_types,
+            max_windows=max_windows,
+            seed=seed,
+        )
+        rows, why = [pd.DataFrame(table), pd.DataFrame(found)], ""
+    except (ModelLoadError, WorkerCrashedError) as error:
+        rows, why = [pd.DataFrame(table)], str(error)
+    joined = pd.concat(rows)
+    joined.attrs["why"] = why
+    return joined
 
 
 def at_context(table: pd.DataFrame, files: Mapping[str, GGUFFile], n_tokens: int) -> pd.DataFrame:

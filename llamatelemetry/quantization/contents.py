@@ -24,7 +24,7 @@ def reference_name(file: GGUFFile, grid: float) -> str:
     what = {
         "quantized": f"itself {listed(matrix_types(file), most=2)}",
         "expanded": "expanded from a quantized file",
-        "stand-in": "a stand-in: a quantized file with noise",
+        "stand-in": "a stand-in: quantized, with noise",
         "precise": listed(matrix_types(file), most=2),
     }
     return f"{file.path.stem} ({what[reference_kind(file, grid)]})"

@@ -110,8 +110,10 @@ def better(pairs: pd.DataFrame, quality: pd.DataFrame) -> str:
 
 
 @sentence
-def cache(steps: pd.DataFrame, turns: pd.DataFrame, n_tokens: int) -> str:
-    """steps, turns: of cache.crossover and cache.turning."""
+def cache(steps: pd.DataFrame, turns: pd.DataFrame, n_tokens: int, why: str = "") -> str:
+    """steps, turns: of cache.crossover and cache.turning; why: of cache.with_smaller."""
+    if why:
+        return f"No smaller cache could be measured: {why}"
     if not (steps["smaller_weights"].notna() & steps["smaller_cache"].notna()).any():
         return "There are no two ways to save memory to compare: a full and a smaller cache are needed."
     asked = steps.dropna(subset=["smaller_weights", "smaller_cache"])

@@ -197,6 +197,19 @@ def candidates(value, model, values):
     return _no_twins(value)
 
 
+def cache_types(value, model, values):
+    """A list of pairs of types for keys and values: "q8_0/q4_0"."""
+    from ..compare.ways import pairs
+
+    if not isinstance(value, list | tuple) or not all(isinstance(pair, str) for pair in value):
+        return 'a list of pairs such as "q8_0/q4_0" is expected'
+    try:
+        pairs(value)
+    except LlamaTelemetryError as error:
+        return str(error)
+    return _no_twins(value)
+
+
 def start_of_candidate(value, model, values):
     """The beginning of the name of one of QUANTIZATIONS, or of those that None stands for."""
     from ..convert.reckoning import LADDER

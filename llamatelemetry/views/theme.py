@@ -2,6 +2,7 @@
 into a page."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -215,8 +216,10 @@ def css_variables() -> str:
 
 
 def titled(title: str) -> dict:
-    """What every figure's layout has: the theme and the title, plain text."""
-    return dict(template=TEMPLATE, title=plotly(title))
+    """What every figure's layout has: the theme and the title, plain text, in lines that fit
+    Kaggle's 900 pixels."""
+    lines = textwrap.wrap(plotly(title), 95, break_long_words=False, break_on_hyphens=False)
+    return dict(template=TEMPLATE, title="<br>".join(lines))
 
 
 def nothing(title: str, what: str) -> go.Figure:
