@@ -324,6 +324,14 @@ def test_types_are_no_files_and_lists_hold_paths(files, tmp_path):
         fit(files, {"MODEL": "x" * 300}, typed=True)
 
 
+@pytest.mark.parametrize("given, taken", [("mmlu", "mmlu"), ("mine.bin", "{here}/mine.bin")])
+def test_tasks_are_names_or_files(given, taken):
+    """A notebook runs in another folder."""
+    path = next((Path(__file__).parent.parent / "notebooks").glob("16-*.ipynb"))
+    found = fit(path, {"TASKS": given}, typed=True)
+    assert found == {"TASKS": taken.format(here=Path.cwd())}
+
+
 def test_every_file_of_the_notebooks_is_one():
     """Parameters that name models or a text, by what the notebooks' cells say of them."""
     for path in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb")):
@@ -335,7 +343,7 @@ def test_every_file_of_the_notebooks_is_one():
             name, said = line.partition(" = ")[0].partition(":")[0], above + line.partition("#")[2]
             above = ""
             if "file" in said or "path" in said or name.endswith("MODEL"):
-                assert name in (*FILES, "TEXT"), line
+                assert name in (*FILES, "TEXT", "TASKS"), line
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ import re
 import subprocess
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -25,7 +27,6 @@ NOTEBOOKS = {
 CELLS = {number: parameters_cell(path) for number, path in NOTEBOOKS.items()}
 TYPED = {number: declared(cell) for number, cell in CELLS.items()}
 NAMES = [(number, name) for number, names in TYPED.items() for name in names]
-SMALL = {"LAYER": 1, "HEAD": 0, "MODEL": None}  # what does not fit the tiny model
 
 
 @cache
@@ -84,10 +85,7 @@ def run_check(tiny, tmp_path, monkeypatch):
     def run(number, **given):
         values = {}
         exec(CELLS[number], values)
-        small = {name: value for name, value in SMALL.items() if name in values} | {
-            "MODEL": str(tiny)
-        }
-        values |= small | {"OUTPUT_DIR": str(tmp_path / "out")} | given
+        values |= {"MODEL": str(tiny), "OUTPUT_DIR": str(tmp_path / "out")} | given
         exec(check_cell(number), values)
 
     return run
@@ -129,9 +127,9 @@ WRONG = {
         {"random": ["a"]},
         {1: ["a"]},
     ],
-    "LAYER": [3, -1, 1.0, "1", True, None],
+    "LAYER": [3, -1, 1.0, "1", True],
     "HEAD": [4, -1, 0.0, False],
-    "CONTEXT": [0, 3, 100.5, "many", None, True],
+    "CONTEXT": [0, 3, 100.5, "many", True],
     "N_CTX": [3, 513, 0, "512", None, 64.0],
     "GENERATE": [0, -1, 2.5, None],
     "ALIGN": ["tokens", "", None, "POSITION"],
@@ -148,13 +146,13 @@ WRONG = {
     "MIN_DIST": [-0.1, 1.5, float("nan"), "0.1", None],
     "K": [0, 60, 10.0, None],
     "THRESHOLD": [1.01, -2, float("nan"), None],
-    "WORD": ["banks", "", None],
+    "WORD": ["banks", ""],
     "MARGIN": [-0.1, 2, float("nan"), "0.1"],
     "N_CLUSTERS": [0, 1, 2.0, "8"],
     "ABLATION_SECONDS": [-1, -(10**400), float("inf"), float("nan"), None],
-    "OTHER_TYPE": ["Q4", "q4_k_x", "", None, 4],
-    "QUANTIZATION": ["Q9_0", "NVFP4", None],
-    "REQUANTIZE": ["fp16", "", None],
+    "OTHER_TYPE": ["Q4", "q4_k_x", "", 4],
+    "QUANTIZATION": ["Q9_0", "NVFP4"],
+    "REQUANTIZE": ["fp16", ""],
     "QUANTIZATIONS": [[], "Q8_0", ["Q8_0", "Q9_9"], ["Q8_0", ""], ["Q8_0", "Q8_0"], [None]],
     "FOCUS": ["Q2_K", "", None, "q4_k_m"],
     "CACHE_TYPES": [[], "q8_0/q8_0", ["q8_0"], ["q3_K/q8_0"], ["q8_0/q8_0"] * 2, [1], None],
@@ -289,7 +287,11 @@ def test_the_same_vocabulary_is_the_same_pieces():
 
 
 class Engine:
-    """Tokens are words; attention in layers 1 and 2 only."""
+    """Tokens are words; attention in these layers, of as many heads each."""
+
+    def __init__(self, layers=(1, 2), heads=4):
+        n_head = heads if isinstance(heads, list) else [heads] * (max(layers) + 1)
+        self.layers, self.model = list(layers), SimpleNamespace(n_head_per_layer=n_head)
 
     def tokenize(self, text):
         return pd.DataFrame({"id": range(len(text.split()))})
@@ -298,11 +300,10 @@ class Engine:
         import xarray
 
         assert len(ids) == 2 and stages == ("attention",)
-        found = type("Found", (), {})()
-        found.attention = xarray.DataArray(
-            [[0.0], [0.0]], dims=("layer", "x"), coords={"layer": [1, 2]}
+        layers = {"layer": self.layers}
+        return SimpleNamespace(
+            attention=xarray.DataArray(np.zeros((len(self.layers), 1)), layers, ("layer", "x"))
         )
-        return found
 
 
 @pytest.mark.parametrize(
@@ -317,16 +318,98 @@ class Engine:
         ),
         ({"TEXT": "a b"}, r"TEXT = 'a b': it is 2 token\(s\) long, 3 are needed"),
         ({"TEXT": "a b c", "N_CTX": 4}, r"TEXT = 'a b c': it is 3 token\(s\) long, 4 are needed"),
-        ({"LAYER": 0}, "LAYER = 0: attention is in layers 1, 2"),
     ],
 )
-def test_texts_and_layers_that_do_not_do_are_named(given, message):
+def test_texts_that_do_not_do_are_named(given, message):
     values = {"PROMPT": "a b c", "CONTEXT": 10, "GENERATE": 3}
-    assert (
-        len(parameters.check_texts(values | {"TEXT": "a b c", "LAYER": 2}, Engine())["PROMPT"]) == 3
-    )
+    assert len(parameters.check_texts(values | {"TEXT": "a b c"}, Engine())["PROMPT"]) == 3
     with pytest.raises(ParameterError, match=message):
         parameters.check_texts(values | given, Engine())
+
+
+@pytest.mark.parametrize(
+    "layers, heads, chosen, said",
+    [
+        (range(30), 9, (18, 6), "layer 18 (of 0 to 29) and head 6 (of 0 to 8)"),  # SmolLM2
+        (range(16), 32, (9, 21), "layer 9 (of 0 to 15) and head 21 (of 0 to 31)"),  # Llama 3.2 1B
+        (range(18), 4, (10, 2), "layer 10 (of 0 to 17) and head 2 (of 0 to 3)"),  # Gemma 3 270M
+        (range(2), 2, (1, 1), "layer 1 (of 0 to 1) and head 1 (of 0 to 1)"),
+        ([0], 1, (0, 0), "layer 0 (of 0) and head 0 (of 0)"),
+        ([2, 5, 8, 11], 16, (8, 10), "layer 8 (of 2, 5, 8, 11) and head 10 (of 0 to 15)"),
+        ([1, 2, 3], [0, 2, 6, 4], (2, 4), "layer 2 (of 1 to 3) and head 4 (of 0 to 5)"),
+    ],
+)
+def test_a_layer_and_a_head_that_the_model_has_are_chosen(layers, heads, chosen, said, capsys):
+    engine, values = Engine(layers, heads), {"PROMPT": "a b c", "LAYER": None, "HEAD": None}
+    assert parameters.layer_and_head(values, engine) == chosen
+    printed = capsys.readouterr().out
+    assert said in printed.replace("Layer", "layer") and printed.count("\n") == 1
+    given = dict(zip(("LAYER", "HEAD"), chosen))
+    assert parameters.layer_and_head(values | given, engine) == chosen
+    assert not capsys.readouterr().out, "nothing was left open"
+    for name, value in given.items():
+        assert parameters.layer_and_head(values | {name: value}, engine) == chosen
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"LAYER": 0}, "^LAYER = 0: attention is in layers 1, 2. Change LAYER in the parameters"),
+        ({"LAYER": 2, "HEAD": 5}, "^HEAD = 5: layer 2 has 2 heads, 0 to 1. Change HEAD"),
+    ],
+)
+def test_a_layer_or_head_that_is_not_there_is_named(given, message):
+    values = {"PROMPT": "a b c", "LAYER": None, "HEAD": None} | given
+    with pytest.raises(ParameterError, match=message):
+        parameters.layer_and_head(values, Engine((1, 2), [0, 6, 2]))
+
+
+@pytest.mark.parametrize(
+    "given, trained, size, said",
+    [(None, 8192, 2048, ""), (None, 0, 2048, ""), (None, 1024, 1024, "no more"), (4, 1024, 4, "")],
+)
+def test_the_context_is_no_longer_than_the_training(given, trained, size, said, capsys):
+    model = SimpleNamespace(n_ctx_train=trained, path=Path("m.gguf"))
+    assert parameters.context({"CONTEXT": given}, model) == size
+    printed = capsys.readouterr().out
+    assert said in printed and bool(printed) == bool(said)
+
+
+@pytest.mark.parametrize(
+    "name, own, kind",
+    [
+        ("QUANTIZATION", "Q4_1", "Q4_K_M"),  # SmolLM2
+        ("QUANTIZATION", "F16", "Q4_K_M"),
+        ("QUANTIZATION", None, "Q4_K_M"),
+        ("QUANTIZATION", "Q4_K_M", "Q3_K_M"),
+        ("QUANTIZATION", "Q4_K_S", "Q3_K_M"),
+        ("QUANTIZATION", "Q3_K_M", "Q2_K"),
+        ("QUANTIZATION", "Q2_K", "Q4_K_M"),
+        ("REQUANTIZE", "Q4_1", "Q3_K_M"),
+        ("REQUANTIZE", "Q3_K_L", "Q2_K"),
+        ("REQUANTIZE", "IQ2_M", "Q2_K"),
+        ("OTHER_TYPE", "Q8_0", "Q4_0"),
+        ("OTHER_TYPE", "Q4_0", "Q2_K"),
+    ],
+)
+def test_a_model_is_requantized_to_what_it_is_not(name, own, kind, capsys):
+    assert parameters.coarser({name: None}, name, own) == kind
+    assert f"{kind} is taken" in capsys.readouterr().out
+    second = {"OTHER_MODEL" if name == "OTHER_TYPE" else "REFERENCE_MODEL": "a.gguf"}
+    assert parameters.coarser({name: None} | second, name, own) == kind
+    assert parameters.coarser({name: "Q5_0"}, name, own) == "Q5_0"
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n_layer, n_head", [(1, 1), (16, 4), (2, 32)])
+def test_defaults_pass_whatever_the_model_has(n_layer, n_head, run_check, tmp_path):
+    shape = dict(n_layer=n_layer, n_head=n_head, n_kv_head=1, head_dim=64 // n_head)
+    path = str(models.tiny_model("llama", tmp_path, **shape))
+    for number in NOTEBOOKS:
+        run_check(number, MODEL=path)
+    for number in ("12", "15"):
+        with pytest.raises(ParameterError, match=f"^LAYER = {n_layer}: the model has {n_layer} "):
+            run_check(number, MODEL=path, LAYER=n_layer)
 
 
 def test_the_kinds_that_are_made_are_reserved():

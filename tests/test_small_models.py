@@ -453,10 +453,10 @@ def test_two_tokens_and_a_constant_rank():
 # The notebooks
 
 PARAMETERS = {
-    "12": {"LAYER": 0, "HEAD": 0},
+    "12": {},
     "13": {"SAMPLE": 300},
     "14": {},
-    "15": {"LAYER": 0, "HEAD": 0},
+    "15": {},
     "16": {},
 }
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from ..compare.tasks import HUB
 from ..compare.texts import place
 from ..errors import LlamaTelemetryError, ParameterError, brief
 from ..files.models import from_here
@@ -169,6 +170,8 @@ def _from_here(name, value):
         return value
     if name in FILES:
         return from_here(value)
+    if name == "TASKS":  # as load_tasks takes it
+        return value if value in HUB else str(place(Path(value)))
     return str(place(value) or value) if name == "TEXT" else value
 
 

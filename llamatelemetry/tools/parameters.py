@@ -4,9 +4,13 @@
     model = parameters.check(globals())
     # after load_model: what needs the tokenizer
     tokens = parameters.check_texts(globals(), engine)
+    # what the parameters cell leaves open, as None: right for the model that is there
+    LAYER, HEAD = parameters.layer_and_head(globals(), engine)
 
 The rules are those of parameter_rules, which a notebook names as parameters.optional(...)."""
 
+import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +50,9 @@ if TYPE_CHECKING:
 __all__ = [
     "check",
     "check_texts",
+    "coarser",
+    "context",
+    "layer_and_head",
     "one_of",
     "optional",
     "same_vocabulary",
@@ -68,9 +75,9 @@ RULES = {
     "LESS": text,
     "TEXT": optional(passage),
     "TEXTS": optional(texts()),
-    "LAYER": index("n_layer", "layers"),
-    "HEAD": index("n_head", "heads"),
-    "CONTEXT": whole(4),
+    "LAYER": optional(index("n_layer", "layers")),
+    "HEAD": optional(index("n_head", "heads")),
+    "CONTEXT": optional(whole(4)),
     "N_CTX": whole(4, "n_ctx_train"),
     "GENERATE": whole(1),
     "ALIGN": one_of(("position", "token")),
@@ -89,9 +96,9 @@ RULES = {
     "MARGIN": number(0, 1),
     "N_CLUSTERS": optional(whole(2)),
     "ABLATION_SECONDS": number(0),
-    "OTHER_TYPE": quantization,
-    "QUANTIZATION": quantization,
-    "REQUANTIZE": quantization,
+    "OTHER_TYPE": optional(quantization),
+    "QUANTIZATION": optional(quantization),
+    "REQUANTIZE": optional(quantization),
     "QUANTIZATIONS": optional(candidates),
     "FOCUS": start_of_candidate,
     "IMATRIX": flag,
@@ -106,6 +113,13 @@ RULES = {
     "OUTPUT_DIR": folder,
     "BACKEND": backend,
     "SEED": whole(0, 2**32 - 1),
+}
+CONTEXT = 2048  # tokens, where the model was trained for as many
+# Types to requantize MODEL to, finest first
+COARSER = {
+    "QUANTIZATION": ("Q4_K_M", "Q3_K_M", "Q2_K"),
+    "REQUANTIZE": ("Q3_K_M", "Q2_K"),
+    "OTHER_TYPE": ("Q4_0", "Q2_K"),
 }
 
 
@@ -131,8 +145,7 @@ def check(values: Mapping[str, Any], **rules: Rule) -> GGUFFile:
 def check_texts(
     values: Mapping[str, Any], engine: "InferenceEngine | GGUFFile", room: int | None = None
 ) -> dict[str, "pd.DataFrame"]:
-    """Check what needs the model's tokenizer: the lengths of PROMPT, SECOND_PROMPT and TEXT, and
-    that LAYER has attention.
+    """Check what needs the model's tokenizer: the lengths of PROMPT, SECOND_PROMPT and TEXT.
 
     engine: with the model loaded, or the GGUFFile of a notebook that has not loaded it: then only
     its vocabulary is read. room: tokens that a prompt may have; None: CONTEXT - GENERATE. Returns
@@ -160,9 +173,6 @@ def _check_texts(values, engine, room):
             )
     if "TEXT" in values:
         _check_text(values["TEXT"], values.get("N_CTX", 3), engine)
-    if "LAYER" in values:
-        first = found["PROMPT"]["id"].tolist()[:2]
-        _check_attention(values["LAYER"], engine.capture(first, stages=("attention",)))
     return found
 
 
@@ -177,10 +187,71 @@ def _check_text(value, least, engine):
         raise _error("TEXT", value, f"it is {found} token(s) long, {least} are needed")
 
 
-def _check_attention(layer, capture):
-    layers = capture.attention["layer"].values.tolist()
-    if layer not in layers:
+def context(values: Mapping[str, Any], model: GGUFFile) -> int:
+    """CONTEXT, or for None 2,048 tokens, of a model that was trained for fewer those, which is then
+    printed."""
+    if values["CONTEXT"] is not None:
+        return values["CONTEXT"]
+    trained = model.n_ctx_train or CONTEXT
+    if trained < CONTEXT:
+        print(f"CONTEXT = {trained} is taken: {model.path.stem} was trained for no more.")
+    return min(trained, CONTEXT)
+
+
+def layer_and_head(values: Mapping[str, Any], engine: "InferenceEngine") -> tuple[int, int]:
+    """LAYER and HEAD, or for None such as every model has: of the layers with attention the one
+    three fifths of the way up, of its heads the one two thirds on; what is taken is printed.
+
+    engine: with the model loaded, which is asked where it has attention. Raises ParameterError for
+    a LAYER without attention and for a HEAD that this layer has not got."""
+    first = engine.tokenize(values["PROMPT"])["id"].tolist()[:2]
+    attention = engine.capture(first, stages=("attention",)).attention
+    layers = attention["layer"].values.tolist()
+    layer, head = values["LAYER"], values["HEAD"]
+    if layer is None:
+        layer = layers[len(layers) * 3 // 5]
+    elif layer not in layers:
         raise _error("LAYER", layer, f"attention is in layers {', '.join(map(str, layers))}")
+    assert engine.model
+    n_head = engine.model.n_head_per_layer[layer]
+    if head is None:
+        head = n_head * 2 // 3
+    elif head >= n_head:
+        raise _error("HEAD", head, f"layer {layer} has {n_head} heads, 0 to {n_head - 1}")
+    if None in (values["LAYER"], values["HEAD"]):
+        print(
+            f"Layer {layer} (of {_span(layers)}) and head {head} (of {_span(range(n_head))}) are taken: "
+            "LAYER and HEAD choose others."
+        )
+    return layer, head
+
+
+def coarser(values: Mapping[str, Any], name: str, own: str | None) -> str:
+    """The type to requantize MODEL to: the parameter of this name (one of COARSER), or for None the
+    first of COARSER that has no more bits than MODEL's own and is another; what is taken is
+    printed, unless a second file makes it needless. own: MODEL's type, None where the file does not
+    say."""
+    if values[name] is not None:
+        return values[name]
+    others = [kind for kind in COARSER[name] if not own or kind[:4] != own[:4]]
+    kind = next((kind for kind in others if not own or _bits(kind) <= _bits(own)), others[0])
+    if not (values.get("REFERENCE_MODEL") or values.get("OTHER_MODEL")):
+        print(
+            f"{kind} is taken ({own or 'an unnamed type'} is what there is): {name} chooses another type."
+        )
+    return kind
+
+
+def _bits(kind):
+    found = re.search(r"\d+", kind)
+    return int(found[0]) if found else math.inf
+
+
+def _span(layers):
+    """0, 1, 2 -> "0 to 2"; 1, 4 -> "1, 4"."""
+    first, last = layers[0], layers[-1]
+    every = len(layers) == last - first + 1 > 1
+    return f"{first} to {last}" if every else ", ".join(map(str, layers))
 
 
 def _error(name, value, wrong):

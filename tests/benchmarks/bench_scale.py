@@ -126,18 +126,6 @@ def done(results):
     return {row["what"] for row in stored if "failed" not in row}
 
 
-def within(path, model):
-    """{LAYER or HEAD: the model's middle one} where a notebook's own is beyond the model."""
-    from llamatelemetry.files.gguf import GGUFFile
-
-    file, found = GGUFFile(model), {}
-    for name, count in (("LAYER", file.n_layer), ("HEAD", file.n_head)):
-        default = re.search(rf'"{name} = (\d+)', path.read_text())
-        if default and int(default[1]) >= count:
-            found[name] = str(count // 2)
-    return found
-
-
 def one(path, model, options):
     """Run a notebook with a model; its row."""
     from llamatelemetry.gpus.devices import list_gpus
@@ -148,7 +136,6 @@ def one(path, model, options):
         folder.mkdir(parents=True, exist_ok=True)
     gpus, given = bool(list_gpus()), {"MODEL": str(model_file(model, options))}
     given |= {"BACKEND": "cpu"} if not gpus else {}
-    given |= within(path, given["MODEL"])
     given |= dict(pair.split("=", 1) for pair in options.parameter)
     parameters = [part for pair in given.items() for part in ("-p", *pair)]
     command = [*OURS, "notebooks", path.stem, "--folder", FOLDER, "--out", out, *parameters]
