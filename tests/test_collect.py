@@ -199,6 +199,22 @@ def test_what_is_no_text_is_named(tiny, tmp_path, texts, says):
         list(rows(["a"], ["x", "y"]))
 
 
+def test_a_start_token_that_is_written_out_is_said(tiny, tmp_path):
+    with pytest.warns(UserWarning, match="two start tokens"):
+        found = tiny.collect(["<|begin|>the cat"], where=tmp_path, progress=False)
+    ids = tiny.tokenize("the cat")["id"].tolist()
+    assert int(found.n_tokens[0]) == len(ids) + 1
+
+
+def test_adapters_and_caches_are_part_of_what_a_store_was_made_with(tiny, tmp_path):
+    path = tiny.model.path
+    tiny.collect(["a"], where=tmp_path, progress=False)
+    with InferenceEngine() as engine:
+        engine.load_model(path, 0, 256, False, silent=True, cache_type_k="f32", cache_type_v="f32")
+        with pytest.raises(CollectError, match="other adapters or options"):
+            engine.collect(["a"], where=tmp_path, progress=False)
+
+
 def test_a_text_longer_than_the_context_is_refused_or_cut(tiny, tmp_path):
     long = IDS * 10
     assert len(long) > 256

@@ -503,13 +503,29 @@ def test_the_last_occurrence_of_a_word_is_found_and_a_split_word_named():
         context.word_position(tokens, "river")
 
 
-def test_states_are_taken_at_the_word_and_before_it_one_capture_at_a_time():
+def test_states_are_taken_at_the_word_and_at_the_token_before_it():
+    """Of texts of different lengths; a word that comes first has itself before it."""
+    pieces = ["a", " b", " bank", "bank", " c", "bank", " bank"]
+    data = np.arange(7 * 2 * 3, dtype=np.float32).reshape(7, 2, 3)
+    coords = {"layer": [0, 1], "token": ("token", np.array(pieces, object))}
+    coords |= {
+        "token_id": ("token", np.arange(10, 17)),
+        "token_text": ("token", [0] * 3 + [1] * 2 + [2] * 2),
+    }
+    coords |= {"token_position": ("token", [0, 1, 2, 0, 1, 0, 1])}
+    coords |= {"start": ("text", [0, 3, 5]), "n_tokens": ("text", [3, 2, 2])}
+    many = xr.Dataset({"hidden": (("token", "layer", "embd"), data)}, coords)
+    found = context.word_states(many, ["bank"] * 3)
+    assert found.at_word.dims == ("layer", "occurrence", "embd")
+    assert found.id.values.tolist() == [12, 13, 16]
+    np.testing.assert_array_equal(found.at_word.values, data[[2, 3, 6]].swapaxes(0, 1))
+    np.testing.assert_array_equal(found.before.values, data[[1, 3, 5]].swapaxes(0, 1))
+
+
+def test_means_over_sentences_come_one_capture_at_a_time():
     """Captures come from a generator: what is kept must be copies."""
 
     class Fake(dict):
-        tokens = pd.DataFrame(
-            {"position": range(3), "id": [7, 8, 9], "piece": ["a", " b", " bank"]}
-        )
         hidden = property(lambda self: self["hidden"])
 
     def captures():
@@ -520,13 +536,6 @@ def test_states_are_taken_at_the_word_and_before_it_one_capture_at_a_time():
             yield Fake(hidden=hidden, final_norm=hidden[1])
             data[:] = np.nan
 
-    states = context.word_states(captures(), ["bank", "bank"])
-    assert states.at_word.dims == ("layer", "occurrence", "embd") and states.id.values.tolist() == [
-        9,
-        9,
-    ]
-    assert states.at_word.sel(layer=1).values[:, 0].tolist() == [21, 42]
-    assert states.before.sel(layer=0).values[:, 0].tolist() == [5, 10]
     means = context.sentence_states(captures())
     assert means.hidden.dims == ("layer", "sentence", "embd")
     np.testing.assert_allclose(means.hidden[:, 0], means.hidden[:, 1], rtol=1e-6)

@@ -29,7 +29,7 @@ NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 TOKEN = "hf_rehearsal_4711"
 SMALL = {  # parameters that only make a notebook shorter
     "13": {"SAMPLE": 400},
-    "14": {"TEXT_TOKENS": 12, "PATCH_EVERY": 10},
+    "14": {"TEXT_TOKENS": 12, "PATCH_EVERY": 10, "PROBE_TEXTS": 40},
     "15": {"ABLATION_SECONDS": 5},
     "16": {
         "QUANTIZATIONS": ["Q8_0", "Q4_K_M"],

@@ -44,6 +44,7 @@ def run(tmp_path_factory, smollm2):
         "OUTPUT_DIR": str(folder / "out"),
         "TEXT_TOKENS": 12,
         "PATCH_EVERY": 10,
+        "PROBE_TEXTS": 40,
     }
     return nbformat.read(
         run_notebook(NOTEBOOK, folder, parameters, progress=False), 4
@@ -74,6 +75,22 @@ def test_exports_are_the_capture(run, engine):
     assert ControlVector.load(out / "direction.gguf").layers == [19]
     nodes = pd.read_parquet(out / "graph.nodes.parquet")
     assert len(nodes) > 1000 and nodes["id"].is_unique
+
+
+@pytest.mark.slow
+def test_probes_are_of_collected_states(run, engine, tmp_path):
+    """The exported accuracies of three states, from a collection of our own."""
+    from llamatelemetry.probing import probes, sets
+
+    table = pd.read_parquet(run[1] / "probes.parquet").set_index(["set", "layer"])
+    assert set(table.index.get_level_values("set")) == {"number", "tense"}
+    assert len(table) == 62
+    made = sets.labelled("tense", 40)
+    many = engine.collect(made, "hidden", layers=[0, 12, 30], where=tmp_path, progress=False)
+    again = probes.by_layer(many.hidden, many.label, many.group, shuffles=2)
+    for column in ("accuracy", "low", "high", "shuffled"):
+        stored = table.loc["tense"].loc[[0, 12, 30], column]
+        np.testing.assert_allclose(stored, again[column], atol=1e-9)
 
 
 @pytest.mark.slow
@@ -110,6 +127,7 @@ def test_other_architectures_pass_the_same_cells(architecture, says, tmp_path):
         "MODEL": str(models.tiny_model(architecture, tmp_path)),
         "TEXT_TOKENS": 12,
         "PATCH_EVERY": 2,
+        "PROBE_TEXTS": 40,
         "GENERATE": 4,
         "PROMPT": "The cat",
         "SECOND_PROMPT": "The dog",

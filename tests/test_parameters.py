@@ -94,7 +94,7 @@ def run_check(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", NOTEBOOKS)
 def test_defaults_pass(number, run_check):
     run_check(number)
-    assert set(TYPED[number]) - {"MODEL", "CATEGORIES", "WORD"} <= set(parameters.RULES)
+    assert set(TYPED[number]) - {"MODEL", "CATEGORIES", "WORD", "PROBES"} <= set(parameters.RULES)
     assert None not in TYPED[number].values(), "every default says what it takes"
 
 
@@ -137,6 +137,8 @@ WRONG = {
     "MAX_TOKENS": [16, 513, None],
     "PATCH_EVERY": [0, -2, None, 1.5],
     "PATCH_POSITIONS": [0, -1, None],
+    "PROBES": [[], "number", ["colour"], ["number", "number"], None],
+    "PROBE_TEXTS": [39, 401, 0, None, 99.5],
     "WINDOWS": [0, -1, 1.5, True, "2"],
     "SAMPLE": [0, 1e3, None],
     "WHOLE_VOCABULARY": [1, "True", 0],

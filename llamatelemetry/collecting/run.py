@@ -92,7 +92,7 @@ def _facts(store, model, session, request, computed):
     ours = {
         "request": request,
         "digest": fingerprint(model.path),
-        "variant": repr(session.get("variant") or {}),
+        "variant": repr([session.get("variant") or {}, session.get("cache_type")]),
     }
     if not store.facts:
         described = computed.describe(request["stages"], request["layers"])
@@ -100,10 +100,10 @@ def _facts(store, model, session, request, computed):
         facts = {name: getattr(model, name) for name in names} | {"file": model.path.name}
         layout = described["layout"]
         return ours | {"pool": request["pool"], "model": facts, "layout": layout}
-    for name, what in (("digest", "file"), ("variant", "adapters or options")):
+    for name, what in (("digest", "another file"), ("variant", "other adapters or options")):
         if store.facts[name] != ours[name]:
             raise CollectError(
-                _other(store, f"was made of {store.facts['model']['file']} with another {what}")
+                _other(store, f"was made of {store.facts['model']['file']} with {what}")
             )
     for name, value in request.items():
         if (was := store.facts["request"][name]) != value:

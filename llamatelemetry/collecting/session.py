@@ -15,7 +15,10 @@ class CollectSession(CaptureSession):
         row, ...)}), a row per text, or per token where pool is None. cut: a text that is too long
         for the context, instead of CaptureError. hear(done=n): texts so far."""
         request = {"stages": stages, "layers": layers, "pool": pool, "cut": cut}
-        answer, memory = self.into_arena("collect", hear, prompts=list(texts), **request)
+        texts = list(texts)
+        answer, memory = self.into_arena("collect", hear, prompts=texts, **request)
+        for text, ids in zip(texts, answer["tokens"]):
+            self._say_two_starts(text, ids)
         parts = {
             stage: np.ndarray(part["all"], part["dtype"], memory, part["offset"])
             for stage, part in answer["layout"].items()

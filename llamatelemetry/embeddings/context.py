@@ -13,6 +13,8 @@ from ..errors import EmbeddingError
 from ..maths import unit
 from .vectors import word_table
 
+_OF_TOKENS = ["token", "token_id", "token_text", "token_position"]
+
 
 def occurrences(
     senses: Mapping[str, Mapping[str, Sequence[str]]], pieces: Sequence[str | bytes]
@@ -61,19 +63,23 @@ def word_position(tokens: pd.DataFrame, word: str) -> int:
     return int(at[-1])
 
 
-def word_states(captures: Iterable[Capture], words: Sequence[str]) -> xr.Dataset:
-    """The residual stream at one word of each capture (stage "hidden") and at the token before it.
+def word_states(states: xr.Dataset, words: Sequence[str]) -> xr.Dataset:
+    """The residual stream at one word of each text and at the token before it.
 
-    -> at_word, before: (layer, occurrence, embd); id: (occurrence,), the word's token. Captures are
-    read one by one: give a generator."""
-    found = []
-    for capture, word in zip(captures, words):
-        position = word_position(capture.tokens, word)
-        here = capture.hidden.isel(token=position, drop=True).copy()
-        before = capture.hidden.isel(token=max(position - 1, 0), drop=True).copy()
-        rows = {"at_word": here, "before": before, "id": capture.tokens.id[position]}
-        found.append(xr.Dataset(rows))
-    return xr.concat(found, dim="occurrence").transpose("layer", ...)
+    states: of engine.collect(texts, "hidden", pool=None); words: one per text. -> at_word, before:
+    (layer, occurrence, embd); id: (occurrence,), the word's token. Only these rows are read."""
+    at = []
+    for first, count, word in zip(states.start.values, states.n_tokens.values, words):
+        pieces = states.token.values[first : first + count]
+        tokens = pd.DataFrame({"position": range(count), "piece": pieces})
+        at.append((first + word_position(tokens, word), first))
+    here, first = np.array(at).T
+    rows = {"at_word": here, "before": np.maximum(here - 1, first)}
+    found = {
+        name: states.hidden.isel(token=place).drop_vars(_OF_TOKENS) for name, place in rows.items()
+    }
+    found["id"] = states.token_id.isel(token=here).drop_vars(_OF_TOKENS)
+    return xr.Dataset(found).rename(token="occurrence").transpose("layer", ...).load()
 
 
 def sentence_states(captures: Iterable[Capture]) -> xr.Dataset:

@@ -85,6 +85,7 @@ RULES = {
     "MAX_TOKENS": whole(17, "n_ctx_train"),
     "PATCH_EVERY": whole(1),
     "PATCH_POSITIONS": whole(1),
+    "PROBE_TEXTS": whole(40, 400),
     "WINDOWS": optional(whole(1)),
     "SAMPLE": whole(1),
     "WHOLE_VOCABULARY": optional(flag),
