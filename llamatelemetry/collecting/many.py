@@ -90,7 +90,7 @@ def collect(runs, texts, stages, layers, pool, arena, tell):
         part |= {"offset": n_bytes, "all": sizes}
         n_bytes += -(-int(np.prod(sizes)) * 4 // 64) * 64
     memory, device = arena(n_bytes), runs.runtime.ggml.device
-    cache = DTYPES[runs.runtime.cache_type]
+    cache = {stage: DTYPES.get(kind) for stage, kind in runs.runtime.cache_types.items()}
     arrays = {}
     for stage, part in parts.items():
         array = np.ndarray(part["all"], part["dtype"], memory, part["offset"])
@@ -107,7 +107,7 @@ def collect(runs, texts, stages, layers, pool, arena, tell):
         def setup(recorder, plan):
             recorder.ends = True  # what comes after the last stage is not computed
             for stage, array in arrays.items():
-                rounded = cache if STAGES[stage].cached else None
+                rounded = cache[stage] if STAGES[stage].cached else None
                 for target, layer in zip(array, parts[stage]["layers"] or [None]):
                     rows = target[starts[batch.start] : starts[batch.stop]]  # noqa: B023
                     taps = runs.taps(plan, stage, layer)
