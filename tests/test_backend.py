@@ -135,6 +135,18 @@ def test_kmeans_finds_planted_clusters(backend):
     assert adjusted_rand_score(labels, found) == 1.0 and set(found) == set(range(4))
 
 
+def test_classify_tells_planted_labels_of_rows_that_it_has_not_seen(backend):
+    """Also where a column does not vary, and of more than two kinds."""
+    x, labels = planted()
+    x = np.hstack([x, np.ones((len(x), 1), np.float32)])
+    told, same = backend.classify(x[::2], labels[::2], [x[1::2], x[::2]], 0.5)
+    np.testing.assert_array_equal(told, labels[1::2])
+    np.testing.assert_array_equal(same, labels[::2])
+    assert told.dtype == np.int64
+    with pytest.raises(ValueError, match="NaN"):
+        backend.classify(x[::2], labels[::2], [np.full_like(x, np.nan)])
+
+
 def test_hdbscan_finds_planted_clusters_and_noise(backend):
     x, labels = make_blobs(
         n_samples=[80, 80, 80], centers=[[0, 0], [10, 0], [0, 10]], cluster_std=0.5, random_state=0
@@ -474,6 +486,10 @@ def test_cpu_and_gpu_agree():
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(cpu.pca(x, 3)[1], gpu.pca(x, 3)[1], rtol=1e-4)
     assert adjusted_rand_score(cpu.kmeans(x, 8), gpu.kmeans(x, 8)) == 1.0
+    noisy = x + np.random.default_rng(0).normal(size=x.shape, scale=8 * x.std()).astype(x.dtype)
+    kinds = np.repeat(np.arange(2), len(x) // 2)
+    told, also = (b.classify(noisy[::2], kinds[::2], [noisy[1::2]], 0.1)[0] for b in (cpu, gpu))
+    assert (told == also).mean() > 0.99
     ours, theirs = cpu.umap(x, metric="euclidean"), gpu.umap(x, metric="euclidean")
     # Each map shows the neighbourhoods of the data as truly as the other; 5%: the spread between
     # seeds.

@@ -64,6 +64,19 @@ def test_collected_states_are_those_of_single_captures(tmp_path, kind, pool):
                 np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cache", ["f16", "q8_0"])
+def test_keys_and_values_have_their_caches_formats(tmp_path, cache):
+    path = tiny_model("llama", tmp_path, head_dim=32)  # a block of a quantized cache
+    with CollectSession(path, threads=1, cache_type=cache) as session:
+        _, _, found = session.collect(TEXTS, ["k", "v"], pool=None)
+        start = 0
+        for ids in TEXTS:
+            for stage, array in found.items():
+                got = array[:, start : start + len(ids)]
+                np.testing.assert_allclose(got, single(session, ids, stage), rtol=1e-3, atol=1e-3)
+            start += len(ids)
+
+
 def test_what_comes_after_the_last_stage_is_not_computed(tmp_path):
     """Layer 1 alone: no later layer runs; a capture afterwards is what it was before."""
     with CollectSession(tiny_model("llama", tmp_path), threads=1) as session:
