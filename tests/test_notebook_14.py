@@ -161,7 +161,7 @@ def lens_of(hidden):
         "top": ((*dims, "best"), top[..., None]),
         "top_probability": ((*dims, "best"), share[..., None]),
     }
-    return xr.Dataset(data)
+    return xr.Dataset(data, {"position": ("token", np.arange(shape[1]))})
 
 
 @pytest.mark.slow
