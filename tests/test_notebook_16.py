@@ -101,6 +101,41 @@ def test_tasks_texts_and_a_mixture_of_a_size(run):
 
 
 @pytest.mark.slow
+def test_noise_and_caches_are_exported_as_measured(run):
+    _, out = run
+    quality, noise, cache = (
+        pd.read_parquet(out / f"{name}.parquet") for name in ("quality", "noise", "cache")
+    )
+    assert set(noise.index) >= {"attention not fused", "batches of 64 tokens"}
+    assert 0 <= noise["kld_mean"].max() < quality["kld_mean"].min()
+    full, small = cache[cache["cache_k"] == "f16"], cache[cache["cache_k"] != "f16"]
+    assert (full["kld_mean"] == quality.loc[full.index, "kld_mean"]).all()
+    assert set(small["cache_v"]) == {"q8_0", "q4_0"} and len(small) == 4
+    for name, row in small.iterrows():
+        whole = full.loc[row["weights"]]
+        assert row["memory_bytes"] < whole["memory_bytes"] and pd.isna(row["error"]), name
+        assert row["cache_bytes"] == pytest.approx(8192 * row["token_bytes"])
+    worst = small[small["cache_k"] == "q4_0"]["kld_mean"].to_numpy()
+    assert (worst > small[small["cache_k"] == "q8_0"]["kld_mean"].to_numpy()).all()
+
+
+def test_questions_are_asked_in_their_order():
+    headings = [
+        line
+        for cell in nbformat.read(NOTEBOOK, 4).cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("## ")
+    ]
+    asked = ["The files", "How far apart", "Where?", "the cache cost?", "Does it show?"]
+    asked += ["for my memory?", "Can a mixture do better?"]
+    places = [next(n for n, line in enumerate(headings) if part in line) for part in asked]
+    assert places == sorted(places) == list(range(places[0], places[0] + len(asked)))
+    numbers = [line.split(". ")[0].removeprefix("## ") for line in headings if ". " in line]
+    assert numbers == [str(n + 1) for n in range(len(numbers))]
+
+
+@pytest.mark.slow
 def test_it_says_that_the_reference_is_a_stand_in(run):
     notebook, _ = run
     said = printed(notebook)
