@@ -185,6 +185,30 @@ def test_every_file_comes_with_every_cache(tmp_path):
     assert np.isnan(found["kld_mean"].iloc[1]) and found["token_bytes"].iloc[1] > 0
 
 
+def test_noise_is_measured_where_it_can_be(tmp_path, monkeypatch):
+    path = tiny_model("llama", tmp_path)
+    everywhere = ["attention not fused", "batches of 64 tokens"]
+    assert list(ways.noise_ways(path, gpu=False)) == everywhere
+    on_gpu = [*everywhere, "batches of 8 tokens", "on the CPU"]
+    found = ways.noise_ways(path, gpu=True)
+    assert list(found) == on_gpu and {way.path for way in found.values()} == {str(path)}
+    monkeypatch.setattr(ways, "LARGE", 1000)  # too large for a CPU beside it
+    assert list(ways.noise_ways(path, gpu=True)) == on_gpu[:3]
+
+
+def test_a_file_computed_on_the_cpu_is_a_way_of_its_own(tmp_path):
+    """Another load of the reference, whose context has settings of its own."""
+    pytest.importorskip("llama_cpp")
+    path = tiny_model("llama", tmp_path)
+    key = f"{path} (on the CPU)"
+    job = {"reference": str(path), "text": "The dog saw the cat and the cat. " * 20, "n_ctx": 64}
+    job |= {"max_windows": 1, "gpu_layers": None, "threads": 1, "candidates": [str(path), key]}
+    job |= {"ways": {key: ways.noise_ways(path, gpu=True)["on the CPU"]}, "beside": {}}
+    found = jobs.measure_all(job)
+    assert found[key]["error"] is None and len(found[key]["columns"]["kld"]) == 31
+    assert found[str(path)]["columns"]["kld"].max() == 0
+
+
 def test_pairs_of_cache_types():
     assert ways.pairs(None) == [("f16", "f16")]
     assert ways.pairs([["q8_0", "q4_0"], ("q8_0", "q4_0"), "q8_0/q4_0"]) == [("q8_0", "q4_0")]

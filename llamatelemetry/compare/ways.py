@@ -109,5 +109,7 @@ def noise_ways(path: str | Path, gpu: bool) -> dict[str, Way]:
     if gpu:
         found["batches of 8 tokens"] = Way(path, {"n_ubatch": 8})
         if GGUFFile(path).size_bytes <= LARGE:
-            found["on the CPU"] = Way(path, {"gpu_layers": 0})
+            # Without layers on it a GPU would still be lent the large products.
+            alone = {"gpu_layers": 0, "op_offload": False, "offload_kqv": False}
+            found["on the CPU"] = Way(path, alone)
     return found
