@@ -7,6 +7,7 @@ import pytest
 import xarray as xr
 
 from llamatelemetry.layers import (
+    budget,
     compare,
     graph,
     norms,
@@ -185,6 +186,60 @@ def test_importance_reads_the_sweep_by_name():
     table = states.layer_importance(hidden, sweep)
     assert table["both"].tolist() == [3, 6] and table["ffn"].tolist() == [2, 5]
     assert set(table.attrs["spearman"]) == {"attention", "ffn", "both"}
+
+
+class Clocked:
+    """A sweep that takes `start` + `each` * tokens seconds of its own clock, + `late` at first."""
+
+    def __init__(self, start, each, late=0.0):
+        self.start, self.each, self.now, self.late, self.asked = start, each, 0.0, late, []
+
+    def __call__(self, ids, variants, progress):
+        assert variants == {} and not progress
+        self.now += self.start + self.each * len(ids) + self.late
+        self.late = 0.0
+        self.asked.append(len(ids))
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "n, start, each, kept, layers, said",
+    [
+        (48, 0.1, 0.001, 48, range(10), ""),  # fits as it is
+        (2000, 0.1, 0.0018, 2000, range(10), ""),  # 31 runs of 3.7 s
+        # 31 runs of 120/31 s are 1,885 tokens
+        (4000, 0.1, 0.002, 1885, range(10), "about 251 s: all layers are tried on the first 1,885"),
+        # 23 runs of 5 s: the one without an edit, and 3 of each of 7 layers
+        (48, 5, 0, 48, [0, 2, 3, 4, 6, 8, 9], "155 s: layers 0, 2, 3, 4, 6, 8, 9 are tried on all"),
+        # Tokens first, down to 48, then layers; the first and the last are tried whatever it takes
+        (500, 50, 1, 48, [0, 9], "17,050 s: layers 0, 9 are tried on the first 48 tokens"),
+    ],
+)
+def test_a_sweep_is_what_time_allows(n, start, each, kept, layers, said, monkeypatch, capsys):
+    sweep = Clocked(start, each, late=30)
+    monkeypatch.setattr(budget, "time", sweep)
+    variants = states.ablations(range(10), range(10))
+    ids, chosen = budget.sweepable(sweep, list(range(n)), variants, seconds=120)
+    assert ids == list(range(kept)) and max(sweep.asked) == n
+    names = {f"{part} {layer}" for part in ("attention", "ffn", "both") for layer in layers}
+    assert set(chosen) == names and all(chosen[name] is variants[name] for name in names)
+    printed = capsys.readouterr().out
+    assert said in printed and bool(printed) == bool(said)
+    reckoned = (len(chosen) + 1) * (start + each * kept)
+    assert reckoned <= 120 * 1.001 or list(layers) == [0, 9]
+
+
+def test_of_a_part_of_the_layers_only_that_part_is_spoken_of():
+    hidden = stage([[[1, 0], [1, 0]], [[1, 0], [1, 1]], [[1, 0], [0, 1]], [[1, 0], [0, 1]]])
+    names = ["attention 0", "ffn 0", "both 0", "attention 1", "ffn 1", "both 1"]
+    sweep = pd.DataFrame({"loss_change": [1, 2, 3, 4, 5, 6.0]}, index=pd.Index(names, name="name"))
+    table = states.layer_importance(hidden, sweep)
+    assert np.isnan(table["both"][2]) and table["influence"].idxmin() == 2
+    said = " ".join(say.importance(table).split())
+    assert "layer 1 costs most (+6.00" in said and "layer 0 least" in said
+    assert "of 2 from the harmless end" in said and "layer 2" not in said
 
 
 class Weights:

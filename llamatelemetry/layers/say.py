@@ -131,13 +131,14 @@ def attribution(table: pd.DataFrame, pieces: Sequence) -> str:
 @sentence
 def importance(table: pd.DataFrame) -> str:
     """table: states.layer_importance."""
-    both, proxy = table["both"], table["influence"].idxmin()
+    both = table["both"].dropna()  # of the layers that were tried
     if len(table) == 1:
         return f"Removing the only layer changes the loss by {both.iloc[0]:+.2f} nats per token."
+    proxy = table["influence"][both.index].idxmin()
     agree = some(table.attrs["spearman"]["both"], " (rank correlation of the two: {:.2f})", "")
     return f"""Removing layer {both.idxmax()} costs most ({both.max():+.2f} nats per token), layer {both.idxmin()} least
         ({both.min():+.2f}). Block Influence calls layer {proxy} the least important; by ablation it is number
-        {both.rank()[proxy]:.0f} of {len(table)} from the harmless end{agree}."""
+        {both.rank()[proxy]:.0f} of {len(both)} from the harmless end{agree}."""
 
 
 @sentence
