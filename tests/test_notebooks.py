@@ -108,6 +108,18 @@ def test_what_is_wrong_is_found(tmp_path, change, message):
     assert any(message in problem for problem in notebook_problems(path))
 
 
+def test_two_cells_of_one_id_are_found(tmp_path):
+    """As two branches leave them that both added a cell."""
+    cells = [nbformat.v4.new_code_cell(source, id=source.lower()) for source in "AB"]
+    cells[0].metadata.tags, cells[1].metadata.tags = ["parameters"], ["setup"]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    assert list(notebook_problems(path)) == []
+    path.write_text(path.read_text().replace('"id": "b"', '"id": "a"'))
+    with pytest.warns(nbformat.warnings.DuplicateCellId):
+        assert list(notebook_problems(path)) == ["several cells have one id: a"]
+
+
 def test_a_late_output_does_not_end_a_run(tmp_path, monkeypatch):
     """The client waits 4 s for what a cell has printed: on a busy machine long prompts ended so."""
     from llamatelemetry.tools import notebooks

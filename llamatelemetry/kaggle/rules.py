@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 from ..errors import StageError
@@ -111,6 +112,10 @@ def notebook_problems(path):
         yield f"{Path(path).name} is not valid: {str(error).splitlines()[0]}"
     if (notebook.nbformat, notebook.nbformat_minor) < (4, 5):
         yield f"{Path(path).name} is nbformat {notebook.nbformat}.{notebook.nbformat_minor}, 4.5 is expected"
+    # nbformat gives a cell another id where two have one, in memory
+    ids = Counter(cell.get("id") for cell in json.loads(Path(path).read_bytes())["cells"])
+    if twice := [str(name) for name, n in ids.items() if name and n > 1]:
+        yield f"several cells have one id: {', '.join(twice)}"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     # Of a staged one: not for readers
     code = [cell for cell in code if "package" not in cell.metadata.get("tags", [])]
