@@ -293,6 +293,8 @@ def test_a_smaller_cache_beats_smaller_weights_where_it_fits_and_loses_less():
         list(cache.crossover(for_context(two_files(), 30), floor=0.04)["better"][-2:])
         == ["equal"] * 2
     )
+    blurred = for_context(two_files(), 30).assign(kld_mean_err=[0.0, 0.03, 0.001, 0.0])
+    assert list(cache.crossover(blurred)["better"])[-2:] == ["equal", "equal"]
     # 20 tokens: large with the small cache needs what small with the full one does.
     turns = cache.turning(two_files())
     assert turns.loc[0].tolist() == ["large, q8_0/q8_0 cache", "small", 20, pytest.approx(0.03)]

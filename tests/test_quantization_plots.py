@@ -271,9 +271,9 @@ def test_noise_is_drawn_and_said():
     assert figure.data[-1].name == "noise floor" and figure.data[-1].y == (0.003, 0.003)
     said = say.noise(noise, table, 0.003).replace("\n", " ")
     assert "up to 0.003 nats from itself (batches)" in said and said.endswith("from it: b.")
-    assert "20 times as far: more than noise" in say.noise(noise, table[:1], 0.002).replace(
-        "\n", " "
-    )
+    assert "20 times the floor of 0.002: more than noise" in say.noise(
+        noise, table[:1], 0.002
+    ).replace("\n", " ")
     pairs = pd.DataFrame({"better": ["no"]}, pd.MultiIndex.from_tuples([("a", "b")]))
     said = say.better(pairs, table).replace("\n", " ")
     assert said.startswith("Of 1 pair of neighbours, 1 are told apart") and "told: none" in said

@@ -85,10 +85,12 @@ def crossover(table: pd.DataFrame, floor: float = 0.0, loss: str = "kld_mean") -
     table: a Comparison with memory_bytes for one context (memory_ctx, or at_context). DataFrame by
     memory_bytes, a step for every row that comes within reach: smaller_weights and smaller_cache
     (names of the best rows that fit; None for none), weights_loss, cache_loss (NaN), and better:
-    "smaller cache", "smaller weights", or "equal" where they are no more than `floor` apart."""
+    "smaller cache", "smaller weights", or "equal" where they are no more than `floor`, or their
+    standard errors where the table has them, apart."""
     known = table.dropna(subset=[loss, "memory_bytes"])
     ways = {"weights": known[is_full(known)], "cache": known[smaller(known)]}
     steps: list[dict] = []
+    has_errors = f"{loss}_err" in known
     for budget in sorted(known["memory_bytes"].unique()):
         best = {}
         for way, rows in ways.items():
@@ -97,7 +99,8 @@ def crossover(table: pd.DataFrame, floor: float = 0.0, loss: str = "kld_mean") -
         (weights, of_weights), (cache, of_cache) = best["weights"], best["cache"]
         names = {"smaller_weights": weights, "smaller_cache": cache}
         losses = {"weights_loss": of_weights, "cache_loss": of_cache}
-        verdict = _better(of_weights, of_cache, floor)
+        errors = [known[f"{loss}_err"][name] for name in names.values() if name and has_errors]
+        verdict = _better(of_weights, of_cache, max([floor, float(np.hypot.reduce([0, *errors]))]))
         if not steps or any(steps[-1][way] != name for way, name in names.items()):
             steps.append({"memory_bytes": budget, **names, **losses, "better": verdict})
     columns = "memory_bytes smaller_weights smaller_cache weights_loss cache_loss better".split()

@@ -89,7 +89,8 @@ def noise(table: pd.DataFrame, quality: pd.DataFrame, floor: float) -> str:
     if len(below):
         return f"{said}. No more than that from it, so not to be told from it: {listed(below)}."
     times = float(ratio(quality["kld_mean"].min(), floor))
-    return f"{said}. The closest file is {some(times, '{:,.0f}')} times as far: more than noise."
+    over = f"{some(times, '{:,.0f}')} times the floor of {floor:.2g}"
+    return f"{said}. The closest file is at {over}: more than noise."
 
 
 @sentence
