@@ -519,3 +519,25 @@ def with_value(path, tensor, value, target, at=7):
     np.frombuffer(data, np.float32, found.n_elements, found.data_offset)[at] = value
     Path(target).write_bytes(data)
     return Path(target)
+
+
+def features(folder, width, hook, n_features=64):
+    """A folder of published features as SAELens saves them: a top-4 autoencoder with seeded random
+    directions."""
+    import json
+
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    directions = np.random.default_rng(0).normal(size=(width, n_features)).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=0)
+    weights = {
+        "W_enc": directions,
+        "W_dec": np.ascontiguousarray(directions.T),
+        "b_enc": np.zeros(n_features, np.float32),
+        "b_dec": np.zeros(width, np.float32),
+    }
+    save_file(weights, folder / "sae_weights.safetensors")
+    about = {"architecture": "topk", "k": 4, "metadata": {"hook_name": hook}}
+    (folder / "cfg.json").write_text(json.dumps(about | {"d_in": width, "d_sae": n_features}))
+    return folder

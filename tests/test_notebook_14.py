@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 from notebook_checks import figures_with_sentences
 
-from llamatelemetry import Capture, ControlVector, load_text
+from llamatelemetry import Capture, ControlVector, Features, load_text
 from llamatelemetry.layers import page as layers_page
 from llamatelemetry.tools.notebooks import NotebookError, run_notebook
 
@@ -45,6 +45,7 @@ def run(tmp_path_factory, smollm2):
         "TEXT_TOKENS": 12,
         "PATCH_EVERY": 10,
         "PROBE_TEXTS": 40,
+        "FEATURES": str(models.features(folder / "features", 576, "blocks.14.hook_resid_post")),
     }
     return nbformat.read(
         run_notebook(NOTEBOOK, folder, parameters, progress=False), 4
@@ -224,3 +225,17 @@ def test_a_long_prompt_ends_in_bounded_pages(tmp_path, smollm2):
     assert len(nodes) <= 4000 and nodes["position"].max() == n_token + 23
     for page in out.glob("*.html"):
         assert page.stat().st_size < 5_000_000, page.name
+
+
+@pytest.mark.slow
+def test_published_features_are_read_at_their_hook(run, engine):
+    _, out = run
+    saved = Capture.load(out / "prompt.safetensors")
+    features = Features.load(out.parent / "features")
+    active = features.encode(saved.hidden.sel(layer=15).values)
+    top = pd.read_parquet(out / "features.parquet")
+    assert len(top) == 10 and top["largest"].is_monotonic_decreasing
+    for row in top.itertuples():
+        assert active[row.position, row.feature] == pytest.approx(row.largest, rel=1e-3)
+    assert active[1:].max() == pytest.approx(top["largest"][0], rel=1e-3)
+    assert "features are active per token on average" in said(run[0])

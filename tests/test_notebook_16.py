@@ -4,6 +4,7 @@ sentence."""
 import re
 from pathlib import Path
 
+import models
 import nbformat
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 from notebook_checks import figures_with_sentences
 
 from llamatelemetry.compare.texts import load_text
+from llamatelemetry.features.survival import CONTROL
 from llamatelemetry.files.gguf import GGUFFile
 from llamatelemetry.tools.notebooks import run_notebook
 
@@ -31,6 +33,7 @@ def run(tmp_path_factory, smollm2):
         "WORKERS": 1,
         "N_TASKS": 12,
         "COST_SECONDS": 100_000,
+        "FEATURES": str(models.features(folder / "features", 576, "blocks.14.hook_resid_post")),
     }
     executed = run_notebook(NOTEBOOK, folder, parameters, progress=False)
     return nbformat.read(executed, 4), folder / "out"
@@ -148,3 +151,11 @@ def test_it_says_that_the_reference_is_a_stand_in(run):
 @pytest.mark.slow
 def test_every_figure_has_a_sentence(run):
     assert figures_with_sentences(run[0]) >= 10
+
+
+@pytest.mark.slow
+def test_of_published_features_less_survives_in_the_smaller_file(run):
+    notebook, out = run
+    table = pd.read_parquet(out / "features.parquet").set_index("feature")
+    medians = table[["Q8_0", "Q4_K_M", CONTROL]].fillna(0).median()
+    assert medians["Q4_K_M"] < medians["Q8_0"] < medians[CONTROL] + 1e-3 <= 1.001

@@ -161,6 +161,7 @@ WRONG = {
     "CACHE_TOKENS": [0, -1, 1.5, "8192"],
     "IMATRIX": [0, "False", None],
     "LONGER": [0, "True", 1.0],
+    "FEATURES": ["", "  ", 3, b"x"],
     "TASKS": ["", " ", 3],
     "N_TASKS": [0, -1, 2.5, "40"],
     "SIZE_MB": [0, -1, float("nan"), "80", float("inf")],

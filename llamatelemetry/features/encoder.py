@@ -17,6 +17,7 @@ from . import formats, hooks
 
 if TYPE_CHECKING:
     from ..capture.data import Capture
+    from ..engine import InferenceEngine
     from ..files.gguf import GGUFFile
 
 _VALUES = 1 << 25  # activations per temporary: 128 MiB
@@ -100,8 +101,22 @@ class Features:
     def of(self, captured: "Capture", gguf: "GGUFFile", backend: Any = None) -> xr.DataArray:
         """Activations on a capture that holds `hook.stages`: (token, feature) float32, with the
         capture's token coordinates. Raises FeatureError where model or capture do not fit."""
+        return self.encode(self.states(captured, gguf), backend)
+
+    def states(self, captured: "Capture", gguf: "GGUFFile") -> xr.DataArray:
+        """What they read of a capture: (token, embd) float32. Raises FeatureError as `of` does."""
         self.check(gguf)
-        return self.encode(hooks.states(captured, gguf, self.hook), backend)
+        return hooks.states(captured, gguf, self.hook)
+
+    def read(self, engine: "InferenceEngine", text: str, tokens: int = 512) -> np.ndarray:
+        """The states that they read of a text's first tokens, without the first one: (<= tokens,
+        n_in) float32. Raises FeatureError where the loaded model is none of theirs."""
+        if engine.model is None:
+            raise FeatureError("No model is loaded: call load_model first.")
+        self.check(engine.model)
+        ids = engine.tokenize(text)["id"].tolist()[: tokens + 1]
+        captured = engine.capture(ids, stages=self.hook.stages)
+        return self.states(captured, engine.model).values[1:]
 
     def encode(self, states: Any, backend: Any = None) -> Any:
         """Activations of states at the hook: (row, n_in) -> (row, feature) float32, as sae_lens

@@ -37,7 +37,7 @@ def survival(table: pd.DataFrame, *, title: str) -> go.Figure:
     figure, share = panels(title), np.linspace(0, 1, 201)
     for i, name in enumerate(table.columns.drop(["active", "mean"])):
         values = np.sort(table[name].fillna(0).to_numpy())
-        control = name == "the same file again"
+        control = name == table.attrs.get("control")
         color = theme.COLOR["reference"] if control else theme.CATEGORIES[i % 7]
         look: dict[str, Any] = dict(dash="dot" if control else None, mode="lines")
         at = np.quantile(values, share) if len(values) else []

@@ -11,7 +11,7 @@ from ..maths import ratio
 from .encoder import Features
 
 MIN_ACTIVE = 10  # rows: a correlation of fewer says nothing
-CONTROL = "the same file again"
+CONTROL = "the reference, computed another way"
 
 
 def survival(
@@ -26,8 +26,8 @@ def survival(
     """Pearson's correlation of each feature's activation between a reference and other files.
 
     reference: states at the hook, (row, n_in); others: {name: states of the same rows}; control:
-    states of the reference computed another way (other batches, another thread count, with flash
-    attention): what the kernels alone change. Only features that are active in `min_active` rows
+    states of the reference computed another way (keys and values kept in 32 bits, other batches):
+    what rounding in the runtime alone changes. Only features that are active in `min_active` rows
     of the reference or more are kept. Returns one row per feature, by number: active (rows of the
     reference), mean (its activation there), one column of correlations per file, and CONTROL where
     it is given; NaN where the other file never activates the feature, or always alike. Raises
@@ -44,6 +44,7 @@ def survival(
     kept = np.flatnonzero(count >= min_active)
     table = pd.DataFrame({"active": count[kept], "mean": total[kept] / np.maximum(count[kept], 1)})
     table.index = pd.Index(kept, name="feature")
+    table.attrs["control"] = CONTROL
     rows = len(reference)
     for name, states in runs.items():
         _, other, other_squares, products = _sums(features, reference, np.asarray(states), backend)

@@ -36,6 +36,7 @@ def _is_file(value):
 
 text = _rule(_is_text, "a text that is not empty is expected")
 file = _rule(_is_file, "the name or the file of a model is expected")
+place = _rule(_is_file, "a folder, or OWNER/NAME/FOLDER on the hub, is expected")
 flag = _rule(lambda value: isinstance(value, bool), "True or False is expected")
 
 

@@ -170,6 +170,8 @@ def _from_here(name, value):
         return value
     if name in FILES:
         return from_here(value)
+    if name == "FEATURES":  # a folder, or where they lie on the hub
+        return str(path_of(value)) if path_of(value).is_dir() else value
     if name == "TASKS":  # as load_tasks takes it
         return value if value in HUB else str(place(Path(value)))
     return str(place(value) or value) if name == "TEXT" else value
