@@ -7,6 +7,8 @@ import ast
 from importlib import import_module
 from pathlib import Path
 
+from .imports import uninterrupted
+
 __version__ = "0.1.0"
 
 _WHERE = {
@@ -21,7 +23,9 @@ __all__ = ["__version__", *_WHERE]
 def __getattr__(name):
     if name not in _WHERE:
         raise AttributeError(f"module 'llamatelemetry' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    with uninterrupted():
+        module = import_module(f"{__name__}.{_WHERE[name]}")
+    value = globals()[name] = getattr(module, name)
     return value
 
 

@@ -17,6 +17,7 @@ from .gpus.fit import Fit, fit, spread
 from .gpus.placement import placement, proof
 from .gpus.placing import Place, place
 from .history import forget
+from .imports import uninterrupted
 from .server.loading import settle
 from .serving import Serving
 
@@ -80,9 +81,10 @@ class InferenceEngine(Serving):
         probabilities. Capture.layers then says key_type, and in key_turn how many features were
         turned together before it; q and k are shown as they are before. Raises ModelNotFoundError,
         ModelLoadError, GpuError, OptionError, ServerError."""
-        from .capture.variants import check_controls
-        from .files.gguf import GGUFFile
-        from .files.models import resolve_model
+        with uninterrupted():
+            from .capture.variants import check_controls
+            from .files.gguf import GGUFFile
+            from .files.models import resolve_model
 
         gpu_layers = whole("gpu_layers", gpu_layers, -1, none=True)
         n_parallel = whole("n_parallel", n_parallel, 1)
@@ -167,7 +169,8 @@ class InferenceEngine(Serving):
 
         add_special: with the tokens that the model puts first (and last). Needs no server.
         """
-        import pandas as pd
+        with uninterrupted():
+            import pandas as pd
 
         with self._session_lock:  # of one model
             pieces = self._loaded().pieces
@@ -183,7 +186,8 @@ class InferenceEngine(Serving):
                 self._session.close()
                 self._session = None
             if self._session is None:
-                from .collecting.session import CollectSession
+                with uninterrupted():
+                    from .collecting.session import CollectSession
 
                 self._session = CollectSession(model, **self._session_args)
                 self._prove()
@@ -254,7 +258,8 @@ class InferenceEngine(Serving):
         dask.distributed Client, whose workers share the texts (cluster.local_cluster: one per GPU).
         Memory does not grow with the texts. Raises CaptureError for what cannot be captured,
         CollectError for a text that is none, a store of something else, or no room."""
-        from .collecting.run import collect
+        with uninterrupted():
+            from .collecting.run import collect
 
         return collect(
             self._call,

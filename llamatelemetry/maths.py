@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import EmbeddingError
+from .imports import uninterrupted
 
 
 def ratio(part: ArrayLike, whole: ArrayLike, noise: ArrayLike = 0.0) -> NDArray[np.float64]:
@@ -25,7 +26,8 @@ def ratio(part: ArrayLike, whole: ArrayLike, noise: ArrayLike = 0.0) -> NDArray[
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rho of two columns, pairs with a NaN left out; NaN for fewer than three pairs or a
     constant column: two points always lie on a line, and a constant has no order."""
-    from scipy.stats import spearmanr
+    with uninterrupted():
+        from scipy.stats import spearmanr
 
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     known = np.isfinite(a) & np.isfinite(b)
@@ -120,7 +122,8 @@ def entropy(p: ArrayLike, axis: int = -1) -> NDArray[np.float64]:
     float64. A CuPy array is worked on where it lies."""
     p = _float64(p)
     if isinstance(p, np.ndarray):
-        from scipy.special import entr
+        with uninterrupted():
+            from scipy.special import entr
     else:
         from cupyx.scipy.special import entr
     return entr(p).sum(axis=axis)

@@ -40,6 +40,7 @@ GROUND = (
     "errors",
     "guard",
     "history",
+    "imports",
     "liveness",
     "logs",
     "maths",

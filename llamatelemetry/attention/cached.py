@@ -3,6 +3,8 @@
 import gguf
 import numpy as np
 
+from ..imports import uninterrupted
+
 
 def as_cached(keys: np.ndarray, kind: str, turn: int = 0) -> np.ndarray:
     """Keys (..., feature) out of a cache of this type: turned, rounded to blocks of 32, and turned
@@ -25,7 +27,8 @@ def _turn(values, width):
     """Times a symmetric orthonormal Hadamard matrix: done twice, it is as before."""
     if not width:
         return values
-    from scipy.linalg import hadamard
+    with uninterrupted():
+        from scipy.linalg import hadamard
 
     matrix = hadamard(width).astype(np.float32) / np.float32(np.sqrt(width))
     return (values.reshape(-1, width) @ matrix).reshape(values.shape)

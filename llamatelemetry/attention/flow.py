@@ -7,6 +7,7 @@ import xarray as xr
 
 from ..backend.base import CpuBackend
 from ..capture.finite import measured
+from ..imports import uninterrupted
 from .patterns import query_positions
 
 FLOW_SECONDS = 30.0  # beyond, tokens are grouped
@@ -98,8 +99,9 @@ def flow(
     an upper bound of the flow to its tokens, and each token gets an equal part of it. Returns
     (key,), scaled to sum to 1 as the paper's code does; keys after the query get 0; coordinate
     `group`."""
-    import igraph
-    from tqdm.auto import tqdm
+    with uninterrupted():
+        import igraph
+        from tqdm.auto import tqdm
 
     n_layer, n_token = attention.sizes["layer"], attention.sizes["key"]
     query = query % n_token

@@ -7,6 +7,7 @@ from importlib import metadata
 
 import numpy as np
 
+from ..imports import uninterrupted
 from ..maths import blocks
 from . import layout as graph_layout
 
@@ -331,7 +332,8 @@ class CpuBackend:
             warnings.filterwarnings(
                 "ignore", message=".*vertices were disconnected"
             )  # refused in `umap`
-            from umap import UMAP
+            with uninterrupted():
+                from umap import UMAP
 
             # Below n_components + 2 rows the spectral start has no room.
             return UMAP(
@@ -345,27 +347,31 @@ class CpuBackend:
             ).fit_transform(x)
 
     def _pca(self, x, n):
-        from sklearn.decomposition import PCA
+        with uninterrupted():
+            from sklearn.decomposition import PCA
 
         model = PCA(n, random_state=0)
         scores = model.fit_transform(x)
         return scores, model.components_, model.explained_variance_ratio_
 
     def _kmeans(self, x, k, seed):
-        from sklearn.cluster import KMeans
+        with uninterrupted():
+            from sklearn.cluster import KMeans
 
         return KMeans(k, n_init=4, random_state=seed).fit_predict(x)
 
     def _classify(self, x, labels, rows, strength):
-        from sklearn.linear_model import LogisticRegression
-        from threadpoolctl import threadpool_limits  # scikit-learn's
+        with uninterrupted():
+            from sklearn.linear_model import LogisticRegression
+            from threadpoolctl import threadpool_limits  # scikit-learn's
 
         with threadpool_limits(1, "blas"):  # products this small only wait for their threads
             model = LogisticRegression(C=strength, max_iter=1000).fit(x, labels)
             return [model.predict(part) for part in rows]
 
     def _hdbscan(self, x, min_cluster_size, min_samples):
-        from sklearn.cluster import HDBSCAN
+        with uninterrupted():
+            from sklearn.cluster import HDBSCAN
 
         return HDBSCAN(
             min_cluster_size=min_cluster_size, min_samples=min_samples, copy=True

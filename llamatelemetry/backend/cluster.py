@@ -3,6 +3,7 @@
 import logging
 
 from ..gpus import devices
+from ..imports import uninterrupted
 
 
 def local_cluster(workers=None):
@@ -13,7 +14,8 @@ def local_cluster(workers=None):
     count), one without GPUs; more workers than GPUs take them in turn. distributed.LocalCluster
     would give every worker the environment of this process, which has only the analytics GPU left.
     Needs llamatelemetry[distributed]."""
-    from distributed import Nanny, Scheduler, SpecCluster
+    with uninterrupted():
+        from distributed import Nanny, Scheduler, SpecCluster
 
     shown = [{"CUDA_VISIBLE_DEVICES": gpu.uuid} for gpu in devices.visible_gpus()] or [{}]
     quiet, local = {"silence_logs": logging.WARNING}, {"host": "127.0.0.1", "dashboard": False}

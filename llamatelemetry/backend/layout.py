@@ -5,6 +5,8 @@ import random
 
 import numpy as np
 
+from ..imports import uninterrupted
+
 
 def check_edges(edges, n_nodes, weights=None):
     """edges as int64 (m, 2) and weights as float64 (m,) or None; ValueError for ids outside 0 to
@@ -49,7 +51,8 @@ def layout(edges, n_nodes, weights=None, dims=2, seed=0, force=igraph_force):
     force: what places one component, called like igraph_force
     -> (n_nodes, dims) float32, in the unit disc or ball
     """
-    import igraph
+    with uninterrupted():
+        import igraph
 
     edges, weights = check_edges(edges, n_nodes, weights)
     if dims not in (2, 3):
@@ -135,7 +138,8 @@ def to_unit(positions):
 
 def pagerank(edges, n_nodes, weights=None, directed=True):
     """PageRank with damping 0.85 (Page et al. 1999). -> (n_nodes,) float64 that sums to 1."""
-    import igraph
+    with uninterrupted():
+        import igraph
 
     edges, weights = check_edges(edges, n_nodes, weights)
     weights = (
@@ -149,7 +153,8 @@ def pagerank(edges, n_nodes, weights=None, directed=True):
 def betweenness(edges, n_nodes, directed=False):
     """Betweenness (Freeman 1977): the share of all pairs with shortest paths through a node. ->
     (n_nodes,)"""
-    import igraph
+    with uninterrupted():
+        import igraph
 
     edges, _ = check_edges(edges, n_nodes)
     pairs = (n_nodes - 1) * (n_nodes - 2) / (1 if directed else 2)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..errors import CaptureError, shown
 from ..files.outputs import path_of, written
+from ..imports import uninterrupted
 from ..metadata import check_capture
 from .names import STAGES
 
@@ -171,7 +172,8 @@ def token_table(ids, pieces, generated):
 def label(stage, array, layers, pieces, queries=None):
     """A DataArray with the stage's dims: `layer` numbers, pieces on token, query and key, their
     positions beside."""
-    import xarray as xr
+    with uninterrupted():
+        import xarray as xr
 
     dims = STAGES[stage].all_dims
     coords = {"layer": list(layers)} if STAGES[stage].per_layer else {}

@@ -16,6 +16,7 @@ from ..files.outputs import split_parts
 from ..files.vocabulary import named
 from ..gpus.cores import physical_cores
 from ..gpus.devices import list_gpus
+from ..imports import uninterrupted
 from ..liveness import patience
 from ..server.loading import described, least_context
 from .data import Capture, token_table
@@ -189,7 +190,8 @@ class CaptureSession:
 
     def predict(self, text_or_ids, variants, tokens=(), progress=True):
         """As InferenceEngine.predict."""
-        import xarray as xr
+        with uninterrupted():
+            import xarray as xr
 
         ids = one_sequence(tokens, CaptureError)
         if variants == {}:
@@ -217,7 +219,8 @@ class CaptureSession:
 
     def head_statistics(self, text_or_ids, layers=None, patterns=None):
         """As InferenceEngine.head_statistics."""
-        import xarray as xr
+        with uninterrupted():
+            import xarray as xr
 
         pairs = {name: np.asarray(value).tolist() for name, value in (patterns or {}).items()}
         layers = chosen("layers", layers)

@@ -19,6 +19,7 @@ from ..capture.finite import MISSING
 from ..capture.names import STAGES
 from ..errors import CollectError, shown
 from ..files.outputs import folder_of, path_of, split_parts, written
+from ..imports import uninterrupted
 from .texts import OURS
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class Store:
         last: bool,
     ) -> None:
         """A block of texts. arrays: {stage: (layer, row, ...)}, a row per text or per token."""
-        import pyarrow as pa
+        with uninterrupted():
+            import pyarrow as pa
 
         ids = [at for at, row in enumerate(rows) if not isinstance(row["text"], str)]
         raw = [[p if isinstance(p, bytes) else p.encode() for p in some] for some in pieces]
@@ -142,7 +144,8 @@ def block(path):
 
 @lru_cache(32)
 def _mapped(path, *_):
-    import pyarrow as pa
+    with uninterrupted():
+        import pyarrow as pa
 
     try:
         return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
@@ -168,8 +171,9 @@ def open_states(where: str | os.PathLike) -> "xr.Dataset":
     piece), token_id, token_position, token_text (its text's number). A stage that lacks a layer
     that another has is NaN there. attrs: pool, model, file, where, complete. CollectError for a
     folder without states."""
-    import xarray as xr
-    from xarray.core import indexing
+    with uninterrupted():
+        import xarray as xr
+        from xarray.core import indexing
 
     store = Store(where)
     if not store.paths:
@@ -199,7 +203,8 @@ def open_states(where: str | os.PathLike) -> "xr.Dataset":
 
 def _coordinates(store, along):
     """(coordinates, texts of each block, tokens of each block)."""
-    import pyarrow as pa
+    with uninterrupted():
+        import pyarrow as pa
 
     names = [name for name in block(store.paths[0]).column_names if is_given(name)]
     given = pa.concat_tables(
@@ -258,8 +263,9 @@ def _plain(column: pd.Series):
 
 def make_lazy(paths: list[Path], starts: np.ndarray, stage: str, part: dict, layers) -> Any:
     """One stage of all blocks as xarray's backends give an array: it reads what is asked for."""
-    from xarray.backends import BackendArray
-    from xarray.core import indexing
+    with uninterrupted():
+        from xarray.backends import BackendArray
+        from xarray.core import indexing
 
     class Blocks(BackendArray):
         dtype = np.dtype(part["dtype"])

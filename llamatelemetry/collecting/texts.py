@@ -11,6 +11,7 @@ import pandas as pd
 from ..arguments import prompt
 from ..errors import CollectError, shown
 from ..files.outputs import path_of
+from ..imports import uninterrupted
 
 READ = 1024  # rows of a Parquet file in memory at a time
 OURS = ("tokens", "pieces", "cut")  # columns of a store besides the text and the stages
@@ -79,7 +80,8 @@ def _given(texts):
 
 
 def _parquet(path):
-    from pyarrow import lib, parquet
+    with uninterrupted():
+        from pyarrow import lib, parquet
 
     try:
         for batch in parquet.ParquetFile(path).iter_batches(READ):

@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from ..imports import uninterrupted
 from .comparison import Comparison
 from .paired import paired
 
@@ -62,7 +63,8 @@ def order(found: Mapping[str, Comparison], floor: float = 0.0, seed: int = 0) ->
 def rank_agreement(found: Mapping[str, Comparison]) -> pd.DataFrame:
     """Kendall's tau-b of the files' mean KLD between each two texts, DataFrame (text, text): 1 is
     the same order, -1 the opposite one; NaN for fewer than two files."""
-    from scipy.stats import kendalltau
+    with uninterrupted():
+        from scipy.stats import kendalltau
 
     means = pd.DataFrame({text: one["kld_mean"] for text, one in found.items()}).dropna()
     taus = [[kendalltau(means[a], means[b]).statistic for b in means] for a in means]

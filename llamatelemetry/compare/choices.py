@@ -19,6 +19,7 @@ from ..errors import (
 )
 from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment, list_gpus, plan
+from ..imports import uninterrupted
 from ..liveness import patience
 from .comparison import named_files, resolved
 from .own_tasks import own_tasks
@@ -193,7 +194,8 @@ def _row(answers, which, name, tasks, seed):
 def flips(own: pd.DataFrame, base: pd.DataFrame, seed: int = 0) -> dict:
     """What changed from a reference's answers to a file's: COLUMNS. own, base: right and chosen of
     the same tasks."""
-    from scipy.stats import binomtest
+    with uninterrupted():
+        from scipy.stats import binomtest
 
     right, before = own["right"].to_numpy(), base["right"].to_numpy()
     lost, won = int((before & ~right).sum()), int((~before & right).sum())

@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ..errors import CompareError
+from ..imports import uninterrupted
 
 RESAMPLES = 2000
 BLOCK = 32  # scored tokens in a row that count as one observation
@@ -65,7 +66,8 @@ def better(tokens: pd.DataFrame, floor: float = 0.0, block: int = BLOCK) -> pd.D
     bootstrap's is too narrow for a dozen). floor: Comparison.floor. better: "yes" or "no" where the
     interval is on one side of 0, "equal" where the difference is no more than the floor, else
     "cannot be told"."""
-    from scipy import stats
+    with uninterrupted():
+        from scipy import stats
 
     places = ["window", "position"]
     wide = tokens.pivot(index=places, columns="candidate", values="kld")

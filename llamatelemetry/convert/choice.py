@@ -9,6 +9,7 @@ import pandas as pd
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import QuantizeError
+from ..imports import uninterrupted
 
 BASE = "Q8_0"  # the type that all others are measured from; it fits every row of 32
 # A k-quant packs 256 weights of a row. Where a row is no multiple of that, what llama-quantize
@@ -68,7 +69,8 @@ def least(costs: pd.DataFrame, budget: float) -> pd.DataFrame:
     `budget`: an integer program, solved exactly (HiGHS, by scipy.optimize.milp).
 
     costs: options() with a column cost. QuantizeError where even the smallest types are larger."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    with uninterrupted():
+        from scipy.optimize import Bounds, LinearConstraint, milp
 
     smallest = costs.groupby("group")["bytes"].min().sum()
     if smallest > budget:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from ..capture.data import Capture
 from ..errors import EmbeddingError
+from ..imports import uninterrupted
 from ..maths import unit
 from .vectors import word_table
 
@@ -224,7 +225,8 @@ def _apart(points):
 def principal_plane(vectors: ArrayLike) -> tuple[np.ndarray, float]:
     """The two directions of largest variance: (n, embd) -> (scores (n, 2), the share of the
     variance that they hold); zeros where all rows are equal."""
-    from sklearn.decomposition import PCA
+    with uninterrupted():
+        from sklearn.decomposition import PCA
 
     vectors = np.asarray(vectors, np.float64)
     centred = vectors - vectors.mean(axis=0)

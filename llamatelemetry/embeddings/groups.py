@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from ..backend.base import CpuBackend
 from ..errors import EmbeddingError
+from ..imports import uninterrupted
 from ..maths import Matrix, unit
 
 
@@ -191,7 +192,8 @@ def cluster_agreement(
     clustering (silhouette of its own clusters, adjusted Rand index against the categories, Hubert
     and Arabie 1985; both without noise rows), with its number of clusters and share of noise as
     columns."""
-    from sklearn.metrics import adjusted_rand_score, pairwise_distances, silhouette_score
+    with uninterrupted():
+        from sklearn.metrics import adjusted_rand_score, pairwise_distances, silhouette_score
 
     codes = pd.factorize(np.asarray(categories))[0]
     distance = np.maximum(pairwise_distances(unit(points), metric="cosine"), 0)
@@ -286,8 +288,9 @@ def neighbor_edges(
 def components(edges: pd.DataFrame, ids: np.ndarray) -> np.ndarray:
     """Connected parts of a network: the number of each node's part, largest part 0. -> (n,)
     int64"""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
+    with uninterrupted():
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
 
     place = pd.Series(np.arange(len(ids)), index=ids)
     ends = (place[edges.src].to_numpy(), place[edges.dst].to_numpy())

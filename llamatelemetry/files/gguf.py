@@ -17,6 +17,7 @@ from gguf import LlamaFileType
 from numpy.typing import NDArray
 
 from ..errors import ModelLoadError, ModelNotFoundError, shown
+from ..imports import uninterrupted
 from ..metadata import check
 from ..reading import Rows
 from .header import Header
@@ -178,7 +179,8 @@ class GGUFFile:
         """DataFrame indexed by tensor name: type, shape (rows first), n_elements, size_bytes,
         bits_per_weight, layer (NA outside the layers), group (embedding, attn_q, attn_k, attn_v,
         attn_qkv, attn_output, ffn_gate, ffn_up, ffn_down, experts, norm, output, other)."""
-        import pandas as pd
+        with uninterrupted():
+            import pandas as pd
 
         infos = self._infos.items()
         columns = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelLoadError, ModelNotFoundError, shown
+from ..imports import uninterrupted
 from . import hub
 from .outputs import path_of, split_parts
 from .packages import assembled, from_package, package_parts
@@ -71,7 +72,8 @@ def list_models() -> "pd.DataFrame":
     """DataFrame of the registered models and of the other GGUF files here: name (for
     resolve_model), parameters, repo, file, quantization, here (bool), path and size_bytes (NA where
     not on disk)."""
-    import pandas as pd
+    with uninterrupted():
+        import pandas as pd
 
     rows, seen = [], set()
     on_kaggle = _kaggle_files()

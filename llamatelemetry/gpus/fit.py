@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
+from ..imports import uninterrupted
 from . import devices
 
 if TYPE_CHECKING:
@@ -211,7 +212,8 @@ def fit(
     output is, where tensor_split spreads them (`spread`). Returns a Fit. Weights and KV cache are
     exact for layers of one size; compute buffers are llama.cpp's within some tens of MiB, and
     CUDA's own share per process is an allowance."""
-    import pandas as pd
+    with uninterrupted():
+        import pandas as pd
 
     chosen = devices.plan().inference if memory_bytes is None or gpu is None else ()
     gpu = bool(chosen) if gpu is None else gpu

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..imports import uninterrupted
 from .devices import list_gpus, processes_on
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ def placement(processes: Mapping[str, int | None]) -> "pd.DataFrame":
     processes: {name: pid}. One row per process and GPU: process, pid, gpu (index), gpu_name,
     memory_mib (both NA where the process is on no GPU, or the driver does not say), note (what the
     driver left out, and why)."""
-    import pandas as pd
+    with uninterrupted():
+        import pandas as pd
 
     reported = [(gpu, *processes_on(gpu)) for gpu in list_gpus()]
     absent = _why_absent(reported)

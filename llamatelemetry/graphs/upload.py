@@ -6,6 +6,7 @@ import logging
 
 from ..errors import GraphistryError
 from ..files import places
+from ..imports import uninterrupted
 from ..network import limited
 from ..secrecy import keep, redact
 from ..views import theme
@@ -100,7 +101,8 @@ def upload_graph(graph, credentials, privacy, server, protocol, saved, height):
             f"no Graphistry credentials: {KEY_ID[0]} and {SECRET[0]} are not set. {_ADD}. {here}"
         )
     try:
-        import graphistry
+        with uninterrupted():
+            import graphistry
     except ImportError as error:
         raise GraphistryError(
             f"graphistry is not installed: pip install graphistry. {here}"

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..capture.edits import Edit, ablate_head
+from ..imports import uninterrupted
 
 Heads = Sequence[tuple[int, int]]  # (layer, head)
 
@@ -86,7 +87,8 @@ def relations(
     DataFrame (measure) of rho, low, high, p, heads.
 
     low, high: 95% bootstrap over heads. table: one row per head, with kl and the columns."""
-    from scipy.stats import rankdata, spearmanr
+    with uninterrupted():
+        from scipy.stats import rankdata, spearmanr
 
     rng, rows = np.random.default_rng(seed), {}
     for name in columns:

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..capture.finite import measured
+from ..imports import uninterrupted
 from ..maths import unit
 
 MIN_KEYS = 8  # keys that a query must have for a rank correlation to mean anything
@@ -35,7 +36,8 @@ def semantic_scores(
     embeddings: (n, width) of the same tokens. Keys are those before the query without the first
     token and without the query's own token (a repeated word is a duplicate, not a relative). NaN
     where no row has 8 such keys."""
-    from scipy.stats import rankdata
+    with uninterrupted():
+        from scipy.stats import rankdata
 
     rng, ids = np.random.default_rng(seed), np.asarray(ids)
     words, first, word_of = np.unique(ids, return_index=True, return_inverse=True)

@@ -10,6 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from ..capture.finite import measured
+from ..imports import uninterrupted
 from ..maths import jensen_shannon, ratio
 
 BLOCK = 2**18  # attention weights of a temporary: few fit a processor's cache
@@ -84,8 +85,9 @@ def maps(
 def linkage_of(distance: np.ndarray, ordered: bool = True) -> np.ndarray:
     """scipy's linkage matrix of average linkage (Sokal and Michener 1958); ordered: neighbouring
     leaves as alike as can be, of 600 heads at most."""
-    from scipy.cluster.hierarchy import linkage
-    from scipy.spatial.distance import squareform
+    with uninterrupted():
+        from scipy.cluster.hierarchy import linkage
+        from scipy.spatial.distance import squareform
 
     ordered = ordered and len(distance) <= 600  # it takes the square of their number
     return linkage(squareform(distance, checks=False), "average", optimal_ordering=ordered)
@@ -100,8 +102,9 @@ def cluster(
     1987). A silhouette needs from 2 clusters to one less than there are heads: more are cut to
     that, and where there are no such counts (one head, two, all alike) all heads are one cluster,
     silhouette NaN."""
-    from scipy.cluster.hierarchy import fcluster
-    from sklearn.metrics import silhouette_score
+    with uninterrupted():
+        from scipy.cluster.hierarchy import fcluster
+        from sklearn.metrics import silhouette_score
 
     found, most = [(np.nan, np.zeros(len(distance), int))], len(distance) - 1
     counts = range(2, min(largest, most) + 1) if n_clusters is None else [min(n_clusters, most)]
@@ -122,8 +125,9 @@ def stability(
     """Clusters again from resampled texts: the adjusted Rand index of each repeat (n_boot,), and
     per cluster the mean best Jaccard overlap (Hennig 2007). NaN where nothing can differ: for one
     text, which resampling gives back as it is, and for one cluster."""
-    from scipy.cluster.hierarchy import fcluster
-    from sklearn.metrics import adjusted_rand_score
+    with uninterrupted():
+        from scipy.cluster.hierarchy import fcluster
+        from sklearn.metrics import adjusted_rand_score
 
     rng = np.random.default_rng(seed)
     sums, n_rows, names = np.asarray(sums), np.asarray(n_rows), np.unique(labels)
@@ -165,7 +169,8 @@ def describe_clusters(table: pd.DataFrame) -> pd.DataFrame:
 
 def order_of(distance: np.ndarray) -> np.ndarray:
     """Heads in the order of the leaves of average linkage: (head,) int."""
-    from scipy.cluster.hierarchy import leaves_list
+    with uninterrupted():
+        from scipy.cluster.hierarchy import leaves_list
 
     n_head = len(distance)
     return leaves_list(linkage_of(distance)) if n_head > 1 else np.zeros(1, int)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CaptureError, LlamaTelemetryError
+from ..imports import uninterrupted
 from ..views.text import shorten, token_text
 from . import picture
 from .question import Answer, Asker, Question
@@ -25,7 +26,8 @@ class Explorer:
     what came of it."""
 
     def __init__(self, asker: Asker, question: Question, model: str) -> None:
-        import ipywidgets as widgets
+        with uninterrupted():
+            import ipywidgets as widgets
 
         self.asker, self.question, self.model = asker, question, model
         self.answer: Answer | None = None

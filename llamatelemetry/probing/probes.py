@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from ..backend import get_backend
 from ..capture.finite import measured
 from ..errors import ProbeError
+from ..imports import uninterrupted
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -112,7 +113,8 @@ class Task:
     """Labels, their groups, and how texts are parted for testing."""
 
     def __init__(self, labels, groups, folds, seed):
-        from sklearn.model_selection import StratifiedGroupKFold
+        with uninterrupted():
+            from sklearn.model_selection import StratifiedGroupKFold
 
         self.codes, self.names = pd.factorize(np.asarray(labels), sort=True)
         n = len(self.codes)

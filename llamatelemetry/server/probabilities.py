@@ -3,6 +3,7 @@
 import math
 
 from ..errors import NotFiniteError, ServerError
+from ..imports import uninterrupted
 
 NOT_SOUND = (
     "the model's log-probabilities are no numbers (NaN or infinity): its text would be made up. score() names "
@@ -114,7 +115,8 @@ def probability_table(tokens, pieces=None):
     """DataFrame of an answer's completion_probabilities, see InferenceEngine.infer; None without
     any. pieces: of every token, where they are known; llama-server writes no special tokens, and
     with a character's last token all that was held back. NotFiniteError where one is no number."""
-    import pandas as pd
+    with uninterrupted():
+        import pandas as pd
 
     if not tokens:
         return None

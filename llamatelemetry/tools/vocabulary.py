@@ -9,6 +9,7 @@ from ..arguments import say_two_starts, writable
 from ..child import Child, serve
 from ..errors import ModelLoadError, WorkerCrashedError
 from ..files.gguf import GGUFFile
+from ..imports import uninterrupted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,8 @@ class Vocabulary:
 
     def tokenize(self, text: str) -> "pd.DataFrame":
         """As InferenceEngine.tokenize, with the tokens that the model puts first and last."""
-        import pandas as pd
+        with uninterrupted():
+            import pandas as pd
 
         ids = self._child.call("tokenize", text=writable(text))
         pieces = [self.model.pieces[i] for i in ids]
