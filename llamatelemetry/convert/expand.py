@@ -16,9 +16,9 @@ from ..files.scratch import ANNOUNCED, ScratchFile, scratch
 from ..files.types import TensorType, dequantize, tensor_type
 from ..reading import Rows
 from .chunks import PART, chunk
-from .writing import WORKERS, Output, assemble, in_order
+from .writing import Output, assemble, copied, cut
 
-ROWS = 4096  # rows of a block: one seed of the noise, one job of a thread
+ROWS = 4096  # rows of a block, which has one seed of the noise
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes per weight
 NUMBERS = {"F32": 0, "F16": 1, "BF16": 30}  # in a file
 # Bytes per block of 32 weights, the step in float16 first.
@@ -62,12 +62,12 @@ def excerpt(src: str | Path, dst: str | Path, names: Iterable[str]) -> Path:
     source, dst = open_model(src), path_of(dst, QuantizeError)
     tensors = {name: Tensor(name, *source.raw(name)) for name in names}
 
-    def blocks(name, _):
+    def jobs(name):
         data = tensors[name].data
-        return ([[data[at : at + ROWS].data]] for at in range(0, len(data), ROWS))
+        return (partial(copied, data, rows) for rows in cut(data, tensors[name].shape[-1]))
 
     plan = {name: (tensor.shape, tensor.tensor_type) for name, tensor in tensors.items()}
-    assemble([Output(dst, plan)], source, blocks, inputs=[src], bar=False)
+    assemble([Output(dst, plan)], source, jobs, inputs=[src], bar=False)
     return dst
 
 
@@ -99,15 +99,18 @@ def stand_in(
     general.file_type, {tensor: type}) of each."""
 
     def noisy(tensor, start):
-        rng = np.random.default_rng([seed, start, *tensor.name.encode()])
+        block = start // ROWS * ROWS
+        rng = np.random.default_rng([seed, block, *tensor.name.encode()])
+        # Two weights of each number of 64 bits: the noise is the same wherever a job begins.
+        rng.bit_generator.advance((start - block) * tensor.shape[-1] // 2)
 
         def add(at, values):
-            step = _steps(tensor, at, len(values))  # (rows, width)
+            step = _steps(tensor, at, len(values))  # (rows, blocks of weights)
             if step is not None:
-                noise = rng.random(values.shape, dtype=np.float32)
+                noise = rng.random((*step.shape, values.shape[1] // step.shape[1]), np.float32)
                 noise -= np.float32(0.5)
-                noise *= step
-                values += noise
+                noise *= step[..., None]
+                values += noise.reshape(values.shape)
 
         return add
 
@@ -150,16 +153,15 @@ def used_up(paths: Iterable[str | Path]) -> None:
 
 
 def _steps(tensor, start, rows):
-    """The quantization step of every weight in these rows, float32 (rows, width); None for
-    unquantized tensors."""
+    """The quantization step of every block of weights in these rows, float32 (rows, blocks); None
+    for unquantized tensors."""
     kind = tensor.tensor_type.name
     if kind in (*FLOATS, "F64"):
         return None
     raw = tensor.data[start : start + rows]
     if kind in SIMPLE:
         blocks = raw.reshape(rows, -1, SIMPLE[kind])
-        step = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-        step = np.repeat(step.astype(np.float32), 32, axis=-1)
+        step = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
     elif kind in ("Q4_K", "Q5_K"):
         from gguf.quants import Q4_K
 
@@ -167,18 +169,18 @@ def _steps(tensor, start, rows):
         blocks = raw.reshape(-1, {"Q4_K": 144, "Q5_K": 176}[kind])
         d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
         scale, _ = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
-        step = np.repeat(d * scale, 32, axis=-1).reshape(rows, -1)
+        step = (d * scale).reshape(rows, -1)
     elif kind == "Q6_K":  # 256 weights: 192 bytes of weights, 16 int8 scales, d in float16
         blocks = raw.reshape(-1, 210)
         d = np.ascontiguousarray(blocks[:, -2:]).view(np.float16).astype(np.float32)
         scale = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
-        step = np.repeat(d * scale, 16, axis=-1).reshape(rows, -1)
+        step = (d * scale).reshape(rows, -1)
     else:
         raise QuantizeError(
             f"{tensor.name} is {kind}: make_reference() knows the step of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K "
             "and Q6_K. Use a file made of these types, or a full-precision model as the reference."
         )
-    return np.abs(step)  # (rows, width)
+    return np.abs(step)
 
 
 def _rewrite(src, dst, type, change, metadata, progress, beside=()):
@@ -186,7 +188,7 @@ def _rewrite(src, dst, type, change, metadata, progress, beside=()):
     changes its values from that row on in place; None: they stay. beside: [(path, its
     general.file_type, {tensor: TensorType})] of quantizations of the result, made in the same
     pass."""
-    source, dst, name = open_model(src), path_of(dst, QuantizeError), None
+    source, dst = open_model(src), path_of(dst, QuantizeError)
     # Vectors stay F32.
     kinds = source.tensors["shape"].map(lambda shape: type if len(shape) > 1 else "F32")
     ftype = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[type]
@@ -201,30 +203,30 @@ def _rewrite(src, dst, type, change, metadata, progress, beside=()):
             more["general.quantization_version"] = GGML_QUANT_VERSION
         outputs.append(Output(path, plan, metadata | more))
 
-    def blocks(each, pool):
-        nonlocal name
-        name = each
+    def jobs(name):
         tensor = Tensor(name, *source.raw(name))
-        wanted = [types[name] for _, _, types in every]
-        starts = range(0, len(tensor.data), ROWS)
-        return in_order(pool, partial(_block, tensor, change, wanted), starts, WORKERS)
+        job = partial(_rows, tensor, change, [types[name] for _, _, types in every])
+        for start in range(0, len(tensor.data), ROWS):
+            stop = min(start + ROWS, len(tensor.data))
+            yield from (
+                partial(job, part) for part in cut(tensor.data, tensor.shape[-1], start, stop)
+            )
 
-    try:
-        assemble(outputs, source, blocks, inputs=[src], bar=progress)
-    except NotImplementedError:
-        raise unreadable(name, source.tensors["type"][name]) from None
+    assemble(outputs, source, jobs, inputs=[src], bar=progress)
     return dst
 
 
-def _block(tensor, change, wanted, start):
-    """One block of rows as it is written: of each wanted type its parts, in bytes. The last is of
+def _rows(tensor, change, wanted, rows):
+    """Some rows as they are written: of each wanted type its parts, in bytes. The last is of
     floats, and the others are made of what is left of a weight in those."""
-    stop = min(start + ROWS, len(tensor.data))
     step = max(1, PART // tensor.shape[-1])
-    change, parts = change and change(tensor, start), [[] for _ in wanted]
-    for at in range(start, stop, step):
-        rows = tensor.data.part(at, min(at + step, stop))
-        values = dequantize(rows, tensor.tensor_type)
+    change, parts = change and change(tensor, rows.start), [[] for _ in wanted]
+    for at in rows[::step]:
+        try:
+            data = tensor.data.part(at, min(at + step, rows.stop))
+            values = dequantize(data, tensor.tensor_type)
+        except NotImplementedError:
+            raise unreadable(tensor.name, tensor.tensor_type.name) from None
         if change:
             change(at, values)
         floats = _as_floats(values, wanted[-1].name)

@@ -13,9 +13,8 @@ from ..files.outputs import path_of
 from ..files.types import TensorType, dequantize, tensor_type
 from .chunks import PART, chunk, needs_weights
 from .expand import FLOATS, open_model
-from .writing import WORKERS, Output, assemble, in_order
+from .writing import Output, assemble, copied, cut
 
-COPIED = 64 << 20  # bytes that are copied at once
 # What an importance matrix does not change.
 UNWEIGHED = ("Q8_0", *FLOATS)
 
@@ -48,18 +47,15 @@ def mix(
             changed[name] = _type(name, wanted, shape, new, imatrix)
             plan[name] = shape, changed[name]
 
-    def blocks(name, pool):
-        rows, kind, _ = (new if name in changed else old).raw(name)
-        width = rows.shape[1]
-        if name not in changed:
-            step = max(1, COPIED // width)
-            return ([[rows[at : at + step].data]] for at in range(0, len(rows), step))
-        step = max(1, PART // plan[name][0][-1])
-        job = partial(_quantized, rows, kind, changed[name], step)
-        return in_order(pool, job, range(0, len(rows), step), 4 * WORKERS)
+    def jobs(name):
+        rows, kind, shape = (new if name in changed else old).raw(name)
+        job = partial(copied, rows)
+        if name in changed:
+            job = partial(_quantized, rows, kind, changed[name], max(1, PART // shape[-1]))
+        return (partial(job, part) for part in cut(rows, shape[-1]))
 
     dst = path_of(dst, QuantizeError)
-    assemble([Output(dst, plan)], old, blocks, inputs=[base, source], bar=progress)
+    assemble([Output(dst, plan)], old, jobs, inputs=[base, source], bar=progress)
     return dst
 
 
@@ -88,6 +84,7 @@ def _type(name: str, wanted: str, shape: tuple, source: GGUFFile, imatrix) -> Te
     return kind
 
 
-def _quantized(rows, kind, wanted, step, at):
-    """Rows from `at` on, dequantized from `kind` and quantized to `wanted`."""
-    return [[chunk(dequantize(rows.part(at, at + step), kind), wanted).data]]
+def _quantized(rows, kind, wanted, step, part):
+    """Some rows, `step` at a time dequantized from `kind` and quantized to `wanted`."""
+    parts = (rows.part(at, min(at + step, part.stop)) for at in part[::step])
+    return [[chunk(dequantize(some, kind), wanted).data for some in parts]]

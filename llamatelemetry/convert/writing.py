@@ -1,12 +1,13 @@
 """A GGUF file written tensor by tensor, with the metadata of another."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from ..files.outputs import written
 from ..files.types import TensorType
 from ..gpus.cores import physical_cores
 
-WORKERS = 4  # blocks under way at a time
+JOB = 1 << 20  # weights that a thread has before it takes others: a tenth of a second of k-quants
+AHEAD = 2  # jobs per thread that are done or under way before the oldest is written
 SLACK = 64 << 20  # metadata, tokenizer and padding, in bytes
 
 
@@ -32,29 +34,45 @@ class Output(NamedTuple):
 def assemble(
     outputs: Sequence[Output],
     source: GGUFFile,
-    blocks: Callable[[str, Executor], Iterable[Sequence[Iterable]]],
+    jobs: Callable[[str], Iterable[Callable[[], Sequence[Iterable]]]],
     *,
     inputs: Iterable[str | Path],
     bar: bool = True,
 ) -> None:
     """Write GGUF files of the same tensors in one pass, with the metadata of `source`.
 
-    blocks(name, pool): a tensor's bytes, block after block, of each output a list of buffers.
-    inputs: files that no output must be. All appear when they are whole, the last of them first.
-    Raises QuantizeError."""
+    jobs(name): what a tensor's bytes are made by, in their order: each, called in a thread, makes
+    the next of them, of each output a list of buffers. Threads do not wait for the end of a tensor:
+    many are no larger than one job. inputs: files that no output must be. All appear when they are
+    whole, the last of them first. Raises QuantizeError."""
     from tqdm.auto import tqdm
 
     with ExitStack() as stack:
         files = [stack.enter_context(_begun(output, source, inputs)) for output in outputs]
         text = shown(outputs[-1].dst.name) + f" and {len(files) - 1} more" * (len(files) > 1)
-        names = tqdm(outputs[0].tensors, desc=text, unit="tensor", disable=not bar)
-        with ThreadPoolExecutor(min(WORKERS, physical_cores())) as pool:
-            for name in names:
-                _pad(files)
-                for made in blocks(name, pool):
-                    for (_, file), block in zip(files, made, strict=True):
-                        file.writelines(block)
-                _pad(files)
+        names = outputs[0].tensors
+        done = stack.enter_context(
+            tqdm(total=len(names), desc=text, unit="tensor", disable=not bar)
+        )
+        every = ((name, job) for name in names for job in jobs(name))
+        for _, parts in groupby(_in_order(every), key=lambda part: part[0]):
+            _pad(files)
+            for _, made in parts:
+                for (_, file), block in zip(files, made, strict=True):
+                    file.writelines(block)
+            _pad(files)
+            done.update()
+
+
+def cut(tensor: Sequence, width: int, start: int = 0, stop: int | None = None) -> Iterator[range]:
+    """The rows of each job on a tensor with so many weights in a row: JOB weights, or one row."""
+    stop, step = len(tensor) if stop is None else stop, max(1, JOB // width)
+    return (range(at, min(at + step, stop)) for at in range(start, stop, step))
+
+
+def copied(tensor: Sequence, rows: range) -> Sequence[Iterable]:
+    """Some rows as they are: what a job of one output returns."""
+    return [[tensor[rows.start : rows.stop].data]]
 
 
 @contextmanager
@@ -89,18 +107,18 @@ def _bytes(shape, kind):
     return int(np.prod(shape)) // kind.block * kind.size
 
 
-def in_order(
-    pool: Executor, job: Callable[[Any], Any], items: Iterable, ahead: int
-) -> Iterable[Any]:
-    """job(item) of every item, in their order, at most `ahead` of them done or under way before one
-    is taken: memory for that many."""
-    waiting: deque = deque()
-    for item in items:
-        waiting.append(pool.submit(job, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def _in_order(jobs):
+    """(name, what job() returns) of every (name, job), in their order, on all cores."""
+    threads, waiting = physical_cores(), deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for name, job in jobs:
+            waiting.append((name, pool.submit(job)))
+            if len(waiting) > AHEAD * threads:
+                name, oldest = waiting.popleft()
+                yield name, oldest.result()
+        while waiting:
+            name, oldest = waiting.popleft()
+            yield name, oldest.result()
 
 
 def _copy_metadata(source, writer, metadata):
