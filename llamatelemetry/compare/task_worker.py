@@ -45,8 +45,9 @@ def reading(kind: str, ids: list[list[int]], bases: list[int]) -> Reading:
     HellaSwag and multiple choice: the mean log probability of what the choices do not share.
     Winogrande: of what follows the choice without the last token (a full stop), or, where fewer
     than four tokens follow, of the choice, too; then llama-perplexity takes the prediction of the
-    second choice's first token from the end of the first (its own FIXME), and so does this. Where
-    it would read beyond a choice that is the beginning of another, the shared part ends sooner."""
+    second choice's first token from the end of the first (as its source says), and so does this.
+    Where it would read beyond a choice that is the beginning of another, the shared part ends
+    sooner."""
     shortest = min(map(len, ids))
     shared = [len({one[k] for one in ids}) == 1 for k in range(shortest)]
     prefix = min([k for k, same in enumerate(shared) if not same] + [shortest - 1])

@@ -91,8 +91,8 @@ def group_costs(
     need, left = _time_for(need, seconds)
     table = options(tensors, need)
     table["kld"] = float(plain["kld_mean"].iloc[0])
-    todo = table.index[table["type"] != BASE]
-    for some in np.array_split(todo, -(-len(todo) // _together(base.stat().st_size))):
+    unmeasured = table.index[table["type"] != BASE]
+    for some in np.array_split(unmeasured, -(-len(unmeasured) // _together(base.stat().st_size))):
         made = {str(n): _alone(table.loc[n], base, source.path, folder, f"group-{n}") for n in some}
         found = compare_quantizations(source.path, made, **settings)
         for path in made.values():

@@ -90,10 +90,10 @@ def cost_map(
 def _every_part(predict, base, n_layer, progress, what):
     from tqdm.auto import tqdm
 
-    todo = [(part, layer) for layer in range(n_layer) for part in PARTS]
+    runs = [(part, layer) for layer in range(n_layer) for part in PARTS]
     rows = [
         (part, layer, _mean_divergence(base, predict(part, layer)))
-        for part, layer in tqdm(todo, desc=what, unit="run", disable=not progress)
+        for part, layer in tqdm(runs, desc=what, unit="run", disable=not progress)
     ]
     return pd.DataFrame(rows, columns=["part", "layer", "kld"])
 
