@@ -251,7 +251,8 @@ def label_ticks(
 def whole(labels: Sequence | np.ndarray) -> dict:
     """Settings of an axis that counts layers, states or heads: where there are few, no ticks
     between whole numbers."""
-    numbers = 0 < len(labels) < 8 and all(isinstance(label, (int, np.integer)) for label in labels)
+    numbers = len(labels) and all(isinstance(label, (int, np.integer)) for label in labels)
+    numbers = numbers and max(labels) - min(labels) < 8
     return dict(dtick=1) if numbers else {}
 
 
