@@ -53,15 +53,16 @@ def machine(monkeypatch):
 def test_seconds_are_work_over_cores_and_bytes_over_the_flow(machine):
     machine(4, 8e9, speed=0.5)
     file = model(8e9)
-    work = 8e9 / 15.4e6 / (4 * 0.5)
+    work = 1.15 * 8e9 / 15.4e6 / (4 * 0.5)
     assert reckoning.making_seconds(file, "Q4_K_M") == pytest.approx(
         work + (16e9 + 8e9 * 4.9 / 8) / 1.5e9, rel=1e-3
     )
     swift = reckoning.making_seconds(file, "Q8_0")
-    assert swift == pytest.approx(8e9 / 248e6 / 2 + (16e9 + 8.5e9) / 1.5e9, rel=1e-3)
+    assert swift == pytest.approx(1.15 * 8e9 / 248e6 / 2 + (16e9 + 8.5e9) / 1.5e9, rel=1e-3)
     inside = reckoning.making_seconds(file, "Q8_0", apart=False)  # of one pass: nothing is read
     assert swift - inside == pytest.approx(16e9 / 1.5e9)
-    assert reckoning.stand_in_seconds(file) == pytest.approx(8e9 / 128e6 / 2 + 16e9 / 1.5e9)
+    noise = 1.15 * 8e9 / 128e6 / 2 + 16e9 / 1.5e9
+    assert reckoning.stand_in_seconds(file) == pytest.approx(noise)
     machine(2, 8e9)
     assert reckoning.making_seconds(file, "Q8_0") == pytest.approx(swift, rel=1e-3)
 
@@ -74,7 +75,7 @@ def test_seconds_are_work_over_cores_and_bytes_over_the_flow(machine):
         (1.2e9, 2, 1, True, "Q8_0 Q5_K_M Q4_K_M Q3_K_M"),
         (8e9, 4, 1, True, "Q8_0 Q5_1 m.gguf Q3_K_S"),
         (8e9, 4, 0.5, True, "Q8_0 Q5_1 m.gguf Q3_K_S"),
-        (8e9, 4, 0.3, True, "Q8_0 m.gguf Q4_0 Q3_K_S"),
+        (8e9, 4, 0.35, True, "Q8_0 m.gguf Q4_0 Q3_K_S"),
         (8e9, 2, 0.3, True, "Q8_0 Q5_1 m.gguf Q4_0"),  # four at the least, the quickest
         (8e9, 64, 1, True, "Q8_0 Q5_K_M Q4_K_M Q3_K_M"),
     ],

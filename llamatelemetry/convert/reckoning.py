@@ -43,6 +43,7 @@ PER_CORE = {
     "F32": 1e9,
 }
 NOISE_PER_CORE = 128e6  # weights of a stand-in: dequantized, noise added, rounded to F16
+PASS = 1.15  # what all threads of a pass take, against a kernel alone: buffers, shared caches
 FLOW = 1.5e9  # bytes per second that one process reads and writes, in the page cache
 LADDER = ("Q8_0", "Q5_K_M", "Q4_K_M", "IQ3_XS")  # where its making is a matter of minutes
 # Where it is not: types of the same bits that are quantized 5 to 30 times as fast (llama.cpp's own
@@ -138,13 +139,14 @@ def making_seconds(
     for name, weights in matrices.items():
         work += float(weights) / PER_CORE.get(kinds.get(name, ""), SLOWEST)
     moved = dry_size(words) + (2 * float(matrices.sum()) if apart else 0)
-    return work / (physical_cores() * speed()) + moved / FLOW
+    return PASS * work / (physical_cores() * speed()) + moved / FLOW
 
 
 def stand_in_seconds(file: GGUFFile) -> float:
     """Reckoned seconds of make_reference."""
     weights, size = file.tensors["n_elements"].sum(), as_type(file, reference_type(file)).size_bytes
-    return float(weights) / (NOISE_PER_CORE * physical_cores() * speed()) + size / FLOW
+    work = float(weights) / NOISE_PER_CORE
+    return PASS * work / (physical_cores() * speed()) + size / FLOW
 
 
 @cache

@@ -16,6 +16,7 @@ from ..files.gguf import GGUFFile
 from ..files.outputs import written
 from ..files.types import TensorType
 from ..gpus.cores import physical_cores
+from ..reading import Rows
 
 JOB = 1 << 20  # weights that a thread has before it takes others: a tenth of a second of k-quants
 AHEAD = 2  # jobs per thread that are done or under way before the oldest is written
@@ -64,13 +65,13 @@ def assemble(
             done.update()
 
 
-def cut(tensor: Sequence, width: int, start: int = 0, stop: int | None = None) -> Iterator[range]:
+def cut(tensor: Rows, width: int, start: int = 0, stop: int | None = None) -> Iterator[range]:
     """The rows of each job on a tensor with so many weights in a row: JOB weights, or one row."""
     stop, step = len(tensor) if stop is None else stop, max(1, JOB // width)
     return (range(at, min(at + step, stop)) for at in range(start, stop, step))
 
 
-def copied(tensor: Sequence, rows: range) -> Sequence[Iterable]:
+def copied(tensor: Rows, rows: range) -> Sequence[Iterable]:
     """Some rows as they are: what a job of one output returns."""
     return [[tensor[rows.start : rows.stop].data]]
 
