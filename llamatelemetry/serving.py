@@ -69,6 +69,7 @@ class Serving:
         self._server_args: dict[str, Any] = {}
         # One change of what is loaded and started at a time. Held after _session_lock, never before
         self._lock = threading.RLock()
+        self._embeds = threading.Lock()
         self._in_flight = 0
 
     def _start_server(self, **changes):
@@ -268,6 +269,7 @@ class Serving:
         Euclidean length 1, so that products of rows are cosine similarities. One llama-server does
         both: the first call restarts it with embeddings on, unless load_model had embeddings=True.
         A text may be as long as a batch, 512 tokens (load_model(..., ubatch_size=2048) for more).
+        They are computed one after the other, whatever n_parallel.
         """
         model = self._loaded()
         one = isinstance(texts, (str, bytes)) or not np.iterable(texts)
@@ -280,10 +282,14 @@ class Serving:
         with self._serving(embeddings=True, pooling=pooling) as server:
             for text in given:
                 check_start(text, server.post, server.model)
-            rows = server.post(
-                "/embeddings", {"content": given, "embd_normalize": 2 if normalize else -1}
-            )
-        rows = sorted(rows, key=lambda row: row["index"])
+            # llama.cpp computes texts of several slots in parts of one length and pools each part:
+            # the last part's vector would come. So with several slots there is one text at a time.
+            alone, rows = self._server_args["n_parallel"] > 1, []
+            for part in [[text] for text in given] if alone else [given]:
+                asked = {"content": part, "embd_normalize": 2 if normalize else -1}
+                with self._embeds:
+                    answer = server.post("/embeddings", asked)
+                rows += sorted(answer, key=lambda row: row["index"])
         # (n, n_embd); null is NaN
         vectors = np.array([row["embedding"][0] for row in rows], np.float32)
         if normalize and not vectors.any(axis=1).all():

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -384,6 +385,21 @@ def test_embed_and_infer_in_one_server(own):
     assert own.server.pid == pid
     with pytest.raises(ServerError, match="ubatch_size"):
         own.embed("word " * 600)
+
+
+@pytest.mark.slow
+def test_texts_beside_one_another_have_the_embeddings_of_each_alone(own, smollm2, llama_server):
+    """Also with several slots, whose texts of different lengths llama.cpp would cut and pool by
+    parts: the last part's vector came (cosine 0.7 to 0.98)."""
+    texts = ["A cat", "Two words", "The kitten sat on a rug and looked at the rain outside. " * 3]
+    alone = np.concatenate([own.embed(text) for text in texts])
+    with InferenceEngine(llama_server) as engine:
+        engine.load_model(smollm2, n_parallel=4, embeddings=True, ctx_size=512, silent=True)
+        found = [engine.embed(texts)]
+        with ThreadPoolExecutor(8) as pool:
+            found += [np.concatenate(list(pool.map(engine.embed, texts))) for _ in range(4)]
+    for rows in found:
+        assert np.allclose((rows * alone).sum(1), 1, atol=1e-5)
 
 
 @pytest.mark.slow
