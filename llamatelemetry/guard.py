@@ -6,8 +6,9 @@ its own between the two: it has one thread, holds the read end of a pipe whose o
 parent has, and kills the command when that pipe closes. If this process itself is killed, the
 kernel kills the command, because here the thread rule does no harm.
 
-It is started as a plain script (`python -I -S guard.py GRACE FOLDER COMMAND...`), so it imports
-nothing of the package: stdin is the parent's pipe (a byte asks for a polite stop, end of file means
+It is started as a plain script (`python -I -S guard.py PARENT GRACE FOLDER COMMAND...`), so it
+imports nothing of the package. PARENT is the id of the process that it dies with, which may be gone
+when this one is up. stdin is the parent's pipe (a byte asks for a polite stop, end of file means
 that the parent is gone), stdout takes one line with the command's process id, stderr is the
 command's log. FOLDER ("" for none; files, too, one a line) is removed when the parent is gone."""
 
@@ -22,8 +23,9 @@ def popen(command, log, *, env=None, grace=3.0, folder=""):
     log: an open file for its stdout and stderr. folder: removed if this process dies without
     stopping the command. Raises OSError if the command cannot be executed."""
     # A Ctrl-C meant for the notebook's cell is not meant for it
+    given = map(str, (os.getpid(), grace, folder, *command))
     guard = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, str(grace), str(folder), *map(str, command)],
+        [sys.executable, "-I", "-S", __file__, *given],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -68,14 +70,13 @@ def end(owner, guard, folder):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _main(grace, folder, command):
+def _main(parent, grace, folder, command):
     import ctypes
     import select
     import shutil
     import signal
     import time
 
-    parent = os.getppid()
     woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -98,7 +99,10 @@ def _main(grace, folder, command):
     if error:
         os.write(1, b"errno " + error + b"\n")
         return 127
-    os.write(1, b"pid %d\n" % child)
+    try:
+        os.write(1, b"pid %d\n" % child)
+    except BrokenPipeError:
+        pass  # the parent is gone: below
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)  # so that a log that is a pipe ends when the command does
@@ -133,4 +137,4 @@ def _main(grace, folder, command):
 
 
 if __name__ == "__main__":
-    sys.exit(_main(float(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(_main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4:]))

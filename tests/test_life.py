@@ -13,7 +13,7 @@ import pytest
 from models import IDS, tiny_model
 from processes import alive, gone
 
-from llamatelemetry import InferenceEngine, LlamaTelemetryError, ServerManager, templates
+from llamatelemetry import InferenceEngine, LlamaTelemetryError, ServerManager, guard, templates
 from llamatelemetry.child import Child
 from llamatelemetry.errors import TemplateError
 from llamatelemetry.liveness import stopped
@@ -42,7 +42,6 @@ def model(tmp_path):
 
 def started(monkeypatch):
     """The ids of all servers that are started from now on."""
-    from llamatelemetry import guard
 
     pids, popen = [], guard.popen
 
@@ -176,6 +175,31 @@ def test_a_stopped_worker_whose_parent_was_killed_goes(goes_on):
     else:
         sweep()
     assert gone(int(pid), 7) and not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_guard_whose_parent_went_before_it_was_up_ends(tmp_path, heard):
+    """Also when a fork of the parent holds the pipe open, or nobody hears the guard any more."""
+    (folder := tmp_path / "left").mkdir()
+    before = subprocess.Popen(["true"])
+    before.wait()
+    read, write = os.pipe()
+    if not heard:
+        os.close(read)
+    command = [str(before.pid), "0", str(folder), "/bin/sleep", "60"]
+    late = subprocess.Popen(
+        [sys.executable, "-I", "-S", guard.__file__, *command], stdin=subprocess.PIPE, stdout=write
+    )
+    os.close(write)
+    try:
+        assert late.wait(10) == 0 and not folder.exists()
+        if heard:
+            said = os.read(read, 99).split()
+            os.close(read)
+            assert said[0] == b"pid" and gone(int(said[1]), 2)
+    finally:
+        late.kill()
+        late.stdin.close()
 
 
 def test_half_an_output_of_a_killed_process_is_removed_at_the_next_start(tmp_path):
