@@ -12,7 +12,7 @@ from .errors import TemplateError, shown
 from .files.places import cache_dir
 
 SECONDS, BYTES = 2, 256 << 20  # CPU time and memory of a probe: real templates take milliseconds
-WALL = 6  # seconds, on a machine that is busy with other things
+WALL = 60  # seconds, on a machine that is busy with other things: what loops ends before
 
 _PROBE = """
 import json, resource, sys
