@@ -233,6 +233,26 @@ def test_no_request_is_lost_without_being_told():
     assert isinstance(answers[3], ValueError) and isinstance(answers[5], TimeoutError)
 
 
+def test_requests_end_when_their_time_is_over():
+    over, told = [], []
+
+    def ask(number):
+        asked.time.sleep(0.01)
+        if number == 10:
+            over.append(1)
+        return number
+
+    answers = asked.together(ask, range(50), threads=2, stop=lambda: over, tell=told.append)
+    assert 10 in answers and len(answers) < 15 and all(answers[at] == at for at in answers)
+
+
+def test_progress_of_requests_is_told(monkeypatch):
+    monkeypatch.setattr(asked, "TOLD", 0.1)
+    told = []
+    asked.together(lambda n: asked.time.sleep(0.1), range(8), threads=1, tell=told.append)
+    assert len(told) > 2 and told == sorted(told) and told[-1] <= 8
+
+
 def test_a_capture_that_is_another_is_told():
     numbers = iter(range(10**9))
 

@@ -19,7 +19,8 @@ COUNT, THREADS, DISTINCT, SLOTS = 1000, 16, 100, (1, 4)
 KINDS = ("infer", "stream", "chat", "embed", "tokenize")
 TIE = 0.5  # nats between two tokens that rounding may put in the other order
 COSINE = 0.99  # of an embedding that was computed in a batch with its own alone
-SECONDS = 300  # in which every answer has come, under whatever load
+SECONDS = 120  # in which one more answer has come, under whatever load
+TOLD = 20  # seconds between two words on how far it is
 WORDS = (
     "river stone window apple doctor music winter engine garden letter planet silver bridge "
     "candle forest number story island mirror ocean paper queen road shadow tower"
@@ -97,19 +98,22 @@ def judge(number, answer, alone, exact):
     )
 
 
-def together(ask_one, todo, threads=THREADS, seconds=SECONDS):
+def together(ask_one, todo, threads=THREADS, seconds=SECONDS, stop=lambda: False, tell=None):
     """{place in todo: answer or exception} of requests that so many threads ask at once. ask_one:
-    of one request."""
-    waiting, answers = queue.Queue(), {}
+    of one request. seconds: without any answer, after which those that are missing are late.
+    stop(): whether no more are asked; those are not in the answer. tell: told now and then how many
+    answers there are."""
+    waiting, answers, taken = queue.Queue(), {}, set()
     for each in enumerate(todo):
         waiting.put(each)
 
     def work():
-        while True:
+        while not stop():
             try:
                 place, request = waiting.get_nowait()
             except queue.Empty:
                 return
+            taken.add(place)
             try:
                 answers[place] = ask_one(request)
             except BaseException as error:
@@ -117,10 +121,17 @@ def together(ask_one, todo, threads=THREADS, seconds=SECONDS):
 
     workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
     [worker.start() for worker in workers]
-    deadline = time.monotonic() + seconds
-    [worker.join(max(0, deadline - time.monotonic())) for worker in workers]
+    count, last, told = 0, time.monotonic(), time.monotonic()
+    while any(worker.is_alive() for worker in workers) and time.monotonic() - last < seconds:
+        time.sleep(0.05)
+        if len(answers) > count:
+            count, last = len(answers), time.monotonic()
+        if tell and time.monotonic() - told > TOLD:
+            told = time.monotonic()
+            tell(count)
     late = TimeoutError(f"no answer in {seconds} s")
-    return {place: answers.get(place, late) for place in range(len(todo))}
+    there = sorted(taken) if stop() else range(len(todo))
+    return {place: answers.get(place, late) for place in there}
 
 
 class Beside:
@@ -162,8 +173,19 @@ def arrays(engine):
     return capture
 
 
-def measure(model, slots, count, distinct, seed, threads=THREADS, seconds=SECONDS):
-    """(Counter of what became of each request, findings, the row's numbers) with so many slots."""
+def measure(
+    model,
+    slots,
+    count,
+    distinct,
+    seed,
+    threads=THREADS,
+    seconds=SECONDS,
+    stop=lambda: False,
+    tell=lambda *said: None,
+):
+    """(Counter of what became of each request, findings, the row's numbers) with so many slots;
+    None where stop() said so before all were asked. tell(done, said): told how far it is."""
     from llamatelemetry import InferenceEngine
 
     requests, counts, findings = plan(distinct, seed), Counter(), []
@@ -171,14 +193,26 @@ def measure(model, slots, count, distinct, seed, threads=THREADS, seconds=SECOND
         engine.load_model(model, n_parallel=slots, embeddings=True, silent=True, ctx_size=512)
         alone = []
         for kind, prompt in requests:
+            if stop():
+                return None
             table = None
             if kind in ("infer", "stream", "chat"):
                 table = ask(engine, kind, prompt, probs=8).probabilities
             alone.append((kind, ask(engine, kind, prompt), table))
+        tell(0, f"{slots} slots: {len(alone)} were asked alone")
         todo = [number % distinct for number in range(count)]
         random.Random(seed).shuffle(todo)
         with Beside(arrays(engine), [prompt for _, prompt in requests[:5]]) as beside:
-            answers = together(lambda n: ask(engine, *requests[n]), todo, threads, seconds)
+            answers = together(
+                lambda n: ask(engine, *requests[n]),
+                todo,
+                threads,
+                seconds,
+                stop,
+                lambda done: tell(done, f"{slots} slots, {beside.done} captures beside"),
+            )
+    if len(answers) < count:
+        return None
     gaps = [0.0]
     for place, answer in answers.items():
         kind, said = judge(todo[place], answer, alone, exact=slots == 1)
@@ -197,15 +231,21 @@ def run(soak):
 
     rows, total = [], Counter()
     count = (soak.count or COUNT) // len(SLOTS)
-    for slots in SLOTS:
-        if soak.over():
-            return None
-        counts, findings, facts = measure(
-            resolve_model(), slots, count, min(DISTINCT, count), soak.seed
+    for number, slots in enumerate(SLOTS):
+
+        def tell(done, said, before=number * count):
+            soak.progress(before + done, count * len(SLOTS), said)
+
+        distinct = min(DISTINCT, count)
+        found = measure(
+            resolve_model(), slots, count, distinct, soak.seed, stop=soak.over, tell=tell
         )
+        if found is None:
+            return None
+        counts, findings, facts = found
         for said in findings:
             soak.find(f"{slots} slots: {said}", f"--parts requests --seed {soak.seed}")
         rows.append({"what": f"{slots} slots", "count": count, **counts, **facts})
         total += counts + Counter(captures=facts["captures"])
-        soak.progress(sum(row["count"] for row in rows), count * len(SLOTS), rows[-1])
+        tell(count, rows[-1])
     return [{"what": "all", "count": count * len(SLOTS), "threads": THREADS, **total}, *rows]
