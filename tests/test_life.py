@@ -42,7 +42,6 @@ def model(tmp_path):
 
 def started(monkeypatch):
     """The ids of all servers that are started from now on."""
-
     pids, popen = [], guard.popen
 
     def watched(*args, **kwargs):

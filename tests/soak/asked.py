@@ -15,7 +15,7 @@ from collections import Counter
 
 import numpy as np
 
-COUNT, THREADS, DISTINCT, SLOTS = 1000, 16, 100, (1, 4)
+COUNT, THREADS, DISTINCT, SLOTS = 1000, 16, 50, (1, 4)
 KINDS = ("infer", "stream", "chat", "embed", "tokenize")
 TIE = 0.5  # nats between two tokens that rounding may put in the other order
 COSINE = 0.99  # of an embedding that was computed in a batch with its own alone
@@ -199,7 +199,8 @@ def measure(
             if kind in ("infer", "stream", "chat"):
                 table = ask(engine, kind, prompt, probs=8).probabilities
             alone.append((kind, ask(engine, kind, prompt), table))
-        tell(0, f"{slots} slots: {len(alone)} were asked alone")
+            if len(alone) % 10 == 0 or len(alone) == distinct:
+                tell(0, f"{slots} slots: {len(alone)} of {distinct} were asked alone")
         todo = [number % distinct for number in range(count)]
         random.Random(seed).shuffle(todo)
         with Beside(arrays(engine), [prompt for _, prompt in requests[:5]]) as beside:
