@@ -64,6 +64,13 @@ def test_collected_states_are_those_of_single_captures(tmp_path, kind, pool):
                 np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_first_text_may_be_longer_than_a_batch(tmp_path):
+    """Whether a model reads texts whole is known before anything was read."""
+    with CollectSession(tiny_model("gemma3", tmp_path), threads=1, n_ubatch=32) as session:
+        tokens, _, found = session.collect([IDS + IDS], ("hidden",), pool="last")
+    assert tokens == [IDS + IDS] and np.isfinite(found["hidden"]).all()
+
+
 @pytest.mark.parametrize("cache", ["f16", "q8_0"])
 def test_keys_and_values_have_their_caches_formats(tmp_path, cache):
     path = tiny_model("llama", tmp_path, head_dim=32)  # a block of a quantized cache

@@ -268,6 +268,8 @@ class Runtime:
     def reads_whole(self):
         """Whether a text must fit one batch: nothing of the batch before is kept, or it had to see
         the next one."""
+        if not self.context:
+            self.open(1)
         return (
             self.has_encoder or not self.api.llama_get_memory(self.context) or self.predicts.ahead
         )
