@@ -448,7 +448,8 @@ def _scale_cell(row):
     if "failed" in row:
         return f"stopped after {row['seconds']:,.0f} s"
     first = "-" if row["first_figure_s"] is None else f"{row['first_figure_s']:.0f} s"
-    gpus = " and ".join(f"{mib / 1024:.1f}" for mib in row["gpu_mib"])
+    # None: other work ran on that GPU
+    gpus = " and ".join("-" if mib is None else f"{mib / 1024:.1f}" for mib in row["gpu_mib"])
     return (
         f"{row['seconds']:,.0f} s, {first}, {row['peak_mib'] / 1024:.1f} GiB, {gpus} GiB, "
         f"{row['scratch_gb']:.1f} GB"
