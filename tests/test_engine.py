@@ -106,9 +106,9 @@ class Session:
 
 @pytest.mark.slow
 def test_a_crashed_worker_is_replaced(smollm2, monkeypatch):
-    import llamatelemetry.capture.session as session
+    import llamatelemetry.collecting.session as session
 
-    monkeypatch.setattr(session, "CaptureSession", Session)
+    monkeypatch.setattr(session, "CollectSession", Session)
     monkeypatch.setattr(Session, "made", [])
     with InferenceEngine() as engine:
         engine.load_model(smollm2, auto_start=False, silent=True, threads=1)

@@ -144,15 +144,22 @@ class _Memory:
         threading.Thread(target=self._look, args=(pid,), daemon=True).start()
 
     def _look(self, pid):
-        import psutil
+        wait = 0.002  # of a small model all is over in a moment
+        while resident := _largest(pid):
+            self.resident = max(resident, self.resident)
+            # In this order: once NaN is the answer, it stays
+            self.gpu = max(_gpu_bytes(pid), self.gpu)
+            time.sleep(wait)
+            wait = min(1.5 * wait, 0.05)
 
-        with contextlib.suppress(psutil.Error):  # it ended
-            watched = psutil.Process(pid)
-            while resident := watched.memory_info().rss:
-                self.resident = max(resident, self.resident)
-                # In this order: once NaN is the answer, it stays
-                self.gpu = max(_gpu_bytes(pid), self.gpu)
-                time.sleep(0.05)
+
+def _largest(pid):
+    """Bytes of the largest resident set that a process has had; 0 where it ended."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _gpu_bytes(pid):
