@@ -11,7 +11,6 @@ import bench_scale
 import common
 import pytest
 import rehearse_t4
-from models import tiny_model
 
 from llamatelemetry.gpus import devices
 
@@ -170,18 +169,6 @@ def test_the_first_figure_and_slow_cells_are_read_from_an_executed_notebook(tmp_
     assert bench_scale.cells(path)[2] == "analytics on T4 (here)"
     path.write_text(json.dumps({"cells": begun}))
     assert bench_scale.cells(path) == (None, {"load()": 11}, None)
-
-
-@pytest.mark.parametrize(
-    "layers, heads, found",
-    [(30, 9, {}), (16, 32, {"LAYER": "8"}), (2, 4, {"LAYER": "1", "HEAD": "2"})],
-)
-def test_a_layer_that_the_model_lacks_is_replaced(layers, heads, found, tmp_path):
-    model = tiny_model("llama", tmp_path, n_layer=layers, n_head=heads, n_kv_head=1)
-    (notebook,) = bench_scale.FOLDER.glob("12-*.ipynb")
-    assert bench_scale.within(notebook, model) == found
-    (other,) = bench_scale.FOLDER.glob("16-*.ipynb")
-    assert bench_scale.within(other, model) == {}
 
 
 def test_what_is_stored_and_whole_is_not_run_again(options):

@@ -252,7 +252,7 @@ def whole(labels: Sequence | np.ndarray) -> dict:
     """Settings of an axis that counts layers, states or heads: where there are few, no ticks
     between whole numbers."""
     numbers = len(labels) and all(isinstance(label, (int, np.integer)) for label in labels)
-    numbers = numbers and max(labels) - min(labels) < 8
+    numbers = numbers and max(labels) - min(labels) < 7
     return dict(dtick=1) if numbers else {}
 
 
