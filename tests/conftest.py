@@ -85,6 +85,17 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Secrets that a test gives are none to the next, whose messages would lose their words."""
+    from llamatelemetry import secrecy
+
+    kept = set(secrecy._kept)
+    yield
+    secrecy._kept.clear()
+    secrecy._kept.update(kept)
+
+
 @pytest.fixture
 def page(browser):
     """A fresh tab, 1000 px wide, in a context of its own."""

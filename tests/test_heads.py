@@ -366,7 +366,7 @@ def test_importance_pruning_and_sampling():
     table = importance.importance_table(sweep)
     assert list(zip(table["layer"], table["head"])) == names and (table["error"] == 0.1).all()
     sets = importance.pruning_sets(table, repeats=1, counts=[1, 3])
-    sets = {name: [(edit.layer, edit.head) for edit in edits] for name, edits in sets.items()}
+    sets = {name: [(*edit.layer, *edit.head) for edit in edits] for name, edits in sets.items()}
     assert sets["least important", 0, 3] == [(1, 1), (0, 1), (2, 0)]
     assert sets["most important", 0, 1] == [(0, 0)] and len(set(sets["random", 0, 3])) == 3
     assert {count for _, _, count in importance.pruning_sets(table)} == {1, 2, 3}

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from notebook_checks import figures_with_sentences
+from notebook_checks import figures_with_sentences, printed
 
 from llamatelemetry import Capture, ControlVector, Features, load_text
 from llamatelemetry.layers import page as layers_page
@@ -23,17 +23,6 @@ NOTEBOOK = (
 
 def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def said(notebook):
-    """What was printed, without the line breaks."""
-    texts = (
-        output.text
-        for cell in code(notebook)
-        for output in cell.outputs
-        if output.output_type == "stream" and output.name == "stdout"
-    )
-    return " ".join("".join(texts).split())
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +91,14 @@ def test_every_figure_has_a_sentence(run):
 @pytest.mark.slow
 def test_the_answer_moves_from_the_name_to_the_last_token(run):
     """What the model does with the default prompts; another model would say something else."""
-    assert "position 9 '␣John': states 0 to" in said(run[0])
-    assert "position 13 '␣to': state 30." in said(run[0])
+    assert "position 9 '␣John': states 0 to" in printed(run[0])
+    assert "position 13 '␣to': state 30." in printed(run[0])
 
 
 @pytest.mark.slow
 def test_the_direction_turns_the_answer_in_both_files(run):
     """With the default words: up where it is added, down where it is taken away, in either file."""
-    text = said(run[0])
+    text = printed(run[0])
     found = re.search(r"changes by (-[\d.]+) nats, at 4 by \+([\d.]+), with random", text)
     assert found and float(found[2]) > 2
     across = re.search(r"by ([+-][\d.]+) against ([+-][\d.]+) nats per unit of strength", text)
@@ -136,7 +125,7 @@ def test_other_architectures_pass_the_same_cells(architecture, says, tmp_path):
         "CONTEXT": 128,
     }
     notebook = nbformat.read(run_notebook(NOTEBOOK, tmp_path, parameters, progress=False), 4)
-    assert says in said(notebook)
+    assert says in printed(notebook)
 
 
 @pytest.mark.slow
@@ -193,16 +182,17 @@ def test_page_shows_the_chosen_state(page, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tokens, words",
+    "states, tokens, words",
     [
-        (4, "exactly"),
-        (600, "within 1/65534"),
-        (2000, "within 1/254"),
-        (2600, "of every 2nd state"),
+        (4, 4, "exactly"),
+        (4, 600, "within 1/65534"),
+        (4, 2000, "within 1/254"),
+        (8, 1200, "of every 2nd state"),
+        (4, 2600, "Of 2,600 tokens the first and the last"),  # a few states are always there
     ],
 )
-def test_page_says_how_precise_it_is(tokens, words):
-    hidden, pieces = np.ones((4, tokens, 500)), ["a"] * tokens
+def test_page_says_how_precise_it_is(states, tokens, words):
+    hidden, pieces = np.ones((states, tokens, 500)), ["a"] * tokens
     shown = layers_page.states(hidden, lens_of(hidden), pieces, pieces, model="m")
     assert words in shown.html and len(shown.html) < 5.2e6
 
@@ -238,4 +228,4 @@ def test_published_features_are_read_at_their_hook(run, engine):
     for row in top.itertuples():
         assert active[row.position, row.feature] == pytest.approx(row.largest, rel=1e-3)
     assert active[1:].max() == pytest.approx(top["largest"][0], rel=1e-3)
-    assert "features are active per token on average" in said(run[0])
+    assert "features are active per token on average" in printed(run[0])
