@@ -1,6 +1,17 @@
 """What the tests of all five notebooks ask of an executed notebook."""
 
 
+def printed(notebook):
+    """All that was printed, without the line breaks."""
+    texts = (
+        output.text
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream" and output.name == "stdout"
+    )
+    return " ".join("".join(texts).split())
+
+
 def figures_with_sentences(notebook):
     """The number of code cells that show a Plotly figure; each of them must also print what its
     figure says."""

@@ -8,7 +8,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from notebook_checks import figures_with_sentences
+from notebook_checks import figures_with_sentences, printed
 
 from llamatelemetry import Capture, load_text
 from llamatelemetry.tools.notebooks import NotebookError, run_notebook
@@ -52,12 +52,7 @@ def test_exports_are_the_capture(run, engine):
 @pytest.mark.slow
 def test_the_edge_to_the_name_carries_the_answer(run):
     """Of the default prompt: in the layers where it counts, the last token's edge to " Anna"."""
-    said = " ".join(
-        " ".join(output.text.split())
-        for cell in run[0].cells
-        for output in cell.get("outputs", [])
-        if output.output_type == "stream" and output.name == "stdout"
-    )
+    said = printed(run[0])
     assert re.search(r"loses most, [\d.]+, without the edges of layers? 2\d.* to 19 '␣Anna'", said)
     assert "Cutting out 19 '␣Anna' changes the prediction most" in said
 

@@ -7,7 +7,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from notebook_checks import figures_with_sentences
+from notebook_checks import figures_with_sentences, printed
 
 from llamatelemetry.tools.notebooks import NotebookError, run_notebook
 
@@ -21,15 +21,6 @@ def run(tmp_path_factory, smollm2, llama_server):
     parameters = {"MODEL": str(smollm2), "OUTPUT_DIR": str(folder / "out"), "BACKEND": "cpu"}
     executed = run_notebook(NOTEBOOK, folder, parameters, progress=False)
     return nbformat.read(executed, 4), folder / "out"
-
-
-def _printed(notebook):
-    return "\n".join(
-        output.text
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output.output_type == "stream" and output.name == "stdout"
-    )
 
 
 @pytest.mark.slow
@@ -62,7 +53,7 @@ def test_every_figure_has_a_sentence(run):
 
 @pytest.mark.slow
 def test_sentences_say_what_smollm2_is(run):
-    text = " ".join(_printed(run[0]).split())
+    text = printed(run[0])
     assert "Captured layer 0 and the rows in the file: cosine 1.00000 or more" in text
     assert "Server and capture: cosine 0.99" in text
     assert "is 0.00 at layer 0 and largest" in text, "one row per word: no senses in the matrix"

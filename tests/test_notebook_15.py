@@ -8,7 +8,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from notebook_checks import figures_with_sentences
+from notebook_checks import figures_with_sentences, printed
 
 from llamatelemetry import ablate_head
 from llamatelemetry.heads import texts
@@ -51,12 +51,7 @@ def test_exports_are_what_the_model_did(run, engine):
 
 @pytest.mark.slow
 def test_the_strongest_edges_are_set_beside_the_heads(run):
-    said = " ".join(
-        " ".join(output.text.split())
-        for cell in run[0].cells
-        for output in cell.get("outputs", [])
-        if output.output_type == "stream" and output.name == "stdout"
-    )
+    said = printed(run[0])
     assert re.search(r"moves the predictions by \d+% of what zeroing the head does", said)
 
 

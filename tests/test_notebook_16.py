@@ -9,7 +9,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from notebook_checks import figures_with_sentences
+from notebook_checks import figures_with_sentences, printed
 
 from llamatelemetry.compare.texts import load_text
 from llamatelemetry.features.survival import CONTROL
@@ -75,16 +75,6 @@ def test_exports_are_what_was_measured(run):
     assert {"graph.html", "answers.html"} <= {path.name for path in out.iterdir()}
 
 
-def printed(notebook):
-    return " ".join(
-        out.text
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for out in cell.outputs
-        if out.output_type == "stream" and out.name == "stdout"
-    )
-
-
 @pytest.mark.slow
 def test_tasks_texts_and_a_mixture_of_a_size(run):
     notebook, out = run
@@ -98,7 +88,7 @@ def test_tasks_texts_and_a_mixture_of_a_size(run):
     )
     mixture, focus = (GGUFFile(out / f"{name}.gguf") for name in ("mixture-of-size", "Q4_K_M"))
     assert 0.97 * focus.size_bytes < mixture.size_bytes <= focus.size_bytes
-    said = printed(notebook).replace("\n", " ")
+    said = printed(notebook)
     assert "Kendall's tau between two texts" in said and "Expected were" in said
     assert "cheapest" in said and "The mixture " in said and " with the matrix " in said
 

@@ -9,22 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gguf import GGMLQuantizationType
+
 from ..arguments import whole
 from ..errors import CompareError, LlamaTelemetryError
 from ..files.gguf import GGUFFile
+from ..files.types import tensor_type
 from ..gpus.fit import kv_bytes
 
-# What llama.cpp takes for -ctk and -ctv: number of the type, bytes per 32 numbers.
+# What llama.cpp takes for -ctk and -ctv
 TYPES = {
-    "f32": (0, 128),
-    "f16": (1, 64),
-    "bf16": (30, 64),
-    "q8_0": (8, 34),
-    "q5_1": (7, 24),
-    "q5_0": (6, 22),
-    "q4_1": (3, 20),
-    "q4_0": (2, 18),
-    "iq4_nl": (20, 18),
+    name: tensor_type(GGMLQuantizationType[name.upper()].value)
+    for name in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 }
 Pair = tuple[str, str]
 PLAIN: Pair = ("f16", "f16")  # llama.cpp's own choice
@@ -64,15 +60,16 @@ def named(name: str, pair: Pair) -> str:
 
 def with_cache(path: str, pair: Pair) -> Way:
     """A file with a cache of these types."""
-    kinds = dict(zip(("type_k", "type_v"), (TYPES[kind][0] for kind in pair)))
+    kinds = dict(zip(("type_k", "type_v"), (TYPES[kind].number for kind in pair)))
     return Way(path, kinds if pair != PLAIN else {})
 
 
 def cache_bytes(file: GGUFFile, n_tokens: int, pair: Pair = PLAIN) -> int:
     """Bytes of the cache of one text of n_tokens, as llama.cpp makes it: in steps of 256 tokens,
     layers with a sliding window no longer than that and a batch."""
-    n, (k, v) = whole("n_tokens", n_tokens, 1, error=CompareError), pair
-    return kv_bytes(file, n, bytes_k=TYPES[k][1] / 32, bytes_v=TYPES[v][1] / 32)
+    n = whole("n_tokens", n_tokens, 1, error=CompareError)
+    k, v = (TYPES[kind].size / TYPES[kind].block for kind in pair)
+    return kv_bytes(file, n, bytes_k=k, bytes_v=v)
 
 
 def token_bytes(file: GGUFFile, pair: Pair = PLAIN) -> float:

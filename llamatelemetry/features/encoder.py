@@ -2,7 +2,7 @@
 GGUF model: `Features`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +124,7 @@ class Features:
 
         backend: get_backend's, to compute on its device."""
         if not isinstance(states, xr.DataArray):
-            return np.concatenate([block for _, block in self.encoded(states, backend)])
+            return np.concatenate([block for _, [block] in self.encoded([states], backend)])
         other = [dim for dim in states.dims if dim != "embd"]
         ordered = states.transpose(*other, "embd")
         rows = self.encode(ordered.values.reshape(-1, ordered.sizes["embd"]), backend)
@@ -133,48 +133,61 @@ class Features:
         kept = {name: c for name, c in ordered.coords.items() if "embd" not in c.dims}
         return out.assign_coords(kept).assign_attrs(states.attrs | {"features": self.name})
 
-    def encoded(self, states: np.ndarray, backend: Any = None) -> Iterator[tuple[int, np.ndarray]]:
-        """`encode` by blocks of rows, for many: yields (first row, (<= size, feature) float32)."""
+    def encoded(
+        self, states: Sequence[np.ndarray], backend: Any = None
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """`encode` by blocks of rows, for many rows, of several runs side by side. states: one or
+        more of (row, n_in); yields (first row, [(<= size, feature) float32 of each])."""
+        runs = [self._rows(run) for run in states]
+        backend = backend or CpuBackend("asked for")
+        weights = {name: backend.xp.asarray(array) for name, array in self.weights.items()}
+        active, size = _ACTIVE[_shape(self.facts.kind)], max(1, _VALUES // self.n_features)
+        for start in range(0, len(runs[0]), size):
+            blocks = (run[start : start + size] for run in runs)
+            read = (self._input(backend.xp, weights, block)[0] for block in blocks)
+            yield (
+                start,
+                [backend.to_numpy(active(self, backend.xp, weights, rows)) for rows in read],
+            )
+
+    def _rows(self, states):
         states = np.asarray(states, dtype=np.float32)
         if states.ndim != 2 or states.shape[1] != self.n_in or not len(states):
             raise FeatureError(
                 f"{self.name} reads rows of {self.n_in} values, not {states.shape}: give the states at "
                 f"{self.hook.name}, (row, {self.n_in})."
             )
-        backend = backend or CpuBackend("asked for")
-        weights = {name: backend.xp.asarray(array) for name, array in self.weights.items()}
-        size = max(1, _VALUES // self.n_features)
-        for start in range(0, len(states), size):
-            rows, _ = self._input(backend.xp, weights, states[start : start + size])
-            yield (
-                start,
-                backend.to_numpy(_ACTIVE[_shape(self.facts.kind)](self, backend.xp, weights, rows)),
-            )
+        return states
 
     def reconstruct(self, states: np.ndarray) -> np.ndarray:
         """What decoder and activations give back for states at the hook: (row, n_in) -> (row,
         n_out) float32. A transcoder predicts the FFN's output from its input."""
-        out = np.empty((len(states), self.n_out), np.float32)
-        for start, active in self.encoded(states):
-            block = np.asarray(states[start : start + len(active)], np.float32)
-            _, back = self._input(np, self.weights, block)
-            made = active @ self.weights["W_dec"] + self.weights["b_dec"]
-            if "W_skip" in self.weights:
-                made += block @ self.weights["W_skip"].T
-            out[start : start + len(active)] = made if self.n_out != self.n_in else back(made)
-        return out
+        states = self._rows(states)
+        blocks = self.encoded([states])
+        return np.concatenate([self._decoded(states, start, active) for start, [active] in blocks])
+
+    def _decoded(self, states, start, active):
+        block = states[start : start + len(active)]
+        _, back = self._input(np, self.weights, block)
+        made = active @ self.weights["W_dec"] + self.weights["b_dec"]
+        if "W_skip" in self.weights:
+            made += block @ self.weights["W_skip"].T
+        return made if self.n_out != self.n_in else back(made)
 
     def fit(self, states: np.ndarray) -> dict[str, float]:
         """How well they describe states (row, n_in). active: features active per row; explained:
         the share of the states' variance about their mean that the reconstruction has (1 - FVU; NaN
         for a transcoder, which predicts another point, and for states that do not vary)."""
-        states = np.asarray(states, np.float32)
-        active = sum(float((block > 0).sum()) for _, block in self.encoded(states)) / len(states)
+        states, active, missed = self._rows(states), 0, 0.0
+        for start, [block] in self.encoded([states]):
+            active += np.count_nonzero(block)
+            if not self.facts.hook_out:
+                gap = states[start : start + len(block)] - self._decoded(states, start, block)
+                missed += float((gap**2).sum(dtype=np.float64))
         spread = float(((states - states.mean(0)) ** 2).sum(dtype=np.float64))
-        if self.facts.hook_out or not spread:
-            return {"active": active, "explained": float("nan")}
-        missed = float(((states - self.reconstruct(states)) ** 2).sum(dtype=np.float64))
-        return {"active": active, "explained": 1 - missed / spread}
+        none = self.facts.hook_out or not spread
+        explained = float("nan") if none else 1 - missed / spread
+        return {"active": active / len(states), "explained": explained}
 
     def direction(self, feature: int) -> np.ndarray:
         """What one unit of a feature's activation writes: (n_out,) float32, for `add("hidden", ..)`

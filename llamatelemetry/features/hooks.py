@@ -96,12 +96,7 @@ def states(captured: "Capture", gguf: "GGUFFile", hook: Hook) -> "xr.DataArray":
     if hook.change == "norm":
         values = (centred(total.values, gguf) / divisor(total.values, gguf)).astype(np.float32)
         total = total.copy(data=values)
-    return total.drop_vars("layer").rename("state").assign_attrs(captured_attrs(captured, hook))
-
-
-def captured_attrs(captured: "Capture", hook: Hook) -> dict:
-    """What the states of a figure are of."""
-    return {"hook": hook.name, "model": getattr(captured.model, "file", captured.model.name)}
+    return total.drop_vars("layer").rename("state").assign_attrs(hook=hook.name)
 
 
 def _part(captured, stage, layer):

@@ -40,42 +40,27 @@ def survival(
                 f"The states of {name} are {np.shape(states)} and the reference's {reference.shape}: "
                 "they must be of the same tokens."
             )
-    count, total, squares = _sums(features, reference, None, backend)[:3]
+    names, rows, n = list(runs), len(reference), features.n_features
+    count, total = np.zeros(n), np.zeros((len(runs) + 1, n))  # of the reference, and of each run
+    squares, products = np.zeros_like(total), np.zeros_like(total)
+    for _, blocks in features.encoded([reference, *runs.values()], backend):
+        first = blocks[0].astype(np.float64)
+        count += (first > 0).sum(0)
+        for number, block in enumerate(blocks):
+            active = block.astype(np.float64)
+            total[number] += active.sum(0)
+            squares[number] += (active**2).sum(0)
+            products[number] += (active * first).sum(0)
     kept = np.flatnonzero(count >= min_active)
-    table = pd.DataFrame({"active": count[kept], "mean": total[kept] / np.maximum(count[kept], 1)})
+    table = pd.DataFrame(
+        {"active": count[kept], "mean": total[0, kept] / np.maximum(count[kept], 1)}
+    )
     table.index = pd.Index(kept, name="feature")
     table.attrs["control"] = CONTROL
-    rows = len(reference)
-    for name, states in runs.items():
-        _, other, other_squares, products = _sums(features, reference, np.asarray(states), backend)
-        covariance = products - total * other / rows
-        spread = np.maximum(squares - total**2 / rows, 0) * np.maximum(
-            other_squares - other**2 / rows, 0
-        )
-        noise = 1e-10 * np.sqrt(squares * other_squares)  # sums of that size cancel to this
-        table[name] = np.clip(ratio(covariance, np.sqrt(spread), noise), -1, 1)[kept]
+    spread = np.maximum(squares - total**2 / rows, 0)
+    for number, name in enumerate(names, start=1):
+        covariance = products[number] - total[0] * total[number] / rows
+        noise = 1e-10 * np.sqrt(squares[0] * squares[number])  # sums of that size cancel to this
+        found = ratio(covariance, np.sqrt(spread[0] * spread[number]), noise)
+        table[name] = np.clip(found, -1, 1)[kept]
     return table
-
-
-def _sums(features, reference, other, backend):
-    """Per feature: rows where it is active, sum and sum of squares of one run, sum of products with
-    the reference's. The run is `other`, or the reference itself (then without products)."""
-    n = features.n_features
-    count, total, squares, products = (np.zeros(n) for _ in range(4))
-    run = features.encoded(reference if other is None else other, backend)
-    for start, active in run:
-        active = active.astype(np.float64)
-        count += (active > 0).sum(0)
-        total += active.sum(0)
-        squares += (active**2).sum(0)
-        if other is not None:
-            first = np.concatenate(
-                [
-                    block
-                    for _, block in features.encoded(
-                        reference[start : start + len(active)], backend
-                    )
-                ]
-            )
-            products += (active * first).sum(0)
-    return count, total, squares, products

@@ -80,6 +80,7 @@ class Asker:
         self, engine: "InferenceEngine", vectors: Mapping[str, tuple[int, Any]] | None = None
     ) -> None:
         self.engine, self.vectors = engine, dict(vectors or {})
+        self._tokens: tuple[str | None, Any] = (None, None)  # of the last prompt
         self._kept: tuple[tuple[str, int], Any, float] | None = None
 
     def edits(self, question: Question) -> list:
@@ -123,9 +124,10 @@ class Asker:
 
     def _run(self, question, edits=()):
         started = time.perf_counter()
-        stages = ("attention", "logits")
-        tokens = self.engine.tokenize(question.prompt)
-        queries = range(max(0, len(tokens) - MOST), len(tokens))
+        if self._tokens[0] != question.prompt:
+            self._tokens = question.prompt, self.engine.tokenize(question.prompt)["id"]
+        ids = self._tokens[1]
+        queries = range(max(0, len(ids) - MOST), len(ids))
         where = dict(layers=question.layer, queries=queries, edits=edits)
-        capture = self.engine.capture(tokens["id"], stages, **where)
+        capture = self.engine.capture(ids, ("attention", "logits"), **where)
         return capture, time.perf_counter() - started

@@ -13,6 +13,7 @@ import xarray as xr
 from ..capture.edits import Edit, ablate_head, knock_out
 from ..errors import CaptureError
 from ..maths import rank_correlation
+from ..views.sentences import span
 
 if TYPE_CHECKING:
     from ..engine import InferenceEngine
@@ -39,14 +40,14 @@ def grouped(numbers: Sequence[int], size: int) -> list[list[int]]:
 def layer_groups(attention: xr.DataArray, size: int = 1) -> list[Group]:
     """All heads of consecutive layers. attention: captured, (layer, head, query, key)."""
     return [
-        Group(_span("layer", some), some) for some in grouped(_numbers(attention, "layer"), size)
+        Group(span("layer", some), some) for some in grouped(_numbers(attention, "layer"), size)
     ]
 
 
 def head_groups(attention: xr.DataArray, layer: int, size: int = 1) -> list[Group]:
     """Consecutive heads of one layer."""
     heads = list(range(attention.sizes["head"]))
-    return [Group(_span("head", some), [layer], some) for some in grouped(heads, size)]
+    return [Group(span("head", some), [layer], some) for some in grouped(heads, size)]
 
 
 def cut(
@@ -225,8 +226,3 @@ def head_or_edge(
 
 def _numbers(array, dim):
     return array[dim].values.tolist()
-
-
-def _span(name, numbers):
-    first, last = numbers[0], numbers[-1]
-    return f"{name} {first}" if first == last else f"{name}s {first} to {last}"
