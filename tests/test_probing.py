@@ -100,8 +100,88 @@ def test_across_files_the_difference_is_paired(planted):
     assert "Q2_K has" in say.across(table) and "points lost" in say.across(table)
 
 
+def told_by_group(size, at):
+    """States that tell each group's commoner label, groups of `size` with their label `at`."""
+    rng = np.random.default_rng(3)
+    groups = np.repeat(np.arange(40), size)
+    values = rng.normal(size=(40 * size, 1, 8))
+    values[:, 0, 0] = np.where(groups % 2, 6, -6)
+    labels = np.concatenate([at(group % 2) for group in range(40)])
+    return (
+        xr.DataArray(values, dims=("text", "layer", "embd"), coords={"layer": [0]}),
+        labels,
+        groups,
+    )
+
+
+@pytest.mark.parametrize(
+    "size, at",
+    [
+        pytest.param(3, lambda one: [one, one, one], id="one label each"),
+        pytest.param(4, lambda one: [one, one, one, 1 - one], id="most of one"),
+        pytest.param(4, lambda one: [one, one, 0, 1], id="some of one"),
+    ],
+)
+def test_shuffled_labels_mean_nothing_whatever_the_groups(size, at):
+    """Shuffled inside groups that tell the label, they would tell it still."""
+    table = probes.by_layer(*told_by_group(size, at), shuffles=5)
+    assert abs(table.shuffled[0] - 0.5) < 0.1 and table.accuracy[0] > 0.7
+    states, labels, groups = told_by_group(3, lambda one: [one] * 3)
+    labels[0] = 1 - labels[0]  # a single group of two labels
+    assert abs(probes.by_layer(states, labels, groups, shuffles=5).shuffled[0] - 0.5) < 0.1
+
+
+def test_equal_texts_are_one_group_or_refused(planted):
+    """A probe is never tested on a text that it was made from."""
+    states, labels, _ = planted
+    twice = states.assign_coords(text=[f"text {n // 4}" for n in range(N)])
+    assert probes.by_layer(twice, labels, shuffles=0).attrs["groups"] == N // 4
+    assert probes.by_layer(twice, labels, np.arange(N) // 8, shuffles=0).attrs["groups"] == N // 8
+    with pytest.raises(ProbeError, match="Text 0 is there again in another group"):
+        probes.by_layer(twice, labels, np.arange(N))
+    with pytest.raises(ProbeError, match="Text 0 is there again"):
+        probes.across({"a": twice}, labels, np.arange(N))
+
+
+def test_what_is_read_best_is_said_of_one_layer_alone(planted):
+    states, labels, groups = planted
+    sure = states.copy()
+    sure[:, :, 0] = np.where(labels == "yes", 9, -9)[:, None]
+    said = " ".join(say.probes({"x": probes.by_layer(sure, labels, groups)}).split())
+    assert f"alike at all {LAYERS} layers: 100%" in said and "best" not in said
+    said = say.probes({"x": probes.by_layer(sure[:, :1], labels, groups)})
+    assert "x is read at layer 0: 100%" in said and "1 of 1 layer," in said
+    sure[:, :2] = states[:, :2]
+    assert "best at 3 layers, first at layer 2" in say.across(
+        probes.across({"x": sure}, labels, groups)
+    )
+
+
+def test_what_the_commonest_label_gives_is_no_finding(planted):
+    """170 of 200 have one label: 85% is read off anything."""
+    states, *_ = planted
+    labels = np.where(np.arange(N) % 20 < 17, "a", "b")
+    table = probes.by_layer(0 * states, labels, shuffles=2)
+    assert (table.accuracy == 0.85).all()
+    said = " ".join(say.probes({"x": table.assign(shuffled_high=0.5)}).split())
+    assert "the commonest label alone is 85%; at no layer" in said
+    said = " ".join(say.across(probes.across({"x": 0 * states, "y": states}, labels)).split())
+    assert "nothing that a file could lose" in said and "points" not in said
+
+
 def test_what_cannot_be_probed_is_refused(planted):
     states, labels, groups = planted
+    for wrong in (dict(folds=2.5), dict(folds=1), dict(shuffles=-1), dict(strength=0)):
+        with pytest.raises(ProbeError, match=next(iter(wrong))):
+            probes.by_layer(states, labels, groups, **wrong)
+    with pytest.raises(ProbeError, match="group of text 7 is missing"):
+        probes.by_layer(states, labels, [None if n == 7 else n for n in range(N)])
+    with pytest.raises(ProbeError, match="one value per text"):
+        probes.by_layer(states, np.ones((N, 2)))
+    with pytest.raises(ProbeError, match="no states"):
+        probes.across({}, labels)
+    with pytest.raises(ProbeError, match="layer"):
+        probes.by_layer(states[:, :0], labels)
     with pytest.raises(ProbeError, match="two kinds"):
         probes.by_layer(states, ["a"] * N)
     with pytest.raises(ProbeError, match="5 folds need"):

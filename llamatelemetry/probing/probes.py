@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from ..arguments import finite, whole
 from ..backend import get_backend
 from ..capture.finite import measured
 from ..errors import ProbeError
@@ -38,16 +39,19 @@ def by_layer(
     """How well a probe of every layer tells the labels of texts that it was not made from.
 
     states: (text, layer, embd), as engine.collect gives them; labels: (text,), two or more kinds;
-    groups: (text,), never split between making and testing a probe (None: every text is its own).
-    folds: parts, each tested once with a probe of the others. shuffles: controls, whose labels are
-    shuffled inside their groups (where a group has one label: between groups). strength: C, the
-    inverse of the penalty. backend: get_backend's, for cuML.
+    groups: (text,), never split between making and testing a probe (None: every text is its own,
+    equal ones are one). folds: parts, each tested once with a probe of the others. shuffles:
+    controls, whose labels are shuffled: inside their groups where all have the same shares of
+    labels, as whole groups where each has one, else over all texts. strength: C, the inverse of the
+    penalty. backend: get_backend's, for cuML.
 
     -> DataFrame by layer: accuracy (share of texts), low, high (95% percentile bootstrap over
     groups), shuffled, shuffled_high (mean and largest of the controls), majority (share of the
-    commonest label). attrs: n, groups, labels. ProbeError where groups or labels are too few,
-    NotFiniteError where a state is no number."""
-    task = Task(labels, groups, folds, seed)
+    commonest label). attrs: n, groups, labels. ProbeError where groups or labels are too few, or
+    equal texts are in several groups, NotFiniteError where a state is no number."""
+    finite("strength", strength, 1e-12, error=ProbeError)
+    shuffles = whole("shuffles", shuffles, 0, error=ProbeError)
+    task = Task(labels, groups, folds, seed, _texts(states))
     task.check(states)
     wrong = [task.shuffled() for _ in range(shuffles)]
     rows = []
@@ -79,8 +83,11 @@ def across(
     accuracy of the reference's probe on this file's states: what a reader of the reference still
     reads; lost, the reference's accuracy minus the file's own, with lost_low and lost_high (paired,
     bootstrap over groups). Arguments and errors as `by_layer`."""
-    task = Task(labels, groups, folds, seed)
+    finite("strength", strength, 1e-12, error=ProbeError)
     names, parts = list(states), list(states.values())
+    if not parts:
+        raise ProbeError("There are no states: give those of one file at least, {name: states}.")
+    task = Task(labels, groups, folds, seed, _texts(parts[0]))
     for part in parts:
         task.check(part)
         if list(part.layer.values) != list(parts[0].layer.values):
@@ -105,52 +112,80 @@ def _layers(states, progress):
         yield layer, _values(states.sel(layer=layer))
 
 
+def _texts(states):
+    """The texts that states are of, where they say so: None else."""
+    return states["text"].values if "text" in states.coords else None
+
+
 def _values(states):
     return measured(states.transpose("text", ...), np.float64).reshape(states.sizes["text"], -1)
+
+
+def _coded(what, values, sort=False):
+    """(codes, -1 for what is missing; names) of one value per text."""
+    values = np.asarray(values)
+    if values.ndim != 1:
+        raise ProbeError(f"{what} are one value per text, (text,), not {values.shape}.")
+    return pd.factorize(values, sort=sort)
 
 
 class Task:
     """Labels, their groups, and how texts are parted for testing."""
 
-    def __init__(self, labels, groups, folds, seed):
+    def __init__(self, labels, groups, folds, seed, texts=None):
         with uninterrupted():
             from sklearn.model_selection import StratifiedGroupKFold
 
-        self.codes, self.names = pd.factorize(np.asarray(labels), sort=True)
+        whole("folds", folds, 2, error=ProbeError)
+        self.codes, self.names = _coded("labels", labels, sort=True)
         n = len(self.codes)
-        self.groups = np.arange(n) if groups is None else pd.factorize(np.asarray(groups))[0]
+        texts = texts if texts is not None and len(texts) == n else np.arange(n)
+        self.groups = _coded("groups", texts if groups is None else groups)[0]
         if len(self.groups) != n:
             raise ProbeError(f"There are {n} labels and {len(self.groups)} groups.")
+        if (self.groups < 0).any():
+            raise ProbeError(f"The group of text {np.argmin(self.groups)} is missing.")
+        split = pd.Series(self.groups).groupby(_coded("texts", texts)[0]).transform("nunique") > 1
+        if split.any():
+            raise ProbeError(
+                f"Text {split.argmax()} is there again in another group, and a probe would be tested on what "
+                "it was made from: leave duplicates out, or give equal texts one group."
+            )
         if len(self.names) < 2 or (self.codes < 0).any():
             raise ProbeError(
                 f"A probe needs two kinds of labels, and none missing: {self.names!r:.80}."
             )
         each = [len(set(self.groups[self.codes == code])) for code in range(len(self.names))]
-        if folds < 2 or min(each) < folds:
+        if min(each) < folds:
             raise ProbeError(
-                f"{folds} folds need that many groups of every label: {self.names[np.argmin(each)]!r} has "
+                f"{folds} folds need that many groups of every label: {self.names[np.argmin(each)]!s:.80} has "
                 f"{min(each)}. Give more texts, or fewer folds (two or more)."
             )
         self._rng = np.random.default_rng(seed)
         parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        self.parts = list(parts.split(self.codes, self.codes, self.groups))
+        split = parts.split(self.codes, self.codes, self.groups)
+        self.parts = [(made, tested) for made, tested in split if len(tested)]
         draws = self._rng.integers(0, self.groups.max() + 1, (DRAWS, self.groups.max() + 1))
         self._draws = np.stack([np.bincount(d, minlength=draws.shape[1]) for d in draws])
 
     def check(self, states):
-        if "layer" not in states.dims or states.sizes.get("text") != len(self.codes):
+        there = states.sizes.get("layer") and states.sizes.get("text") == len(self.codes)
+        if not there:
             raise ProbeError(
                 f"States are (text, layer, embd) of {len(self.codes)} texts, not {dict(states.sizes)}: "
                 "collect them with pool='last', 'mean' or 'max'."
             )
 
     def shuffled(self):
-        """Codes without meaning: each group's own shuffled, or one per group where that is all."""
-        ends = pd.Series(self.codes).groupby(self.groups).agg(["min", "max"])
-        if (ends["min"] == ends["max"]).all():
-            return self._rng.permutation(ends["min"].to_numpy())[self.groups]
+        """Codes without meaning: each group's own shuffled where no group tells anything of them,
+        or one per group where that is all."""
+        counts = pd.crosstab(self.groups, self.codes).to_numpy()  # (group, code)
+        if ((counts > 0).sum(axis=1) == 1).all():
+            return self._rng.permutation(counts.argmax(axis=1))[self.groups]
+        if not (counts * len(self.codes) == np.outer(counts.sum(1), counts.sum(0))).all():
+            return self._rng.permutation(self.codes)
         codes = self.codes.copy()
-        for group in range(len(ends)):
+        for group in range(len(counts)):
             here = np.flatnonzero(self.groups == group)
             codes[here] = self._rng.permutation(codes[here])
         return codes

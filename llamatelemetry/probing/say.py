@@ -5,22 +5,36 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from ..views.sentences import listed, sentence
+from ..views.sentences import counted, listed, sentence
+
+
+def _best(name, accuracy):
+    """(the first layer of the largest accuracy, "NAME is read ...")."""
+    layers = accuracy.index[accuracy == accuracy.max()].tolist()
+    if len(accuracy) == 1:
+        return layers[0], f"{name} is read at layer {layers[0]}"
+    if len(layers) == 1:
+        return layers[0], f"{name} is read best at layer {layers[0]}"
+    if len(layers) == len(accuracy):
+        return layers[0], f"{name} is read alike at all {len(layers)} layers"
+    return layers[0], f"{name} is read best at {len(layers)} layers, first at layer {layers[0]}"
 
 
 def _one(name, table):
-    best = table["accuracy"].idxmax()
+    best, said = _best(name, table["accuracy"])
     row = table.loc[best]
-    said = (
-        f"{name} is read best at layer {best}: {row.accuracy:.0%} ({row.low:.0%} to {row.high:.0%})"
-    )
-    if not np.isfinite(row.shuffled_high):
-        return said
-    clear = table.index[table["low"] > table["shuffled_high"]]
-    said += f", with shuffled labels at most {row.shuffled_high:.0%}"
+    said = f"{said}: {row.accuracy:.0%} ({row.low:.0%} to {row.high:.0%})"
+    above, controls = table["majority"], f"the commonest label alone is {row.majority:.0%}"
+    if np.isfinite(row.shuffled_high):
+        above = table[["majority", "shuffled_high"]].max(axis=1)
+        controls = f"with shuffled labels at most {row.shuffled_high:.0%}, {controls}"
+    clear = table.index[table["low"] > above]
     if not len(clear):
-        return f"{said}; at no layer is the interval above those"
-    return f"{said}; the interval is above those at {len(clear)} of {len(table)} layers, first at layer {clear[0]}"
+        return f"{said}, {controls}; at no layer is the interval above these"
+    return (
+        f"{said}, {controls}; the interval is above these at {len(clear)} of "
+        f"{counted(len(table), 'layer')}, first at layer {clear[0]}"
+    )
 
 
 @sentence
@@ -33,17 +47,22 @@ def probes(tables: Mapping[str, pd.DataFrame]) -> str:
 @sentence
 def across(table: pd.DataFrame) -> str:
     files = table.index.get_level_values("file").unique()
-    best = table.loc[files[0], "accuracy"].idxmax()
-    said = (
-        f"{files[0]} is read best at layer {best}, {table.loc[(files[0], best), 'accuracy']:.0%}."
-    )
+    best, said = _best(files[0], table.loc[files[0], "accuracy"])
+    row = table.loc[(files[0], best)]
+    said = f"{said}, {row.accuracy:.0%}."
+    if row.low <= row.majority:
+        said += (
+            f" Its interval, {row.low:.0%} to {row.high:.0%}, is not above the {row.majority:.0%} that the commonest "
+            "label alone gives: there is nothing that a file could lose."
+        )
+        return said
     facts = []
     for name in files[1:]:
         row = table.loc[(name, best)]
         ends = f"{100 * row.lost_low:+.1f} to {100 * row.lost_high:+.1f}"
         sure = "" if row.lost_low > 0 or row.lost_high < 0 else ", which 0 lies in"
         facts.append(
-            f"There {name} has {row.accuracy:.0%} ({100 * row.lost:+.1f} points lost, {ends}{sure}); the probe of "
-            f"{files[0]} reads {row.moved:.0%} of it."
+            f"At layer {best} {name} has {row.accuracy:.0%} ({100 * row.lost:+.1f} points lost, {ends}{sure}); "
+            f"the probe of {files[0]} reads {row.moved:.0%} of it."
         )
     return " ".join([said, *facts])
