@@ -4,6 +4,7 @@ outlives the session."""
 import contextlib
 import os
 import shutil
+import signal
 import time
 
 import psutil
@@ -14,6 +15,8 @@ MODEL = "smollm2-135m-Q4_1"
 # to 8 times slower than waiting without; alone on the machine it is up to a fifth faster, which
 # tests do not need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A shell has what runs in its background ignore Ctrl-C, and so would all that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
