@@ -48,6 +48,7 @@ def test_tasks():
     assert "on no set is a file's accuracy told apart" in flat(
         choice_say.tasks(done("cannot be told"))
     )
+    assert flat(choice_say.tasks(done("less").assign(changed=0.0))).endswith("no answer changes.")
     none = done("less").iloc[:0]
     assert choice_figures.tasks(none, title="t").layout.annotations[0].text.startswith("no ")
     assert "nothing to say" in choice_say.tasks(none)
@@ -93,6 +94,11 @@ def test_groups():
     base = costs()[costs()["type"] == "Q8_0"]
     assert choice_figures.group_costs(base, title="t").layout.annotations[0].text.startswith("no ")
     assert "nothing to choose" in choice_say.group_costs(base)
+    assert "no two different costs to compare (q in Q5_0: 0.2" in choice_say.group_costs(
+        costs().iloc[:2]
+    )
+    equal = costs().assign(cost=[0.4, 0, 0.2, 0])
+    assert "no two different costs" in choice_say.group_costs(equal)
     told = Costs(costs(), "x", 0.1, 12.3, {"Q3_K": 40.0})
     assert flat(choice_say.reckoned(told)) == (
         "2 files in which one group is not Q8_0, reckoned to take 12 s. "
@@ -117,6 +123,10 @@ def test_sizes():
     assert "Expected were 0.09 nats if costs add up, measured on another text 0.1." in said
     assert "closer than random (-0.1 nats, -0.2 to -0.05)" in said
     assert "cannot be told apart from Q4_K_M" in said
+    one = {"random": Paired(-0.1, np.nan, np.nan, "cannot be told")}  # of a single window
+    said = flat(choice_say.sizes(found, 0.09, one))
+    assert said.endswith("apart from random (-0.1 nats, of one window, without an interval).")
+    assert "no other file" in choice_say.sizes(found, 0.09, {})
     none = choice_figures.sizes(found.iloc[:0], {}, title="t")
     assert none.layout.annotations[0].text.startswith("no ")
 
@@ -125,4 +135,6 @@ def test_importance():
     held = pd.DataFrame({"tensor": ["up", "down", "up"], "entropy_share": [0.9, 0.2, 0.7]})
     said = flat(choice_say.importance(held, Paired(-0.1, -0.2, -0.05, "less"), "Q4_0"))
     assert "least evenly over the columns of down (20%) and most over those of up (80%)" in said
+    even = flat(choice_say.importance(held.assign(entropy_share=1.0), Paired(0, 0, 0, "less"), "x"))
+    assert "evenly" not in even
     assert "Q4_0 with the matrix is closer than Q4_0 without (-0.1 nats, -0.2 to -0.05)" in said

@@ -433,9 +433,10 @@ def test_pareto_and_decision():
 
 
 @pytest.mark.parametrize(
-    "a, b, expected", [([1, 2, 3], [1, 5, 3], 1), ([1, 2], [1, 2], None), ([1, 2], [1, 2, 3], None)]
+    "a, b, expected",
+    [([1, 2, 3], [1, 5, 3], 1), ([1, 2], [1, 2], None), ([1, 2], [1, 2, 3], 2), ([1, 2], [1], 1)],
 )
-def test_first_divergence(a, b, expected):
+def test_an_answer_that_ends_sooner_is_another(a, b, expected):
     assert token_tables.first_divergence(a, b) == expected
 
 

@@ -154,13 +154,48 @@ def test_parts():
     assert [(t.name, t.y[0]) for t in figure.data] == [("attention", 0.3), ("FFN", -0.1)]
 
 
-def test_the_verdict_on_the_mixture_follows_the_numbers():
+@pytest.mark.parametrize(
+    "closer, control, said",
+    [
+        (("no", "yes"), 102, "The recommendation holds: 2.0 MiB more"),
+        (("yes", "yes"), 102, "The recommendation does not hold: 2.0 MiB more"),
+        (("no", "cannot be told"), 102, "Whether the recommendation holds cannot be told"),
+        (("equal", "yes"), 102, "not told apart from it: Q4."),
+        (("no", "cannot be told"), 100, "The recommendation holds: 2.0 MiB more"),
+    ],
+)
+def test_the_verdict_on_the_mixture_is_that_of_paired_intervals(closer, control, said):
+    sizes = {"Q4": 100, "mixture": 102, "control": control}
     rows = [
-        SimpleNamespace(kld_mean=k, size_bytes=s * 2**20)
-        for k, s in ((0.1, 100), (0.05, 102), (0.08, 102))
+        pd.Series({"kld_mean": 0.05, "size_bytes": size * 2**20}, name=name)
+        for name, size in sizes.items()
     ]
-    assert say.mixture(*rows).startswith("The recommendation holds: 2.0 MiB more")
-    assert say.mixture(rows[0], rows[2], rows[1]).startswith("The recommendation does not hold")
+    index = pd.MultiIndex.from_tuples([("Q4", "mixture"), ("mixture", "control")])
+    told = " ".join(say.mixture(*rows, pd.DataFrame({"better": closer}, index)).split())
+    assert said in told and ("No other part is left" in told) == (control == 100)
+
+
+def test_no_direction_is_told_between_equal_values():
+    """Candidates that are the reference, files of one size, heads and layers without a change."""
+    same = quality(a=0.0, b=0.0)
+    assert "the same for all files, a (0" in say.ladder(same, "m")
+    level = quality(a=0.1, b=0.2).assign(bits_per_weight=4.0)
+    assert say.ladder(level, "m").endswith("more bits: none.")
+    few = quality(a=0.1, b=0.2).assign(n_tokens=10)  # whose error is not known
+    assert "±" not in say.ladder(few, "m")
+    assert "could" in say.noise(same * np.nan, same, 1e-5)
+    assert "reference is where it was" in say.noise(same, same, 1e-5)
+    assert "No file was measured" in say.noise(quality(x=0.1), same * np.nan, 0.1)
+    assert "no matrix of a layer has an error" in say.weight_errors({"a": weights(0.0)})
+    flat = xr.DataArray(np.zeros((2, 3)), dims=("layer", "head"), coords={"layer": [0, 1]})
+    assert "no head's attention differs" in say.attention({"a": flat})
+    assert "no layer adds to it" in say.drift({"a": drift(0.0)})
+    falls = pd.DataFrame({"part": ["attn_out"], "layer": 0, "fall": [-0.1], "share": [-0.2]})
+    falls.attrs["kld"] = 0.5
+    assert "At no part does the divergence fall" in say.falls(falls)
+    costs = pd.DataFrame({"part": ["attn_out", "ffn_out"], "layer": 0, "cost": [0.3, -0.1]})
+    said = " ".join(say.costs(costs, 0.8).split())
+    assert said.startswith("Most costs the attention of layer 0 (0.3). The 2 costs add")
 
 
 def test_answers_are_escaped_and_marked():
@@ -270,13 +305,13 @@ def test_noise_is_drawn_and_said():
     figure = quality_figures.ladder(table, floor=0.003, title="m")
     assert figure.data[-1].name == "noise floor" and figure.data[-1].y == (0.003, 0.003)
     said = say.noise(noise, table, 0.003).replace("\n", " ")
-    assert "up to 0.003 nats from itself (batches)" in said and said.endswith("from it: b.")
+    assert "up to 0.003 nats from itself (batches)" in said and said.endswith("told from it: b.")
     assert "20 times the floor of 0.002: more than noise" in say.noise(
         noise, table[:1], 0.002
     ).replace("\n", " ")
     pairs = pd.DataFrame({"better": ["no"]}, pd.MultiIndex.from_tuples([("a", "b")]))
     said = say.better(pairs, table).replace("\n", " ")
-    assert said.startswith("Of 1 pair of neighbours, 1 are told apart") and "told: none" in said
+    assert said.startswith("Of 1 pair of neighbours, 1 is told apart") and "told: none" in said
     pairs["better"] = "equal"
     assert "noise floor: b and a." in say.better(pairs, table).replace("\n", " ")
     fronts = {"size_bytes": pd.Series([True, False], table.index)}

@@ -28,6 +28,8 @@ def tasks(table: pd.DataFrame) -> str:
     most = rows["changed"].idxmax()
     share = f"{rows['changed'].max():.0%} of {rows.loc[most, 'n']:.0f}"
     changed = f"most answers change in {most[1]} on {most[0]} ({share})"
+    if not rows["changed"].max() > 0:
+        changed = "no answer changes"
     if told.empty:
         apart = "on no set is a file's accuracy told apart from the reference's"
     else:
@@ -67,6 +69,10 @@ def group_costs(table: pd.DataFrame) -> str:
     saved = rows["group"].map(base) - rows["bytes"]
     rate = (rows["cost"] / saved * 2**20).where(saved > 0)
     rows = rows.assign(rate=rate).dropna(subset="rate")
+    if len(rows) < 2 or np.ptp(rows["rate"]) == 0:
+        each = (f"{row.group} in {row.inside}" for row in rows.itertuples())
+        rates = f": {rows['rate'].iloc[0]:.3g} nats per MiB saved" if len(rows) else ""
+        return f"There are no two different costs to compare ({listed(each)}{rates})."
     most, least = (rows.loc[pick()] for pick in (rows["rate"].idxmax, rows["rate"].idxmin))
     ends = (
         f"{row.group} in {row.inside} ({row.rate:.3g} nats per MiB saved)" for row in (most, least)
@@ -102,13 +108,18 @@ def sizes(found: pd.DataFrame, expected: float, verdicts: Mapping[str, Paired]) 
     """found: rows of a Comparison, "mixture" among them; expected: its mean KLD if costs add up;
     verdicts: of mixture.verdicts for it."""
     mean = found.loc["mixture", "kld_mean"]
-    against = [
-        f"{WORDS[one.verdict]} {name} "
-        f"({one.difference:+.3g} nats, {one.low:+.3g} to {one.high:+.3g})"
-        for name, one in verdicts.items()
-    ]
+    against = [f"{WORDS[one.verdict]} {name} ({_apart(one)})" for name, one in verdicts.items()]
     adds = f"Expected were {expected:.4g} nats if costs add up, measured on another text {mean:.4g}"
+    if not against:
+        return f"{adds}. There is no other file of this size to compare."
     return f"{adds}. The mixture {listed(against)}."
+
+
+def _apart(one):
+    """A difference with its interval, where there is one: not of a single window."""
+    if not np.isfinite(one.low):
+        return f"{one.difference:+.3g} nats, of one window, without an interval"
+    return f"{one.difference:+.3g} nats, {one.low:+.3g} to {one.high:+.3g}"
 
 
 @sentence
@@ -116,10 +127,9 @@ def importance(table: pd.DataFrame, verdict: Paired, name: str) -> str:
     """table: of convert.statistics; verdict: of the file with the matrix against that without."""
     kinds = table.groupby("tensor")["entropy_share"].mean().dropna().sort_values()
     even = ""
-    if len(kinds) > 1:
+    if len(kinds) > 1 and np.ptp(kinds) > 0:
         ends = [f"{kind} ({share:.0%})" for kind, share in kinds.iloc[[0, -1]].items()]
         even = f"Activations are spread least evenly over the columns of {ends[0]} and most over those of {ends[1]}. "
     return (
-        f"{even}{name} with the matrix {WORDS[verdict.verdict]} {name} without "
-        f"({verdict.difference:+.3g} nats, {verdict.low:+.3g} to {verdict.high:+.3g})."
+        f"{even}{name} with the matrix {WORDS[verdict.verdict]} {name} without ({_apart(verdict)})."
     )

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 
+from ..compare.quality import NOISE
 from .tracing import PARTS
 
 # Tensors behind each part, as a regular expression for `--tensor-type`.
@@ -132,8 +133,12 @@ def decide(
 def ladder(
     table: pd.DataFrame, by: str = "bits_per_weight", loss: str = "kld_mean"
 ) -> list[tuple[str, str]]:
-    """Neighbouring pairs out of order, more bits per weight yet more divergence: list of (larger,
-    smaller)."""
-    ordered = table.dropna(subset=[by, loss]).sort_values(by)
-    names = list(ordered.index)
-    return [(b, a) for a, b in zip(names, names[1:]) if ordered.loc[b, loss] > ordered.loc[a, loss]]
+    """Neighbouring pairs out of order, more bits per weight yet more divergence by more than NOISE:
+    list of (larger, smaller)."""
+    ordered = table.dropna(subset=[by, loss]).sort_values([by, loss], ascending=[True, False])
+    rows = list(zip(ordered.index, ordered[by], ordered[loss]))
+    return [
+        (larger, smaller)
+        for (smaller, few, little), (larger, many, much) in zip(rows, rows[1:])
+        if many > few and much - little > NOISE
+    ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from ..views.page import Page
-from ..views.text import html, text_of, whole_characters
+from ..views.text import counted, html, text_of, whole_characters
 
 _STYLE = """td.a{text-align:left;white-space:pre-wrap;width:100%} th{text-align:left}
 td.p{white-space:nowrap} mark{background:var(--c1);color:#000}"""
@@ -26,6 +26,7 @@ def answers(rows: Iterable[dict], *, model: str) -> Page:
 def _answer(name, pieces, first):
     said = html(text_of(pieces)) if first is None else _marked(pieces, first)
     place = "the same" if first is None else f"differs at token {first + 1}"
+    place = f"ends after {counted(first, 'token')}" if first == len(pieces) else place
     place = "" if name == "reference" else place
     return f"<tr><th>{html(name)}</th><td class='a'>{said}</td><td class='p'>{place}</td></tr>"
 

@@ -69,12 +69,20 @@ def ladder(table: pd.DataFrame, reference: str) -> str:
     rows = table.dropna(subset="kld_mean").sort_values("kld_mean")
     if rows.empty:
         return NOTHING
-    said = [f"{r.Index} ({r.kld_mean:.4g} ± {r.kld_mean_err:.2g} nats)" for r in rows.itertuples()]
+    said = [f"{r.Index} ({_with_error(r)} nats)" for r in rows.itertuples()]
     if len(rows) == 1:
         return f"Mean KLD from {reference}: {said[0]}, the only file."
+    if np.ptp(rows["kld_mean"]) <= NOISE:
+        return f"Mean KLD from {reference}: the same for all files, {listed(said)}."
     odd = listed(f"{more} than {less}" for more, less in decision.ladder(rows))
     ends = f"{said[0]} is closest to {reference}, {said[-1]} farthest"
     return f"Mean KLD: {ends}. More divergence in spite of more bits: {odd}."
+
+
+def _with_error(row):
+    """Of ten tokens or fewer llama-perplexity's error is 0: it is not known."""
+    known = row.n_tokens > 10
+    return f"{row.kld_mean:.4g} ± {row.kld_mean_err:.2g}" if known else f"{row.kld_mean:.4g}"
 
 
 @sentence
@@ -85,9 +93,13 @@ def noise(table: pd.DataFrame, quality: pd.DataFrame, floor: float) -> str:
         return "The reference could not be computed another way: its own noise is not known."
     way, most = rows["kld_mean"].idxmax(), rows["kld_mean"].max()
     said = f"Computed another way, the reference is up to {most:.2g} nats from itself ({way})"
+    if most <= 0:
+        said = "Computed another way, the reference is where it was"
     below = quality.index[quality["kld_mean"] <= floor]
+    if quality["kld_mean"].isna().all():
+        return f"{said}. No file was measured beside it."
     if len(below):
-        return f"{said}. No more than that from it, so not to be told from it: {listed(below)}."
+        return f"{said}. No more than the floor of {floor:.2g} from it, so not to be told from it: {listed(below)}."
     times = float(ratio(quality["kld_mean"].min(), floor))
     over = f"{some(times, '{:,.0f}')} times the floor of {floor:.2g}"
     return f"{said}. The closest file is at {over}: more than noise."
@@ -103,9 +115,8 @@ def better(pairs: pd.DataFrame, quality: pd.DataFrame) -> str:
         verdicts["yes" if found == "no" else found].append(f"{near} and {far}")
     if len(order) < 2:
         return "There are no two files to compare."
-    apart = (
-        f"Of {counted(len(order) - 1, 'pair')} of neighbours, {len(verdicts['yes'])} are told apart"
-    )
+    told = len(verdicts["yes"])
+    apart = f"Of {counted(len(order) - 1, 'pair')} of neighbours, {told} {'is' if told == 1 else 'are'} told apart"
     equal, open_ = listed(verdicts["equal"]), listed(verdicts["cannot be told"])
     return f"{apart} by this text. Closer than the noise floor: {equal}. Cannot be told: {open_}."
 
@@ -152,6 +163,8 @@ def token_kinds(kinds: pd.DataFrame, by: str) -> str:
     mean = tokens.kind_means(kinds, by).sort_values()
     if len(mean) < 2:
         return "Fewer than two kinds have ten tokens or more: too few to compare kinds."
+    if np.ptp(mean) <= NOISE:
+        return f"Over all files {listed(map(repr, mean.index))} diverge alike ({mean.iloc[0]:.3g} nats)."
     least, most = (f"'{kind}' ({mean[kind]:.3g} nats)" for kind in mean.index[[0, -1]])
     return f"Over all files {most} diverges most and {least} least, of the kinds with ten tokens or more."
 
@@ -162,6 +175,8 @@ def weight_errors(table: pd.DataFrame) -> str:
     if error.empty:
         return "no matrix of a layer to compare"
     worst = error.idxmax()
+    if not error[worst] > 0:
+        return "no matrix of a layer has an error"
     return f"mean {error.mean():.4f}, worst {worst} ({table['type'][worst]}, {error[worst]:.4f})"
 
 
@@ -178,6 +193,8 @@ def attention(bits: xr.DataArray) -> str:
     if heads.empty:
         return "no head to compare"
     layer, head = heads.idxmax()
+    if not heads.max() > 0:
+        return "no head's attention differs"
     return f"mean {heads.mean():.4f} bits, most in layer {layer} head {head} ({heads.max():.4f})"
 
 
@@ -187,6 +204,8 @@ def drift(table: pd.DataFrame) -> str:
     if rise.empty:
         return "no drift to be had"
     end = f"error {table['error'].iloc[-1]:.3f} after the last layer"
+    if not rise.max() > 0:
+        return f"{end}; no layer adds to it"
     return f"{end}; layer {rise.idxmax() - 1} adds most ({rise.max():+.3f})"
 
 
@@ -194,7 +213,8 @@ def drift(table: pd.DataFrame) -> str:
 def costs(table: pd.DataFrame, kld: float) -> str:
     """kld: of the whole file."""
     total = table["cost"].sum()
-    whole = f"{len(table)} costs add up to {total:.3g} nats"
+    many = "1 cost is" if len(table) == 1 else f"{len(table)} costs add up to"
+    whole = f"{many} {total:.3g} nats"
     if not total > NOISE:
         return f"No part costs anything alone: {whole}."
     share = some(float(ratio(total, kld, NOISE)), "{:.0%} of ", "beside ")
@@ -206,11 +226,13 @@ def falls(table: pd.DataFrame) -> str:
     if table["share"].isna().all():
         return f"{table.attrs['kld']:.2g} nats from the reference: there is nothing to give back."
     worse = f"At {(table['fall'] < 0).sum()} of {len(table)} parts the answer gets worse"
+    if not (table["share"] > 0).any():
+        return f"At no part does the divergence fall. {worse}."
     return f"Most of the divergence falls with {_largest(table, 'share', '.1%')}. {worse}."
 
 
 def _largest(table, column, form=".3g"):
-    rows = table.nlargest(3, column)
+    rows = table[table[column] > 0].nlargest(3, column)
     names = "the " + rows["part"].map(PARTS).str[0] + " of layer " + rows["layer"].astype(str)
     return listed(f"{name} ({value:{form}})" for name, value in zip(names, rows[column]))
 
@@ -241,13 +263,28 @@ def pareto(fronts: Mapping[str, pd.Series]) -> str:
 
 
 @sentence
-def mixture(before: pd.Series, chosen: pd.Series, other: pd.Series) -> str:
-    """Rows of the plain file, the mixture and the control."""
+def mixture(before: pd.Series, chosen: pd.Series, other: pd.Series, pairs: pd.DataFrame) -> str:
+    """Rows of the plain file, the mixture and the control; pairs: paired.better of the three."""
     added, beside = ((row.size_bytes - before.size_bytes) / 2**20 for row in (chosen, other))
     if not added:
         return "Every part that costs something has these bits already: there is nothing to keep."
     step = f"{added:.1f} MiB more take the mean KLD from {before.kld_mean:.4g} to {chosen.kld_mean:.4g} nats"
-    if not beside:
-        return f"{step}. No other part is left for a control."
-    holds = "holds" if chosen.kld_mean < min(before.kld_mean, other.kld_mean) else "does not hold"
-    return f"The recommendation {holds}: {step}; a control of {beside:.1f} MiB takes it to {other.kld_mean:.4g}."
+    rivals = [before.name, *([other.name] if beside else [])]
+    closer = {name: _closer(pairs, chosen.name, name) for name in rivals}
+    step += f"; a control of {beside:.1f} MiB takes it to {other.kld_mean:.4g}" * bool(beside)
+    apart = " No other part is left for a control." * (not beside)
+    if set(closer.values()) == {"yes"}:
+        return f"The recommendation holds: {step}.{apart}"
+    if "no" in closer.values():
+        return f"The recommendation does not hold: {step}.{apart}"
+    open_ = listed(name for name, told in closer.items() if told != "yes")
+    return f"Whether the recommendation holds cannot be told: {step}; not told apart from it: {open_}.{apart}"
+
+
+def _closer(pairs, one, other):
+    """Whether one file is closer than another, as paired.better says it of either order."""
+    if (one, other) in pairs.index:
+        return pairs.loc[(one, other), "better"]
+    turned = {"yes": "no", "no": "yes"}
+    found = pairs.loc[(other, one), "better"]
+    return turned.get(found, found)

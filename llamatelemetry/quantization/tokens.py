@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from ..compare.quality import NOISE
+from ..maths import ratio
 from ..views.text import piece_kind, text_of, token_text
 
 BEFORE = 8  # tokens shown before one that moved
@@ -74,7 +76,8 @@ def _by_kind(tokens, kind):
     names = dict(same_top="same_top", top10="top10", mean_dp="dp", rms_dp="square")
     means = groups[list(names.values())].mean().set_axis(list(names), axis=1)
     table = table.join(means.assign(rms_dp=np.sqrt(means["rms_dp"]))).reset_index()
-    table["share_of_kld"] /= table.groupby("candidate")["share_of_kld"].transform("sum")
+    whole = table.groupby("candidate")[["share_of_kld", "n"]].transform("sum")
+    table["share_of_kld"] = ratio(table["share_of_kld"], whole["share_of_kld"], NOISE * whole["n"])
     order = {name: place for place, name in enumerate(tokens["candidate"].unique())}
     table = table.sort_values("candidate", key=lambda names: names.map(order), kind="stable")
     return table.astype({"kind": str})
@@ -126,8 +129,10 @@ def answer_rows(
 
 
 def first_divergence(base: Sequence[int], ids: Sequence[int]) -> int | None:
-    """Index of the first generated token that differs, or None if one sequence is a beginning of
-    the other."""
+    """Index of the first generated token that differs, of the end of the shorter sequence where it
+    is a beginning of the other (an answer that ends sooner is another one), None for the same."""
     n = min(len(base), len(ids))
     different = np.flatnonzero(np.asarray(base)[:n] != np.asarray(ids)[:n])
-    return int(different[0]) if len(different) else None
+    if len(different):
+        return int(different[0])
+    return None if len(base) == len(ids) else n
