@@ -5,7 +5,9 @@ import http.server
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from safetensors.numpy import save_file
 from scipy.stats import pearsonr
 
 from llamatelemetry import Features
-from llamatelemetry.errors import FeatureError
+from llamatelemetry.errors import FeatureError, NotFiniteError
 from llamatelemetry.features import figures, formats, hooks, say
 from llamatelemetry.features.encoder import variant
 from llamatelemetry.features.survival import CONTROL, survival
@@ -275,8 +277,57 @@ def test_features_that_are_hardly_active_have_no_correlation():
     assert list(table.index) == [0, 1, 2, 3, 4]
     dead = survival(planted(), states, {"dead": states * 0})
     assert dead["dead"].isna().all() and "median 0.000" in say.survival(dead)
+    assert "counted as 0: 5 in dead." in say.survival(dead).replace("\n", " ")
+    assert "no other file" in say.survival(dead[["active", "mean"]])
     with pytest.raises(FeatureError, match="same tokens"):
         survival(planted(), states, {"short": states[:5]})
+
+
+def test_what_never_varies_has_no_correlation_to_lose():
+    """A feature that is always as active: its correlation is none, in any file."""
+    states = np.abs(np.random.default_rng(0).normal(size=(40, 6))).astype(np.float32)
+    states[:, 2] = 0.3
+    assert list(survival(planted(), states, {"same": states}).index) == [0, 1, 3, 4, 5]
+
+
+def test_states_that_are_no_numbers_are_refused():
+    states = np.ones((20, 6), np.float32)
+    states[3, 1] = np.nan
+    for read in (planted().encode, planted().fit, planted().reconstruct):
+        with pytest.raises(NotFiniteError, match="NaN"):
+            read(states)
+    with pytest.raises(NotFiniteError):
+        survival(planted(), np.ones((20, 6)), {"broken": states})
+
+
+def test_equal_states_are_not_explained():
+    """Their mean in 32 bits is beside them: a variance of nothing."""
+    found = planted().fit(np.full((777, 6), 0.1, np.float32))
+    assert np.isnan(found["explained"]) and "explain" not in say.fit(found, 12)
+    assert "explain nothing" in say.fit({"active": 0.4, "explained": -3.0}, 12)
+    assert say.fit({"active": 0.4, "explained": np.nan}, 12).startswith("0.4 of 12 features")
+
+
+@pytest.mark.parametrize(
+    "name, fits",
+    [
+        ("blocks.3.hook_resid_post", True),
+        ("blocks.4.hook_resid_pre", True),
+        ("blocks.4.hook_resid_post", False),
+        ("blocks.4.hook_resid_mid", False),
+        ("blocks.4.hook_mlp_out", False),
+        ("model.layers.4.output", False),
+    ],
+)
+def test_a_layer_that_is_not_there_is_named_at_the_call(name, fits):
+    """Of a model of four layers, 0 to 3."""
+    gguf = SimpleNamespace(n_embd=6, n_layer=4, name="m", path=Path("m.gguf"), metadata={})
+    own = replace(planted(), hook=hooks.parse(name))
+    if fits:
+        assert "as wide" in own.check(gguf)
+    else:
+        with pytest.raises(FeatureError, match="4 layers"):
+            own.check(gguf)
 
 
 def activations(values):

@@ -1,6 +1,7 @@
 """Directions and control vectors: against llama.cpp's own generator, its file format, llama-server
 and what is known of models made for it."""
 
+from itertools import product
 from pathlib import Path
 
 import gguf
@@ -455,3 +456,72 @@ def test_one_token_has_no_edge_to_cut(windowed):
     assert knockout.head_or_edge(
         engine, [5, 6], engine.capture([5], "attention").attention, [(0, 0)], False
     ).empty
+
+
+def dosed(strengths, n_prompts=3, n_random=2):
+    """A dose table whose difference rises by a tenth per unit of strength, of random ones by a
+    hundredth."""
+    rows = [("found", -1, 0.0, prompt, 0.5) for prompt in range(n_prompts)]
+    for prompt, strength in product(range(n_prompts), filter(None, strengths)):
+        rows.append(("found", -1, strength, prompt, 0.5 + 0.1 * strength + 0.01 * prompt))
+        rows += [
+            ("random", seed, strength, prompt, 0.5 + 0.01 * strength) for seed in range(n_random)
+        ]
+    return pd.DataFrame(rows, columns=[*dose.KEYS, "prompt", "difference"])
+
+
+@pytest.mark.parametrize(
+    "strengths, expected",
+    [
+        ((1.0, 2.0), "+0.11 nats at strength 1 and +0.21 nats at strength 2"),
+        ((-2.0, -1.0), "-0.19 nats at strength -2 and -0.09 nats at strength -1"),
+        ((4.0,), "+0.41 nats at strength 4, with random directions of its length by +0.04, the two intervals "
+         "part at 1 of 1 strength"),
+        ((0.0,), "Only strength 0 was tried"),
+    ],
+)  # fmt: skip
+def test_what_a_dose_does_is_said_of_strengths_that_were_tried(strengths, expected):
+    """Not of 0 among the ends, where no random direction was measured."""
+    cost = pd.DataFrame({"direction": "found", "strength": [0.0, *strengths], "mean": 1.5})
+    response = dose.summary(dosed(strengths))
+    said = " ".join(say.dose(response, cost.drop_duplicates(), [" a"], []).split())
+    assert expected in said and "nan" not in said
+
+
+def test_one_prompt_has_no_interval():
+    response = dose.summary(dosed((1.0, 2.0), n_prompts=1))
+    assert response.loc[response["direction"] == "found", ["low", "high"]].isna().all(None)
+    cost = pd.DataFrame(
+        {"direction": "found", "strength": [1.0, 2.0], "mean": 1.5, "low": 1, "high": 2}
+    )
+    said = " ".join(say.dose(response, cost, [" a"], [" b"]).split())
+    assert "one prompt alone has no interval" in said and "part" not in said
+    figure = figures.dose(response, cost, measured="lead (nats)", title="t")
+    assert "customdata" not in figure.data[1].hovertemplate
+
+
+def test_where_a_direction_lies_most_is_said_where_it_lies_anywhere_more():
+    norms = xr.DataArray([1.0, 1.0, 1.0], dims="layer", coords={"layer": [2, 3, 4]}, name="norm")
+    stream, same = pd.Series([2.0] * 3, [2, 3, 4]), norms.rename("explained")
+    said = " ".join(say.direction(norms, same, stream).split())
+    assert said == (
+        "The direction is 50% as long as the stream in each of 3 states; 100% of the pairs' squared "
+        "differences lie along it in each of 3 states."
+    )
+    said = " ".join(say.direction(norms * [1, 2, 1], same * [0.1, 0.2, 0.9], stream).split())
+    assert "100% as long as the stream in state 3, the most of 3 states" in said
+    assert "90% of the pairs' squared differences lie along it in state 4, the most" in said
+    none = say.direction(norms[:1], same[:1] * np.nan, 0 * stream)
+    assert none == "There is no length to compare."
+    figures.direction(norms, same, 0 * stream, title="t")
+
+
+def test_cuts_that_change_nothing_are_no_finding():
+    size, coords = ("group", "key"), {"group": ["layer 0"], "key": [0, 1, 2]}
+    flat = {name: (size, np.zeros((1, 3))) for name in ("change", "kl", "weight")}
+    said = " ".join(say.cuts(xr.Dataset(flat, coords, {"lead": 1.0}), ["a", "b", "c"]).split())
+    assert said.endswith("3 cuts: too few, or too alike, for a rank correlation.")
+    table = pd.DataFrame({"key": [0, 1], "kl": 0.0, "attention": 0.5})
+    assert say.importance(table, ["a", "b"]) == "Cutting out any of 2 tokens changes nothing."
+    none = pd.DataFrame({"kl_head": [0.0], "kl_edge": [0.0]})
+    assert "Zeroing any of 1 head changes nothing" in say.head_or_edge(none)

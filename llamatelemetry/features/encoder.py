@@ -12,6 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from ..backend.base import CpuBackend
+from ..capture.finite import measured
 from ..errors import FeatureError, shown
 from . import formats, hooks
 
@@ -79,8 +80,10 @@ class Features:
     def check(self, gguf: "GGUFFile") -> str:
         """A sentence on whether this model is the one they were trained on, as far as the files
         tell. Raises FeatureError where width or layers say that it cannot be."""
-        width, where = hooks.width(self.hook, gguf), max(self.hook.layers)
-        if width != self.n_in or where > gguf.n_layer:
+        width = hooks.width(self.hook, gguf)
+        # hidden has one layer more: what enters the first
+        beyond = [at >= gguf.n_layer + (stage == "hidden") for stage, at in self.hook.parts]
+        if width != self.n_in or any(beyond):
             raise FeatureError(
                 f"{self.name} reads {self.n_in} values at {self.hook.name}, and {gguf.name} has {width} "
                 f"there and {gguf.n_layer} layers: take features that were trained on this model "
@@ -151,7 +154,7 @@ class Features:
             )
 
     def _rows(self, states):
-        states = np.asarray(states, dtype=np.float32)
+        states = measured(states, np.float32)
         if states.ndim != 2 or states.shape[1] != self.n_in or not len(states):
             raise FeatureError(
                 f"{self.name} reads rows of {self.n_in} values, not {states.shape}: give the states at "
@@ -184,7 +187,8 @@ class Features:
             if not self.facts.hook_out:
                 gap = states[start : start + len(block)] - self._decoded(states, start, block)
                 missed += float((gap**2).sum(dtype=np.float64))
-        spread = float(((states - states.mean(0)) ** 2).sum(dtype=np.float64))
+        mean = states.mean(0, dtype=np.float64)  # of equal states exactly what they are
+        spread = float(((states - mean) ** 2).sum())
         none = self.facts.hook_out or not spread
         explained = float("nan") if none else 1 - missed / spread
         return {"active": active / len(states), "explained": explained}

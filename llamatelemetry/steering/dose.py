@@ -165,8 +165,9 @@ def summary(
     """How far a dose table's column is from its value at strength 0, means over prompts with
     intervals: direction, strength, mean, low, high.
 
-    found: a 95% bootstrap over prompts, the same draws at every strength. random: the mean over
-    directions, low and high the least and the largest of their means. Of `across`'s table one
+    found: a 95% bootstrap over prompts, the same draws at every strength; NaN of one prompt, which
+    says nothing of others. random: the mean over directions, low and high the least and the largest
+    of their means. Of `across`'s table one
     after the other, with found_in and steered."""
     if FILES[0] in dosed:
         parts = [
@@ -186,6 +187,7 @@ def summary(
         low, high = means.min(), means.max()
         if name == "found":
             low, high = np.quantile(part.to_numpy()[0][draws].mean(1), [0.025, 0.975])
+            low, high = (low, high) if wide.shape[1] > 1 else (np.nan, np.nan)
         rows.append((name, strength, means.mean(), low, high))
     return pd.DataFrame(rows, columns=["direction", "strength", "mean", "low", "high"])
 

@@ -25,9 +25,9 @@ def _band(figure, table, name, color, said, **place):
     figure.add_scatter(**outline, **fill, **place)
     bounds = np.column_stack([low, high])
     line = dict(mode="lines+markers", line_color=color, customdata=bounds)
-    hover = (
-        f"strength %{{x}}<br>{said} %{{y:.3f}} (%{{customdata[0]:.3f}} to %{{customdata[1]:.3f}})"
-    )
+    hover = f"strength %{{x}}<br>{said} %{{y:.3f}}"
+    if np.isfinite(bounds).all():
+        hover += " (%{customdata[0]:.3f} to %{customdata[1]:.3f})"
     figure.add_scatter(
         x=x, y=table["mean"], name=plotly(name), hovertemplate=f"{hover}<extra></extra>",
         **line, **place,
@@ -77,7 +77,8 @@ def direction(
     of hidden. norms, explained: a ControlVector's; stream: length of the state itself, by layer."""
     layers = norms["layer"].values
     figure = go.Figure()
-    share = norms.values / stream.loc[layers].to_numpy()
+    length = stream.loc[layers]
+    share = (norms.values / length.where(length > 0)).to_numpy()
     for name, values, color in (
         ("length over the state's", share, theme.COLOR["residual"]),
         ("share of the pairs' differences along it", explained.values, theme.CATEGORIES[0]),

@@ -13,35 +13,45 @@ from ..views.sentences import counted, listed, quoted, sentence, some
 @sentence
 def direction(norms: xr.DataArray, explained: xr.DataArray, stream: pd.Series) -> str:
     share = pd.Series(norms.values, norms["layer"].values) / stream.loc[norms["layer"].values]
-    most, best = share.idxmax(), int(explained.idxmax())
-    return (
-        f"The direction is longest against the stream in state {most}, {float(share.max()):.0%} of "
-        f"its length; it is most of what the pairs differ by in state {best}, where "
-        f"{float(explained.max()):.0%} of their squared differences lie along it."
-    )
+    facts = [
+        _by_state(share.where(np.isfinite(share)), "the direction is {:.0%} as long as the stream"),
+        _by_state(explained.to_series(), "{:.0%} of the pairs' squared differences lie along it"),
+    ]
+    said = "; ".join(filter(None, facts)) or "there is no length to compare"
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def _by_state(shares, text):
+    """The largest share and where it is, "" for none."""
+    known = shares.dropna()
+    if known.empty:
+        return ""
+    said, states = text.format(known.max()), known.index.tolist()
+    if len(states) == 1:
+        return f"{said} in state {states[0]}"
+    if np.ptp(known) < 0.005:  # the same as it is printed
+        return f"{said} in each of {len(states)} states"
+    return f"{said} in state {known.idxmax()}, the most of {len(states)} states"
 
 
 @sentence
 def dose(response: pd.DataFrame, price: pd.DataFrame, more: Sequence, less: Sequence) -> str:
-    means = response.pivot(index="strength", columns="direction", values="mean")
-    ends = [means.index.min(), means.index.max()]
-    low, high = means["found"].loc[ends]
-    facts = [
-        f"At strength {ends[0]:g} the lead of {_words(more)} over {_words(less)} changes by "
-        f"{low:+.2f} nats, at {ends[1]:g} by {high:+.2f}"
-    ]
+    moved = response[response["strength"] != 0]  # strength 0 is no edit
+    if moved.empty:
+        return "Only strength 0 was tried, which changes nothing."
+    means = moved.pivot(index="strength", columns="direction", values="mean")
+    ends = list(dict.fromkeys([means.index.min(), means.index.max()]))
+    at = listed(f"{means['found'][end]:+.2f} nats at strength {end:g}" for end in ends)
+    facts = [f"The lead of {_words(more)} over {_words(less)} changes by {at}"]
     if "random" in means:
-        random = means["random"].loc[ends]
-        facts.append(
-            f"with random directions of its length by {random.iloc[0]:+.2f} and {random.iloc[1]:+.2f}"
-        )
-        outside = _outside(response)
-        facts.append(f"the two intervals part at {outside} of {len(means) - 1} strengths")
+        beside = listed(f"{means['random'][end]:+.2f}" for end in ends)
+        facts.append(f"with random directions of its length by {beside}")
+        known = moved.loc[moved["direction"] == "found", "low"].notna().all()
+        apart = f"the two intervals part at {_outside(moved)} of {counted(len(means), 'strength')}"
+        facts.append(apart if known else "one prompt alone has no interval")
     cost = price[price["direction"] == "found"].set_index("strength")["mean"]
-    side = f"{cost.loc[cost.index.min()]:.2f} and {cost.loc[cost.index.max()]:.2f}"
-    return (
-        f"{', '.join(facts)}. The neutral text's perplexity is {side} times as large at the ends."
-    )
+    side = listed(f"{cost[end]:.2f}" for end in ends)
+    return f"{', '.join(facts)}. The neutral text's perplexity is then {side} times as large."
 
 
 def _words(words):
@@ -50,7 +60,7 @@ def _words(words):
 
 def _outside(response):
     """Strengths at which the direction's interval and the random ones' have nothing in common."""
-    wide = response[response["strength"] != 0].pivot(index="strength", columns="direction")
+    wide = response.pivot(index="strength", columns="direction")
     apart = (wide["low", "found"] > wide["high", "random"]) | (
         wide["high", "found"] < wide["low", "random"]
     )
@@ -89,10 +99,10 @@ def cuts(cuts: xr.Dataset, pieces: Sequence) -> str:
         if lost < 0
         else "No edge's cut lowers the answer's lead."
     )
-    agree = some(
-        rho, "the rank correlation of what a cut costs (KL) with what the edges weigh is {:.2f}"
-    )
-    return f"{fact} Over {counted(int(np.isfinite(kl).sum()), 'cut')} {agree}."
+    n = counted(int(np.isfinite(kl).sum()), "cut")
+    agree = "the rank correlation of what a cut costs (KL) with what the edges weigh is"
+    none = f"{n}: too few, or too alike, for a rank correlation."
+    return f"{fact} {some(rho, f'Over {n} {agree} {{:.2f}}.', none)}"
 
 
 @sentence
@@ -100,6 +110,8 @@ def importance(table: pd.DataFrame, pieces: Sequence) -> str:
     known = table.dropna(subset="kl")
     if known.empty:
         return "No token could be cut out."
+    if not known["kl"].max() > 0:
+        return f"Cutting out any of {counted(len(known), 'token')} changes nothing."
     top = known.sort_values("kl", ascending=False).iloc[0]
     heavy = known.sort_values("attention", ascending=False).iloc[0]
     rho = {name: table.attrs[name] for name in ("attention", "rollout")}
@@ -118,12 +130,14 @@ def importance(table: pd.DataFrame, pieces: Sequence) -> str:
 def head_or_edge(table: pd.DataFrame) -> str:
     if table.empty:
         return "No head has two keys to choose from: nothing to cut."
-    ratio = (table["kl_edge"] / table["kl_head"].where(table["kl_head"] > 0)).median()
+    moving = table[table["kl_head"] > 0]
+    if moving.empty:
+        return f"Zeroing any of {counted(len(table), 'head')} changes nothing: nothing to compare with."
+    median = (moving["kl_edge"] / moving["kl_head"]).median()
     rho = rank_correlation(table["kl_head"], table["kl_edge"])
     more = int((table["kl_edge"] > table["kl_head"]).sum())
-    median = some(ratio, "{:.0%}")
     return (
-        f"Cutting a head's strongest edges moves the predictions by {median} of what zeroing the head "
-        f"does (median of {counted(len(table), 'head')}), and by more in {more}; the rank correlation "
+        f"Cutting a head's strongest edges moves the predictions by {median:.0%} of what zeroing the head "
+        f"does (median of {counted(len(moving), 'head')}), and by more in {more}; the rank correlation "
         f"of the two is {some(rho, '{:.2f}')}."
     )
