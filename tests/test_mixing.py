@@ -122,3 +122,23 @@ def test_a_stand_in_and_its_quantizations_come_out_of_one_pass(kind, width, tmp_
         assert GGUFFile(path).metadata == GGUFFile(theirs).metadata
         found = quantizations(reference.path, [path.stem], tmp_path, progress=False)
         assert list(found.values()) == [path] and path.stat().st_mtime_ns == before
+
+
+def test_what_several_quantizations_have_alike_is_made_once(tmp_path, monkeypatch):
+    """Q4_K_M and Q5_K_M keep the same matrices in Q6_K."""
+    whole = tiny_model("llama", tmp_path, n_embd=256, n_ff=512, head_dim=64)
+    file = GGUFFile(quantize(whole, tmp_path / "m.gguf", "Q8_0", progress=False))
+    calls = []
+
+    def counted(values, kind):
+        calls.append((kind.name, values.size))
+        return chunk(values, kind)
+
+    monkeypatch.setattr("llamatelemetry.convert.expand.chunk", counted)
+    reference_for(file, tmp_path, types=["Q5_K_M", "Q4_K_M", "Q8_0"])
+    files = [GGUFFile(tmp_path / f"{kind}.gguf").tensors for kind in ("Q5_K_M", "Q4_K_M", "Q8_0")]
+    both = pd.concat(files).query("type != 'F32'").reset_index()
+    alike = both.drop_duplicates(["name", "type"]).groupby("type")["n_elements"].sum()
+    made = pd.DataFrame(calls, columns=["type", "weights"]).groupby("type")["weights"].sum()
+    assert made.to_dict() == alike.to_dict()
+    assert both.groupby("type")["n_elements"].sum()["Q6_K"] > made["Q6_K"] > 0

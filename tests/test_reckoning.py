@@ -31,7 +31,7 @@ def machine(monkeypatch):
 
     def made(cores, weights, free=100e9, speed=1.0, needs=True):
         def words(path, kind):
-            mib = weights * BITS[kind] / 8 / 2**20
+            mib = weights * BITS[kind.upper()] / 8 / 2**20
             inner = INSIDE.get(kind, kind.lower())
             end = "will require an imatrix" if needs and kind == "IQ3_XS" else ""
             return (
@@ -65,6 +65,17 @@ def test_seconds_are_work_over_cores_and_bytes_over_the_flow(machine):
     assert reckoning.stand_in_seconds(file) == pytest.approx(noise)
     machine(2, 8e9)
     assert reckoning.making_seconds(file, "Q8_0") == pytest.approx(swift, rel=1e-3)
+
+
+def test_what_several_files_of_one_pass_have_alike_is_reckoned_once(machine):
+    machine(4, 8e9)
+    seconds = reckoning.ladder(model(8e9), ["Q8_0", "q8_0", "Q4_0"]).seconds
+    _, first, again, other = seconds.values()
+    assert again == pytest.approx(8.5e9 / 1.5e9, rel=1e-3)  # written, not made
+    assert first - again == pytest.approx(1.15 * 8e9 / 248e6 / 4, rel=1e-3)
+    assert other > 4.5e9 / 1.5e9
+    alone = reckoning.ladder(model(8e9), ["Q8_0", "q8_0"], stand_in=False).seconds
+    assert alone["Q8_0"] == alone["q8_0"]  # llama-quantize makes each for itself
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,8 @@ def _rewrite(src, dst, type, change, metadata, progress, beside=()):
 
 def _rows(tensor, change, wanted, rows):
     """Some rows as they are written: of each wanted type its parts, in bytes. The last is of
-    floats, and the others are made of what is left of a weight in those."""
+    floats, and the others are made of what is left of a weight in those; a type that several files
+    have is made once."""
     step = max(1, PART // tensor.shape[-1])
     change, parts = change and change(tensor, rows.start), [[] for _ in wanted]
     for at in rows[::step]:
@@ -230,12 +231,13 @@ def _rows(tensor, change, wanted, rows):
         if change:
             change(at, values)
         floats = _as_floats(values, wanted[-1].name)
-        parts[-1].append(floats.data)
         if len(wanted) > 1 and floats is not values:
             values = dequantize(floats.view(np.uint8), wanted[-1])
-        for kind, own in zip(wanted[:-1], parts):
-            same = kind.number == wanted[-1].number
-            own.append(floats.data if same else chunk(values, kind).data)
+        made = {wanted[-1]: floats.data}
+        for kind, own in zip(wanted, parts):
+            if kind not in made:
+                made[kind] = chunk(values, kind).data
+            own.append(made[kind])
     return parts
 
 

@@ -82,17 +82,13 @@ def ladder(
         before, apart = {"stand-in": stand_in_seconds(file)}, False
     if given is not None:
         wanted = [str(each) for each in given]
-        cost = {
-            kind: making_seconds(file, kind, apart=apart)
-            for kind in wanted
-            if kind.upper() in TYPES
-        }
-        return Ladder(wanted, before | cost, {})
+        types = {kind: dry_run(file.path, kind) for kind in wanted if kind.upper() in TYPES}
+        return Ladder(wanted, before | _costs(file, types, apart), {})
     words = {kind: dry_run(file.path, kind) for kind in LADDER}
     if wants_imatrix(words[LADDER[-1]]):
         del words[LADDER[-1]]
         words["Q3_K_M"] = dry_run(file.path, "Q3_K_M")
-    cost = {kind: making_seconds(file, kind, words[kind], apart) for kind in words}
+    cost = _costs(file, words, apart)
     if sum(cost.values()) <= seconds and _fit(
         file, map(dry_size, words.values()), dry_size(words["Q4_K_M"])
     ):
@@ -108,6 +104,12 @@ def ladder(
     wanted = sorted(sizes, key=sizes.__getitem__, reverse=True)
     left = {kind: cost[kind] for kind in cost if kind not in chosen and kind != file.file_type}
     return Ladder(wanted, before | {kind: swift[kind] for kind in chosen}, left, own)
+
+
+def _costs(file, words, apart):
+    """{type: making_seconds} of dry runs; what files of one pass have alike is made once."""
+    made = None if apart else set()
+    return {kind: making_seconds(file, kind, words[kind], apart, made) for kind in words}
 
 
 def _within(cost, seconds, count):
@@ -129,15 +131,25 @@ def _fit(file, sizes, mixture):
 
 
 def making_seconds(
-    file: GGUFFile, kind: str, words: str | None = None, apart: bool = True
+    file: GGUFFile,
+    kind: str,
+    words: str | None = None,
+    apart: bool = True,
+    made: set[tuple[str, str]] | None = None,
 ) -> float:
     """Reckoned seconds of making a type ("Q4_K_M"), by every tensor's own type as a dry run of
-    llama-quantize says (`words`). apart: from an F16 file of the model, which has to be read."""
+    llama-quantize says (`words`). apart: from an F16 file of the model, which has to be read. made:
+    tensors that the same pass has made of a type, which cost nothing more; those of this one are
+    added."""
     words = words or dry_run(file.path, kind)
     matrices = file.tensors[file.tensors["shape"].map(len) > 1]["n_elements"]
     work, kinds = 0.0, targets(words)
+    made = set() if made is None else made
     for name, weights in matrices.items():
-        work += float(weights) / PER_CORE.get(kinds.get(name, ""), SLOWEST)
+        own = kinds.get(name, "")
+        if (name, own) not in made:
+            work += float(weights) / PER_CORE.get(own, SLOWEST)
+            made.add((name, own))
     moved = dry_size(words) + (2 * float(matrices.sum()) if apart else 0)
     return PASS * work / (physical_cores() * speed()) + moved / FLOW
 
