@@ -25,7 +25,7 @@ from llamatelemetry import (
     ModelNotFoundError,
     WorkerCrashedError,
 )
-from llamatelemetry.compare import comparison, jobs, placing, ways
+from llamatelemetry.compare import comparison, jobs, kept, placing, ways
 from llamatelemetry.compare.comparison import CompareError, compare_quantizations
 from llamatelemetry.compare.paired import better
 from llamatelemetry.compare.texts import TEXT, load_text
@@ -35,6 +35,7 @@ from llamatelemetry.errors import QuantizeError
 from llamatelemetry.files.gguf import GGUFFile
 from llamatelemetry.files.header import Header
 from llamatelemetry.files.programs import tool
+from llamatelemetry.files.scratch import scratch
 from llamatelemetry.gpus import devices
 from llamatelemetry.quantization.inside import weight_errors
 from llamatelemetry.quantization.tokens import vulnerable_tokens
@@ -315,11 +316,43 @@ def test_one_model_at_a_time_gives_the_same(n_ctx, tmp_path, monkeypatch, smollm
     assert [placing.apart for placing in found] == [False]
     apart = [one._replace(apart=True) for one in found]
     monkeypatch.setattr(jobs, "placed", lambda *_: apart)
+    kept.forget()
     with pytest.warns(UserWarning, match="cut"):
         alone = compare_quantizations(source, [*made, cut], **settings)
     pd.testing.assert_frame_equal(together, alone)
     pd.testing.assert_frame_equal(together.tokens, alone.tokens)
     assert together["kld_mean"]["Q8_0"] > 0
+
+
+def test_a_reference_is_computed_once_for_a_text(tmp_path, monkeypatch, smollm2):
+    """Its logits are kept: what lies there is read, unless the file is another by now."""
+    kept.forget()
+    source = tiny_model("llama", tmp_path, vocabulary=GGUFFile(smollm2), n_layer=1, n_ctx=1024)
+    small = quantize(source, tmp_path / "Q4_0.gguf", "Q4_0", progress=False)
+    settings = dict(text=load_text()[:6000], n_ctx=64, max_windows=3, progress=False)
+    first = compare_quantizations(source, [small], **settings)
+    (own,) = scratch().glob("kept-*.logits")
+    assert own.stat().st_size == 4 * 3 * 32 * GGUFFile(source).n_vocab
+    again = compare_quantizations(source, [small], **settings)
+    pd.testing.assert_frame_equal(first.tokens, again.tokens)
+
+    compare_quantizations(small, [small], **settings)
+    (other,) = set(scratch().glob("kept-*.logits")) - {own}
+    own.write_bytes(other.read_bytes())
+    assert compare_quantizations(source, [small], **settings)["kld_max"].item() == 0
+    os.utime(source)
+    renewed = compare_quantizations(source, [small], **settings)
+    pd.testing.assert_frame_equal(first.tokens, renewed.tokens)
+
+    monkeypatch.setattr(kept, "ROOM", own.stat().st_size)
+    settings["n_ctx"] = 60
+    compare_quantizations(source, [small], **settings)
+    (last,) = scratch().glob("kept-*.logits")
+    assert last.stat().st_size == 4 * 3 * 30 * GGUFFile(source).n_vocab
+    kept.forget()
+    monkeypatch.setattr(kept, "LARGEST", 1000)
+    compare_quantizations(source, [small], **settings)
+    assert not list(scratch().glob("kept-*"))
 
 
 @pytest.mark.parametrize(

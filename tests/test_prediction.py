@@ -24,7 +24,7 @@ from llamatelemetry.attention import (
 from llamatelemetry.capture.data import Capture
 from llamatelemetry.capture.finite import MISSING, check_finite, measured
 from llamatelemetry.capture.session import CaptureSession
-from llamatelemetry.compare.quality import divergence
+from llamatelemetry.compare.quality import Predictions
 from llamatelemetry.errors import NotFiniteError
 from llamatelemetry.heads import semantic, similarity
 from llamatelemetry.layers import compare, routing, states
@@ -256,7 +256,7 @@ def test_every_measure_refuses_what_is_no_number(stage, shape, measure, value):
     "measure",
     [
         lambda x: compare.output_change(x, x, PAIRS),
-        lambda x: divergence(x.values, x.values),
+        lambda x: Predictions(x.values).divergence(x.values),
         lambda x: compare.answer_difference(x, (0, 1), 1),
         lambda x: output.sampled_probabilities(x[1]),
     ],

@@ -14,6 +14,7 @@ from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment, list_gpus
 from ..liveness import patience
 from ..reading import Source
+from . import kept
 from .placing import placed
 from .worker import STEP
 
@@ -22,14 +23,16 @@ def measure_all(job, progress=False):
     """`measure` for as many candidates at a time as fit into memory beside the reference
     (placing.placed), all ways of a file together."""
     found, files = {}, by_file(job["candidates"], job["ways"])
-    windows = job["max_windows"] or len(job["text"]) // job["n_ctx"]  # a token is a character
-    rows = windows * (job["n_ctx"] - job["n_ctx"] // 2)  # at most
+    windows = len(job["text"]) // job["n_ctx"]  # at most: a token is a character
+    windows = min(windows, job["max_windows"] or windows)
+    rows = windows * (job["n_ctx"] - job["n_ctx"] // 2)
     options = job["gpu_layers"], job["beside"], rows
     for some in placed(job["reference"], list(files), *options):
-        where = dict(split=some.reference, own_split=some.own, apart=some.apart)
+        where = dict(split=some.reference, seen=[gpu.uuid for gpu in some.gpus])
+        where["kept"] = kept.place(job, rows, where)
+        where |= dict(own_split=some.own, apart=some.apart)
         where["candidates"] = [key for path in some.candidates for key in files[path]]
-        seen = [gpu.uuid for gpu in some.gpus]
-        found |= measure(job | where | {"seen": seen}, progress)
+        found |= measure(job | where, progress)
     return found
 
 

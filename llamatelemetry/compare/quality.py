@@ -4,10 +4,14 @@ Definitions are those of llama.cpp's `llama-perplexity --kl-divergence`, without
 reference's log probabilities to 16 bits. Everything is in nats and fractions. Pure functions on
 arrays."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import pandas as pd
 
 from ..capture.finite import measured
+
+if TYPE_CHECKING:  # workers import this, and pandas takes them a third of a second
+    import pandas as pd
 
 # A row of logits is scanned once, as 64 interleaved blocks, for all of its largest values.
 BLOCKS = 64
@@ -106,18 +110,22 @@ class Reference:
         }
 
 
-def divergence(base: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """KL divergence of each token's prediction from the reference's, nats (token,): the kld of
-    Reference alone. base, logits: (token, vocab) float32. NotFiniteError where one is no number."""
-    base, logits = measured(base), measured(logits)
-    parts = [slice(i, i + ROWS) for i in range(0, len(base), ROWS)]
-    nobody = np.zeros(ROWS, int)  # which token came next does not matter to it
-    return np.concatenate(
-        [
-            Reference(base[rows], nobody[: len(base[rows])], k=1).compare(logits[rows])["kld"]
-            for rows in parts
-        ]
-    )
+class Predictions:
+    """A reference's predictions of a text, prepared once for many candidates' divergences from
+    them. logits: (token, vocab) float32. NotFiniteError where one is no number."""
+
+    def __init__(self, logits: np.ndarray):
+        logits = measured(logits)
+        nobody = np.zeros(ROWS, int)  # which token came next does not matter to a divergence
+        parts = [logits[i : i + ROWS] for i in range(0, len(logits), ROWS)]
+        self.parts = [Reference(part, nobody[: len(part)], k=1) for part in parts]
+
+    def divergence(self, logits: np.ndarray) -> np.ndarray:
+        """KL divergence of each token's prediction in logits (token, vocab) from the reference's,
+        nats (token,): the kld of Reference alone. NotFiniteError where one is no number."""
+        logits = measured(logits)
+        found = [one.compare(logits[n * ROWS :][:ROWS]) for n, one in enumerate(self.parts)]
+        return np.concatenate([each["kld"] for each in found])
 
 
 def _lse(values, total):
@@ -130,7 +138,7 @@ def _pick(logits, targets):
     return logits[np.arange(len(targets)), targets].astype(np.float64)
 
 
-def mean_and_error(values: np.ndarray | pd.Series) -> tuple[float, float]:
+def mean_and_error(values: "np.ndarray | pd.Series") -> tuple[float, float]:
     """Mean and its standard error, as llama-perplexity has them: 0 for the error of ten values or
     fewer."""
     values = np.asarray(values, dtype=np.float64)
@@ -140,7 +148,7 @@ def mean_and_error(values: np.ndarray | pd.Series) -> tuple[float, float]:
     return float(mean), float(error)
 
 
-def summarize(tokens: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> dict[str, float]:
+def summarize(tokens: "pd.DataFrame", seed: int = 0, resamples: int = 1000) -> dict[str, float]:
     """One row of numbers from a per-token table with columns window, logprob_base, logprob, kld,
     dp, same_top, ...
 

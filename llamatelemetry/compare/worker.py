@@ -4,6 +4,7 @@ window, each a capture's Runtime. Logits never leave it: they are read where lla
 import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -82,18 +83,21 @@ def windows(tokens, n_ctx, limit=None):
 
 
 class Kept:
-    """A reference's logits over all windows, in a file: the model can go before a candidate comes.
-    Read again in the order in which they were made, as a Runtime makes them."""
+    """A reference's logits over all windows, in a file, made unless it is there: the model can go
+    before a candidate comes. Read in the order in which they were made, as a Runtime makes them."""
 
     def __init__(self, model, texts, path, tell):
-        self.n_vocab, self.path = model.n_vocab, path
-        with open(path, "wb") as file:
-            for _, some, start in _steps(texts):
-                if start == 0:
-                    model.clear()
-                given, first = _given(some, start, opening(model)), texts.shape[1] // 2
-                window_logits(model, given, start, first).tofile(file)
-                tell(len(some) if start + STEP >= texts.shape[1] else 0)
+        self.n_vocab = model.n_vocab
+        if not os.path.exists(path):
+            with open(f"{path}.part", "wb") as file:
+                for _, some, start in _steps(texts):
+                    if start == 0:
+                        model.clear()
+                    given, first = _given(some, start, opening(model)), texts.shape[1] // 2
+                    window_logits(model, given, start, first).tofile(file)
+                    tell(len(some) if start + STEP >= texts.shape[1] else 0)
+            os.replace(f"{path}.part", path)
+        self._values = np.memmap(path, np.float32, "r").reshape(-1, self.n_vocab)
         self.rewind()
 
     def rewind(self):
@@ -106,9 +110,8 @@ class Kept:
         """A Runtime computes here."""
 
     def logits(self, count):
-        shape, offset = (count, self.n_vocab), self.at
-        self.at += 4 * count * self.n_vocab
-        return np.memmap(self.path, np.float32, "r", offset, shape)
+        self.at += count
+        return self._values[self.at - count : self.at]
 
 
 def _steps(texts):
@@ -205,13 +208,15 @@ class Worker:
         split,
         own_split,
         apart,
+        kept=None,
         special=False,
         **settings,
     ):
         """{"files": {candidate: its columns' .npz}, "pieces": {id: hexadecimal}}; tells `windows`
         as they are done and each candidate that `failed`. candidates: keys; ways: {key: (path,
         settings)} of those that are no plain paths (ways.py). split, own_split: the reference's
-        layers and the candidates' by GPU; apart: one model at a time. Raises ModelLoadError and
+        layers and the candidates' by GPU; apart: one model at a time; kept: the file that the
+        reference's logits are read from, or are to be kept in. Raises ModelLoadError and
         CompareError for the reference and the text, OutputError where its logits find no room."""
         size = (n_ctx, max(1, STEP // n_ctx))
         threads, layers = settings["threads"], settings["gpu_layers"]
@@ -227,7 +232,8 @@ class Worker:
             )
         pieces = {int(token): base.piece(int(token)).hex() for token in np.unique(texts)}
         groups = list(_by_file(candidates, ways).values())
-        done, of = 0, len(texts) * (1 + len(groups) if apart else 1)
+        passes = (len(groups) if apart else 1) + (not os.path.exists(kept) if kept else apart)
+        done, of = 0, len(texts) * passes
 
         def tell(count):
             nonlocal done
@@ -237,13 +243,14 @@ class Worker:
         files = {}
         groups = groups if apart else [sum(groups, [])]
         rows = len(texts) * (n_ctx - n_ctx // 2) if apart else 0
-        with ScratchFile("reference.logits", 4 * rows * base.n_vocab) as kept:
+        runtime, room = base, ScratchFile("reference.logits", 4 * rows * base.n_vocab)
+        with nullcontext(kept) if kept else room as file:
             try:
-                if apart:
-                    runtime, base = base, Kept(base, texts, kept, tell)
-                    runtime.close()
+                if apart or kept:
+                    base = Kept(runtime, texts, file, tell)
+                    runtime.close() if apart else runtime.close_context()
                 for group in groups:
-                    loaded = {} if apart else {(reference, layers): base}
+                    loaded = {} if apart else {(reference, layers): runtime}
                     opened = Opened(loaded, what, size, threads, layers, own_split, self.tell)
                     models = [model for each in group if (model := opened(*each))]
                     if models:

@@ -4,13 +4,14 @@ activation patching (Meng et al. 2022, "Locating and editing factual association
 `run(**options)` is a capture of one prompt: functools.partial(engine.capture, prompt)."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 
 from ..capture.data import Capture
 from ..capture.edits import patch
-from ..compare.quality import NOISE, divergence
+from ..compare.quality import NOISE, Predictions
 from ..maths import ratio
 
 PARTS = {"attn_out": "attention", "ffn_out": "FFN"}
@@ -66,8 +67,9 @@ def fall_map(
     base: the reference's logits. DataFrame: part, layer, kld (patched), fall (nats), share (of the
     unpatched; NaN where that is no more than NOISE). attrs["kld"]: the unpatched mean. The first
     position, which sees one token, is left out."""
-    before = _mean_divergence(base, predict(None, None))
-    table = _every_part(predict, base, n_layer, progress, "give back")
+    from_base = _mean_divergence(base)
+    before = from_base(predict(None, None))
+    table = _every_part(predict, from_base, n_layer, progress, "give back")
     table["fall"] = before - table["kld"]
     table["share"] = ratio(table["fall"], before, NOISE)
     table.attrs["kld"] = before
@@ -83,20 +85,25 @@ def cost_map(
     predict(part, layer) -> logits (token, vocab), see quantized_alone. To second order in the
     errors these costs are the diagonal of the divergence, free of the cross terms that fall_map
     holds. DataFrame: part, layer, kld, cost (the same, nats)."""
-    table = _every_part(predict, base, n_layer, progress, "quantize alone")
+    from_base = _mean_divergence(base)
+    table = _every_part(predict, from_base, n_layer, progress, "quantize alone")
     return table.assign(cost=table["kld"])
 
 
-def _every_part(predict, base, n_layer, progress, what):
+def _every_part(predict, from_base, n_layer, progress, what):
     from tqdm.auto import tqdm
 
     runs = [(part, layer) for layer in range(n_layer) for part in PARTS]
-    rows = [
-        (part, layer, _mean_divergence(base, predict(part, layer)))
-        for part, layer in tqdm(runs, desc=what, unit="run", disable=not progress)
-    ]
+    with ThreadPoolExecutor(1) as pool:  # a run's divergence while llama.cpp computes the next
+        klds = [
+            pool.submit(from_base, predict(part, layer))
+            for part, layer in tqdm(runs, desc=what, unit="run", disable=not progress)
+        ]
+    rows = [(*run, kld.result()) for run, kld in zip(runs, klds)]
     return pd.DataFrame(rows, columns=["part", "layer", "kld"])
 
 
-def _mean_divergence(base, logits):
-    return float(divergence(base[1:], logits[1:]).mean())
+def _mean_divergence(base):
+    """The mean divergence of logits from `base`, the first token left out."""
+    predictions = Predictions(base[1:])
+    return lambda logits: float(predictions.divergence(logits[1:]).mean())
