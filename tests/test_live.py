@@ -1,12 +1,15 @@
 """The live page without a browser: what is asked, what is drawn, what the controls do."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from models import tiny_model
 
-from llamatelemetry.errors import CaptureError
+from llamatelemetry import InferenceEngine
+from llamatelemetry.errors import CaptureError, NotFiniteError
 from llamatelemetry.live import explorer, picture
 from llamatelemetry.live.question import MOST, Answer, Asker, Question
 
@@ -41,6 +44,32 @@ def test_a_question_becomes_the_engines_edits():
     assert (head.stage, edge.stage, edge.cut) == ("attn_heads", "scores", True)
     assert vector.stage == "hidden" and vector.values.tolist() == [0.5] * 4
     assert not asker.edits(Question("a", added={"calm": 0.0}))
+
+
+def test_what_cannot_be_asked_is_named(tmp_path):
+    """A vector that nobody gave, a head that is not there, no text, and an edit after which there
+    is no prediction (16 bits, or a norm, that overflow)."""
+    pytest.importorskip("llama_cpp", reason="the engine is not built")
+    with InferenceEngine() as engine:
+        path = tiny_model("gpt2", tmp_path)
+        engine.load_model(path, auto_start=False, silent=True, threads=1)
+        asker = Asker(engine, {"huge": (1, np.full(engine.model.n_embd, 1e38))})
+        for question, says in (
+            (Question("The cat", added={"calm": 1.0}), "no vector 'calm'; there are: huge"),
+            (Question("The cat", 0, 99), "head=99"),
+            (Question("The cat", 99), "layer 99"),
+            (Question(""), "empty"),
+        ):
+            with pytest.raises(CaptureError, match=says):
+                asker.ask(question)
+        with pytest.raises(NotFiniteError, match="'logits'"):
+            asker.ask(Question("The cat", added={"huge": 3.0}))
+        assert asker.ask(Question("The cat")).kl == 0
+
+
+def test_a_head_that_a_layer_lacks_has_no_brightest_weight():
+    lacking = replace(answer(Question("a")), weights=np.full((4, 4), np.nan))
+    assert "columns: key; no weight<" in picture.picture(lacking, "m")
 
 
 def test_a_picture_has_every_number_and_no_markup_of_the_texts():

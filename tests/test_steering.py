@@ -21,6 +21,7 @@ from llamatelemetry import (
     direction,
     knock_out,
 )
+from llamatelemetry.errors import NotFiniteError
 from llamatelemetry.maths import log_softmax
 from llamatelemetry.steering import dose, figures, knockout, say
 
@@ -249,7 +250,7 @@ def test_lengths_cosines_and_random_ones():
         (dict(pairs=PAIRS, method="median"), "method"),
         (dict(pairs=PAIRS, position="first"), "position"),
         (dict(pairs=PAIRS, position=99), "position=99"),
-        (dict(pairs=PAIRS, layers=[44]), "0 to 2"),
+        (dict(pairs=PAIRS, layers=[44]), "0 to 3"),
         (dict(pairs=[("the cat", "the")] * 3, position="all"), "equally long"),
     ],
 )
@@ -525,3 +526,44 @@ def test_cuts_that_change_nothing_are_no_finding():
     assert say.importance(table, ["a", "b"]) == "Cutting out any of 2 tokens changes nothing."
     none = pd.DataFrame({"kl_head": [0.0], "kl_edge": [0.0]})
     assert "Zeroing any of 1 head changes nothing" in say.head_or_edge(none)
+
+
+def test_what_cannot_be_cut_is_named_at_the_call(engine):
+    cap = engine.capture(IDS[:6], stages="attention")
+    given = (engine, IDS[:6], cap.attention)
+    groups = knockout.layer_groups(cap.attention)
+    for wrong, says in (
+        (lambda: knockout.cut(*given, [5, 5], groups), "two different tokens"),
+        (lambda: knockout.cut(*given, [5, 6, 7], groups), "two different tokens"),
+        (lambda: knockout.cut(*given, [5, 6], groups, [6]), "a key=6: .* from 0 to 5"),
+        (lambda: knockout.cut(*given, [5, 6], [knockout.Group("x", [99])]), "no layer 99"),
+        (lambda: knockout.head_groups(cap.attention, 99), "no layer 99"),
+        (lambda: knockout.layer_groups(cap.attention, 0), "size=0"),
+        (lambda: knockout.head_or_edge(*given, [(0, 4)]), "head=4"),
+        (lambda: knockout.head_or_edge(*given, [(99, 0)]), "no layer 99"),
+    ):
+        with pytest.raises(CaptureError, match=says):
+            wrong()
+    broken = cap.attention.copy(data=cap.attention.values * np.float32(np.nan))
+    with pytest.raises(NotFiniteError):
+        knockout.cut(engine, IDS[:6], broken, [5, 6], groups)
+
+
+def test_an_edge_of_the_last_query_moves_no_scored_token(engine):
+    """Of two tokens only the first one's prediction is scored, and it sees itself alone."""
+    cap = engine.capture(IDS[:2], stages="attention")
+    assert knockout.head_or_edge(engine, IDS[:2], cap.attention, [(0, 0)], False).empty
+    cap = engine.capture(IDS[:3], stages="attention")
+    assert len(knockout.head_or_edge(engine, IDS[:3], cap.attention, [(0, 0)], False)) == 1
+
+
+def test_a_dose_of_nothing_is_refused(engine):
+    vector = direction(engine, [("good day", "bad day")] * 3)
+    for run in (
+        lambda: dose.dose(engine, vector, ["The cat"], [5], strengths=[0]),
+        lambda: dose.price(engine, vector, "The cat", strengths=[]),
+        lambda: dose.dose(engine, vector, [""], [5], strengths=[1]),
+        lambda: dose.dose(engine, vector, ["The cat"], [5], strengths=[np.nan]),
+    ):
+        with pytest.raises(CaptureError, match="not 0|is empty|finite"):
+            run()

@@ -58,8 +58,9 @@ class Runs:
             return [None]
         for layer in () if wanted is None else wanted:
             if not 0 <= layer < self.n_layer + 1:
+                last = self.n_layer - (stage != "hidden")
                 raise CaptureError(
-                    f"layer {layer} is out of range: this model has layers 0 to {self.n_layer - 1}."
+                    f"layer {layer} is out of range: {stage!r} has layers 0 to {last}."
                 )
         layers = [layer for layer in plan.found(stage) if wanted is None or layer in wanted]
         if not layers:

@@ -49,7 +49,8 @@ def _map(answer):
     n = len(answer.weights)
     first = len(answer.pieces) - n
     weights = answer.weights[:, first:]
-    top = float(np.nan_to_num(weights).max()) or 1.0
+    most = float(np.nan_to_num(weights).max())
+    top, bright = most or 1.0, f"brightest {most:.3f}" if most else "no weight"
     names = [escape(shorten(token_text(piece), 10)) for piece in answer.pieces[first:]]
     cell = min(max(SIDE // n, CELLS[0]), CELLS[1])
     size, parts = LABEL + n * cell, []
@@ -73,7 +74,7 @@ def _map(answer):
     return (
         f'<svg width="{max(size, 360)}" height="{size + 18}" style="fill: #808080; font-size: 11px" role="img" '
         f'aria-label="attention map">{"".join(parts)}<text x="{LABEL}" y="{size + 13}">{more}rows: query, '
-        f"columns: key; brightest {top:.3f}</text></svg>"
+        f"columns: key; {bright}</text></svg>"
     )
 
 

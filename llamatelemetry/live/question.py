@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arguments import prompt, whole
 from ..capture.edits import ablate_head, add, knock_out
+from ..capture.finite import measured
+from ..errors import CaptureError
 from ..maths import log_softmax
 
 if TYPE_CHECKING:
@@ -89,13 +92,19 @@ class Asker:
         made += [knock_out(*edge) for edge in question.cut]
         for name, strength in question.added.items():
             if strength:
+                if name not in self.vectors:
+                    known = ", ".join(map(str, self.vectors)) or "none"
+                    raise CaptureError(f"there is no vector {name!r:.80}; there are: {known}.")
                 layer, vector = self.vectors[name]
                 made.append(add("hidden", layer, vector, strength))
         return made
 
     def ask(self, question: Question) -> Answer:
         """The answer. Raises what `engine.capture` raises: an edge that is none, a head that is not
-        there, an empty prompt."""
+        there, an empty prompt; NotFiniteError where no prediction is left to show."""
+        prompt(question.prompt)
+        n_head = self.engine._loaded().n_head
+        whole("head", question.head, 0, n_head - 1, error=CaptureError)
         key = (question.prompt, question.layer)
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, *self._run(question))
@@ -103,7 +112,7 @@ class Asker:
         after, after_s = before, None
         if question.edited:
             after, after_s = self._run(question, self.edits(question))
-        first, last = (log_softmax(run.logits.values[-1:])[0] for run in (before, after))
+        first, last = (log_softmax(measured(run.logits)[-1:])[0] for run in (before, after))
         best = np.union1d(np.argsort(-first)[:SHOWN], np.argsort(-last)[:SHOWN])
         best = sorted(best, key=lambda token: -max(first[token], last[token]))[:SHOWN]
         assert self.engine.model is not None  # explore() has looked
@@ -118,7 +127,8 @@ class Asker:
             for token in best
         ]
         weights = after.attention.sel(layer=question.layer, head=question.head).values
-        kl = float(np.sum(np.exp(first) * (first - last), dtype=np.float64)) if after_s else 0.0
+        apart = float(np.sum(np.exp(first) * (first - last), dtype=np.float64))
+        kl = max(apart, 0.0) if after_s else 0.0  # sums of 32-bit floats, also a little below 0
         tokens = after.tokens["piece"].tolist()
         return Answer(question, tokens, weights, table, before_s, after_s, kl)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import pandas as pd
 
+from ..arguments import prompt
 from ..capture.edits import Edit, Maybe
 from ..errors import CaptureError
 from .vectors import ControlVector, Position, direction
@@ -112,12 +113,18 @@ def dose(
     shared, wanted, other = answers(engine, more, less)
     if isinstance(prompts, str) or not len(prompts):
         raise CaptureError("prompts are several texts, at least one.")
+    if not any(strengths):
+        raise CaptureError(
+            f"strengths={list(strengths)!r:.80}: give one that is not 0, which is no edit."
+        )
     edits, tables = variants(vector, strengths, layers, positions, n_random, seed), []
-    for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            prompt = engine.tokenize(prompt)["id"].tolist()
-        prompt = [*prompt, *shared]
-        said = engine.predict(prompt, edits, [*wanted, *other], progress=progress and not number)
+    for number, given in enumerate(prompts):
+        ids = prompt(given)
+        if isinstance(ids, str):
+            ids = engine.tokenize(ids)["id"].tolist()
+        said = engine.predict(
+            [*ids, *shared], edits, [*wanted, *other], progress=progress and not number
+        )
         keys = pd.DataFrame([*said.variant.values, ("found", -1, 0.0)], columns=KEYS)
         logprob = np.vstack([said["logprob"], said["before"][:1]]).astype(float)
         group = np.logaddexp.reduce(logprob[:, : len(wanted)], axis=1)
@@ -147,6 +154,10 @@ def price(
     A row per direction, seed and strength: mean (the factor), low and high (1.96 standard errors
     over tokens, which are not independent), loss_change (nats per token)."""
     vector.check_fits(engine._loaded())
+    if not any(strengths):
+        raise CaptureError(
+            f"strengths={list(strengths)!r:.80}: give one that is not 0, which is no edit."
+        )
     edits = variants(vector, strengths, layers, None, n_random, seed)
     rows = engine.sweep(text, edits, progress=progress)
     change, error = rows["loss_change"].to_numpy(), 1.96 * rows["loss_change_err"].to_numpy()

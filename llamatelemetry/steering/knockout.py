@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..arguments import whole
 from ..capture.edits import Edit, ablate_head, knock_out
+from ..capture.finite import measured
 from ..errors import CaptureError
 from ..maths import rank_correlation
 from ..views.sentences import span
@@ -34,6 +36,7 @@ class Group:
 
 def grouped(numbers: Sequence[int], size: int) -> list[list[int]]:
     """Consecutive numbers in groups of `size`, the last one perhaps smaller."""
+    whole("size", size, 1, error=CaptureError)
     return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
 
@@ -46,7 +49,7 @@ def layer_groups(attention: xr.DataArray, size: int = 1) -> list[Group]:
 
 def head_groups(attention: xr.DataArray, layer: int, size: int = 1) -> list[Group]:
     """Consecutive heads of one layer."""
-    heads = list(range(attention.sizes["head"]))
+    heads = list(range(_of(attention, layer).sizes["head"]))
     return [Group(span("head", some), [layer], some) for some in grouped(heads, size)]
 
 
@@ -68,18 +71,22 @@ def cut(
     kl: KL(uncut || cut) in nats; weight: what the edges weighed in the uncut run, mean over the
     group. NaN where the model's mask hides the key from all of the group, or nothing would be left
     to see. attrs["lead"]: the uncut difference. One token is read per cut: the others are kept."""
-    last, (first, second) = len(tokens) - 1, answers
+    last, (first, second) = len(tokens) - 1, _two(answers)
     row = attention.isel(query=-1)  # (layer, head, key)
+    measured(row)
     if row["query_position"].item() != last:
         raise CaptureError("the capture's last query is not the text's last token.")
-    keys = list(range(last + 1) if keys is None else keys)
+    keys = [
+        whole("a key", key, 0, last, error=CaptureError)
+        for key in (range(last + 1) if keys is None else keys)
+    ]
     size = (len(groups), len(keys))
     change, kl, weight = (np.full(size, np.nan) for _ in range(3))
     variants = {}
     for place in np.ndindex(*size):
         group, key = groups[place[0]], keys[place[1]]
         heads = slice(None) if group.heads is None else group.heads
-        weights = row.sel(layer=group.layers).isel(head=heads)
+        weights = _of(row, group.layers).isel(head=heads)
         others = weights.sum("key") - weights.isel(key=key)
         # a layer without a key to leave, or whose window ended before
         open_ = (weights.isel(key=key) > 0).any("head") & (others > 0).all("head")
@@ -182,7 +189,8 @@ def whole_tokens(
 def strongest_edges(attention: xr.DataArray, layer: int, head: int) -> list[Edit]:
     """Edits that cut, for every query that sees two keys or more, the key that a head gives the
     most weight. attention: captured, all queries."""
-    weights = attention.sel(layer=layer).isel(head=head).values  # (query, key)
+    whole("head", head, 0, attention.sizes["head"] - 1, error=CaptureError)
+    weights = _of(attention, layer).isel(head=head).values  # (query, key)
     if weights.shape[0] != weights.shape[1]:
         raise CaptureError("the strongest edges are of all queries: capture without queries=.")
     best, several = weights.argmax(-1), (weights > 0).sum(-1) > 1
@@ -207,7 +215,9 @@ def head_or_edge(
     its output, nothing."""
     variants: dict[Any, list[Edit]] = {}
     for layer, head in heads:
-        if edges := strongest_edges(attention, layer, head):
+        edges = strongest_edges(attention, layer, head)
+        # The last query predicts no token of the text
+        if any(edge.first < len(tokens) - 1 for edge in edges):
             variants["head", layer, head] = [ablate_head(layer, head)]
             variants["edge", layer, head] = edges
     columns = "layer head kl_head kl_edge loss_change_head loss_change_edge weight".split()
@@ -222,6 +232,23 @@ def head_or_edge(
                   for name in ("kl", "loss_change") for run in (one, other)]  # fmt: skip
         rows.append((layer, head, *values, float(top.mean())))
     return pd.DataFrame(rows, columns=columns)
+
+
+def _two(answers):
+    ids = [whole("an answer", token, 0, error=CaptureError) for token in answers]
+    if len(ids) != 2 or ids[0] == ids[1]:
+        raise CaptureError(f"answers are the ids of two different tokens, not {ids}.")
+    return ids
+
+
+def _of(attention, layers):
+    """Some layers of captured attention; CaptureError where they are not there."""
+    there = _numbers(attention, "layer")
+    if missing := [layer for layer in np.atleast_1d(layers).tolist() if layer not in there]:
+        raise CaptureError(
+            f"the captured attention has no layer {missing[0]}: it has {', '.join(map(str, there))}."
+        )
+    return attention.sel(layer=layers)
 
 
 def _numbers(array, dim):
