@@ -20,13 +20,17 @@ MAKEFLAGS += --no-print-directory
 run: $(VENV)/.notebooks $(VENV)/.engine $(VENV)/.model
 	@$(BIN)/llamatelemetry notebooks
 
+# Two processes beside one another (tests/conftest.py), each file's tests in one of them: they share engines, executed
+# notebooks and browsers. On one after the other: make test BESIDE=.
+BESIDE ?= -n auto --dist loadfile --no-loadscope-reorder
+
 # The status is kept in a file because make's own is 2 whatever the command's was.
 test: $(VENV)/.test $(VENV)/.engine $(VENV)/.model $(VENV)/.test-models
-	@status=0; $(BIN)/python -m pytest -rs --durations=10 || status=$$?; \
+	@status=0; $(BIN)/python -m pytest $(BESIDE) -rs --durations=10 || status=$$?; \
 	    echo $$status > $(VENV)/.pytest-status; exit $$status
 
 fast: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest $(BESIDE) -m "not slow and not gpu"
 
 # One part: make soak SOAK="--parts cycles"
 soak: $(VENV)/.test $(VENV)/.engine $(VENV)/.model

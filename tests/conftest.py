@@ -17,6 +17,24 @@ MODEL = "smollm2-135m-Q4_1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A shell has what runs in its background ignore Ctrl-C, and so would all that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The files that take minutes. They come first: of two processes neither then has one of them alone
+# at the end.
+LONG = (
+    "kaggle_rehearsal small_models notebook_16 notebook_14 notebook_12 notebook_15 notebook_13 "
+    "compare drawn options liveness soak tasks mixture"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Of `-n auto`: much of a test waits or computes in one thread, so two processes fill two
+    cores. A GPU, whose memory some tests measure, belongs to one process."""
+    return 0 if shutil.which("nvidia-smi") else 2
 
 
 @pytest.fixture(scope="session")
