@@ -5,6 +5,8 @@ import glob
 import os
 import re
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -570,3 +572,28 @@ def test_saving_copies_no_tensor(tmp_path):
     again = Capture.load(path)
     np.testing.assert_array_equal(again.hidden, array)
     assert again.tokens["piece"].tolist() == capture.tokens["piece"].tolist()
+
+
+READ = """
+import sys
+import llama_cpp, numpy as np
+from llamatelemetry.capture.runtime import Runtime
+if sys.argv[2] == "read":  # as where a GPU is, which is not here: the layers stay on the CPU
+    llama_cpp.llama_supports_gpu_offload = lambda: True
+runtime = Runtime(sys.argv[1], threads=1)
+maps = [line for line in open("/proc/self/maps") if sys.argv[1] in line]
+runtime.open(3)
+runtime.decode([1, 2, 3])
+print(len(maps), runtime.logits(3).tobytes().hex())
+"""
+
+
+def test_a_model_for_a_gpu_is_read_and_not_mapped(tmp_path):
+    """All of a mapped file counts as memory while it is copied: of 8B 4.5 GiB."""
+    model = str(tiny_model("llama", tmp_path))
+    told = {}
+    for how in ("map", "read"):
+        command = [sys.executable, "-c", READ, model, how]
+        told[how] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (mapped, logits), (read, same) = (told[how].split() for how in ("map", "read"))
+    assert int(mapped) > 0 == int(read) and logits == same

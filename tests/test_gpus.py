@@ -3,6 +3,7 @@ llama.cpp's own figures."""
 
 import os
 import re
+import sys
 import types
 from dataclasses import dataclass
 
@@ -594,3 +595,33 @@ def test_fit_is_what_llama_server_takes(smollm2, llama_server, ctx_size):
     assert kv_bytes(model, ctx_size) / 2**20 == pytest.approx(mib("CPU KV buffer size"), abs=0.02)
     measured = mib("CPU compute buffer size")
     assert measured <= compute_bytes(model, ctx_size) / 2**20 <= measured + 25
+
+
+@pytest.mark.parametrize(
+    "count, options, mode",
+    [
+        (1, {}, "none"),
+        (1, {"gpu_layers": -1}, "none"),
+        (1, {"gpu_layers": 0}, None),
+        (1, {"gpu_layers": 5}, None),  # the rest is computed from the map
+        (0, {}, None),  # the worker's pages are the server's
+    ],
+)
+def test_what_goes_to_a_gpu_is_not_mapped(machine, monkeypatch, tmp_path, count, options, mode):
+    """llama-server's own flag, load_mode=, comes after its environment and so before it."""
+    from llamatelemetry import ServerError, ServerManager
+    from llamatelemetry.server import process
+
+    machine(count)
+    seen = {}
+
+    def popen(command, log, env, folder):
+        seen.update(env, command=command)
+        raise OSError(2, "not here")
+
+    monkeypatch.setattr(process.guard, "popen", popen)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ServerError, match="cannot be executed"):
+        ServerManager(sys.executable).start_server(path, silent=True, **options)
+    assert seen.get("LLAMA_ARG_LOAD_MODE") == mode and "--load-mode" not in seen["command"]

@@ -60,6 +60,9 @@ class Runtime:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        if gpu_layers < 0 and llama_cpp.llama_supports_gpu_offload():
+            # Read, not mapped: all pages of a map are this process's until they are on the GPU.
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         if tensor_split:
             self._split = (ctypes.c_float * 128)(*tensor_split)
             params.tensor_split = self._split

@@ -73,8 +73,8 @@ class ServerProcess:
         answer POST /embeddings, pooled as the file says (by the mean where it says nothing) unless
         server_kwargs has `pooling`. timeout: seconds to wait for the model. verbose: one line when
         it is ready; silent: no line and no progress. env: extra environment. server_kwargs:
-        llama-server's other flags; LLAMA_ARG_* of the environment and llama.cpp's config.ini are
-        not read.
+        llama-server's other flags (load_mode: a model that goes to a GPU whole is else read, not
+        mapped); LLAMA_ARG_* of the environment and llama.cpp's config.ini are not read.
 
         Raises ServerError (no llama-server, port in use, it ended or did not answer in time),
         ModelNotFoundError and ModelLoadError (llama.cpp cannot load that file)."""
@@ -114,6 +114,8 @@ class ServerProcess:
             started = time.monotonic()
             batch = max(BATCH, int(server_kwargs.get("batch_size") or 0))
             gpu = gpu_layers != 0 and bool(devices.list_gpus())
+            if gpu and gpu_layers in (None, -1):  # as capture/runtime.py loads it
+                variables |= {"LLAMA_ARG_LOAD_MODE": "none"}
             parts = split_parts(model_path)
             self._limit = patience(parts, batch, ctx_size or batch, gpu)
             try:
