@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from . import errors, logs
 from .errors import CaptureError, LlamaTelemetryError, WorkerCrashedError
-from .files.scratch import marked, scratch
+from .files.scratch import Folder
 from .liveness import LOOP, Watch
 
 WATCHING: list[int] = []  # in a child: threads that only look whether the parent is there
@@ -35,13 +34,14 @@ class Child:
         its death. limit: seconds that it may compute without a sign of progress (liveness.py: what
         Watch does with one that stalls)."""
         self.name, self._then, self._limit = name, then, limit
-        self.folder = Path(tempfile.mkdtemp(prefix=marked(), dir=_roomy_folder()))
+        folder = Folder(_roomy_folder())
+        self.folder = folder.path
         self.log_path = self.folder / "worker.log"
         package = str(Path(__file__).resolve().parents[1])
         paths = [package, env["PYTHONPATH"]] if env.get("PYTHONPATH") else [package]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, str(self.folder), str(os.getpid()), str(scratch())],
+                [sys.executable, "-m", module, str(self.folder), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -50,7 +50,7 @@ class Child:
                 start_new_session=True,  # Ctrl-C is ours to handle
             )
         self.pid, self._why = self.process.pid, ""
-        self._end = weakref.finalize(self, _ended, os.getpid(), self.process, self.folder)
+        self._end = weakref.finalize(self, _ended, self.process, folder)
 
     @property
     def alive(self):
@@ -124,8 +124,8 @@ class Child:
         return WorkerCrashedError(f"{message} End of its log:\n{logs.last_words(log)}")
 
 
-def _ended(owner, process, folder):
-    if owner != os.getpid():
+def _ended(process, folder):
+    if folder.owner != os.getpid():
         return  # a fork does not end its parent's child
     if process.poll() is None:
         try:
@@ -135,7 +135,7 @@ def _ended(owner, process, folder):
             process.kill()
             process.wait()
     process.stdout.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.remove()
 
 
 def _roomy_folder():
@@ -161,7 +161,7 @@ def serve(make):
             out.flush()
 
     threading.Thread(target=_beat, args=(answer, working), daemon=True).start()
-    lines = _listen(sys.stdin, *sys.argv[1:4])  # before what takes a while to be imported
+    lines = _listen(sys.stdin, *sys.argv[1:3])  # before what takes a while to be imported
     worker = make(lambda **said: answer(said=said))
     while True:
         command = json.loads(lines.get())
@@ -190,15 +190,13 @@ def _beat(answer, working):
         time.sleep(1)
 
 
-def _listen(pipe, folder, parent, scratch_folder):
+def _listen(pipe, folder, parent):
     """A queue of the lines of stdin, through a thread, so that the parent's end is noticed during a
     long computation too; then the folder goes as well: it may lie in memory."""
     lines = queue.Queue()
 
     def leave():
         shutil.rmtree(folder, ignore_errors=True)
-        if os.getppid() != int(parent):  # it was killed: nobody else removes what it left
-            shutil.rmtree(scratch_folder, ignore_errors=True)
         os._exit(0)
 
     def read():

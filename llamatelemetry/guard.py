@@ -6,24 +6,24 @@ its own between the two: it has one thread, holds the read end of a pipe whose o
 parent has, and kills the command when that pipe closes. If this process itself is killed, the
 kernel kills the command, because here the thread rule does no harm.
 
-It is started as a plain script (`python -I -S guard.py PARENT GRACE FOLDER COMMAND...`), so it
+It is started as a plain script (`python -I -S guard.py PARENT GRACE COMMAND...`), so it
 imports nothing of the package. PARENT is the id of the process that it dies with, which may be gone
 when this one is up. stdin is the parent's pipe (a byte asks for a polite stop, end of file means
 that the parent is gone), stdout takes one line with the command's process id, stderr is the
-command's log. FOLDER ("" for none; files, too, one a line) is removed when the parent is gone."""
+command's log."""
 
 import os
 import subprocess
 import sys
 
 
-def popen(command, log, *, env=None, grace=3.0, folder=""):
+def popen(command, log, *, env=None, grace=3.0):
     """Start `command` under a guard; returns (guard's Popen, process id of the command).
 
-    log: an open file for its stdout and stderr. folder: removed if this process dies without
-    stopping the command. Raises OSError if the command cannot be executed."""
+    log: an open file for its stdout and stderr. Raises OSError if the command cannot be
+    executed."""
     # A Ctrl-C meant for the notebook's cell is not meant for it
-    given = map(str, (os.getpid(), grace, folder, *command))
+    given = map(str, (os.getpid(), grace, *command))
     guard = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, *given],
         stdin=subprocess.PIPE,
@@ -60,20 +60,16 @@ def stop(guard, timeout=10.0):
         pass
 
 
-def end(owner, guard, folder):
-    """Stop a command that was started in process `owner`, and remove its folder; of a fork it is
-    none."""
-    import shutil
-
-    if owner == os.getpid():
+def end(guard, folder):
+    """Stop a command, and remove its folder (scratch.Folder); of a fork it is none."""
+    if folder.owner == os.getpid():
         stop(guard)
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
 
 
-def _main(parent, grace, folder, command):
+def _main(parent, grace, command):
     import ctypes
     import select
-    import shutil
     import signal
     import time
 
@@ -126,15 +122,10 @@ def _main(parent, grace, folder, command):
         if gone:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            for left in filter(None, folder.split("\n")):
-                if os.path.isdir(left):
-                    shutil.rmtree(left, ignore_errors=True)
-                elif os.path.exists(left):
-                    os.unlink(left)
             return 0
         if asked and time.monotonic() - asked > grace:
             os.kill(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    sys.exit(_main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4:]))
+    sys.exit(_main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))

@@ -4,12 +4,10 @@ import os
 import re
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 from . import guard, logs
 from .errors import ModelLoadError, QuantizeError
-from .files.scratch import scratch
 from .liveness import LOOP, Watch
 from .options import environment
 
@@ -23,13 +21,12 @@ def run_tool(
     total: str | None = None,
     bar: str = "",
     progress: bool = False,
-    leaves: Iterable[Path] = (),
     limit: float = LOOP,
     env: Mapping[str, str] | None = None,
     seen: Callable[[int], object] | None = None,
 ) -> str:
     """Run a tool, with a progress bar from its own output; returns that output. It dies with this
-    process; then what it `leaves` is removed.
+    process.
 
     step: a regular expression whose group 1 is the step reached, and group 2 the total unless
     `total` finds it. limit: seconds that the tool may compute without a word (liveness.Watch ends
@@ -37,12 +34,11 @@ def run_tool(
     its process id. Raises QuantizeError, or ModelLoadError where it could not read the model."""
     tail: deque[str] = deque(maxlen=4000)
     read, write = os.pipe()
-    left = "\n".join(map(str, [*leaves, scratch()]))
     output, stalled = os.fdopen(read, "rb"), []
     try:
         with os.fdopen(write, "wb") as log:
             env = environment() if env is None else env
-            process, pid = guard.popen(command, log, env=env, grace=0, folder=left)
+            process, pid = guard.popen(command, log, env=env, grace=0)
     except OSError as error:
         output.close()
         raise QuantizeError(

@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import time
 
 import psutil
@@ -146,6 +147,8 @@ def nothing_left_running():
     """Set up before every other session fixture, so torn down after all of them: no child of ours
     is left."""
     yield
+    if mine := getattr(sys.modules.get("llamatelemetry.files.scratch"), "_mine", None):
+        mine.remove()  # which it does at this process's end
     deadline = time.monotonic() + 5
     while (left := ours()) and time.monotonic() < deadline:
         time.sleep(0.1)

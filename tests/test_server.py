@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,13 +26,12 @@ from llamatelemetry import (
 from llamatelemetry.files import programs
 from llamatelemetry.files.programs import find_server
 from llamatelemetry.gpus.cores import physical_cores
-from llamatelemetry.server import process as module
 
 
 @pytest.fixture
 def scratch(tmp_path, monkeypatch):
     """Log folders are made in here, so that a test can see what is left."""
-    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     return tmp_path / "scratch"
 
@@ -202,18 +202,16 @@ def test_requests_without_a_server():
 # It dies with its parent
 
 
-def guarded(tmp_path, before="", after="time.sleep(60)"):
+def guarded(tmp_path, after="time.sleep(60)"):
     """A process that runs `sleep` under a guard, and the ids of guard and sleep."""
-    folder = tmp_path / "folder"
-    folder.mkdir()
     script = (
-        f"import os, time, threading\nfrom llamatelemetry import guard\n{before}\n"
-        f"log = open({str(folder / 'log')!r}, 'wb')\n"
-        f"g, pid = guard.popen(['/bin/sleep', '60'], log, folder={str(folder)!r})\n"
+        "import os, time\nfrom llamatelemetry import guard\n"
+        f"log = open({str(tmp_path / 'log')!r}, 'wb')\n"
+        "g, pid = guard.popen(['/bin/sleep', '60'], log)\n"
         f"print(g.pid, pid, flush=True)\n{after}"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    return parent, *map(int, parent.stdout.readline().split()), folder
+    return parent, *map(int, parent.stdout.readline().split())
 
 
 # A fork of the parent holds the pipe open; only the change of parent then tells the guard.
@@ -221,17 +219,16 @@ def guarded(tmp_path, before="", after="time.sleep(60)"):
     "after", ["time.sleep(60)", "if os.fork() == 0: time.sleep(3); os._exit(0)\ntime.sleep(60)"]
 )
 def test_parent_killed(tmp_path, after):
-    parent, guard_pid, pid, folder = guarded(tmp_path, after=after)
+    parent, guard_pid, pid = guarded(tmp_path, after)
     assert alive(pid)
     time.sleep(0.2)
     parent.kill()
     parent.wait()
     assert gone(pid, 2.5) and gone(guard_pid)
-    assert not folder.exists()
 
 
 def test_guard_killed(tmp_path):
-    parent, guard_pid, pid, _ = guarded(tmp_path)
+    parent, guard_pid, pid = guarded(tmp_path)
     os.kill(guard_pid, signal.SIGKILL)
     assert gone(pid)
     parent.kill()
@@ -315,5 +312,5 @@ def test_kernel_killed(smollm2, llama_server):
     assert gone(int(pid))
     deadline = time.monotonic() + 5
     while Path(folder).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)  # the guard removes it after the server's end
+        time.sleep(0.02)  # its shell removes it
     assert not Path(folder).exists()

@@ -15,7 +15,7 @@ from ..files.header import Header
 from ..files.outputs import path_of, some, split_parts, written
 from ..files.places import free_bytes
 from ..files.programs import tool
-from ..files.scratch import scratch
+from ..files.scratch import borrowed
 from ..gpus.cores import physical_cores
 from ..gpus.devices import list_gpus
 from ..liveness import patience
@@ -49,7 +49,11 @@ def imatrix(
     source, file = open_model(model), place(text)
     limit = patience(split_parts(model), n_ctx, n_ctx, bool(list_gpus()))
     output = dict(inputs=[model, file], need=SLACK, model=is_one(dst), error=QuantizeError)
-    with tempfile.TemporaryDirectory(dir=scratch()) as folder, written(dst, **output) as temporary:
+    with (
+        borrowed() as scratch,
+        tempfile.TemporaryDirectory(dir=scratch) as folder,
+        written(dst, **output) as temporary,
+    ):
         path = Path(folder) / "text.txt"
         path.write_bytes(load_text(text).encode())  # line ends stay as they are
         # llama-imatrix chooses its format by the file's ending.
@@ -64,7 +68,6 @@ def imatrix(
             total=r"over (\d+) chunks",
             bar=shown(dst.name),
             progress=progress,
-            leaves=[temporary],
             limit=limit,
         )
         if not out.is_file():

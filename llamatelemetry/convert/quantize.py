@@ -93,7 +93,6 @@ def quantize(
             step=r"\[\s*(\d+)/\s*(\d+)\]",
             bar=shown(dst.name),
             progress=progress,
-            leaves=[temporary],
             limit=LOOP + largest / SLOWEST,
         )
         source.check_place(running=True)

@@ -12,9 +12,9 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from ..files.gguf import GGUFFile
-from ..files.places import free_bytes
+from ..files.places import free_bytes, temp_dir
 from ..files.registry import TYPES
-from ..files.scratch import ANNOUNCED, scratch
+from ..files.scratch import ANNOUNCED
 from ..files.types import engine_library, tensor_type
 from ..gpus.cores import physical_cores
 from ..gpus.fit import as_type
@@ -127,7 +127,7 @@ def _fit(file, sizes, mixture):
     """Whether scratch has room for files of these sizes, the stand-in, and two mixtures."""
     stand_in = as_type(file, reference_type(file)).size_bytes
     every = [stand_in, *sizes, mixture, mixture]
-    return sum(size for size in every if size > ANNOUNCED) <= free_bytes(scratch())
+    return sum(size for size in every if size > ANNOUNCED) <= free_bytes(temp_dir())
 
 
 def making_seconds(

@@ -7,11 +7,11 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..errors import LlamaTelemetryError, OutputError, brief, shown
-from .scratch import scratch
+from .scratch import borrowed
 
 _SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
@@ -155,7 +155,8 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
     what the file system refuses, too."""
     dst = check_output(dst, inputs, model, error)
     # Another one each time, and shorter than any limit
-    temporary, link = dst.with_name(f".{secrets.token_hex(8)}.partial"), None
+    temporary, stack = dst.with_name(f".{secrets.token_hex(8)}.partial"), ExitStack()
+    stack.callback(temporary.unlink, missing_ok=True)
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(dst.parent).free
@@ -164,11 +165,11 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
                 f"{shown(dst)} needs {need / 1e9:.2f} GB and {shown(dst.parent)} has {free / 1e9:.2f} GB free: "
                 "make room there, or choose another folder."
             )
-        # One that takes time: if this process is killed, the next finds the half by this. What lies
-        # in scratch goes with its folder.
-        if need and not dst.parent.samefile(scratch()):
-            link = scratch() / temporary.name
-            link.symlink_to(temporary)
+        # One that takes time: if this process is killed, the half is found by this. What lies in
+        # scratch goes with its folder.
+        if need and not dst.parent.samefile(folder := stack.enter_context(borrowed())):
+            (link := folder / temporary.name).symlink_to(temporary)
+            stack.callback(link.unlink)
         yield temporary
         os.replace(temporary, dst)
     except OSError as trouble:
@@ -179,9 +180,7 @@ def written(dst, *, inputs=(), need=0, model=False, error=OutputError):
         ) from trouble
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-            if link:
-                link.unlink()
+            stack.close()
 
 
 def _is_model(path):

@@ -4,8 +4,12 @@ import atexit
 import contextlib
 import os
 import re
+import secrets
 import shutil
+import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import OutputError, shown
@@ -14,7 +18,23 @@ from .places import free_bytes, temp_dir
 
 ANNOUNCED = 10**9  # bytes: a larger file is announced
 _PREFIX = "llamatelemetry-scratch-"
-_mine: tuple[int, Path] | None = None  # pid and folder: a fork is a process of its own
+_AFTER = """
+exec >/dev/null 2>&1
+while read -r _; do :; done
+for half in "$0"/.*.partial; do [ -L "$half" ] && rm -f "$(readlink "$half")"; done
+rm -rf "$0"; sleep 1; rm -rf "$0"  # others of that process may have been writing still
+"""
+_mine: "Folder | None" = None
+_lifeline, _lock = os.pipe(), threading.RLock()  # the end of that pipe is this process's end
+
+
+def _in_fork():
+    global _lifeline, _lock
+    os.close(_lifeline[1])
+    _lifeline, _lock = os.pipe(), threading.RLock()
+
+
+os.register_at_fork(after_in_child=_in_fork)
 
 
 def maker() -> str:
@@ -45,11 +65,32 @@ def _namespace():
     return "0"
 
 
-def marked() -> str:
-    """What the name of a temporary folder of this process begins with, so that a later one may
-    remove it once this one is gone. What those have left is removed now."""
-    sweep()
-    return f"{_PREFIX}{maker()}-"
+class Folder:
+    """A temporary folder of this process, which goes with it, whatever ends it: a shell that is
+    there before the folder waits for that, and then removes it and the unfinished outputs that
+    links in it lead to. What a former process has left all the same is removed now.
+
+    place: the folder that it is made in. Attributes: path; owner, a process id. Raises OSError."""
+
+    def __init__(self, place: Path | None = None) -> None:
+        sweep()
+        name = f"{maker()}-{secrets.token_hex(4)}"
+        self.path = Path(place or tempfile.gettempdir(), _PREFIX + name)
+        self.owner, self.users = os.getpid(), 0
+        after = ["/bin/sh", "-c", _AFTER, str(self.path)]
+        self._after = subprocess.Popen(after, stdin=_lifeline[0], start_new_session=True)
+        try:
+            self.path.mkdir(0o700)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Remove the folder and what is in it; a fork does not remove its parent's."""
+        if self.owner == os.getpid():
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._after.kill()
+            self._after.wait()
 
 
 def sweep() -> None:
@@ -66,35 +107,46 @@ def sweep() -> None:
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         # One of ours goes when its parent does, but not while a signal has stopped it.
         with contextlib.suppress(OSError):
-            of, pid = (
-                re.search(f"{_PREFIX}[\\d-]+".encode(), process.read_bytes()),
-                process.parent.name,
-            )
-            if of and gone(of[0].decode()) and stopped(int(pid)):
-                kill(int(pid))
+            of = re.search(f"{_PREFIX}[\\d-]+".encode(), process.read_bytes())
+            if of and gone(of[0].decode()) and stopped(int(process.parent.name)):
+                kill(int(process.parent.name))
 
 
 def scratch() -> Path:
     """This process's folder for intermediate files (in places.temp_dir(): $TMPDIR, or on Kaggle
-    what is not kept). It is removed when the process ends, and at the next start if that was
-    killed."""
+    what is not kept). It is removed when the process ends, whatever ends it."""
+    return _borrow().path
+
+
+@contextlib.contextmanager
+def borrowed() -> Iterator[Path]:
+    """`scratch()` for a `with` block: removed at its end where nobody else has asked for it."""
+    folder = _borrow()
+    try:
+        yield folder.path
+    finally:
+        with _lock:
+            folder.users -= 1
+            if not folder.users:
+                atexit.unregister(folder.remove)
+                folder.remove()
+
+
+def _borrow():
+    """This process's Folder, for one more: a fork is a process of its own."""
     global _mine
-    if _mine is None or _mine[0] != os.getpid() or not _mine[1].is_dir():
-        try:
-            made = tempfile.mkdtemp(prefix=marked(), dir=temp_dir())
-        except OSError as trouble:
-            raise OutputError(
-                f"No scratch folder could be made in {temp_dir()}: {trouble.strerror}. Set TMPDIR to a "
-                "folder that can be written to."
-            ) from None
-        _mine = os.getpid(), Path(made)
-        atexit.register(_leave, *_mine)
-    return _mine[1]
-
-
-def _leave(pid, folder):
-    if pid == os.getpid():
-        shutil.rmtree(folder, ignore_errors=True)
+    with _lock:
+        if _mine is None or _mine.owner != os.getpid() or not _mine.path.is_dir():
+            try:
+                _mine = Folder(temp_dir())
+            except OSError as trouble:
+                raise OutputError(
+                    f"No scratch folder could be made in {temp_dir()}: {trouble.strerror}. Set TMPDIR "
+                    "to a folder that can be written to."
+                ) from None
+            atexit.register(_mine.remove)
+        _mine.users += 1
+        return _mine
 
 
 class ScratchFile(os.PathLike):

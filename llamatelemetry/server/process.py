@@ -5,13 +5,10 @@ import errno
 import os
 import re
 import secrets
-import shutil
-import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 from .. import guard, logs, ports
@@ -19,7 +16,7 @@ from ..errors import ModelLoadError, ModelNotFoundError, ServerError, shown
 from ..files.outputs import path_of, split_parts
 from ..files.places import free_bytes
 from ..files.programs import ENGINE_MEND, find_server
-from ..files.scratch import marked
+from ..files.scratch import Folder
 from ..gpus import devices
 from ..gpus.cores import physical_cores
 from ..liveness import Watch, kill, patience
@@ -109,8 +106,8 @@ class ServerProcess:
             # It answers with its model's name, in JSON, which is UTF-8
             if shown(model_path) != str(model_path):
                 options.setdefault("alias", shown(model_path.stem))
-            folder = Path(tempfile.mkdtemp(prefix=marked()))
-            self.log = folder / "llama-server.log"
+            folder = Folder()
+            self.log = folder.path / "llama-server.log"
             started = time.monotonic()
             batch = max(BATCH, int(server_kwargs.get("batch_size") or 0))
             gpu = gpu_layers != 0 and bool(devices.list_gpus())
@@ -122,17 +119,17 @@ class ServerProcess:
                 with open(self.log, "wb") as log:
                     logs.check_room(log)
                     command = [binary, *flags(options)]
-                    self._guard, self.pid = guard.popen(command, log, env=variables, folder=folder)
+                    self._guard, self.pid = guard.popen(command, log, env=variables)
             except OSError as error:
-                shutil.rmtree(folder, ignore_errors=True)
+                folder.remove()
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise logs.no_room(folder.parent) from error
+                    raise logs.no_room(folder.path.parent) from error
                 raise ServerError(
                     f"{binary} cannot be executed: {error.strerror}. {ENGINE_MEND}"
                 ) from error
             self._owner = os.getpid()
             # Not a method of this object, which would keep it: a dropped one ends its server
-            self._end = weakref.finalize(self, guard.end, self._owner, self._guard, folder)
+            self._end = weakref.finalize(self, guard.end, self._guard, folder)
             self.host, self.model_path = host, model_path
             try:
                 self._wait_until_ready(port, timeout, silent)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..errors import NotebookError, ParameterError
 from ..files.outputs import folder_of, refuse_overwriting, written
-from ..files.scratch import ScratchFile, scratch
+from ..files.places import temp_dir
+from ..files.scratch import ScratchFile
 from ..liveness import Watch
 from ..secrecy import redact
 from ..views import text
@@ -107,7 +108,7 @@ def _execute(path, growing, parameters, out, progress):
             "cell print and draw less."
         ) from None
     except OSError as trouble:
-        raise _no_room(path, scratch(), trouble) from trouble
+        raise _no_room(path, temp_dir(), trouble) from trouble
 
 
 def _keep(growing, executed):
