@@ -168,7 +168,6 @@ def test_a_stopped_worker_whose_parent_was_killed_goes(goes_on):
         time.sleep(0.01)
     parent.kill()
     parent.wait()
-    assert not gone(int(pid), 0.1)  # longer, and another process of ours may start and end it
     if goes_on:
         os.kill(int(pid), signal.SIGCONT)
     else:

@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_VERSION, LlamaFileType
 from ..errors import ModelLoadError, QuantizeError, shown
 from ..files.gguf import GGUFFile, unreadable
 from ..files.outputs import path_of
-from ..files.scratch import ANNOUNCED, ScratchFile, scratch
+from ..files.scratch import ANNOUNCED, ScratchFile, borrowed, scratch
 from ..files.types import TensorType, dequantize, tensor_type
 from ..reading import Rows
 from .chunks import PART, chunk
@@ -147,9 +147,10 @@ def output(
 
 def used_up(paths: Iterable[str | Path]) -> None:
     """Remove those of some files that lie in scratch."""
-    for path in map(Path, paths):
-        if path.parent == scratch():
-            path.unlink(missing_ok=True)
+    with borrowed() as folder:
+        for path in map(Path, paths):
+            if path.parent == folder:
+                path.unlink(missing_ok=True)
 
 
 def _steps(tensor, start, rows):
