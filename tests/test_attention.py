@@ -372,6 +372,13 @@ def test_generated_tokens_attention_is_split_by_target():
     assert only.index.tolist() == [4]
 
 
+def test_heads_above_a_mark_carry_a_dot():
+    values = [[0.2, 0.31], [0.3, 0.9], [0.0, 1.0]]  # (layer, head)
+    figure = figures.layer_head_map(values, title="t", unit="weight", mark=0.3)
+    assert figure.data[0].text.tolist() == [["", "", ""], ["•", "•", "•"]]
+    assert figures.layer_head_map(values, title="t", unit="weight").data[0].text is None
+
+
 def test_figures_leave_the_future_blank_and_escape_tokens():
     figure = figures.token_map(uniform(3), ["<b>", " a", "c"], title="t", unit="weight")
     assert figure.data[0].x[0] == "0 &lt;b&gt;"

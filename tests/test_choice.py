@@ -7,6 +7,7 @@ import pytest
 from llamatelemetry.compare.paired import Paired
 from llamatelemetry.convert.mixture import Costs
 from llamatelemetry.quantization import choice_figures, choice_say
+from llamatelemetry.quantization import figures as quantization_figures
 
 
 def flat(text):
@@ -65,7 +66,7 @@ def test_texts():
     pairs = pd.DataFrame({"x": ["less"], "y": ["more"], "depends": [True]}, index=one)
     tau = pd.DataFrame([[1.0, -1.0], [-1.0, 1.0]], ["x", "y"], ["x", "y"])
     said = flat(choice_say.by_text(pairs, tau))
-    assert "from -1.00 to -1.00, 1 of 1 pair told apart" in said and "for a and b" in said
+    assert "is -1.00, 1 of 1 pair told apart" in said and "for a and b" in said
     same = pairs.assign(y="less", depends=False)
     assert "no pair is told to lie" in flat(choice_say.by_text(same, tau * np.nan))
     assert "no order" in choice_say.by_text(pairs.iloc[:0], tau)
@@ -115,6 +116,9 @@ def test_sizes():
     line, mixture, other = figure.data
     assert list(line.x) == [8, 9] and list(mixture.x) == [9] and list(other.y) == [0.2]
     assert mixture.error_y.array == pytest.approx([0.02]) and other.error_y.array == (0,)
+    shown = choice_figures.sizes(found, {}, files=["Q8_0", "random"], title="t").data[1:]
+    first = quantization_figures.colors(["Q8_0", "random", "mixture"])
+    assert {mark.name: mark.marker.color for mark in shown}.items() <= first.items()
     verdicts = {
         "random": Paired(-0.1, -0.2, -0.05, "less"),
         "Q4_K_M": Paired(0.01, -0.1, 0.1, "cannot be told"),

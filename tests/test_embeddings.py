@@ -372,6 +372,7 @@ def test_surroundings_take_the_category_of_the_nearest_word():
     )
     around = groups.surroundings(words, [[0.1, 0.4], [0.2, 0.3]], [[20, 7], [7, 3]])
     assert around.to_dict() == {3: "colours", 7: "colours", 10: "animals", 20: "colours"}
+    assert list(around.cat.categories) == ["animals", "colours"]  # the words' order, not theirs
 
 
 def test_nearest_rows_are_others_and_the_isolated_come_first(cpu, planted):

@@ -292,7 +292,7 @@ def test_placement_that_the_driver_does_not_tell(machine, count, processes, erro
 class File:
     """A model of 10 layers, 4 heads of 16, 2 kv heads, 1,000 tokens; 8 bits per weight."""
 
-    name: str = "tiny"
+    called: str = "tiny"
     architecture: str = "llama"
     n_layer: int = 10
     n_head: int = 4

@@ -290,10 +290,23 @@ def test_names_cannot_leave_the_folder(tmp_path, name):
 def test_categories_are_ordered_by_how_often_they_occur():
     names, codes = categories(pd.Series(["b", "a", None, "b", "c", "a", "b"]))
     assert names == ["b", "a", "c"] and codes.tolist() == [0, 1, -1, 0, 2, 1, 0]
+    ranked = pd.Categorical(["b", "a", "b"], categories=["z", "a", "b"], ordered=True)
+    names, codes = categories(pd.Series(ranked))  # unless they have an order, as colours elsewhere
+    assert names == ["a", "b"] and codes.tolist() == [1, 0, 1]
 
 
 def page_data(page):
     return json.loads(re.search(r"id='data'>(.*?)</script>", page.html, re.S).group(1))
+
+
+def test_kinds_with_an_order_keep_it_on_the_page_and_in_the_files(tmp_path):
+    nodes, edges = tables()
+    ranked = nodes["kind"].astype(pd.CategoricalDtype(["mark", "word"], ordered=True))
+    graph = Graph(nodes.assign(kind=ranked), edges, title="t", label="piece", kind="kind")
+    assert page_data(small().page())["kind"]["names"] == ["word", "mark"]
+    assert page_data(graph.page())["kind"]["names"] == ["mark", "word"]
+    saved = pd.read_parquet(graph.save(tmp_path)["nodes"])
+    assert saved["kind"].tolist() == nodes["kind"].tolist()
 
 
 def test_the_page_asks_no_network_and_escapes_its_data():

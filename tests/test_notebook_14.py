@@ -103,7 +103,7 @@ def test_the_direction_turns_the_answer_in_both_files(run):
     assert found and float(found[2]) > 2
     across = re.search(r"by ([+-][\d.]+) against ([+-][\d.]+) nats per unit of strength", text)
     assert min(map(float, across.groups())) > 0.3
-    assert float(re.search(r"have a cosine of ([\d.]+) or more", text)[1]) > 0.9
+    assert float(re.search(r"have a cosine of at least ([\d.]+)", text)[1]) > 0.9
 
 
 @pytest.mark.slow

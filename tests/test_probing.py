@@ -36,7 +36,7 @@ def test_a_planted_label_is_found_at_its_layer_and_at_chance_elsewhere(planted):
     assert (table.majority == 0.5).all() and table.attrs["groups"] == N // 4
     pd.testing.assert_frame_equal(table, probes.by_layer(*planted, shuffles=5))  # the seed's
     said = say.probes({"a planted label": table})
-    assert f"layer {PLANTED}" in said and "200 texts in 50 groups" in said
+    assert f"state {PLANTED}" in said and "200 texts in 50 groups" in said
 
 
 def test_accuracy_is_scikit_learns(planted):
@@ -97,7 +97,7 @@ def test_across_files_the_difference_is_paired(planted):
     assert turned.accuracy > 0.93 and turned.moved < 0.1
     figure = figures.across(table, title="t")
     assert len([t for t in figure.data if t.mode == "lines+markers"]) == 6
-    assert "Q2_K has" in say.across(table) and "points lost" in say.across(table)
+    assert "a probe of Q2_K has" in say.across(table) and "points lost" in say.across(table)
 
 
 def told_by_group(size, at):
@@ -148,11 +148,11 @@ def test_what_is_read_best_is_said_of_one_layer_alone(planted):
     sure = states.copy()
     sure[:, :, 0] = np.where(labels == "yes", 9, -9)[:, None]
     said = " ".join(say.probes({"x": probes.by_layer(sure, labels, groups)}).split())
-    assert f"alike at all {LAYERS} layers: 100%" in said and "best" not in said
+    assert f"alike at all {LAYERS} states: 100%" in said and "best" not in said
     said = say.probes({"x": probes.by_layer(sure[:, :1], labels, groups)})
-    assert "x is read at layer 0: 100%" in said and "1 of 1 layer," in said
+    assert "x is read at state 0: 100%" in said and "1 of 1 state," in said
     sure[:, :2] = states[:, :2]
-    assert "best at 3 layers, first at layer 2" in say.across(
+    assert "best at 3 states, first at state 2" in say.across(
         probes.across({"x": sure}, labels, groups)
     )
 
@@ -164,7 +164,7 @@ def test_what_the_commonest_label_gives_is_no_finding(planted):
     table = probes.by_layer(0 * states, labels, shuffles=2)
     assert (table.accuracy == 0.85).all()
     said = " ".join(say.probes({"x": table.assign(shuffled_high=0.5)}).split())
-    assert "the commonest label alone is 85%; at no layer" in said
+    assert "the commonest label alone is 85%; at no state" in said
     said = " ".join(say.across(probes.across({"x": 0 * states, "y": states}, labels)).split())
     assert "nothing that a file could lose" in said and "points" not in said
 
@@ -250,7 +250,7 @@ def test_figures_show_every_line_and_say_survives_little(planted):
     assert figure.layout.xaxis.title.text and figure.layout.yaxis.title.text
     alone = table.loc[[0]]
     alone.attrs = table.attrs
-    assert "at no layer" in say.probes({"noise": alone})
+    assert "at no state" in say.probes({"noise": alone})
     without = probes.by_layer(*planted, shuffles=0)
     assert "nan" not in say.probes({"planted": without})
 

@@ -335,7 +335,7 @@ def test_what_is_made_is_said_beforehand():
 
 def test_what_is_looked_into_is_named_or_nearest():
     files = {
-        name: SimpleNamespace(bits_per_weight=bits, name=name, size_bytes=1)
+        name: SimpleNamespace(bits_per_weight=bits, called=name, size_bytes=1)
         for name, bits in {"Q8_0": 8.5, "m": 4.8, "Q3_K_S": 3.5}.items()
     }
     for file in files.values():

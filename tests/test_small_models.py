@@ -264,7 +264,7 @@ def test_axes_that_count_have_no_ticks_between_whole_numbers(n, step):
 
 @pytest.mark.parametrize(
     "values, step",
-    [([2.0, 500.0], 1), ([0.2, 1.1, 9.0], None), ([0.99, 1.01], None), ([0.0, np.nan], None)],
+    [([2.0, 500.0], 1), ([0.2, 1.1, 9.0], "D2"), ([0.99, 1.01], None), ([0.0, np.nan], None)],
 )
 def test_a_log_axis_of_less_than_two_decades_is_labelled_between_them(values, step):
     figure = go.Figure(go.Scatter(y=values))

@@ -311,7 +311,7 @@ def test_the_same_file_twice_steers_alike(engine, tmp_path):
     pairs = table.groupby(["found_in", "steered"])["difference"].apply(list)
     assert len(pairs) == 4 and all(values == pairs.iloc[0] for values in pairs)
     said = say.across(dose.response(table), found["a"].cosine(found["b"]), ("a", "b"))
-    assert "cosine of 1.000 or more" in said.replace("\n", " ")
+    assert "cosine of at least 1.000" in said.replace("\n", " ")
     figure = figures.across(dose.summary(table), measured="lead (nats)", title="t")
     assert len(figure.data) == 8
 
@@ -453,7 +453,7 @@ def test_one_token_has_no_edge_to_cut(windowed):
     assert not found["kl"].notnull().any() and "No edge" in say.cuts(found, ["a"])
     assert "no edge could be cut" in figures.cuts(found, ["a"], title="t").to_json()
     table = knockout.whole_tokens(engine, [5], cap.attention, (5, 77), [0], [1.0], False)
-    assert say.importance(table, ["a"]) == "No token could be cut out."
+    assert say.importance(table, ["a"]) == "No token after the first could be cut out."
     assert knockout.head_or_edge(
         engine, [5, 6], engine.capture([5], "attention").attention, [(0, 0)], False
     ).empty
@@ -523,7 +523,7 @@ def test_cuts_that_change_nothing_are_no_finding():
     said = " ".join(say.cuts(xr.Dataset(flat, coords, {"lead": 1.0}), ["a", "b", "c"]).split())
     assert said.endswith("3 cuts: too few, or too alike, for a rank correlation.")
     table = pd.DataFrame({"key": [0, 1], "kl": 0.0, "attention": 0.5})
-    assert say.importance(table, ["a", "b"]) == "Cutting out any of 2 tokens changes nothing."
+    assert say.importance(table, ["a", "b"]) == "Cutting out any of 1 token after the first changes nothing."
     none = pd.DataFrame({"kl_head": [0.0], "kl_edge": [0.0]})
     assert "Zeroing any of 1 head changes nothing" in say.head_or_edge(none)
 

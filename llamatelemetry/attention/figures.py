@@ -55,14 +55,23 @@ def token_map(
 
 
 def layer_head_map(
-    values: ArrayLike, *, title: str, unit: str, zmax: float | None = None
+    values: ArrayLike,
+    *,
+    title: str,
+    unit: str,
+    zmax: float | None = None,
+    mark: float | None = None,
 ) -> go.Figure:
-    """One value per head: (layer, head) drawn with layers to the right and heads downwards."""
+    """One value per head: (layer, head) drawn with layers to the right and heads downwards; what is
+    above `mark` carries a dot."""
     values = np.asarray(values).T  # (head, layer)
     n_head, n_layer = values.shape
     look: dict[str, Any] = dict(title=title, x_title="layer", y_title="head", unit=unit, zmax=zmax)
     height = max(320, 150 + 18 * n_head)
     figure = theme.heatmap(values, range(n_layer), range(n_head), height=height, **look)
+    if mark is not None:
+        dots = np.where(values > mark, "•", "")
+        figure.update_traces(text=dots, texttemplate="%{text}", textfont_size=9)
     figure.update_xaxes(dtick=max(1, n_layer // 16))
     return figure.update_yaxes(dtick=max(1, n_head // 16))
 

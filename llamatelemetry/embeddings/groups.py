@@ -243,13 +243,16 @@ def surroundings(words: pd.DataFrame, distances: ArrayLike, neighbors: ArrayLike
     it is nearest to.
 
     words: `word_table`; distances, neighbors: (words, k) from the vocabulary, neighbours as token
-    ids. -> categories indexed by token id, ascending."""
+    ids. -> categories indexed by token id, ascending: in the order of the words' own, the largest
+    first, so that a category has one colour in all figures."""
     category = np.repeat(words.category.to_numpy(), np.shape(neighbors)[1])
     near = {"id": np.ravel(neighbors), "distance": np.ravel(distances), "category": category}
     own = {"id": words.id, "distance": -1.0, "category": words.category}  # a word keeps its own
     every = pd.concat([pd.DataFrame(own), pd.DataFrame(near)])
     every = every.sort_values(["id", "distance"], kind="stable").drop_duplicates("id")
-    return every.set_index("id").category
+    counts = words.category.value_counts()
+    order = sorted(counts.index, key=lambda name: (-counts[name], name))
+    return every.set_index("id").category.astype(pd.CategoricalDtype(order, ordered=True))
 
 
 def network(

@@ -115,7 +115,7 @@ def network(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: pd.DataFrame, leas
     said = f"{alone:,} of {len(nodes):,} tokens have no edge of cosine {least:g} or more. Of {len(edges):,}"
     said += f" edges, {inside:.0%} stay inside one category; by chance {chance:.0%}."
     hub = f"{quoted(tokens.piece[nodes.named.idxmax()])} is a near neighbour of {nodes.named.max():,} others"
-    return f"{said} {hub}, the most; {(nodes.named == 0).sum():,} tokens are of none."
+    return f"{said} {hub}, the most; {(nodes.named == 0).sum():,} are near neighbours of no other."
 
 
 @sentence
@@ -137,7 +137,7 @@ def separation(table: pd.DataFrame, what: str) -> str:
     said = f"Separation by {what} is {first:.2f} at layer 0 and largest, {best.separation:.2f}, at layer {best.name};"
     said += f" it is above 95% of shuffled labels at {len(above)} of {len(table)} layers, first at layer {above[0]}."
     near, chance = best.agreement, best.agreement_shuffled
-    return f"{said} At the largest, {near:.0%} have their nearest inside; shuffled, {chance:.0%}."
+    return f"{said} There the nearest other one has the same label for {near:.0%}; shuffled, {chance:.0%}."
 
 
 @sentence

@@ -102,6 +102,7 @@ class GGUFFile:
                 "model's GGUF, perhaps an importance matrix or an adapter. Give the model's own file."
             )
         self.name = shown(meta.get("general.name") or self.path.stem)
+        self.called = self.path.stem  # tells files of one model apart, which share a name
         file_type, self.file_type = meta.get("general.file_type"), None
         if file_type in list(LlamaFileType):
             self.file_type = re.sub("^(ALL|MOSTLY)_", "", LlamaFileType(file_type).name)

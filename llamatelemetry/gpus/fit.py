@@ -92,7 +92,7 @@ def as_type(gguf: "GGUFFile", kind: str) -> "GGUFFile":
     wide = table["shape"].map(len).gt(1).map({True: bits, False: 32})
     table["size_bytes"] = (table["n_elements"] * wide / 8).astype(int)
     before, size = (int(each["size_bytes"].sum()) for each in (gguf.tensors, table))
-    other.name, other.file_type = f"{gguf.name} as {kind}", kind
+    other.called, other.file_type = f"{gguf.called} as {kind}", kind
     other.size_bytes = gguf.size_bytes - before + size
     other.bits_per_weight = 8 * size / max(1, int(table["n_elements"].sum()))
     other.tensors = table
@@ -234,10 +234,12 @@ def fit(
         f"{memory_bytes / MIB:,.0f} MiB there"
     )
     if need <= memory_bytes:
-        return Fit(table, need, memory_bytes, True, f"{gguf.name} fits: {have}.")
+        return Fit(table, need, memory_bytes, True, f"{gguf.called} fits: {have}.")
     ways = [*ways_out(asked, lambda other: other.total() <= memory_bytes)]
     ways += _together(asked, memory_bytes)
-    return Fit(table, need, memory_bytes, False, f"{gguf.name} does not fit: {have}. {mend(ways)}")
+    return Fit(
+        table, need, memory_bytes, False, f"{gguf.called} does not fit: {have}. {mend(ways)}"
+    )
 
 
 def mend(ways):

@@ -51,7 +51,7 @@ def place(
         return Place(found.fits, None, (), found.need_bytes, found.sentence)
     asked = Asked(gguf, ctx_size, n_parallel, server, capture, True, 1.0, True)
     need, who = asked.total(), " and ".join(asked.needs())
-    said = f"{gguf.name}, {need / MIB:,.0f} MiB for the {who} at {ctx_size:,} tokens,"
+    said = f"{gguf.called}, {need / MIB:,.0f} MiB for the {who} at {ctx_size:,} tokens,"
     if dealt := _dealt(asked, cards, analytics):
         used = [(card, part) for card, (_, part) in zip(cards, dealt) if part]
         where = [f"GPU {card.index} ({part / MIB:,.0f} of {_free(card)})" for card, part in used]

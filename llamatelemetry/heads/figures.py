@@ -275,7 +275,9 @@ def side_by_side(
 def survival(comparison: pd.DataFrame, one: str, other: str, *, title: str) -> go.Figure:
     """Per behaviour: how many heads keep, lose and gain the label from one precision to the other.
     one, other: names of the files."""
+    order = {name: place for place, name in enumerate(MEASURE_COLOR)}
     part, figure = comparison.dropna(subset=["labels"]), go.Figure()
+    part = part.sort_index(key=lambda names: names.map(lambda name: order.get(name, len(order))))
     if part.empty:
         return theme.nothing(title, "no label was measured in both")
     if not part[["kept", "lost", "gained"]].to_numpy().any():

@@ -55,7 +55,7 @@ function drawMatrix(canvas, head, noSink) {
 }
 function drawProfile() {
   const rows = measures.map((m, j) => {
-    const v = m.value[chosen], [low, high] = range(m), x = t => 2 + 146 * (t - low) / (high - low || 1);
+    const v = m.value[chosen], [low, high] = range(m), x = t => 4 + 142 * (t - low) / (high - low || 1);
     const picture = svg('svg', {viewBox: '0 0 150 14', role: 'img'});
     picture.append(svg('line', {x1: 2, x2: 148, y1: 7, y2: 7, stroke: cssColor('--line')}));
     const [from, to, chance] = [m.low, m.high, m.shuffled].map(a => a && has(a[chosen]) ? a[chosen] : null);

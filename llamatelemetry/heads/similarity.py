@@ -158,7 +158,10 @@ def describe_clusters(table: pd.DataFrame) -> pd.DataFrame:
     groups = table.groupby("cluster")
     return groups.agg(
         heads=("head", "size"),
-        layers=("layer", lambda layer: f"{layer.min()} to {layer.max()}"),
+        layers=(
+            "layer",
+            lambda layer: " to ".join(sorted({str(layer.min()), str(layer.max())}, key=int)),
+        ),
         dense=("dense", lambda group: (group >= 0).mean()),
         sink=("sink", "mean"),
         local=("local", "mean"),

@@ -53,7 +53,7 @@ def sparsity(table: pd.DataFrame, *, title: str) -> go.Figure:
     figure = panels(title)
     for (column, name), color in zip(names.items(), theme.CATEGORIES):
         add_line(figure, table.index, table[column], name, color, unit=".2%")
-    share = "share (of the neurons, or of the energy)"
+    share = "share of neurons, or of squares"
     return name_axes(figure, "layer", share, table.index, rangemode="tozero", tickformat=".0%")
 
 
@@ -110,7 +110,7 @@ def lens(data: xr.Dataset, position: int, *, title: str) -> go.Figure:
     """Rank and probability of the answer, entropy, and KL to the output, by state. data:
     lens.lens."""
     labels = {
-        "rank": "rank + 1 (log)",  # a log axis has no 0: rank counts from 1 there
+        "rank": "rank (1: best, log)",  # counted from 1: a log axis has no 0
         "probability": "probability",
         "entropy": "entropy (nats)",
         "kl": "KL to output (nats)",
@@ -147,6 +147,7 @@ def best_tokens(
     hover = [[ranking(*cell) for cell in zip(*row)] for row in zip(names, shares)]
     labels = token_labels(pieces, positions)
     axis, height = "token that is read", 140 + 19 * len(names)
+    axis += f" (the last {last} of {data.sizes['token']})" if data.sizes["token"] > last else ""
     look: dict[str, Any] = dict(x_title=axis, y_title=ROWS, unit="probability", zmax=1)
     depth = list(map(str, states))
     figure = theme.heatmap(shares[..., 0], labels, depth, title=title, height=height, **look)
@@ -195,7 +196,7 @@ def importance(table: pd.DataFrame, *, title: str) -> go.Figure:
     add_bars(figure, layers, table["influence"], "Block Influence", GREY)
     for part in ("attention", "ffn", "both"):
         add_line(figure, layers, table[part], f"without {part}", PARTS[part], unit="+.4f", row=2)
-    name_axes(figure, None, "1 - cosine", layers)
+    name_axes(figure, None, "influence (1 - cosine)", layers)
     return name_axes(figure, "layer", "rise of the loss (nats per token)", layers, row=2)
 
 

@@ -104,8 +104,8 @@ def lens(data: xr.Dataset, position: int, vocabulary: Sequence) -> str:
     (answer,) = named(vocabulary, [int(one["top"][-1, 0])])
     states, rank, p = (one[name].values for name in ("layer", "rank", "probability"))
     first = f"first at state {states[rank.argmin()]}" if rank.min() == 0 else "nowhere"
-    return f"""The answer {quoted(answer)} has rank {rank[0]} (0: best) at the embedding and is the lens's best token
-        {first}. It has half of its final probability ({p[-1]:.3f}) at state {states[(p >= p[-1] / 2).argmax()]}."""
+    return f"""The answer {quoted(answer)} has rank {rank[0] + 1} (1: best) at the embedding, is the lens's best token
+        {first} and has half of its final probability ({p[-1]:.3f}) at state {states[(p >= p[-1] / 2).argmax()]}."""
 
 
 @sentence

@@ -10,7 +10,7 @@ from ..views.panels import add_line, name_axes, panels
 from ..views.text import plotly
 from ..views.theme import CATEGORIES, COLOR
 
-LAYERS = "layer (0 is the embedding)"
+STATE = "state (0: embedding, l: after layer l - 1)"
 
 
 def _band(figure, table, name, color, col=1):
@@ -35,20 +35,24 @@ def probes(tables: Mapping[str, pd.DataFrame], *, title: str) -> go.Figure:
         add_line(figure, table.index, table["accuracy"], name, **shared)
         called = f"{name}, labels shuffled"
         add_line(figure, table.index, table["shuffled_high"], called, dash="dot", **shared)
-    name_axes(figure, LAYERS, "accuracy on unseen groups", table.index, tickformat=".0%")
+    name_axes(figure, STATE, "accuracy on unseen groups", table.index, tickformat=".0%")
     return figure
 
 
-def across(table: pd.DataFrame, *, title: str) -> go.Figure:
+def across(
+    table: pd.DataFrame, *, title: str, colors: Mapping[str, str] | None = None
+) -> go.Figure:
     """Left, accuracy of each file's own probes with their intervals; right, of the first file's
-    probes on every file's states. table: DataFrame of `probes.across`. Dotted: the share of the
-    commonest label."""
-    titles = ("a probe of each file", "the first file's probe on all")
+    probes on every file's states. table: DataFrame of `probes.across`; colors: of the files, None
+    for colours by place. Dotted: the share of the commonest label."""
+    files = table.index.unique("file")
+    colors = dict(zip(files, CATEGORIES)) if colors is None else colors
+    titles = ("a probe of each file", plotly(f"the probe of {files[0]} on all"))
     figure = panels(
         title, cols=2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06
     )
-    for (name, part), color in zip(table.groupby(level="file", sort=False), CATEGORIES):
-        part = part.droplevel("file")
+    for name, part in table.groupby(level="file", sort=False):
+        part, color = part.droplevel("file"), colors[name]
         _band(figure, part, name, color)
         shared: dict[str, Any] = dict(color=color, unit=".1%", legendgroup=plotly(name))
         add_line(figure, part.index, part["accuracy"], name, **shared)
@@ -61,6 +65,8 @@ def across(table: pd.DataFrame, *, title: str) -> go.Figure:
             col=col,
         )
         y_title = "accuracy on unseen groups" if col == 1 else None
-        name_axes(figure, LAYERS, y_title, part.index, col=col, tickformat=".0%")
+        name_axes(figure, STATE, y_title, part.index, col=col, tickformat=".0%")
     below = dict(orientation="h", x=0, xanchor="left", y=-0.25, yanchor="top")
-    return figure.update_layout(legend=below)
+    return figure.update_layout(
+        legend=below, margin_t=110
+    )  # room for two lines and the panels' titles

@@ -9,15 +9,15 @@ from ..views.sentences import counted, listed, sentence
 
 
 def _best(name, accuracy):
-    """(the first layer of the largest accuracy, "NAME is read ...")."""
-    layers = accuracy.index[accuracy == accuracy.max()].tolist()
+    """(the first state of the largest accuracy, "NAME is read ...")."""
+    states = accuracy.index[accuracy == accuracy.max()].tolist()
     if len(accuracy) == 1:
-        return layers[0], f"{name} is read at layer {layers[0]}"
-    if len(layers) == 1:
-        return layers[0], f"{name} is read best at layer {layers[0]}"
-    if len(layers) == len(accuracy):
-        return layers[0], f"{name} is read alike at all {len(layers)} layers"
-    return layers[0], f"{name} is read best at {len(layers)} layers, first at layer {layers[0]}"
+        return states[0], f"{name} is read at state {states[0]}"
+    if len(states) == 1:
+        return states[0], f"{name} is read best at state {states[0]}"
+    if len(states) == len(accuracy):
+        return states[0], f"{name} is read alike at all {len(states)} states"
+    return states[0], f"{name} is read best at {len(states)} states, first at state {states[0]}"
 
 
 def _one(name, table):
@@ -30,10 +30,10 @@ def _one(name, table):
         controls = f"with shuffled labels at most {row.shuffled_high:.0%}, {controls}"
     clear = table.index[table["low"] > above]
     if not len(clear):
-        return f"{said}, {controls}; at no layer is the interval above these"
+        return f"{said}, {controls}; at no state is the interval above these"
     return (
         f"{said}, {controls}; the interval is above these at {len(clear)} of "
-        f"{counted(len(table), 'layer')}, first at layer {clear[0]}"
+        f"{counted(len(table), 'state')}, first at state {clear[0]}"
     )
 
 
@@ -60,9 +60,9 @@ def across(table: pd.DataFrame) -> str:
     for name in files[1:]:
         row = table.loc[(name, best)]
         ends = f"{100 * row.lost_low:+.1f} to {100 * row.lost_high:+.1f}"
-        sure = "" if row.lost_low > 0 or row.lost_high < 0 else ", which 0 lies in"
+        sure = "" if row.lost_low > 0 or row.lost_high < 0 else ", not told from 0"
         facts.append(
-            f"At layer {best} {name} has {row.accuracy:.0%} ({100 * row.lost:+.1f} points lost, {ends}{sure}); "
-            f"the probe of {files[0]} reads {row.moved:.0%} of it."
+            f"At state {best} a probe of {name} has {row.accuracy:.0%} ({100 * row.lost:+.1f} points lost, {ends}{sure}); "
+            f"that of {files[0]} has {row.moved:.0%} on the states of {name}."
         )
     return " ".join([said, *facts])

@@ -1,6 +1,6 @@
 """Figures of notebook 16 on what to take: tasks, texts, and mixtures of a given size."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -128,11 +128,18 @@ def group_costs(table: pd.DataFrame, *, title: str) -> go.Figure:
     return decades(figure).update_yaxes(title=axis)
 
 
-def sizes(measured: pd.DataFrame, expected: Mapping[int, float], *, title: str) -> go.Figure:
+def sizes(
+    measured: pd.DataFrame,
+    expected: Mapping[int, float],
+    *,
+    files: Iterable[str] = (),
+    title: str,
+) -> go.Figure:
     """Mean KL divergence by size of files, measured, and what the best mixture of each size is
     expected to have if costs add up.
 
-    measured: rows of a Comparison, with kld_mean_low and kld_mean_high; expected: {bytes: nats}."""
+    measured: rows of a Comparison, with kld_mean_low and kld_mean_high; expected: {bytes: nats};
+    files: names whose colours come first, so that a file has the one it has elsewhere."""
     drawn = measured.dropna(subset="kld_mean")
     if drawn.empty:
         return theme.nothing(title, "no file was measured")
@@ -145,7 +152,7 @@ def sizes(measured: pd.DataFrame, expected: Mapping[int, float], *, title: str) 
         line=dict(color=theme.COLOR["baseline"], dash="dot", shape="hv"),
         hovertemplate="%{x:.1f} MB: %{y:.4g} nats<extra>expected</extra>",
     )
-    color = colors(drawn.index)
+    color = colors(dict.fromkeys([*files, *drawn.index]))
     for name, row in drawn.iterrows():
         mean, ends = row["kld_mean"], (row["kld_mean_low"], row["kld_mean_high"])
         low, high = (mean if np.isnan(end) else end for end in ends)

@@ -48,7 +48,12 @@ def by_text(pairs: pd.DataFrame, tau: pd.DataFrame) -> str:
         return "One file alone has no order."
     values = tau.to_numpy()[np.triu_indices(len(tau), 1)]
     known = values[np.isfinite(values)]
-    span = f"from {known.min():.2f} to {known.max():.2f}" if len(known) else "not to be had"
+    ends = (
+        list(dict.fromkeys(f"{end:.2f}" for end in (known.min(), known.max())))
+        if len(known)
+        else []
+    )
+    span = " to ".join(ends) or "not to be had"
     texts = [name for name in pairs if name != "depends"]
     told = int((pairs[texts] != "cannot be told").all(axis=1).sum())
     turned = [f"{a} and {b}" for (a, b), row in pairs.iterrows() if row["depends"]]

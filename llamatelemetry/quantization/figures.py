@@ -123,7 +123,8 @@ def _menu(figure, names, shown):
         buttons.append(dict(label=plotly(name), method="update", args=[visible]))
     menu = dict(buttons=buttons, x=0, xanchor="left", y=1, yanchor="bottom", pad=dict(b=8))
     menu["active"] = names.index(shown)
-    return figure.update_layout(updatemenus=[menu], margin_t=110)
+    above = dict(y=1, yanchor="top", pad_t=14)  # over the menu, also in two lines
+    return figure.update_layout(updatemenus=[menu], margin_t=110, title=above)
 
 
 def drift(tables: Tables, *, title: str) -> go.Figure:

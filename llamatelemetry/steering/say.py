@@ -51,7 +51,7 @@ def dose(response: pd.DataFrame, price: pd.DataFrame, more: Sequence, less: Sequ
         facts.append(apart if known else "one prompt alone has no interval")
     cost = price[price["direction"] == "found"].set_index("strength")["mean"]
     side = listed(f"{cost[end]:.2f}" for end in ends)
-    return f"{', '.join(facts)}. The neutral text's perplexity is then {side} times as large."
+    return f"{'; '.join(facts)}. The neutral text's perplexity is then {side} times as large."
 
 
 def _words(words):
@@ -78,7 +78,7 @@ def across(slopes: pd.DataFrame, cosine: xr.DataArray, names: Sequence[str]) -> 
     low = float(cosine.min())
     return (
         f"In {other} the direction found in {own} moves the lead by {steers} of its own; the other "
-        f"way round {back}. The two directions have a cosine of {low:.3f} or more in every layer."
+        f"way round {back}. The two directions have a cosine of at least {low:.3f} in every state."
         if np.isfinite(low)
         else f"In {other} the direction found in {own} moves the lead by {steers} of its own."
     )
@@ -107,11 +107,11 @@ def cuts(cuts: xr.Dataset, pieces: Sequence) -> str:
 
 @sentence
 def importance(table: pd.DataFrame, pieces: Sequence) -> str:
-    known = table.dropna(subset="kl")
+    known = table[table["key"] > 0].dropna(subset="kl")  # those that the figure shows
     if known.empty:
-        return "No token could be cut out."
+        return "No token after the first could be cut out."
     if not known["kl"].max() > 0:
-        return f"Cutting out any of {counted(len(known), 'token')} changes nothing."
+        return f"Cutting out any of {counted(len(known), 'token')} after the first changes nothing."
     top = known.sort_values("kl", ascending=False).iloc[0]
     heavy = known.sort_values("attention", ascending=False).iloc[0]
     rho = {name: table.attrs[name] for name in ("attention", "rollout")}
@@ -121,8 +121,9 @@ def importance(table: pd.DataFrame, pieces: Sequence) -> str:
     named = [f"{int(one['key'])} {quoted(pieces[int(one['key'])])}" for one in (top, heavy)]
     same = "the same" if named[0] == named[1] else named[1]
     return (
-        f"Cutting out {named[0]} changes the prediction most (KL {top['kl']:.2f} nats); the heaviest in "
-        f"attention is {same}. Rank correlation of the cuts, the first token apart, with {said}."
+        f"Of the tokens after the first, cutting out {named[0]} changes the prediction most "
+        f"(KL {top['kl']:.2f} nats); the heaviest in attention is {same}. Rank correlation of the "
+        f"cuts with {said}."
     )
 
 

@@ -21,12 +21,14 @@ def is_numbers(values: pd.Series) -> bool:
 
 
 def categories(values: ArrayLike) -> tuple[list[str], NDArray[np.int32]]:
-    """(names, codes): the categories of a column, most frequent first, and each row's number, -1
-    where empty."""
+    """(names, codes): the categories of a column, most frequent first or in the order of an ordered
+    categorical, and each row's number, -1 where empty."""
     values = pd.Series(values).reset_index(drop=True)
     text = values.astype(object).map(str, na_action="ignore")
     counts = text.value_counts(sort=False)
     names = sorted(counts.index, key=lambda name: (-counts[name], name))
+    if isinstance(values.dtype, pd.CategoricalDtype) and values.dtype.ordered:
+        names = [name for name in map(str, values.dtype.categories) if name in counts]
     return names, pd.Index(names).get_indexer(text).astype(np.int32)
 
 
@@ -49,6 +51,13 @@ def _encode(values: pd.Series | None) -> dict | None:
         }
     names, codes = categories(values)
     return {"name": str(values.name), "names": [seen(name) for name in names], "codes": pack(codes)}
+
+
+def _as_kind(values):
+    """A column as categories whatever it holds; an ordered categorical keeps its order."""
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        return values
+    return values.astype(object).map(str, na_action="ignore")
 
 
 def _cell(value: object) -> str | None:
@@ -127,7 +136,7 @@ def graph_page(
         "weightName": str(getattr(weight, "name", None) or "weight"),
         "labels": labels,
         "color": _encode(color),
-        "kind": None if kind is None else _encode(kind.astype(object).map(str, na_action="ignore")),
+        "kind": None if kind is None else _encode(_as_kind(kind)),
         "size": _encode(size),
         "edgeColor": _encode(edge_color),
         "edgeLabels": edge_labels,

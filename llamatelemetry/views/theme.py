@@ -258,13 +258,15 @@ def whole(labels: Sequence | np.ndarray) -> dict:
 
 def decades(figure: go.Figure, axis: str = "y", **where: int) -> go.Figure:
     """Make an axis logarithmic, for the positive values drawn on it. Powers of ten are labelled
-    where there are two of them, and else what Plotly finds between: powers alone would leave a
-    narrow axis bare. where: row, col."""
+    where there are two of them, and else 1, 2 and 5 of each, or what Plotly finds between: powers
+    alone would leave a narrow axis bare. where: row, col."""
     drawn = [np.asarray(trace[axis], float) for trace in figure.select_traces(**where)]
     values = np.concatenate([np.empty(0), *drawn])
     ends = np.log10(values[np.isfinite(values) & (values > 0)])
     two = len(ends) and np.floor(ends.max()) > np.ceil(ends.min())
     update = figure.update_yaxes if axis == "y" else figure.update_xaxes
+    if len(ends) and not two and np.ptp(ends) > 0.7:
+        return update(type="log", dtick="D2", tickformat="~g", **where)
     return update(type="log", dtick=1 if two else None, exponentformat="power", **where)
 
 
