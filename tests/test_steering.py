@@ -476,7 +476,7 @@ def dosed(strengths, n_prompts=3, n_random=2):
     [
         ((1.0, 2.0), "+0.11 nats at strength 1 and +0.21 nats at strength 2"),
         ((-2.0, -1.0), "-0.19 nats at strength -2 and -0.09 nats at strength -1"),
-        ((4.0,), "+0.41 nats at strength 4, with random directions of its length by +0.04, the two intervals "
+        ((4.0,), "+0.41 nats at strength 4; with random directions of its length by +0.04; the two intervals "
          "part at 1 of 1 strength"),
         ((0.0,), "Only strength 0 was tried"),
     ],
@@ -523,7 +523,10 @@ def test_cuts_that_change_nothing_are_no_finding():
     said = " ".join(say.cuts(xr.Dataset(flat, coords, {"lead": 1.0}), ["a", "b", "c"]).split())
     assert said.endswith("3 cuts: too few, or too alike, for a rank correlation.")
     table = pd.DataFrame({"key": [0, 1], "kl": 0.0, "attention": 0.5})
-    assert say.importance(table, ["a", "b"]) == "Cutting out any of 1 token after the first changes nothing."
+    assert (
+        say.importance(table, ["a", "b"])
+        == "Cutting out any of 1 token after the first changes nothing."
+    )
     none = pd.DataFrame({"kl_head": [0.0], "kl_edge": [0.0]})
     assert "Zeroing any of 1 head changes nothing" in say.head_or_edge(none)
 

@@ -62,7 +62,8 @@ def across(table: pd.DataFrame) -> str:
         ends = f"{100 * row.lost_low:+.1f} to {100 * row.lost_high:+.1f}"
         sure = "" if row.lost_low > 0 or row.lost_high < 0 else ", not told from 0"
         facts.append(
-            f"At state {best} a probe of {name} has {row.accuracy:.0%} ({100 * row.lost:+.1f} points lost, {ends}{sure}); "
+            f"At state {best} a probe of {name} has {row.accuracy:.0%} ({100 * row.lost:+.1f} points lost, "
+            f"{ends}{sure}); "
             f"that of {files[0]} has {row.moved:.0%} on the states of {name}."
         )
     return " ".join([said, *facts])
