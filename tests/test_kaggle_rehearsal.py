@@ -29,13 +29,16 @@ NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 TOKEN = "hf_rehearsal_4711"
 SMALL = {  # parameters that only make a notebook shorter
     "13": {"SAMPLE": 400},
-    "14": {"TEXT_TOKENS": 12, "PATCH_EVERY": 10, "PROBE_TEXTS": 40},
-    "15": {"ABLATION_SECONDS": 5},
+    "14": {"TEXT_TOKENS": 8, "PATCH_EVERY": 15, "PROBE_TEXTS": 24, "GENERATE": 8},
+    "15": {"ABLATION_SECONDS": 2, "MAX_TOKENS": 32},
     "16": {
         "QUANTIZATIONS": ["Q8_0", "Q4_K_M"],
-        "WINDOWS": 1,
-        "N_CTX": 128,
+        "WINDOWS": 2,
+        "N_CTX": 64,
         "PROMPT": "The whaler Essex left Nantucket in August.",
+        "N_TASKS": 6,
+        "COST_SECONDS": 10,
+        "CACHE_TYPES": ["q8_0/q8_0"],
     },
 }
 
