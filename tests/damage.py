@@ -6,6 +6,7 @@ a user would, and counts what came of them. Sound is "works" or "typed", an erro
 else is a finding, and its file is kept: "untyped", "crash" (the process ended), "hang" (no answer
 in SECONDS), "memory" (more than LIMIT)."""
 
+import copy
 import json
 import math
 import os
@@ -209,6 +210,7 @@ def strategies():
     leaf = st.none() | st.booleans() | st.integers(-3, 2**40) | st.floats() | st.text(max_size=3)
     json_value = leaf | st.lists(leaf, max_size=3) | st.dictionaries(st.text(max_size=3), leaf)
     json_value |= st.just(["nested"]) | st.just({"hex": "zz"}) | st.just("\ud83d")
+    json_value = json_value.map(copy.deepcopy)  # what was put in may be changed by the next change
 
     @st.composite
     def saved(draw, raw):
