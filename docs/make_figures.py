@@ -12,6 +12,8 @@ import json
 import shutil
 from pathlib import Path
 
+from llamatelemetry.files.outputs import written
+
 HERE = Path(__file__).parent
 LIMIT = 300_000  # bytes per picture
 # name, title, notebook, what the source of its cell holds, height of the picture, what the caption
@@ -136,18 +138,20 @@ def main():
             box = figure.bounding_box()
             clip = box | {"height": min(box["height"], height)}
             target = HERE / "figures" / f"{name}.png"
-            page.screenshot(path=target, clip=clip, full_page=False)
-            size = target.stat().st_size
+            picture = page.screenshot(clip=clip, full_page=False)
+            size = len(picture)
             print(f"{target}: {clip['width']:.0f} x {clip['height']:.0f}, {size / 1000:,.0f} kB")
             if size > LIMIT:
                 raise SystemExit(
                     f"{target} has {size:,} bytes, {LIMIT:,} are allowed: lower its height above"
                 )
+            with written(target) as temporary:
+                temporary.write_bytes(picture)
             page.close()
         browser.close()
-    (HERE / "figures" / "captions.json").write_text(
-        json.dumps(captions, indent=1, ensure_ascii=False) + "\n"
-    )
+    words = json.dumps(captions, indent=1, ensure_ascii=False) + "\n"
+    with written(HERE / "figures" / "captions.json") as temporary:
+        temporary.write_text(words)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,18 @@ def patience(files: Iterable[str | os.PathLike], tokens: int, context: int, gpu:
     """Seconds of computing that one step of a working process may take without a sign: to load
     these files, or to decode `tokens` at once with `context` before them. Two operations per weight
     and token, a weight being half a byte at least, and attention besides."""
-    size = sum(Path(file).stat().st_size for file in files if Path(file).is_file())
+    size = size_of(files)
     work = 4 * size * tokens * (1 + context / 3000)
     return (COMPILING if gpu else LOOP) + size / LOADED + work / COMPUTED
+
+
+def size_of(files: Iterable[str | os.PathLike]) -> int:
+    """Bytes of some files, of which one may have gone in this moment."""
+    size = 0
+    for file in files:
+        with contextlib.suppress(OSError):
+            size += os.stat(file).st_size
+    return size
 
 
 class Watch:

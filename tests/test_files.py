@@ -2,6 +2,9 @@
 what a path."""
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from llamatelemetry.convert.importance import imatrix
 from llamatelemetry.convert.quantize import quantize
 from llamatelemetry.errors import CompareError, OutputError, QuantizeError, shown
 from llamatelemetry.files.outputs import labels, refuse_overwriting, written
+from llamatelemetry.files.scratch import sweep
 from llamatelemetry.kaggle import stage
 from llamatelemetry.kaggle.push import StageError
 from llamatelemetry.tools.notebooks import run_notebook
@@ -266,7 +270,7 @@ def test_staging_removes_nothing_that_it_did_not_write(tmp_path):
     mine.parent.mkdir()
     mine.write_bytes(b"GGUF")
     with pytest.raises(StageError, match="was not staged and would be emptied"):
-        stage._fresh(tmp_path / "models")
+        stage._placed(tmp_path / "new", tmp_path / "models")
     with pytest.raises(StageError, match="lies where staged folders are made afresh"):
         stage._check_inputs(tmp_path, [mine], [])
     other = tmp_path / "other" / "mine.gguf"
@@ -276,7 +280,33 @@ def test_staging_removes_nothing_that_it_did_not_write(tmp_path):
         stage._check_inputs(tmp_path / "staged", [mine, other], [])
     stage._check_inputs(tmp_path / "staged", [mine, mine], [])
     (mine.parent / stage.DATASET).write_text("{}")
-    assert list(stage._fresh(tmp_path / "models").iterdir()) == []
+    (tmp_path / "new").mkdir()
+    made = stage._placed(tmp_path / "new", tmp_path / "models")
+    assert made == tmp_path / "models" and list(made.iterdir()) == []
+
+
+def test_a_folder_that_is_staged_is_there_when_it_is_whole(tmp_path, monkeypatch):
+    """And what was staged before stays until then; of a killed process nothing is left."""
+    with pytest.raises(RuntimeError), stage._half(tmp_path) as half:
+        (half / "wheels").mkdir()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    script = (
+        "import os, signal\nfrom pathlib import Path\nfrom llamatelemetry.kaggle import stage\n"
+        f"with stage._half(Path({str(tmp_path)!r})) as half:\n"
+        "    (half / 'wheels').mkdir()\n    (half / 'wheels' / 'x.whl').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script])
+    deadline = time.monotonic() + 20
+    while list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.iterdir()) == []
+    late = "from llamatelemetry.files import scratch; scratch._AFTER = ''"  # its shell was ended
+    subprocess.run([sys.executable, "-c", f"{late}\n{script}"])
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    sweep()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_notebook_is_not_executed_onto_itself(tmp_path):

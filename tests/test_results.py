@@ -114,7 +114,7 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refused)
     for ask, error in (
         (lambda: results.save(tmp_path / "x" / "r.txt", "a"), OutputError),
-        (lambda: stage._fresh(tmp_path / "y"), StageError),
+        (lambda: stage._half(tmp_path / "y").__enter__(), StageError),
         (lambda: push.State(tmp_path / "z" / "push.json").put("a", "b", 1, "sent"), StageError),
     ):
         with pytest.raises(error, match="Read-only file system") as said:

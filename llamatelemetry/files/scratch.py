@@ -21,7 +21,7 @@ _PREFIX = "llamatelemetry-scratch-"
 _AFTER = """
 exec >/dev/null 2>&1
 while read -r _; do :; done
-for half in "$0"/.*.partial; do [ -L "$half" ] && rm -f "$(readlink "$half")"; done
+for half in "$0"/.*.partial; do [ -L "$half" ] && rm -rf "$(readlink "$half")"; done
 rm -rf "$0"; sleep 1; rm -rf "$0"  # others of that process may have been writing still
 """
 _mine: "Folder | None" = None
@@ -102,7 +102,8 @@ def sweep() -> None:
             if gone(folder.name) and folder.stat().st_uid == os.getuid():
                 for link in folder.glob("*.partial"):
                     if link.is_symlink() and os.readlink(link).endswith(link.name):
-                        Path(os.readlink(link)).unlink(missing_ok=True)
+                        half = Path(os.readlink(link))
+                        shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         # One of ours goes when its parent does, but not while a signal has stopped it.

@@ -8,14 +8,17 @@ internet is on."""
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import StageError
 from ..files.outputs import folder_of, written
+from ..files.scratch import borrowed
 from ..tools.pip import pip
 from .cells import write_setup_cell
 from .rules import DATASET, KERNEL, check
@@ -59,16 +62,51 @@ def stage(
         out, templates, ["wheels", *["engine"] * (not engine), *["models"] * bool(models), *stems]
     )
     _check_inputs(out, models, engine)
+    with _half(out) as half:
+        made = _make(user, half, checkout, models, engine, stems, progress)
+        # Only now, when all of them are whole, do they take the place of those staged before
+        return {name: _placed(folder, out / name) for name, folder in made.items()}
+
+
+@contextmanager
+def _half(out):
+    """A folder in `out` to make the folders in; gone at the end, and where this process is
+    killed."""
+    half = folder_of(out, StageError) / f".{secrets.token_hex(8)}.partial"
+    with borrowed() as scratch:
+        (link := scratch / half.name).symlink_to(half)
+        try:
+            yield folder_of(half, StageError)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
+            link.unlink()
+
+
+def _placed(folder, target):
+    """A made folder in its place, where one may be that was staged before."""
+    if not _may_go(target):
+        raise StageError(
+            f"{target} was not staged and would be emptied: give another --out, or remove it."
+        )
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        return folder.rename(target)
+    except OSError as trouble:
+        raise StageError(f"Could not write {target}: {trouble.strerror}.") from trouble
+
+
+def _make(user, out, checkout, models, engine, stems, progress):
+    templates = checkout / "kaggle"
     made = {"wheels": _wheels(templates, out / "wheels", user, checkout, engine, progress)}
     if not engine:
-        made["engine"] = _fresh(out / "engine")
+        made["engine"] = folder_of(out / "engine", StageError)
         _copy(templates / "engine" / "build_engine.py", made["engine"])
         _write(made["engine"] / KERNEL, templates / "engine" / KERNEL, user)
     if models:
         made["models"] = _models(templates, out / "models", user, models)
     wheel = next(made["wheels"].glob("llamatelemetry-*.whl"))
     for stem in stems:
-        folder = made[stem] = _fresh(out / stem)
+        folder = made[stem] = folder_of(out / stem, StageError)
         _copy(checkout / "notebooks" / f"{stem}.ipynb", folder)
         meta = _write(folder / KERNEL, templates / "notebook.json", user)
         meta |= {"id": f"{user}/{stem}", "title": title_of(stem), "code_file": f"{stem}.ipynb"}
@@ -135,17 +173,6 @@ def title_of(stem: str) -> str:
     return " ".join("GGUF" if word == "gguf" else word.capitalize() for word in stem.split("-"))
 
 
-def _fresh(folder):
-    """An empty folder in the place of one that was staged before; StageError where it is anything
-    else."""
-    if not _may_go(folder):
-        raise StageError(
-            f"{folder} was not staged and would be emptied: give another --out, or remove it."
-        )
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder_of(folder, StageError)
-
-
 def _write(target, template, user):
     meta = json.loads(template.read_text().replace("OWNER", user))
     _put(target, meta)
@@ -171,10 +198,10 @@ def _pip(*arguments, **variables):
 def _wheels(templates, folder, user, checkout, engine, progress):
     from tqdm.auto import tqdm
 
-    _fresh(folder)
+    folder_of(folder, StageError)
     _write(folder / DATASET, templates / "wheels" / DATASET, user)
     # Setuptools leaves its build folder beside the sources
-    with tempfile.TemporaryDirectory() as scratch:
+    with borrowed() as place, tempfile.TemporaryDirectory(dir=place) as scratch:
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy2(checkout / name, Path(scratch) / name)
         package, compiled = "llamatelemetry", shutil.ignore_patterns("__pycache__")
@@ -206,7 +233,7 @@ def _models(templates, folder, user, models):
     from ..files.outputs import split_parts
     from ..gpus.fit import fit
 
-    _fresh(folder)
+    folder_of(folder, StageError)
     _write(folder / DATASET, templates / "models" / DATASET, user)
     for model in dict.fromkeys(models):
         path = resolve_model(model)

@@ -19,7 +19,7 @@ from ..files.programs import ENGINE_MEND, find_server
 from ..files.scratch import Folder
 from ..gpus import devices
 from ..gpus.cores import physical_cores
-from ..liveness import Watch, kill, patience
+from ..liveness import Watch, kill, patience, size_of
 from ..options import environment, flags, pooling_of
 from ..secrecy import keep
 from .failures import death
@@ -166,7 +166,7 @@ class ServerProcess:
     def _wait_until_ready(self, port, timeout, silent):
         from tqdm.auto import tqdm
 
-        size = self.model_path.stat().st_size / 1e9
+        size = size_of(split_parts(self.model_path)) / 1e9
         what = f"llama-server loads {shown(self.model_path.name)} ({size:.2g} GB)"
         # Nothing is drawn in the first second: small models are there by then.
         bar = tqdm(desc=what, delay=1, disable=silent, bar_format="{desc}: {elapsed}", leave=False)

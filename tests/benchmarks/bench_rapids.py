@@ -21,6 +21,7 @@ from common import hardware, same_machine
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from llamatelemetry.backend import get_backend  # noqa: E402
 from llamatelemetry.errors import GpuError  # noqa: E402
+from llamatelemetry.results import save  # noqa: E402
 
 K, CLUSTERS, SAMPLE, GRAPH_NODES = 10, 50, 5000, 5000
 
@@ -192,8 +193,8 @@ def main():
         cells = [f"{row[name]:.2f}" if name in row else "-" for name in ("cpu", "gpu", "ratio")]
         said = row.get("failed", row.get("agreement", ""))
         print(f"{task:44} {cells[0]:>9} {cells[1]:>9} {cells[2]:>7}  {said}", flush=True)
-        path.write_text(
-            json.dumps(report, indent=1)
+        save(
+            path, json.dumps(report, indent=1)
         )  # after every task: a run that is cut off keeps what it has
     print(f"\nwritten to {path.name}")
     failed = [task for task, row in report["tasks"].items() if "failed" in row]

@@ -41,6 +41,7 @@ def settled(before):
 
 def notebooks(options):
     """Notebooks 12 and 13 with RAPIDS: the peak memory of each process on each GPU."""
+    from llamatelemetry.results import save
     from llamatelemetry.tools.notebooks import find, run_notebook
 
     rows = []
@@ -65,8 +66,9 @@ def notebooks(options):
             }
         )
         name = f"two_gpus_{path.stem[:2]}.json"
-        (options.results.parent / name).write_text(
-            json.dumps(watch.samples).replace("}, ", "},\n") + "\n"
+        save(
+            options.results.parent / name,
+            json.dumps(watch.samples).replace("}, ", "},\n") + "\n",
         )
     return rows
 

@@ -89,6 +89,8 @@ def report(name, rows, out=None):
     """Print rows (list of dicts) as a table under the hardware, and store both as JSON."""
     import pandas as pd
 
+    from llamatelemetry.results import save
+
     facts = hardware()
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), file=sys.stderr)
     if (
@@ -103,10 +105,8 @@ def report(name, rows, out=None):
     else:
         print(pd.DataFrame(rows).to_string(index=False))
     path = Path(out) if out else RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"benchmark": name, "hardware": facts, "rows": rows}, indent=1) + "\n"
-    )
+    stored = {"benchmark": name, "hardware": facts, "rows": rows}
+    save(path, json.dumps(stored, indent=1) + "\n")
     print(f"stored in {path}", file=sys.stderr)
 
 
