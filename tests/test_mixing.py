@@ -71,6 +71,11 @@ def test_what_cannot_be_mixed_is_said(made, tmp_path):
             mix(focus, source, dst, types, progress=False, **options)
 
     refused({"attn_q": "Q9"}, "'Q9' is no type")
+    for kind in ("I8", "F64", "Q8_K"):  # ggml would end the process
+        refused({"attn_q": kind}, f"'{kind}' is no type")
+        with pytest.raises(QuantizeError, match="no weights of type"):
+            chunk(np.ones((1, 256), np.float32), tensor_type(gguf.GGMLQuantizationType[kind].value))
+    refused({"(": "Q4_0"}, "no regular expression")
     refused({"attn_q": "IQ2_XXS"}, "attn_q.weight cannot be made IQ2_XXS: .*importance matrix")
     refused({"attn_q": "Q5_K"}, "an importance matrix changes Q5_K", imatrix="x.gguf")
     refused({"attn_norm": "Q8_0"}, "vectors stay")

@@ -57,6 +57,24 @@ def test_the_choice_is_the_best_of_all(seed):
         least(costs, sizes.min() - 1)
 
 
+def test_a_cost_that_was_not_measured_is_no_cost():
+    costs = table(0)
+    costs.loc[3, "cost"] = np.nan
+    with pytest.raises(QuantizeError, match="no number"):
+        least(costs, 1e9)
+
+
+@pytest.mark.parametrize("kind", ["I8", "F64", "Q8_K", "Q8_1", "Q9", "q4_k"])
+def test_a_type_that_weights_never_have_is_named_before_anything_is_made(kind, tmp_path):
+    """ggml would end the process."""
+    path = tiny_model("llama", tmp_path)
+    with pytest.raises(QuantizeError, match="no type of a tensor"):
+        mixture.group_costs(path, tmp_path, TEXT, types=["Q4_0", kind])
+    with pytest.raises(QuantizeError, match="types is empty"):
+        mixture.group_costs(path, tmp_path, TEXT, types=[])
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_control_is_as_large_and_another():
     costs = table(0)
     best = least(costs, 20_000)

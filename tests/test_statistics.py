@@ -19,6 +19,34 @@ TEXT = (
 COLUMNS = "sum min max mean std active n entropy entropy_share zd cosine".split()
 
 
+def matrix_of(path, values, count=1.0, names=("blk.0.attn_q.weight",)):
+    writer = gguf.GGUFWriter(path, "")
+    for name in names:
+        writer.add_tensor(f"{name}.in_sum2", np.array([values], np.float32))
+        writer.add_tensor(f"{name}.counts", np.array([[count]], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_no_activation_has_no_shares_and_no_direction(tmp_path):
+    names = ("blk.0.attn_q.weight", "blk.1.attn_q.weight")
+    with np.errstate(all="raise"):
+        table = statistics(matrix_of(tmp_path / "x.gguf", [0.0, 0.0], names=names))
+    assert table["sum"].tolist() == [0, 0] and table["entropy_share"].isna().all()
+    assert table["cosine"][names[0]] == 0 and np.isnan(table["cosine"][names[1]])
+
+
+@pytest.mark.parametrize(
+    "values, count, says", [([1.0, np.nan], 1.0, "no numbers"), ([1.0, 1.0], 0.0, "from no text")]
+)
+def test_what_says_nothing_is_refused(values, count, says, tmp_path):
+    with pytest.raises(QuantizeError, match=says):
+        statistics(matrix_of(tmp_path / "x.gguf", values, count))
+
+
 def test_by_hand(tmp_path):
     """Two experts of three columns, the second of which saw nothing."""
     path = tmp_path / "x.gguf"

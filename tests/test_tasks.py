@@ -77,6 +77,42 @@ def test_what_is_no_file_of_tasks_is_refused(tmp_path):
         check([Task("a", ("b",), 0)])
 
 
+@pytest.mark.parametrize(
+    "tasks, says",
+    [
+        ([Task("a", ("b", "b"), 0)], "told apart from all others"),
+        ([Task("a", ("", "b"), 1)], "told apart from all others"),
+        ([Task("a", ("b", "c"), 0), Task("a", ("b", "c", "b"), 2)], "Task 1 has no right choice"),
+        ([Task("a", ("b", "c"), 1.0)], "answer of task 0"),
+        ([Task("a", ("b", "c"), -1)], "Task 0"),
+        ([Task("a", ("b", "c"), 2)], "Task 0"),
+        ([Task("a", ("b",), 0)], "fewer than two choices"),
+        ([Task("a", ("b\ud83d", "c"), 0)], "half a character"),
+        (["a"], "no Task"),
+        ([], "no tasks"),
+        (TaskSet("quiz", [Task("a", ("b", "c"), 0)]), "not 'quiz'"),
+    ],
+)
+def test_tasks_that_say_nothing_are_refused(tasks, says):
+    with pytest.raises(CompareError, match=says):
+        check(tasks)
+    assert check([Task("a", ("b", "c", "c"), 0)]).kind == "multiple-choice"
+
+
+def test_a_limit_is_one_task_or_more():
+    for limit in (0, -3, 1.5):
+        with pytest.raises(CompareError, match="limit"):
+            own_tasks(limit)
+    with pytest.raises(CompareError, match="no sets of tasks"):
+        choices._sets({}, None)
+    one = [Task("a", ("b", "c"), 0)]
+    assert (
+        choices._sets(one, None)
+        == {"multiple-choice": check(one)}
+        == choices._sets({"multiple-choice": one}, None)
+    )
+
+
 def test_how_a_task_is_read():
     """By hand: 1 2 are shared; of the first choice 3 4 5, of the second 6 7."""
     ids = [[1, 2, 3, 4, 5], [1, 2, 6, 7]]

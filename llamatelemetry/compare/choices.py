@@ -43,7 +43,7 @@ class TaskComparison(pd.DataFrame):
 def compare_tasks(
     reference: str | Path,
     candidates: str | Path | Iterable[str | Path] | Mapping[str, str | Path],
-    tasks: str | Path | TaskSet | Mapping[str, str | Path | TaskSet] | None = None,
+    tasks: str | Path | TaskSet | list | Mapping[str, str | Path | TaskSet | list] | None = None,
     *,
     limit: int | None = None,
     gpu_layers: int | None = None,
@@ -55,8 +55,8 @@ def compare_tasks(
     changed.
 
     reference, candidates: as compare_quantizations takes them. tasks: a file or a name as
-    load_tasks takes it, a TaskSet, {name: one of these}, or None for this package's own two sets
-    (own_tasks.py). limit: as many of each set as llama-perplexity would choose (its
+    load_tasks takes it, a TaskSet, a list of Task, {name: one of these}, or None for this package's
+    own two sets (own_tasks.py). limit: as many of each set as llama-perplexity would choose (its
     --hellaswag-tasks, ...). Scores are llama-perplexity's (task_worker.reading).
 
     Returns a TaskComparison, one row per set and file, the reference first, indexed by (tasks,
@@ -106,11 +106,15 @@ def _sets(tasks, limit):
     """{name: TaskSet}."""
     if tasks is None:
         return own_tasks(limit)
+    if isinstance(tasks, Mapping) and not tasks:
+        raise CompareError("There are no sets of tasks: give one, or None for this package's own.")
+    if isinstance(tasks, list):
+        tasks = check(tasks)
     if not isinstance(tasks, Mapping):
         name = tasks.kind if isinstance(tasks, TaskSet) else Path(tasks).stem
         tasks = {name: tasks}
     return {
-        name: check(given if isinstance(given, TaskSet) else load_tasks(given, limit))
+        name: check(given if isinstance(given, (TaskSet, list)) else load_tasks(given, limit))
         for name, given in tasks.items()
     }
 

@@ -6,6 +6,8 @@ import random
 import re
 from itertools import product
 
+from ..arguments import whole
+from ..errors import CompareError
 from .tasks import HELLASWAG, WINOGRANDE, Task, TaskSet, chosen
 from .texts import load_text
 
@@ -66,6 +68,7 @@ def own_tasks(limit: int | None = None, seed: int = 0) -> dict[str, TaskSet]:
     endings (HellaSwag's format): how sentences of the text end, series, sums and opposites. gaps
     (Winogrande's): what does what, singular and plural, his and her, what is too large for what.
     limit: as many as llama-perplexity would choose of each."""
+    whole("limit", limit, 1, error=CompareError, none=True)
     endings, gaps = _endings(random.Random(seed)), _gaps(random.Random(seed))
     sets = {"endings": TaskSet(HELLASWAG, endings), "gaps": TaskSet(WINOGRANDE, gaps)}
     if limit is None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..arguments import whole
+from ..arguments import whole, writable
 from ..errors import CompareError, shown
 from ..files.outputs import path_of, written
 
@@ -251,10 +251,25 @@ def _download(name):
 
 def check(tasks: Sequence[Task] | TaskSet) -> TaskSet:
     """A TaskSet from one, or from a list of Task scored as multiple choice. CompareError for
-    anything else."""
+    anything else: a choice without text, or the right one among the wrong ones once more, says
+    nothing of a model."""
     if not isinstance(tasks, TaskSet):
         tasks = TaskSet(MULTIPLE, list(tasks))
+    if tasks.kind not in (HELLASWAG, WINOGRANDE, MULTIPLE):
+        raise CompareError(
+            f"A set of tasks is {HELLASWAG}, {WINOGRANDE} or {MULTIPLE}, not {tasks.kind!r:.80}."
+        )
     for number, task in enumerate(tasks.tasks):
+        if not isinstance(task, Task):
+            raise CompareError(f"Task {number} is no Task(context, choices, answer): {task!r:.80}")
+        whole(f"answer of task {number}", task.answer, error=CompareError)
+        for text in (task.context, *task.choices, task.after):
+            writable(text, CompareError)
+        right = task.choices[task.answer] if 0 <= task.answer < len(task.choices) else ""
+        if task.choices.count(right) != 1 or not all(task.choices):
+            raise CompareError(
+                f"Task {number} has no right choice that is told apart from all others: {task}"
+            )
         if len(task.choices) < 2 or not 0 <= task.answer < len(task.choices):
             raise CompareError(f"Task {number} has fewer than two choices, or no right one: {task}")
         if tasks.kind == WINOGRANDE and len(task.choices) != 2:

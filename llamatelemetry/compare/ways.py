@@ -41,6 +41,7 @@ def pairs(cache_types: Iterable[Pair | str] | None) -> list[Pair]:
     found: list[Pair] = []
     for given in [PLAIN] if cache_types is None else cache_types:
         pair = given.split("/") if isinstance(given, str) else given
+        pair = pair if isinstance(pair, (list, tuple)) else ()
         if len(pair) != 2 or not all(kind in TYPES for kind in pair):
             raise CompareError(
                 f"cache_types holds {given!r}: give pairs such as ('q8_0', 'q4_0'), for keys and values, of "

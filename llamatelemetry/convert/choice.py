@@ -10,6 +10,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import QuantizeError
 from ..imports import uninterrupted
+from .chunks import NEVER
 
 BASE = "Q8_0"  # the type that all others are measured from; it fits every row of 32
 # A k-quant packs 256 weights of a row. Where a row is no multiple of that, what llama-quantize
@@ -35,7 +36,7 @@ def fitting(kind: str, width: int) -> str:
 
 def block(kind: str) -> tuple[int, int]:
     """Weights and bytes of a block of a type. QuantizeError for a name that is none."""
-    if kind not in GGMLQuantizationType.__members__:
+    if kind not in GGMLQuantizationType.__members__ or kind in NEVER:
         raise QuantizeError(f"{kind!r} is no type of a tensor: {', '.join(TYPES)}, {BASE}, ...")
     return GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
 
@@ -72,6 +73,8 @@ def least(costs: pd.DataFrame, budget: float) -> pd.DataFrame:
     with uninterrupted():
         from scipy.optimize import Bounds, LinearConstraint, milp
 
+    if not np.isfinite(costs["cost"]).all():
+        raise QuantizeError("A cost is no number: leave its row out, it was not measured.")
     smallest = costs.groupby("group")["bytes"].min().sum()
     if smallest > budget:
         raise QuantizeError(

@@ -8,11 +8,18 @@ import numpy as np
 from ..errors import QuantizeError
 from ..files.types import TensorType, engine_library
 
+# Types that hold no weights, or only in the middle of a product: ggml ends the process over them.
+NEVER = frozenset("F64 I8 I16 I32 I64 Q8_1 Q8_K".split())
 PART = 1 << 17  # weights that a thread has in hand: they stay in its core's cache
 
 
 def chunk(values: np.ndarray, kind: TensorType) -> np.ndarray:
-    """values (rows, width) float32 as the engine quantizes them, bytes (uint8,)."""
+    """values (rows, width) float32 as the engine quantizes them, bytes (uint8,). QuantizeError for
+    a type that weights never have."""
+    if kind.name in NEVER:
+        raise QuantizeError(
+            f"The engine makes no weights of type {kind.name}: Q8_0, Q4_K, F16, ..."
+        )
     assert kind.block and kind.size and values.shape[1] % kind.block == 0, kind
     n, width = values.shape
     out = np.empty(n * width // kind.block * kind.size, np.uint8)

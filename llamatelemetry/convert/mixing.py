@@ -11,7 +11,7 @@ from ..errors import QuantizeError, shown
 from ..files.gguf import GGUFFile
 from ..files.outputs import path_of
 from ..files.types import TensorType, dequantize, tensor_type
-from .chunks import PART, chunk, needs_weights
+from .chunks import NEVER, PART, chunk, needs_weights
 from .expand import FLOATS, open_model
 from .writing import Output, assemble, copied, cut
 
@@ -37,6 +37,13 @@ def mix(
     Q8_0 and floats can be given, which it does not change. Metadata: that of `base`. Returns the
     path of `dst`. Raises ModelNotFoundError, ModelLoadError or QuantizeError."""
     old, new = open_model(base), open_model(source)
+    for pattern in tensor_types:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise QuantizeError(
+                f"tensor_types: {pattern!r:.80} is no regular expression ({error})."
+            ) from None
     given = {name: _given(name, tensor_types) for name in old.tensors.index}
     plan, changed = {}, {}
     for name, (kind, shape) in zip(old.tensors.index, old.tensors[["type", "shape"]].to_numpy()):
@@ -66,7 +73,7 @@ def _given(name, tensor_types):
 def _type(name: str, wanted: str, shape: tuple, source: GGUFFile, imatrix) -> TensorType:
     """The type that a tensor is to have, or QuantizeError."""
     why = None
-    if wanted not in GGMLQuantizationType.__members__:
+    if wanted not in GGMLQuantizationType.__members__ or wanted in NEVER:
         raise QuantizeError(f"{name}: {wanted!r} is no type of a tensor: Q8_0, Q4_K, F16, ...")
     kind = tensor_type(GGMLQuantizationType[wanted].value)
     if name not in source.tensors.index or source.tensors["shape"][name] != shape:

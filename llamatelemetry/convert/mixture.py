@@ -17,7 +17,7 @@ from ..errors import QuantizeError
 from ..files.gguf import GGUFFile
 from ..files.outputs import path_of
 from ..gpus.cores import physical_cores
-from .choice import BASE, TYPES, at_random, least, options, tensor_types
+from .choice import BASE, TYPES, at_random, block, least, options, tensor_types
 from .expand import open_model, output
 from .mixing import mix
 from .quantize import quantize
@@ -76,7 +76,11 @@ def group_costs(
     with what it would take."""
     finite("seconds", seconds, 0, error=QuantizeError)
     source = open_model(reference)
-    types = list(dict.fromkeys(types))
+    types = list(dict.fromkeys([types] if isinstance(types, str) else types))
+    if not types:
+        raise QuantizeError(f"types is empty: name one at least, as {', '.join(TYPES)}.")
+    for kind in types:
+        block(kind)  # says what is none before anything is made
     # Before anything is made: for every group there is at least a copy of the base.
     copies = len(GROUPS) * 2 * _size(source) / FLOW
     _time_for(dict.fromkeys(types, copies), seconds)
@@ -92,12 +96,14 @@ def group_costs(
     table = options(tensors, need)
     table["kld"] = float(plain["kld_mean"].iloc[0])
     unmeasured = table.index[table["type"] != BASE]
-    for some in np.array_split(unmeasured, -(-len(unmeasured) // _together(base.stat().st_size))):
+    parts = -(-len(unmeasured) // _together(base.stat().st_size))
+    for some in np.array_split(unmeasured, parts) if parts else ():
         made = {str(n): _alone(table.loc[n], base, source.path, folder, f"group-{n}") for n in some}
         found = compare_quantizations(source.path, made, **settings)
         for path in made.values():
             path.unlink()
         table.loc[some, "kld"] = found["kld_mean"].to_numpy()
+    table = table[np.isfinite(table["kld"])]  # without those that llama.cpp could not compare
     own = float(plain["kld_mean"].iloc[0])
     return Costs(table.assign(cost=table["kld"] - own), base, own, sum(need.values()), left)
 
@@ -109,7 +115,7 @@ def _time_for(need, seconds):
         left |= dict([need.popitem()])
     if not need:
         raise QuantizeError(
-            f"Measuring what each group of tensors costs takes {min(left.values()):.0f} s or more for one type, "
+            f"Measuring what each group of tensors costs takes {min(left.values()):.2g} s or more for one type, "
             f"and seconds={seconds:g} allows less: allow more, or name fewer types."
         )
     return need, left
