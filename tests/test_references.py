@@ -19,7 +19,11 @@ from models import DENSE, FAMILIES, IDS, WINDOW, tiny_model
 
 from llamatelemetry import CaptureError, InferenceEngine, ablate_head, ablate_layer
 
-pytest.importorskip("llama_cpp", reason="the engine is not built: llamatelemetry engine build")
+api = pytest.importorskip(
+    "llama_cpp", reason="the engine is not built: llamatelemetry engine build"
+)
+# llama.cpp's log, dropped. It calls this as long as the process lives, also in other files' tests.
+SILENT = api.llama_log_callback(lambda level, text, data: None)
 
 REFERENCES = Path(__file__).parent / "references"
 ATOL = 1e-4
@@ -500,12 +504,8 @@ def tensor(path, name):
 def plain_logits(path, ids):
     """Logits of every token from llama.cpp alone: no callback, the cache in F32 as captures of F32
     files have it."""
-    import llama_cpp as api
-
     api.llama_backend_init()
-    # llama.cpp takes a C function for its log; this one drops what it is given.
-    silent = api.llama_log_callback(lambda level, text, data: None)
-    api.llama_log_set(silent, ctypes.c_void_p(0))
+    api.llama_log_set(SILENT, ctypes.c_void_p(0))
     model_params = api.llama_model_default_params()
     model_params.n_gpu_layers = 0
     model = api.llama_model_load_from_file(str(path).encode(), model_params)
