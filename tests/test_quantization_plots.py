@@ -120,12 +120,20 @@ def test_menus_show_one_file():
         assert [b.label for b in buttons] == ["a", "b"]
         assert buttons[1].args[0]["visible"] == [False, True]
         assert figure.layout.updatemenus[0].active == 1
+        # In two lines, too, the title ends above the menu, which ends above the plot.
+        assert figure.layout.title.yanchor == "top" and figure.layout.margin.t >= 14 + 40 + 41
         # Also where the divergence is exactly 0.
         assert np.isfinite([t.z[0, 0] for t in figure.data]).all()
     assert figures.weight_errors(errors, "b", title="m").data[0].customdata[0, 0] == 0.01
     said = say.weight_errors(errors).replace("\n", " ")
     assert said.endswith("b: mean 0.1333, worst blk.1.attn_q.weight (Q5_0, 0.2000).")
     assert "most in layer 0 head 0 (0.1000)" in say.attention(maps)
+    one = xr.DataArray([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], dims=("layer", "head"))
+    one = one.assign_coords(layer=[0, 1], head=[0, 1, 2])
+    (drawn,) = figures.attention(
+        {"a": one}, "a", title="m"
+    ).data  # as notebooks 12 and 15 have heads
+    assert drawn.customdata[2][1] == 0.6 and list(drawn.x) == [0, 1] and list(drawn.y) == [0, 1, 2]
 
 
 def test_drift_is_told_by_the_layer_that_adds_it():

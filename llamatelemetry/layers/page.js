@@ -22,7 +22,7 @@ function drawMap() {
     ctx.fillStyle = Number.isFinite(v) ? 'rgb(' + viridis(scale.at(v)).map(Math.round) + ')' : 'transparent';
     ctx.fillRect(t * cw, l * ch, Math.ceil(cw), Math.ceil(ch));
   }
-  drawLabels(cw);
+  drawLabels(cw); drawRows(ch);
   ctx.strokeStyle = cssColor('--c5'); ctx.lineWidth = 2;
   ctx.strokeRect(page.token * cw + 1, page.layer * ch + 1, Math.max(cw - 2, 2), Math.max(ch - 2, 2));
   $('log').disabled = !scale.canLog;
@@ -42,6 +42,15 @@ function drawLabels(cw) {
     ctx.save(); ctx.translate((t + 0.5) * cw, 3); ctx.rotate(-Math.PI / 2);
     ctx.fillText(short(text, 10), 0, 0, h - 4); ctx.restore();
   }
+}
+// Numbers of the states beside the map, as many as fit.
+function drawRows(ch) {
+  const box = $('rows'), ratio = window.devicePixelRatio || 1, w = box.clientWidth || 22, h = box.clientHeight || 420;
+  box.width = w * ratio; box.height = h * ratio;
+  const ctx = box.getContext('2d'), every = [1, 2, 5, 10, 20, 50].find(n => n * ch >= 13) || 100;
+  ctx.scale(ratio, ratio); ctx.fillStyle = cssColor('--muted'); ctx.font = "11px 'DejaVu Sans', sans-serif";
+  ctx.textAlign = 'right'; ctx.textBaseline = 'middle';
+  for (let l = 0; l < DATA.states; l += every) ctx.fillText(String(l), w - 4, (l + 0.5) * ch);
 }
 function drawVector() {
   $('chosen').textContent = 'state ' + page.layer + ', token ' + label(page.token);
@@ -84,7 +93,7 @@ $('map').addEventListener('keydown', event => {
   page.layer = Math.min(Math.max(page.layer + step[0], 0), DATA.states - 1);
   page.token = Math.min(Math.max(page.token + step[1], 0), nTokens - 1); draw();
 });
-$('measure').addEventListener('change', event => { page.measure = event.target.value; drawMap(); });
+$('measure').addEventListener('change', event => { page.measure = event.target.value; $('under').textContent = ''; drawMap(); });
 $('log').addEventListener('change', event => { page.log = event.target.checked; drawMap(); });
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', draw);
 window.addEventListener('resize', draw);

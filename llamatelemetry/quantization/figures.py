@@ -75,17 +75,18 @@ def weight_errors(errors: Tables, shown: str, *, title: str) -> go.Figure:
 
 
 def attention(maps: Mapping[str, xr.DataArray], shown: str, *, title: str) -> go.Figure:
-    """Jensen-Shannon divergence of attention by layer and head, colour in decades; a menu chooses
-    the file, `shown` at first. maps: attention_divergence, (layer, head)."""
+    """Jensen-Shannon divergence of attention, layer across and head down, colour in decades; a menu
+    chooses the file, `shown` at first. maps: attention_divergence, (layer, head)."""
     if not any(bits.notnull().any() for bits in maps.values()):
         return theme.nothing(title, "no head was compared")
     scale = _Decades([bits.values for bits in maps.values()], "Jensen-Shannon divergence (bits)")
-    figure = axes(title, "head", "layer", height=640)
+    n_head = max(bits.sizes["head"] for bits in maps.values())
+    figure = axes(title, "layer", "head", height=max(360, 190 + 18 * n_head))
     for bits in maps.values():
-        text = "layer %{y}, head %{x}: %{customdata:.5f} bits<extra></extra>"
-        scale.draw(figure, bits.to_pandas(), hovertemplate=text)
-    figure.update_yaxes(autorange="reversed", **theme.whole(bits["layer"].values.tolist()))
-    figure.update_xaxes(dtick=1 if bits.sizes["head"] <= 32 else 4)
+        text = "layer %{x}, head %{y}: %{customdata:.5f} bits<extra></extra>"
+        scale.draw(figure, bits.transpose("head", "layer").to_pandas(), hovertemplate=text)
+    figure.update_xaxes(**theme.whole(bits["layer"].values.tolist()))
+    figure.update_yaxes(autorange="reversed", dtick=max(1, n_head // 16))
     return _menu(figure, list(maps), shown)
 
 
