@@ -547,8 +547,9 @@ def test_list_models():
 def test_real_packages(machine, monkeypatch, name, digest):
     monkeypatch.undo()  # the packages of this environment
     monkeypatch.setenv("LLAMATELEMETRY_CACHE", str(machine / "cache"))
-    if packages._folder_of(PACKAGES[name].module) is None:
+    module, _ = PACKAGES[name]
+    if packages._folder_of(module) is None:
         pytest.skip(f"the package of {name} is not installed")
     path = Path(resolve_model(name, progress=False))
     assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
-    assert PACKAGES[name].module not in sys.modules  # found without being imported
+    assert module not in sys.modules  # found without being imported
