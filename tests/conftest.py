@@ -118,6 +118,17 @@ def forgotten():
     secrecy._kept.update(kept)
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """What a test sets in the environment is not there for the next."""
+    before = dict(os.environ)
+    yield
+    left = {name for name in before.keys() | os.environ if before.get(name) != os.environ.get(name)}
+    os.environ.clear()
+    os.environ.update(before)
+    assert not left - {"PYTEST_CURRENT_TEST"}, f"left in the environment: {sorted(left)}"
+
+
 @pytest.fixture
 def page(browser):
     """A fresh tab, 1000 px wide, in a context of its own."""
