@@ -16,15 +16,17 @@ DROPPED = 4  # every so many cycles the engine is dropped, not closed
 
 
 class Ledger:
-    """What this process has, noted once per cycle."""
+    """What this process has, noted once per cycle; processes: beyond those that it had before."""
 
     def __init__(self):
         self.notes = []
+        self._others = set(psutil.Process().children(recursive=True))
 
     def note(self):
         gc.collect()
         here = psutil.Process()
-        children = [each for each in here.children(recursive=True) if each.status() != "zombie"]
+        children = set(here.children(recursive=True)) - self._others
+        children = [each for each in children if each.status() != "zombie"]
         self.notes.append(
             {
                 "processes": len(children),

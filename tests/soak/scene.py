@@ -206,7 +206,7 @@ def _play(verdict, stage, mine, model, limit, delay, right):
     try:
         if stage.answer(4 * limit) is None:
             return verdict.find("crash", f"it did not get ready: {stage.words()}")
-        fork = None
+        fork, there = None, False
         if fault == "fork":
             stage.tell("fork")
             fork = stage.answer(limit)["fork"]
@@ -235,7 +235,8 @@ def _play(verdict, stage, mine, model, limit, delay, right):
             answer = stage.answer(limit)
             if answer is None:
                 return verdict.find("crash", f"at the next call: {stage.words()}")
-            _judge(verdict, answer, right, first=False)
+            late = there and fault in OTHERS and not verdict.struck  # it meets the next call
+            _judge(verdict, answer, right, first=late)
         stage.tell("end")
         answer = stage.answer(limit)
         if answer is None:
