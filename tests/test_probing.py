@@ -240,6 +240,9 @@ def test_sets_say_what_they_are():
         sets.labelled("colour")
     with pytest.raises(ProbeError, match="ask for fewer"):
         sets.labelled("language", 10_000)
+    for n in (0, -1, 2.5, 1):
+        with pytest.raises(ProbeError, match="n="):
+            sets.labelled("tense", n)
 
 
 def test_figures_show_every_line_and_say_survives_little(planted):

@@ -308,6 +308,17 @@ def test_the_cache_is_drawn_against_all_memory_and_said():
     assert "no two ways" in say.cache(cache.crossover(full), cache.turning(full), 3000)
 
 
+def test_where_no_way_fits_none_is_the_better():
+    """A smaller cache whose full one was not measured."""
+    table = pd.DataFrame(
+        {"weights": "Q8", "cache_k": ["f16", "q8_0"], "cache_v": ["f16", "q8_0"], "size_bytes": 100,
+         "token_bytes": [4, 2], "memory_bytes": [500, 300], "kld_mean": [np.nan, 0.1]},
+        index=["Q8", "Q8, q8_0/q8_0 cache"],
+    )  # fmt: skip
+    steps = cache.crossover(table)
+    assert steps.empty and "no two ways" in say.cache(steps, cache.turning(table), 300)
+
+
 def test_noise_is_drawn_and_said():
     table, noise = quality(a=0.04, b=0.002), quality(**{"not fused": 0.001, "batches": 0.003})
     figure = quality_figures.ladder(table, floor=0.003, title="m")

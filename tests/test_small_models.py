@@ -323,10 +323,12 @@ def test_files_that_do_not_differ():
     assert "no weight of any head differs" in attention_says.changes(same, "a", "b").replace(
         "\n", " "
     )
-    before = pd.Series({"kld_mean": 0.1, "size_bytes": 2**20})
-    chosen = pd.Series({"kld_mean": 0.05, "size_bytes": 2**21})
-    assert "No other part is left" in quantization_words.mixture(before, chosen, before)
-    assert "nothing to keep" in quantization_words.mixture(before, before, before)
+    before = pd.Series({"kld_mean": 0.1, "size_bytes": 2**20}, name="a")
+    chosen = pd.Series({"kld_mean": 0.05, "size_bytes": 2**21}, name="b")
+    pairs = pd.DataFrame({"better": ["no"]}, pd.MultiIndex.from_tuples([("a", "b")]))
+    said = quantization_words.mixture(before, chosen, before, pairs).replace("\n", " ")
+    assert "recommendation holds" in said and "No other part is left" in said
+    assert "nothing to keep" in quantization_words.mixture(before, before, before, pairs)
 
 
 def nothing_of_heads():

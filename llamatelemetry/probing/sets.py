@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from ..arguments import whole
 from ..errors import ProbeError
 
 NOUNS = (
@@ -132,10 +133,15 @@ def labelled(name: str, n: int = 240, seed: int = 0) -> pd.DataFrame:
     name, or for more texts than the rules make."""
     if name not in SETS:
         raise ProbeError(f"There is no set {name!r}: {', '.join(SETS)}, or a DataFrame of yours.")
-    rng = np.random.default_rng(seed)
+    whole("n", n, 1, error=ProbeError)
+    rng = np.random.default_rng(whole("seed", seed, 0, error=ProbeError))
     table = pd.DataFrame(SETS[name](rng, 8 * n), columns=["text", "label", "group"])
     table = table.drop_duplicates("text")
     each = n // table.label.nunique()
-    if each < 1 or (table.label.value_counts() < each).any():
+    if not each:
+        raise ProbeError(
+            f"n={n}: the set {name!r} has {table.label.nunique()} labels, one text each is the least."
+        )
+    if (table.label.value_counts() < each).any():
         raise ProbeError(f"The set {name!r} has no {n} different texts: ask for fewer.")
     return table.groupby("label").head(each).reset_index(drop=True)

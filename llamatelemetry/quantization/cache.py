@@ -101,6 +101,8 @@ def crossover(table: pd.DataFrame, floor: float = 0.0, loss: str = "kld_mean") -
         losses = {"weights_loss": of_weights, "cache_loss": of_cache}
         errors = [known[f"{loss}_err"][name] for name in names.values() if name and has_errors]
         verdict = _better(of_weights, of_cache, max([floor, float(np.hypot.reduce([0, *errors]))]))
+        if weights is None and cache is None:
+            continue  # what fits is neither
         if not steps or any(steps[-1][way] != name for way, name in names.items()):
             steps.append({"memory_bytes": budget, **names, **losses, "better": verdict})
     columns = "memory_bytes smaller_weights smaller_cache weights_loss cache_loss better".split()
