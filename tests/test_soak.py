@@ -162,15 +162,41 @@ def test_every_fault_is_in_every_phase_that_it_can_strike():
     assert ("expand", "kill") not in found and ("infer", "guard") in found
 
 
-def test_a_fault_that_never_struck_is_told(monkeypatch):
+def test_a_fault_that_never_struck_is_told(monkeypatch, tmp_path):
     found = []
     given = dict(seed=0, phases=["infer"], faults=["kill"], over=lambda: False)
+    given |= dict(resume=False, journal=tmp_path / "phases.jsonl", started=0)
     told = SimpleNamespace(find=lambda *said: found.append(said), progress=print, **given)
     monkeypatch.setattr(phases, "undisturbed", lambda *_: Verdict("infer", "none", digest="x"))
     monkeypatch.setattr(phases, "play", lambda *_, **__: Verdict("infer", "kill", kind="works"))
     total, row = phases.run(told)
     assert row == {"what": "kill", "count": 1, "missed": 1, "findings": 1} and total["count"] == 1
     assert len(found) == 1 and "kill in infer: missed" in found[0][0]
+
+
+def test_a_soak_that_was_cut_goes_on(monkeypatch, tmp_path):
+    """With what is not there yet, and what was a finding."""
+    played, cut = [], []
+
+    def play(phase, fault, *_, **__):
+        played.append(fault)
+        verdict = Verdict(phase, fault, struck=True, kind="typed")
+        if fault == "stop" and not cut:
+            verdict.find("hang", "planted")
+        return verdict
+
+    monkeypatch.setattr(phases, "WORKERS", 1)
+    monkeypatch.setattr(phases, "TRIES", 1)
+    monkeypatch.setattr(phases, "undisturbed", lambda *_: Verdict("infer", "none", digest="x"))
+    monkeypatch.setattr(phases, "play", play)
+    given = dict(seed=0, phases=["infer"], faults=["kill", "stop", "removed"], started=0)
+    given |= dict(find=print, progress=print, journal=tmp_path / "phases.jsonl")
+    over = lambda: len(played) > 1  # noqa: E731
+    assert phases.run(SimpleNamespace(**given, resume=False, over=over)) is None
+    cut.append(True)
+    total, *rows = phases.run(SimpleNamespace(**given, resume=True, over=lambda: False))
+    assert played == ["kill", "stop", "stop", "removed"] and total["count"] == 3
+    assert [row["typed"] for row in rows] == [1, 1, 1] and not any("findings" in r for r in rows)
 
 
 # Requests

@@ -30,6 +30,7 @@ class Soak:
         self.part, self.findings = part, []
         self.seed, self.count, self.kept = options.seed, options.count, options.kept
         self.phases, self.faults = options.phases, options.faults
+        self.resume, self.journal = options.resume, self.kept / f"{part}.jsonl"
         self.started, self._until = time.monotonic(), time.monotonic() + seconds
 
     def over(self):
@@ -77,7 +78,7 @@ def main(arguments=None):
     parser.add_argument("--phases", nargs="+", help="only these; stores nothing")
     parser.add_argument("--faults", nargs="+", help="only these; stores nothing")
     parser.add_argument("--kept", type=Path, default=Path("outputs/soak"), help="of damaged files")
-    parser.add_argument("--resume", action="store_true", help="without parts that are stored")
+    parser.add_argument("--resume", action="store_true", help="go on where a soak was cut")
     parser.add_argument("--results", type=Path, default=RESULTS / "soak.json")
     options = parser.parse_args(arguments)
     found = 0

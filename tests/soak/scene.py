@@ -150,7 +150,12 @@ def can_mount():
         return False
 
 
-def strike(play, fault, phase, model):
+def prepared(fault, model):
+    """What a fault needs that takes time to get: bytes of weights that come at another place."""
+    return model.read_bytes()[-(model.stat().st_size // 2) :] if fault == "overwritten" else b""
+
+
+def strike(play, fault, phase, model, raw):
     """Let the fault happen. False where there was nothing to strike."""
     if fault in OTHERS:
         find = play.marked.guard if fault == "guard" else lambda: play.marked.working(WORKS[phase])
@@ -162,7 +167,6 @@ def strike(play, fault, phase, model):
         found.send_signal(signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
     elif fault == "overwritten":
         # Weights of one place at another: nothing crashes, and nothing is right
-        raw = model.read_bytes()[-(model.stat().st_size // 2) :]
         with open(model, "r+b") as file:
             file.seek(-len(raw), os.SEEK_END)
             file.write(raw[SHIFT:])
@@ -210,10 +214,11 @@ def _play(verdict, stage, mine, model, limit, delay, right):
         if fault == "fork":
             stage.tell("fork")
             fork = stage.answer(limit)["fork"]
+        raw = prepared(fault, mine)
         stage.tell("go")
         if fault != "none":
             time.sleep(delay)
-            there = strike(stage, fault, phase, mine)
+            there = strike(stage, fault, phase, mine, raw)
             verdict.struck = there and stage.answers.empty()
         if fault in ("parent", "fork"):
             return _after_its_end(verdict, stage, fork, right)
