@@ -79,7 +79,7 @@ class Watch:
             state, cpu, done = now
             used = cpu - before[1]
             stopped = stopped + TICK if state == "T" else 0
-            idle = state == "S" and used < TICK / 50 and done == before[2]
+            idle = state == "S" and used < TICK / 50 and done == before[2] and _sleeps(self._pid)
             asleep = asleep + TICK if idle else 0
             busy += min(used, TICK)
             if self._beats != beats:
@@ -121,6 +121,16 @@ def kill(pid: int) -> None:
     """End a process at once, if it is still there."""
     with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _sleeps(pid):
+    """Whether all threads of a process do, not only its first: one that is ready and gets no CPU on
+    a busy machine waits for nobody else."""
+    try:
+        threads = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # one has just ended
+        return False
+    return all(said.rpartition(")")[2].split()[0] == "S" for said in threads)
 
 
 def _read(pid):

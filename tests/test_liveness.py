@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -72,6 +73,29 @@ def test_one_that_stalls(command, before, why):
 @pytest.mark.parametrize("command", ["sleep 60; :", LOOPS])
 def test_one_that_gives_signs_is_let_be(command):
     assert watched(command, beats=True, seconds=3) is None
+
+
+@pytest.mark.parametrize(
+    "thread, sleeps", [("while True: pass", False), ("threading.Event().wait()", True)]
+)
+def test_a_process_sleeps_when_all_of_its_threads_do(thread, sleeps):
+    """Its first one may wait for another that gets no CPU, on a machine that is busy."""
+    script = (
+        "import sys, threading, time\nsys.setswitchinterval(1e-6)\n"
+        f"def work():\n    {thread}\n"
+        "threading.Thread(target=work, daemon=True).start()\nprint('', flush=True)\ntime.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        deadline = time.monotonic() + 20
+        while liveness._read(process.pid)[0] != "S" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert liveness._read(process.pid)[0] == "S"  # what is said of the first thread
+        assert liveness._sleeps(process.pid) is sleeps
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_stopped_process_that_goes_on_is_let_be():
