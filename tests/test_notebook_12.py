@@ -54,7 +54,7 @@ def test_the_edge_to_the_name_carries_the_answer(run):
     """Of the default prompt: in the layers where it counts, the last token's edge to " Anna"."""
     said = printed(run[0])
     assert re.search(r"loses most, [\d.]+, without the edges of layers? 2\d.* to 19 '␣Anna'", said)
-    assert "Cutting out 19 '␣Anna' changes the prediction most" in said
+    assert "cutting out 19 '␣Anna' changes the prediction most" in said
 
 
 @pytest.mark.slow

@@ -99,7 +99,9 @@ def test_the_answer_moves_from_the_name_to_the_last_token(run):
 def test_the_direction_turns_the_answer_in_both_files(run):
     """With the default words: up where it is added, down where it is taken away, in either file."""
     text = printed(run[0])
-    found = re.search(r"changes by (-[\d.]+) nats, at 4 by \+([\d.]+), with random", text)
+    found = re.search(
+        r"changes by (-[\d.]+) nats at strength -4 and \+([\d.]+) nats at strength 4;", text
+    )
     assert found and float(found[2]) > 2
     across = re.search(r"by ([+-][\d.]+) against ([+-][\d.]+) nats per unit of strength", text)
     assert min(map(float, across.groups())) > 0.3

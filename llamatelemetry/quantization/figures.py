@@ -79,7 +79,7 @@ def attention(maps: Mapping[str, xr.DataArray], shown: str, *, title: str) -> go
     chooses the file, `shown` at first. maps: attention_divergence, (layer, head)."""
     if not any(bits.notnull().any() for bits in maps.values()):
         return theme.nothing(title, "no head was compared")
-    scale = _Decades([bits.values for bits in maps.values()], "Jensen-Shannon divergence (bits)")
+    scale = _Decades([bits.values for bits in maps.values()], "JS divergence (bits)")
     n_head = max(bits.sizes["head"] for bits in maps.values())
     figure = axes(title, "layer", "head", height=max(360, 190 + 18 * n_head))
     for bits in maps.values():
