@@ -314,3 +314,70 @@ def test_keys_and_values_in_one_vector_overlap():
     keys, values = tap(0, 72), tap(0, 64)
     assert keys.overlaps(values) and values.overlaps(keys) and keys.overlaps(tap(256, 8))
     assert not tap(0, 64).overlaps(tap(256, 64)) and not keys.overlaps(tap(0, 64, index=8))
+
+
+def test_predict_compares_what_the_same_kernels_read():
+    """One token's kernels round otherwise than a batch's: the run without edits begins where the
+    edited one does, after what comes before was read once."""
+    from llamatelemetry.capture.measures import predict
+
+    reads, tokens = [], list(range(9))
+
+    def run(_, setup, all_logits, on_logits, past, restart):
+        reads.append(past)
+        # as kernels that say how many tokens they read at once
+        on_logits(np.array([[0.0, len(tokens) - past]]), past)
+
+    runs = SimpleNamespace(
+        plan=lambda _: None,
+        means=lambda *_: (),
+        late=bool,
+        run=run,
+        kept=([], 0, -1),
+        runtime=SimpleNamespace(steps=3),
+    )
+    edits = {key: [SimpleNamespace(first=first)] for key, first in {"a": 8, "b": 8, "c": 5}.items()}
+    rows = predict(runs, tokens, edits, [1], lambda _: None)
+    assert runs.kept == (tokens, 5, 3) and reads == [0, 8, 8, 8, 5, 5]
+    assert all(row["kl"] == 0 for row in rows.values())
+
+
+def test_predict_reads_a_text_once_for_several_calls(tmp_path, monkeypatch):
+    """Unless anything else has run in between: then what is in the context is not the text."""
+    from llamatelemetry.capture.measures import predict
+    from llamatelemetry.capture.runs import Runs
+    from llamatelemetry.capture.runtime import Runtime
+
+    runtime = Runtime(str(tiny_model("llama", tmp_path)), threads=1)
+    runs, decode, sizes = Runs(runtime, "llama"), runtime.decode, []
+
+    def counted(tokens, *args, **options):
+        sizes.append(len(tokens))
+        return decode(tokens, *args, **options)
+
+    monkeypatch.setattr(runtime, "decode", counted)
+    edits = {"cut": [knock_out(1, 1, LAST, 5)], "all": [knock_out(0, None, LAST, 9)]}
+
+    def ask(tokens=IDS):
+        sizes.clear()
+        return predict(runs, tokens, edits, [5, 77], lambda _: None)
+
+    ask()
+    first = ask()
+    assert sizes == [1, 1, 1] and all(row["kl"] > 0 for row in first.values())
+    others = (
+        lambda: runs.run(IDS[::-1]),
+        lambda: runs.run(IDS[:1], past=0),
+        lambda: runtime.clear(),
+        lambda: ask([*IDS[1:], 3]),
+        lambda: runtime.close_context(),
+    )
+    for other in others:
+        other()
+        again = ask()
+        assert sizes[0] > 1, "read again"
+        for name, row in first.items():
+            for key, value in row.items():
+                np.testing.assert_allclose(again[name][key], value, atol=1e-5)
+    assert ask() == again and sizes == [1, 1, 1]
+    runtime.close()

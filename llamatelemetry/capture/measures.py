@@ -109,11 +109,14 @@ def predict(runs, tokens, variants, ids, progress):
     """{name: row} of what every variant (a list of edits) says comes after the text:
     log-probabilities of ids, and `before` without the edits.
 
-    What comes before the first position that the edits name is read once, and kept. `before` is
-    read from the same position on, because one token's kernels round otherwise than a batch's."""
-    last, befores, rows, kept = len(tokens) - 1, {}, {}, 0
+    What comes before the first position that the edits name is read once, and kept, for the next
+    call on these tokens too, if nothing else has run. `before` is read from the same position on,
+    because one token's kernels round otherwise than a batch's."""
+    last, befores, rows = len(tokens) - 1, {}, {}
     runs.plan(tokens), runs.plan(tokens[:1])  # now: planning empties the context
     means = runs.means(tokens, [edit for edits in variants.values() for edit in edits])
+    there, count, steps = runs.kept
+    kept = count if (there, steps) == (tokens, runs.runtime.steps) else 0
 
     def said(edits, past):
         rows = []
@@ -132,7 +135,9 @@ def predict(runs, tokens, variants, ids, progress):
     for number, name in enumerate(sorted(first, key=first.get, reverse=True)):
         past = first[name]
         if past not in befores:
-            befores[past], kept = said((), min(past, kept)), len(tokens)
+            if past > kept:
+                said((), kept)
+            befores[past], kept = said((), past), len(tokens)
         before, logp = befores[past], said(variants[name], min(past, kept))
         kept = past
         p = np.exp(before, dtype=np.float64)
@@ -144,6 +149,7 @@ def predict(runs, tokens, variants, ids, progress):
             "top_logprob": float(logp.max()),
         }
         progress(number + 1)
+    runs.kept = list(tokens), kept, runs.runtime.steps
     return rows
 
 

@@ -21,6 +21,8 @@ class Runs:
         self.runtime, self.architecture = runtime, architecture
         self.n_layer = runtime.n_layer
         self._plans = {}  # whether a single token -> Plan
+        # Of the last predict: tokens, how many of them the context holds unedited, runtime.steps
+        self.kept = [], 0, -1
 
     def plan(self, tokens):
         """The Plan of the graph that decodes these tokens."""

@@ -86,6 +86,7 @@ class Runtime:
         # written.
         self.has_encoder = llama_cpp.llama_model_has_encoder(self.model)
         self.context, self.n_ctx, self._several = None, 0, False
+        self.steps = 0  # of what changes the context
         self._observe, self._failure, self._checked = None, None, False
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
 
@@ -204,11 +205,13 @@ class Runtime:
 
     def clear(self):
         """Forget every token in the context."""
+        self.steps += 1
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
 
     def rewind(self, past):
         """Forget the tokens from position `past` on; False where the memory cannot: a recurrent
         state holds them all."""
+        self.steps += 1
         memory = self.api.llama_get_memory(self.context)
         return bool(memory) and self.api.llama_memory_seq_rm(memory, 0, past, -1)
 
@@ -234,6 +237,7 @@ class Runtime:
         """Decode tokens, (n,) or (sequence, n), at most one batch, after `past` others of each
         sequence; positions from `first` on give logits, and the last one. lengths: of sequences
         that follow one another in (n,). observe(address, ask) sees every graph node."""
+        self.steps += 1
         rows = np.atleast_2d(tokens)
         lengths = lengths or [rows.shape[1]] * len(rows)
         places = [(number, at) for number, size in enumerate(lengths) for at in range(size)]
@@ -299,6 +303,7 @@ class Runtime:
         return graph
 
     def close_context(self):
+        self.steps += 1
         if self.context:
             self.api.llama_free(self.context)
             self.context = None
