@@ -15,7 +15,8 @@ from ..errors import CaptureError
 from .vectors import ControlVector, Position, direction
 
 if TYPE_CHECKING:
-    from ..engine import InferenceEngine, Prompt
+    from ..capturing import Prompt
+    from ..engine import InferenceEngine
 
 Words: TypeAlias = Sequence[str | int]  # or token ids
 STRENGTHS = (-4.0, -2.0, 2.0, 4.0)

@@ -23,7 +23,8 @@ from ..files.outputs import path_of, written
 from ..maths import ratio
 
 if TYPE_CHECKING:
-    from ..engine import InferenceEngine, Prompt
+    from ..capturing import Prompt
+    from ..engine import InferenceEngine
     from ..files.gguf import GGUFFile
 
 Position: TypeAlias = int | Literal["mean", "all"]
