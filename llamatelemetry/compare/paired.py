@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import CompareError
 from ..imports import uninterrupted
+from ..maths import middle
 
 RESAMPLES = 2000
 BLOCK = 32  # scored tokens in a row that count as one observation
@@ -50,7 +51,7 @@ def paired(
     rng = np.random.default_rng(seed)
     shares = np.full(len(counts), 1 / len(counts))
     drawn = rng.multinomial(len(counts), shares, size=RESAMPLES)  # (resample, block)
-    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [0.025, 0.975])
+    low, high = middle((drawn @ sums) / (drawn @ counts))
     verdict = "less" if high < 0 else "more" if low > 0 else "cannot be told"
     if abs(difference) <= floor:
         verdict = "cannot be told"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..capture.finite import measured
+from ..maths import middle
 
 if TYPE_CHECKING:  # workers import this, and pandas takes them a third of a second
     import pandas as pd
@@ -197,7 +198,7 @@ def _intervals(tokens, seed, resamples):
     ends = np.full((2, len(names)), np.nan)
     if len(means) > 1:
         draws = np.random.default_rng(seed).integers(len(means), size=(resamples, len(means)))
-        ends = np.quantile(means[draws].mean(axis=1), [0.025, 0.975], axis=0)
+        ends = middle(means[draws].mean(axis=1))
         ends[:, 1] = np.exp(ends[:, 1])
     return {
         f"{name}_{end}": value

@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..capture.edits import Edit, ablate_head
 from ..imports import uninterrupted
+from ..maths import middle
 
 Heads = Sequence[tuple[int, int]]  # (layer, head)
 
@@ -75,7 +76,7 @@ def population(
         ("mean", values, draws),
         ("share", values > threshold, draws > threshold),
     ):
-        value, ends = all_of.mean(), np.quantile(drawn.mean(1), [0.025, 0.975])
+        value, ends = all_of.mean(), middle(drawn.mean(1))
         found[name] = float(value), *(value + (ends - value) * narrow).tolist()
     return found
 
@@ -102,7 +103,7 @@ def relations(
         ranks = rankdata(pair[rng.integers(0, len(pair), (n_boot, len(pair)))], axis=1)
         a, b = np.moveaxis(ranks - ranks.mean(1, keepdims=True), 2, 0)  # (boot, head) each
         boot = (a * b).sum(1) / np.maximum(np.sqrt((a**2).sum(1) * (b**2).sum(1)), 1e-12)
-        low, high = np.quantile(boot, [0.025, 0.975])
+        low, high = middle(boot)
         rows[name] |= {"rho": rho, "low": low, "high": high, "p": p}
     columns = ["rho", "low", "high", "p", "heads"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)

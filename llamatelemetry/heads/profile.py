@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..maths import rank_correlation
+from ..maths import middle, rank_correlation
 from .behaviours import LABELS, Text, collect
 from .semantic import sample_rows, semantic_scores
 from .similarity import divergence_sums
@@ -76,11 +76,11 @@ def profile(scores: xr.Dataset, n_boot: int = 500, seed: int = 0) -> xr.Dataset:
 
 
 def _interval(values, n_boot, rng):
-    """The 2.5% and 97.5% quantiles of the mean over texts, resampled. (text, ...) -> two (...)"""
+    """The 95% interval of the mean over texts, resampled. (text, ...) -> two (...)"""
     n = len(values)
     draws = rng.integers(0, n, (n_boot, n))
     weights = np.stack([np.bincount(draw, minlength=n) for draw in draws]) / n  # (boot, text)
-    low, high = np.quantile(np.tensordot(weights, values, 1), [0.025, 0.975], axis=0)
+    low, high = middle(np.tensordot(weights, values, 1))
     return (low, high) if n > 1 else (low * np.nan, high * np.nan)
 
 

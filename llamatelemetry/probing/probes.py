@@ -17,6 +17,7 @@ from ..backend import get_backend
 from ..capture.finite import measured
 from ..errors import ProbeError
 from ..imports import uninterrupted
+from ..maths import middle
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -209,7 +210,7 @@ class Task:
         """{low, high}: 95% percentile bootstrap of the mean over texts, groups drawn whole."""
         sums, sizes = np.bincount(self.groups, values), np.bincount(self.groups)
         means = (self._draws @ sums) / (self._draws @ sizes)
-        low, high = np.quantile(means, [0.025, 0.975])
+        low, high = middle(means)
         return {"low": low, "high": high}
 
     def table(self, rows):

@@ -12,6 +12,7 @@ import pandas as pd
 from ..arguments import prompt
 from ..capture.edits import Edit, Maybe
 from ..errors import CaptureError
+from ..maths import middle
 from .vectors import ControlVector, Position, direction
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def summary(
         means = part.mean(axis=1)
         low, high = means.min(), means.max()
         if name == "found":
-            low, high = np.quantile(part.to_numpy()[0][draws].mean(1), [0.025, 0.975])
+            low, high = middle(part.to_numpy()[0][draws].mean(1))
             low, high = (low, high) if wide.shape[1] > 1 else (np.nan, np.nan)
         rows.append((name, strength, means.mean(), low, high))
     return pd.DataFrame(rows, columns=["direction", "strength", "mean", "low", "high"])
