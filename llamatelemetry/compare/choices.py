@@ -71,16 +71,16 @@ def compare_tasks(
     whole("threads", threads, 1, error=CompareError, none=True)
     files = {REFERENCE: resolved(reference), **_others(candidates)}
     sets = _sets(tasks, limit)
-    settings = dict(threads=threads or physical_cores(), gpu_layers=gpu_layers)
     found, errors = {}, {}
-    for name, path in files.items():
-        try:
-            found[name] = score_tasks(path, sets, **settings, progress=progress)
-        except (CaptureError, ModelLoadError, WorkerCrashedError) as error:
-            if name == REFERENCE:
-                raise ModelLoadError(f"The reference does no tasks: {error}") from error
-            warnings.warn(f"{shown(path)} was left out: {error}", stacklevel=2)
-            errors[name] = str(error)
+    with Scoring(files.values(), threads, gpu_layers, progress) as scoring:
+        for name, path in files.items():
+            try:
+                found[name] = scoring(path, sets)
+            except (CaptureError, ModelLoadError, WorkerCrashedError) as error:
+                if name == REFERENCE:
+                    raise ModelLoadError(f"The reference does no tasks: {error}") from error
+                warnings.warn(f"{shown(path)} was left out: {error}", stacklevel=2)
+                errors[name] = str(error)
     answers = pd.concat([_answers(found[name], sets).assign(name=name) for name in found])
     rows = [
         {"tasks": which, "name": name, "file": shown(path), "error": errors.get(name)}
@@ -130,38 +130,63 @@ def score_tasks(
     """The scores of each choice, {name: (task, choice)}: mean log probability in nats per token,
     NaN where a task has fewer choices. A process of its own reads all sets. Raises ModelLoadError,
     CaptureError or WorkerCrashedError."""
-    from tqdm.auto import tqdm
+    with Scoring([path], threads, gpu_layers, progress) as scoring:
+        return scoring(path, sets)
 
-    from ..files.gguf import GGUFFile
 
-    split = None if gpu_layers is not None else split_for(GGUFFile(path), capture=False)
-    where = plan(split)
-    environment = inference_environment() | where.inference_env()
-    settings = dict(
-        threads=threads or physical_cores(),
-        gpu_layers=999 if gpu_layers is None else gpu_layers,
-        split=where.shares if split else None,
-    )
-    total, done = sum(len(one.tasks) for one in sets.values()), 0
-    limit = patience([path], STEP, STEP, bool(list_gpus()))
-    child = Child("llamatelemetry.compare.task_worker", "llama.cpp", environment, limit=limit)
-    bar = tqdm(desc=Path(path).stem, unit="task", total=total, disable=not progress)
-    with child, bar:
-        found = {}
-        for name, (kind, tasks) in sets.items():
-            scores = child.call(
-                "score",
-                lambda tasks, done=done: bar.update(done + tasks - bar.n),
-                path=str(path),
-                kind=kind,
-                tasks=tasks,
-                folder=str(child.folder),
-                **settings,
-            )
-            with np.load(scores) as file:
-                found[name] = file["scores"]
-            done += len(tasks)
-    return found
+class Scoring:
+    """score_tasks for several files, one after the other in one process, another one where the
+    devices are others or the last has ended. Also a context manager."""
+
+    def __init__(self, paths, threads=None, gpu_layers=None, progress=True):
+        self.limit = patience(list(paths), STEP, STEP, bool(list_gpus()))
+        self.layers, self.progress = gpu_layers, progress
+        self.how = dict(threads=threads or physical_cores())
+        self.how["gpu_layers"] = 999 if gpu_layers is None else gpu_layers
+        self._child, self._environment = None, None
+
+    def __call__(self, path: str | Path, sets: Mapping[str, TaskSet]) -> dict[str, np.ndarray]:
+        """As score_tasks."""
+        from tqdm.auto import tqdm
+
+        from ..files.gguf import GGUFFile
+
+        split = None if self.layers is not None else split_for(GGUFFile(path), capture=False)
+        where = plan(split)
+        how = self.how | dict(tensor_split=where.shares if split else None, path=str(path))
+        child = self._started(inference_environment() | where.inference_env())
+        total, done, found = sum(len(one.tasks) for one in sets.values()), 0, {}
+        bar = tqdm(desc=Path(path).stem, unit="task", total=total, disable=not self.progress)
+        with bar:
+            for name, (kind, tasks) in sets.items():
+                hear = lambda tasks, done=done: bar.update(done + tasks - bar.n)  # noqa: E731
+                asked = dict(kind=kind, tasks=tasks, folder=str(child.folder))
+                with np.load(child.call("score", hear, **asked, **how)) as file:
+                    found[name] = file["scores"]
+                done += len(tasks)
+        return found
+
+    def _started(self, environment):
+        """A process with this environment that runs."""
+        if self._child and not (self._child.alive and environment == self._environment):
+            self.close()
+        if not self._child:
+            name = "llamatelemetry.compare.task_worker"
+            self._child = Child(name, "llama.cpp", environment, limit=self.limit)
+            self._environment = environment
+        return self._child
+
+    def close(self):
+        """End the process. Safe to call twice."""
+        child, self._child = self._child, None
+        if child:
+            child.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
 def picked(kind: str, scores: np.ndarray) -> np.ndarray:

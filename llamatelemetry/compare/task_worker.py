@@ -98,14 +98,15 @@ class Worker:
     def __init__(self, tell):
         import llama_cpp
 
-        self.tell = tell
+        self.tell, self._model = tell, None
         log_levels(llama_cpp, lambda level: level in (WARNING, ERROR))
 
-    def score(self, path, kind, tasks, folder, threads, gpu_layers, split):
+    def score(self, path, kind, tasks, folder, **how):
         """A .npz file of scores (task, choice), NaN where a task has fewer choices; tells how many
-        tasks are done. Raises ModelLoadError, and CaptureError where the model predicts nothing or
-        a task is longer than its context."""
-        model = Runtime(path, threads=threads, gpu_layers=gpu_layers, tensor_split=split)
+        tasks are done. how: threads, gpu_layers and tensor_split of a Runtime. Raises
+        ModelLoadError, and CaptureError where the model predicts nothing or a task is longer than
+        its context."""
+        model = self._loaded(path, how)
         if why := why_not(model):
             raise CaptureError(why)
         readings = [_reading(model, kind, Task(*task)) for task in tasks]
@@ -124,6 +125,15 @@ class Worker:
             self.tell(tasks=group[-1] + 1)
         np.savez(os.path.join(folder, "scores.npz"), scores=scores)
         return os.path.join(folder, "scores.npz")
+
+    def _loaded(self, path, how):
+        """The file's Runtime, in place of the one before unless that is it."""
+        if self._model is None or self._model.path != path:
+            if self._model is not None:
+                self._model.close()
+                self._model = None
+            self._model = Runtime(path, **how)
+        return self._model
 
 
 def _reading(model, kind, task):
