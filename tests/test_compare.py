@@ -197,6 +197,18 @@ def test_noise_is_measured_where_it_can_be(tmp_path, monkeypatch):
     assert list(ways.noise_ways(path, gpu=True)) == on_gpu[:3]
 
 
+def test_noise_is_measured_on_the_first_windows(tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp")
+    path, text = tiny_model("llama", tmp_path), "The dog saw the cat and the cat. " * 20
+    settings = dict(text=text, max_windows=3, noise=True, progress=False)
+    found = compare_quantizations(path, path, n_ctx=64, **settings)
+    assert (found.noise["n_tokens"] == 93).all() and found["n_tokens"].item() == 93
+    monkeypatch.setattr(ways, "NOISE_TOKENS", 100)
+    found = compare_quantizations(path, path, n_ctx=64, **settings)
+    assert (found.noise["n_windows"] == 2).all() and (found.noise["n_tokens"] == 62).all()
+    assert found["n_windows"].item() == 3 and 0 < found.noise["kld_mean"].max() < 1e-3
+
+
 def test_a_file_computed_on_the_cpu_is_a_way_of_its_own(tmp_path):
     """Another load of the reference, whose context has settings of its own."""
     pytest.importorskip("llama_cpp")

@@ -132,7 +132,7 @@ def compare_quantizations(
         for name, path in named.items()
         for pair in kinds
     ]
-    other = _noise(reference, gpu_layers) if noise else []
+    other = _noise(reference, gpu_layers, n_ctx) if noise else []
     job = {
         "reference": str(reference),
         "text": text,
@@ -172,8 +172,9 @@ def noise_floor(
 
     Arguments as for compare_quantizations. The ways (ways.noise_ways): attention not fused, the
     window read in batches of 64 tokens, and where GPUs compute, in batches of 8 and on the CPU (a
-    file not over 2 GiB). DataFrame by way: the numbers of a Comparison, and `error` for a way
-    that this model does not have. Raises as compare_quantizations does."""
+    file not over 2 GiB); each on the first windows that hold 256 tokens. DataFrame by way: the
+    numbers of a Comparison, and `error` for a way that this model does not have. Raises as
+    compare_quantizations does."""
     found = compare_quantizations(
         reference,
         reference,
@@ -204,10 +205,10 @@ class Row(NamedTuple):
         return f"{self.way.path} ({own})" if self.way.settings else self.way.path
 
 
-def _noise(reference, gpu_layers):
+def _noise(reference, gpu_layers, n_ctx):
     """The rows of the reference against itself."""
     gpu = gpu_layers != 0 and bool(devices.visible_gpus())
-    found = ways.noise_ways(reference, gpu)
+    found = ways.noise_ways(reference, gpu, n_ctx)
     return [Row(name, "", way) for name, way in found.items()]
 
 

@@ -24,12 +24,13 @@ TYPES = {
 }
 Pair = tuple[str, str]
 PLAIN: Pair = ("f16", "f16")  # llama.cpp's own choice
+NOISE_TOKENS = 256  # and the rest of a window, are read to measure noise
 LARGE = 2 << 30  # bytes of a file that is not read a second time on the CPU to measure noise
 
 
 class Way(NamedTuple):
     """A candidate. path: of its file; settings: of its context, as llama.cpp names them, and
-    gpu_layers where they differ."""
+    gpu_layers where they differ; windows: the first so many, where it does not read all."""
 
     path: str
     settings: dict[str, Any]
@@ -94,20 +95,21 @@ def beside_bytes(n_ctx: int, ways: Iterable[Way]) -> dict[str, int]:
     return found
 
 
-def noise_ways(path: str | Path, gpu: bool) -> dict[str, Way]:
-    """Other orders of the same sums, by name: what a file's own noise is measured with.
+def noise_ways(path: str | Path, gpu: bool, n_ctx: int = 512) -> dict[str, Way]:
+    """Other orders of the same sums, by name: what a file's own noise is measured with, on as many
+    windows of n_ctx tokens as hold NOISE_TOKENS.
 
     gpu: whether GPUs compute it: they have other kernels for a few tokens at a time, and the CPU is
     another way of a file up to LARGE. The number of threads is none: it changes no sum."""
-    path = str(path)
+    path, some = str(path), {"windows": -(-NOISE_TOKENS // n_ctx)}
     found = {
-        "attention not fused": Way(path, {"flash_attn_type": 0}),
-        "batches of 64 tokens": Way(path, {"n_ubatch": 64}),
+        "attention not fused": {"flash_attn_type": 0},
+        "batches of 64 tokens": {"n_ubatch": 64},
     }
     if gpu:
-        found["batches of 8 tokens"] = Way(path, {"n_ubatch": 8})
+        found["batches of 8 tokens"] = {"n_ubatch": 8}
         if GGUFFile(path).size_bytes <= LARGE:
             # Without layers on it a GPU would still be lent the large products.
             alone = {"gpu_layers": 0, "op_offload": False, "offload_kqv": False}
-            found["on the CPU"] = Way(path, alone)
-    return found
+            found["on the CPU"] = alone
+    return {name: Way(path, settings | some) for name, settings in found.items()}

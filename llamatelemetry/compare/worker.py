@@ -22,7 +22,7 @@ def open_model(path, n_ctx, parallel, threads, gpu_layers, tensor_split=None, **
     """A Runtime with a context (`ready`). A model whose logits are no predictions gets none: an
     encoder-decoder could not have one."""
     model = Runtime(path, threads=threads, gpu_layers=gpu_layers, tensor_split=tensor_split)
-    model.key = path
+    model.key, model.windows = path, np.inf
     return model if why_not(model) else ready(model, n_ctx, parallel, **changes)
 
 
@@ -39,10 +39,10 @@ def ready(model, n_ctx, parallel, **changes):
     return model
 
 
-def again(model, key):
-    """The same weights once more, for a context of their own."""
+def again(model, key, windows):
+    """The same weights once more, for a context of their own that reads so many windows."""
     other = copy.copy(model)
-    other.key, other.context, other.n_ctx = key, None, 0
+    other.key, other.windows, other.context, other.n_ctx = key, windows, None, 0
     return other
 
 
@@ -139,8 +139,8 @@ def compare(reference, candidates, texts, bos, tell, threads):
         for begin, some, start in _steps(texts):
             for model in (reference, *candidates) if start == 0 else ():
                 model.clear()
-            going = [model for model in candidates if model.key not in failed]
-            for key, columns in _step(reference, going, some, start, bos, failed, pool):
+            going = [m for m in candidates if m.key not in failed and begin < m.windows]
+            for key, columns in _step(reference, going, some, begin, start, bos, failed, pool):
                 columns["window"] += begin
                 parts[key].append(columns)
             tell(len(some) if start + STEP >= texts.shape[1] else 0)
@@ -152,9 +152,9 @@ def compare(reference, candidates, texts, bos, tell, threads):
     return columns, failed
 
 
-def _step(reference, candidates, texts, start, bos, failed, pool):
-    """Yields (key, columns) of the candidates over positions start... of all windows; why one
-    cannot go on is put into `failed`."""
+def _step(reference, candidates, texts, begin, start, bos, failed, pool):
+    """Yields (key, columns) of the candidates over positions start... of all windows, `begin` the
+    first of them, or as many as one is to read; why one cannot go on is put into `failed`."""
     n_windows, n_ctx = texts.shape
     given, first = _given(texts, start, bos), n_ctx // 2
     at = np.arange(max(start, first), start + given.shape[1])  # rows of logits: by window, then at
@@ -168,19 +168,21 @@ def _step(reference, candidates, texts, start, bos, failed, pool):
     ]
     references = list(pool.map(lambda b: Reference(base[b], texts[b[0], at_scored[b[1]]]), blocks))
     for model in candidates:
+        n = int(min(n_windows, model.windows - begin))
         try:
-            own = window_logits(model, given, start, first).reshape(shape)
+            own = window_logits(model, given[:n], start, first).reshape(n, *shape[1:])
         except ValueError as error:  # CaptureError is one
             failed[model.key] = str(error)
             continue
-        found = list(pool.map(lambda r, b, own=own: r.compare(own[b]), references, blocks))
+        mine = blocks[: n * (len(blocks) // n_windows)]
+        found = list(pool.map(lambda r, b, own=own: r.compare(own[b]), references, mine))
         if found:
             yield (
                 model.key,
                 {
-                    "window": np.repeat(np.arange(n_windows), len(at_scored)),
-                    "position": np.tile(at_scored, n_windows),
-                    "id": texts[:, at_scored].ravel().astype(int),
+                    "window": np.repeat(np.arange(n), len(at_scored)),
+                    "position": np.tile(at_scored, n),
+                    "id": texts[:n, at_scored].ravel().astype(int),
                     **{k: np.concatenate([f[k] for f in found]) for k in found[0]},
                 },
             )
@@ -292,14 +294,14 @@ class Opened:
     def __call__(self, key, path, changes):
         """A candidate, or None where it cannot be compared."""
         changes = dict(changes)
-        where = path, changes.pop("gpu_layers", self.layers)
+        where, some = (path, changes.pop("gpu_layers", self.layers)), changes.pop("windows", np.inf)
         try:
             if where not in self.loaded:
                 options = dict(threads=self.threads, tensor_split=self.split)
                 self.loaded[where] = Runtime(path, gpu_layers=where[1], **options)
             model = self.loaded[where]
             if not (why := _other(identity(model), self.wanted) or why_not(model)):
-                return ready(again(model, key), *self.size, **changes)
+                return ready(again(model, key, some), *self.size, **changes)
         except ModelLoadError as error:
             return self.tell(failed=key, why=str(error), kind="load")
         return self.tell(failed=key, why=why, kind="other")

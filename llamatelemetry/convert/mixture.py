@@ -147,13 +147,12 @@ def _together(size):
 
 def _seconds(rows, base, once):
     """Reckoned seconds for one type of all groups: their weights quantized, the base copied, and
-    the comparison as it was timed, half of which was the reference's."""
+    the comparison as it was timed, half of which was the reference's, which is kept."""
     own, weights = rows[rows["type"] != BASE], base.tensors["n_elements"]
     each = [(kind, weights[name]) for given in own["tensors"] for name, kind in given.items()]
     work = sum(n / PER_CORE.get(kind, SLOWEST) for kind, n in each if kind != BASE)
     copies = len(own) * 2 * base.size_bytes / FLOW
-    compared = once / 2 * (len(own) + -(-len(own) // _together(base.size_bytes)))
-    return work / (physical_cores() * speed()) + copies + compared
+    return work / (physical_cores() * speed()) + copies + once / 2 * len(own)
 
 
 def recommend(size_bytes: float, costs: Costs) -> Recommendation:
