@@ -1,5 +1,4 @@
-"""What a quantization costs in output quality, measured against its reference in step, with no file
-of logits."""
+"""What a quantization costs in output quality, measured against its reference on a text."""
 
 import os
 import warnings
@@ -85,9 +84,11 @@ def compare_quantizations(
     read with their special tokens (chats.Special), any other text has none. n_ctx:
     tokens per window; the second half of each is scored, and a text that ends within a window loses
     that remainder. Memory does not grow with it but for the caches: at most 512 tokens are decoded
-    and scored at a time. cache_types: pairs of types for keys and values, of ways.TYPES, such as
-    ("q8_0", "q4_0") or "q8_0/q4_0": every file is a row with each of them, named "Q4_K_M, q8_0/q4_0
-    cache", as llama-perplexity -ctk -ctv has it; None: f16 for both, as the reference has. The
+    and scored at a time. The reference's logits lie in scratch until the process ends, for the next
+    comparison on this text (kept.place: at most 512 MiB, and 1 GiB of all).
+    cache_types: pairs of types for keys and values, of ways.TYPES, such as ("q8_0", "q4_0") or
+    "q8_0/q4_0": every file is a row with each of them, named "Q4_K_M, q8_0/q4_0 cache", as
+    llama-perplexity -ctk -ctv has it; None: f16 for both, as the reference has. The
     reference among the candidates shows what a smaller cache alone costs. noise: measure the
     reference against itself, too (noise_floor). memory_ctx: tokens for which memory is reckoned
     (default: n_ctx). max_windows: use only the first so many. gpu_layers: None puts all layers on
