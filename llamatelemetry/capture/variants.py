@@ -113,7 +113,7 @@ def control_vector(files):
         header = Header(Path(path))
         for name, (kind, shape, offset, _) in header.tensors.items():
             layer = re.fullmatch(r"direction\.(\d+)", name)
-            if not layer or not 0 < int(layer[1]) < 10_000 or kind.name != "F32" or len(shape) != 1:
+            if not layer or not 0 < int(layer[1]) < 1000 or kind.name != "F32" or len(shape) != 1:
                 raise ModelLoadError(
                     f"{path} is no control vector: {name} is not a direction.1, .2, ... in F32."
                 )

@@ -7,6 +7,7 @@ A block appears by being renamed when it is whole: after any interruption the ot
 
 import hashlib
 import json
+import math
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..capture.names import STAGES
 from ..errors import CollectError, shown
 from ..files.outputs import folder_of, path_of, split_parts, written
 from ..imports import uninterrupted
+from .many import POOLS
 from .texts import OURS
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 VERSION = 1
 KEY = b"llamatelemetry"
 SAMPLES, SAMPLE = 64, 1 << 16
+_ODD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of facts in odd forms
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -138,7 +141,14 @@ def is_given(name):
 
 def block(path):
     """A block's table, its columns where they lie in the file."""
-    status = path.stat()
+    return _opened(path)[0]
+
+
+def _opened(path):
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CollectError(f"{shown(path)} is not there any more: {error.strerror}.") from error
     return _mapped(path, status.st_mtime_ns, status.st_size)
 
 
@@ -148,16 +158,53 @@ def _mapped(path, *_):
         import pyarrow as pa
 
     try:
-        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CollectError(f"{shown(path)} is no block of collected states: {error}") from error
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)  # of states only where they lie, not what they are
+        facts = json.loads((table.schema.metadata or {}).get(KEY, b"{}"))
+        if facts.get("version") == VERSION:
+            _check(table, facts)
+        return table, facts
+    except (pa.ArrowException, OSError, *_ODD) as error:
+        raise CollectError(
+            f"{shown(path)} is no block of collected states: {error!s:.200}. If it was one, remove it "
+            "and collect again: the others stay."
+        ) from error
+
+
+def _check(table, facts):
+    """That a block has what its facts say; an error of _ODD where not."""
+    import pyarrow as pa
+
+    names = ("request", "digest", "variant", "pool", "model", "layout", "ids", "last")
+    if missing := [name for name in names if name not in facts]:
+        raise ValueError(f"it does not say {missing[0]}")
+    if facts["pool"] not in POOLS or not isinstance(facts["layout"], dict):
+        raise ValueError("its layout is none")
+    for name in ("name", "file"):
+        if not isinstance(facts["model"][name], str):
+            raise ValueError("its model has no name")
+    if not all(at in range(len(table)) for at in facts["ids"]):
+        raise ValueError("its token ids are not there")
+    kinds = {"tokens": pa.list_(pa.int32()), "pieces": pa.list_(pa.binary()), "cut": pa.bool_()}
+    for stage, part in facts["layout"].items():
+        number, width = pa.from_numpy_dtype(np.dtype(part["dtype"])), math.prod(part["shape"])
+        kind = pa.list_(number, width) if facts["pool"] else pa.list_(pa.list_(number, width))
+        layers = [None] if part["layers"] is None else part["layers"]
+        kinds |= {column_name(stage, layer): kind for layer in layers}
+        if len(part["shape"]) != len(STAGES[stage].dims) - 1 or len(layers) != len(set(layers)):
+            raise ValueError(f"its {stage} have another form")
+    for name, kind in kinds.items():
+        if table.schema.field(name).type != kind or table[name].null_count:
+            raise ValueError(f"its column {name} is none of {kind}")
+    if "text" not in table.column_names or not len(table):
+        raise ValueError("it has no texts")
 
 
 def read_facts(path):
-    found = json.loads((block(path).schema.metadata or {}).get(KEY, b"{}"))
-    if found.get("version") != VERSION:
+    facts = _opened(path)[1]
+    if not isinstance(facts, dict) or facts.get("version") != VERSION:
         raise CollectError(f"{shown(path)} is no block of states that this version has collected.")
-    return found
+    return facts
 
 
 def open_states(where: str | os.PathLike) -> "xr.Dataset":

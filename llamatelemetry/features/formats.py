@@ -35,6 +35,7 @@ _UNREADABLE = (
     AttributeError,
     EOFError,
     RecursionError,
+    NotImplementedError,  # a compression that is not known
     zipfile.BadZipFile,
 )
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
