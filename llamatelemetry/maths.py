@@ -40,7 +40,7 @@ def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
 def middle(drawn: ArrayLike) -> NDArray[np.float64]:
     """The ends of what 95% of resamples hold, (resample, ...) -> (2, ...): the percentile interval
     of a bootstrap (Efron 1979). What is drawn, texts, heads or windows, is the caller's to know."""
-    return np.quantile(drawn, [0.025, 0.975], axis=0)
+    return np.quantile(np.asarray(drawn), [0.025, 0.975], axis=0)
 
 
 def jensen_shannon(p: ArrayLike, q: ArrayLike) -> NDArray[np.floating]:

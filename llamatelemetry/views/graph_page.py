@@ -53,7 +53,7 @@ def _encode(values: pd.Series | None) -> dict | None:
     return {"name": str(values.name), "names": [seen(name) for name in names], "codes": pack(codes)}
 
 
-def _as_kind(values):
+def _as_kind(values: pd.Series) -> pd.Series:
     """A column as categories whatever it holds; an ordered categorical keeps its order."""
     if isinstance(values.dtype, pd.CategoricalDtype):
         return values
