@@ -17,7 +17,12 @@ MODEL = "smollm2-135m-Q4_1"
 # tests do not need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What Jupyter's libraries set when they are imported.
-BY_LIBRARIES = ("JUPYTER_PLATFORM_DIRS", "PYDEVD_DISABLE_FILE_VALIDATION")
+BY_LIBRARIES = (
+    "JUPYTER_PLATFORM_DIRS",
+    "KMP_DUPLICATE_LIB_OK",  # scikit-learn's, where a test is the first to import it
+    "KMP_INIT_AT_FORK",
+    "PYDEVD_DISABLE_FILE_VALIDATION",
+)
 # A shell has what runs in its background ignore Ctrl-C, and so would all that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The files that take minutes. They come first: of two processes neither then has one of them alone
