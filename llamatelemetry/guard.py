@@ -22,17 +22,26 @@ def popen(command, log, *, env=None, grace=3.0):
 
     log: an open file for its stdout and stderr. Raises OSError if the command cannot be
     executed."""
-    # A Ctrl-C meant for the notebook's cell is not meant for it
-    given = map(str, (os.getpid(), grace, *command))
-    guard = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, *given],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env=env,
-        start_new_session=True,
-    )
-    line = guard.stdout.readline().split()
+    from .imports import uninterrupted
+
+    given, guard = map(str, (os.getpid(), grace, *command)), None
+    try:
+        with uninterrupted():
+            # A Ctrl-C meant for the notebook's cell is not meant for it
+            guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", __file__, *given],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=env,
+                start_new_session=True,
+            )
+            line = guard.stdout.readline().split()
+    except BaseException:
+        if guard:  # nobody has it: the kernel then kills the command
+            guard.kill()
+            guard.wait()
+        raise
     guard.stdout.close()
     if len(line) != 2 or line[0] != b"pid":
         guard.stdin.close()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from . import guard, logs
 from .errors import ModelLoadError, QuantizeError
+from .imports import uninterrupted
 from .liveness import LOOP, Watch
 from .options import environment
 
@@ -45,13 +46,13 @@ def run_tool(
             f"Could not {what}: {command[0]} cannot be executed: {error}."
         ) from error
 
-    from tqdm.auto import tqdm  # takes longer than all else: the tool is on its way by now
-
     def end(why):
         stalled.append(why)
         process.kill()  # the kernel then kills the tool
 
     try:
+        with uninterrupted():  # takes longer than all else: the tool is on its way by now
+            from tqdm.auto import tqdm
         if seen:
             seen(pid)
         with (
@@ -82,6 +83,7 @@ def run_tool(
         if process.returncode is None:
             process.kill()
             process.wait()
+            output.read()  # to its end, which is the tool's: then it writes no more
         output.close()
     words = "\n".join(tail)
     if code:

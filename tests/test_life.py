@@ -240,6 +240,35 @@ def test_a_chat_template_is_tried_within_limits(template, ends, monkeypatch, tmp
         templates.check(template, "model.gguf")
 
 
+def test_an_interrupt_while_a_guard_starts_leaves_no_command(tmp_path, monkeypatch):
+    """It would write after what it writes was removed."""
+    popen, guards = subprocess.Popen, []
+
+    def interrupted(*args, **kwargs):
+        guards.append(popen(*args, **kwargs))
+        signal.raise_signal(signal.SIGINT)
+        return guards[-1]
+
+    monkeypatch.setattr(guard.subprocess, "Popen", interrupted)
+    with open(tmp_path / "log", "wb") as log, pytest.raises(KeyboardInterrupt):
+        guard.popen(["/bin/sh", "-c", "while :; do sleep 0.01; done"], log)
+    assert guards[0].returncode is not None
+
+
+def test_a_tool_is_gone_when_its_run_is_interrupted():
+    from llamatelemetry.running import run_tool
+
+    pids = []
+
+    def seen(pid):
+        pids.append(pid)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tool(["/bin/sh", "-c", "while :; do :; done"], "try", seen=seen)
+    assert not alive(pids[0])
+
+
 def test_a_cell_that_shows_the_engine_keeps_none_when_it_runs_again():
     """IPython keeps the last value of every cell."""
     script = (
