@@ -33,8 +33,8 @@ SMALL = {  # parameters that only make a notebook shorter
     "15": {"ABLATION_SECONDS": 2, "MAX_TOKENS": 32},
     "16": {
         "QUANTIZATIONS": ["Q8_0", "Q4_K_M"],
-        "WINDOWS": 2,
-        "N_CTX": 64,
+        "WINDOWS": 1,
+        "N_CTX": 128,
         "PROMPT": "The whaler Essex left Nantucket in August.",
         "N_TASKS": 6,
         "COST_SECONDS": 10,
