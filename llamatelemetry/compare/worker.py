@@ -97,7 +97,7 @@ class Kept:
                     window_logits(model, given, start, first).tofile(file)
                     tell(len(some) if start + STEP >= texts.shape[1] else 0)
             os.replace(f"{path}.part", path)
-        self._values = np.memmap(path, np.float32, "r").reshape(-1, self.n_vocab)
+        self._file = open(path, "rb")  # it is read to its end, also where its name goes meanwhile
         self.rewind()
 
     def rewind(self):
@@ -110,8 +110,10 @@ class Kept:
         """A Runtime computes here."""
 
     def logits(self, count):
-        self.at += count
-        return self._values[self.at - count : self.at]
+        # What is mapped counts as memory: a step's rows at a time.
+        shape, offset = (count, self.n_vocab), self.at
+        self.at += 4 * count * self.n_vocab
+        return np.memmap(self._file, np.float32, "r", offset, shape)
 
 
 def _steps(texts):
