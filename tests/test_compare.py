@@ -635,3 +635,21 @@ def test_a_long_window_needs_no_more_logits_than_a_short_one(tmp_path):
             thread.join()
         assert found["n_tokens"].iloc[0] == n_ctx // 2 - 1 and found["kld_mean"].iloc[0] > 1e-5
     assert peak[16384] - peak[512] < 200 * 2**20
+
+
+def test_half_of_the_kept_logits_goes_with_the_process_that_wrote_it(tmp_path, monkeypatch):
+    """Whatever ended that: the next comparison has another name where the file was changed."""
+    path = tmp_path / "kept-x.logits"
+
+    def ended(*_):
+        (tmp_path / "kept-x.logits.part").write_bytes(b"half")
+        raise CompareError("planted")
+
+    some = placing.Placing(["a.gguf"])
+    monkeypatch.setattr(jobs, "placed", lambda *_: [some])
+    monkeypatch.setattr(kept, "place", lambda *_: str(path))
+    monkeypatch.setattr(jobs, "measure", ended)
+    job = {"reference": "a.gguf", "candidates": ["a.gguf"], "ways": {}, "text": "a" * 99}
+    with pytest.raises(CompareError, match="planted"):
+        jobs.measure_all(job | {"n_ctx": 8, "max_windows": None, "gpu_layers": 0, "beside": 0})
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@ shared out to the workers of a cluster."""
 
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 
@@ -32,7 +33,11 @@ def measure_all(job, progress=False):
         where["kept"] = kept.place(job, rows, where)
         where |= dict(own_split=some.own, apart=some.apart)
         where["candidates"] = [key for path in some.candidates for key in files[path]]
-        found |= measure(job | where, progress)
+        try:
+            found |= measure(job | where, progress)
+        finally:
+            if where["kept"]:  # half of it, where the process that wrote it was ended
+                Path(where["kept"] + ".part").unlink(missing_ok=True)
     return found
 
 

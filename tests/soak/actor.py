@@ -199,7 +199,9 @@ def main(phase, model, folder):
         answer = {"kind": kind, "said": said, "seconds": time.monotonic() - started}
         print(json.dumps(answer), flush=True)
     scene.engine.close()
-    left = [str(path) for path in temp.rglob("*") if path.is_file() and "/out/" not in str(path)]
+    # A comparison keeps its reference's logits for the next one, as long as the process lives
+    files = (path for path in temp.rglob("*") if path.is_file() and path.suffix != ".logits")
+    left = [str(path) for path in files if "/out/" not in str(path)]
     print(json.dumps({"left": left}), flush=True)
 
 
