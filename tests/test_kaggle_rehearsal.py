@@ -29,7 +29,7 @@ NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 TOKEN = "hf_rehearsal_4711"
 SMALL = {  # parameters that only make a notebook shorter
     "13": {"SAMPLE": 400},
-    "14": {"TEXT_TOKENS": 8, "PATCH_EVERY": 15, "PROBE_TEXTS": 24, "GENERATE": 8},
+    "14": {"TEXT_TOKENS": 8, "PATCH_EVERY": 15, "PROBE_TEXTS": 40, "GENERATE": 8},
     "15": {"ABLATION_SECONDS": 2, "MAX_TOKENS": 32},
     "16": {
         "QUANTIZATIONS": ["Q8_0", "Q4_K_M"],
