@@ -199,7 +199,7 @@ def test_one_file_is_enough(online, suite, page, number):
     """A notebook uploaded by hand, nothing attached, the internet on."""
     notebook = next(path for path in NOTEBOOKS if path.name.startswith(number))
     staged = suite[0][notebook.stem] / notebook.name
-    assert staged.stat().st_size < 600_000
+    assert staged.stat().st_size < 800_000  # Kaggle takes 1,000,000
     out, said = run(online, staged, number)
     assert "Not here" not in said and "Left as the image has them" not in said
     assert len(list(online.working.glob("llamatelemetry-*.whl"))) == 1
