@@ -39,16 +39,20 @@ class Child:
         self.log_path = self.folder / "worker.log"
         package = str(Path(__file__).resolve().parents[1])
         paths = [package, env["PYTHONPATH"]] if env.get("PYTHONPATH") else [package]
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, str(self.folder), str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=env | {"PYTHONPATH": os.pathsep.join(paths)},
-                start_new_session=True,  # Ctrl-C is ours to handle
-            )
+        try:
+            with open(self.log_path, "wb") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", module, str(self.folder), str(os.getpid())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=env | {"PYTHONPATH": os.pathsep.join(paths)},
+                    start_new_session=True,  # Ctrl-C is ours to handle
+                )
+        except BaseException:
+            folder.remove()
+            raise
         self.pid, self._why = self.process.pid, ""
         self._end = weakref.finalize(self, _ended, self.process, folder)
 

@@ -14,6 +14,7 @@ import llamatelemetry
 from llamatelemetry import CaptureError, ablate_head, ablate_layer, add, knock_out, patch, scale
 from llamatelemetry.capture.edits import pack, unpack
 from llamatelemetry.capture.session import CaptureSession
+from llamatelemetry.gpus.devices import list_gpus
 from llamatelemetry.maths import log_softmax
 
 pytest.importorskip("llama_cpp", reason="the engine is not built: llamatelemetry engine build")
@@ -284,6 +285,8 @@ def test_predict_refuses_what_it_cannot_say(session):
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_on_the_device_as_on_the_cpu(architecture, tmp_path):
     """Without TF32 (see test_gpu.py); the references are transformers'."""
+    if not list_gpus():
+        pytest.skip("no NVIDIA GPU on this machine")
     path, plain = tiny_model(architecture, tmp_path), None
     for cupy in ({}, {"n_ubatch": 9}):
         with CaptureSession(path, env={"NVIDIA_TF32_OVERRIDE": "0"}, **cupy) as session:

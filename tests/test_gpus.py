@@ -549,7 +549,7 @@ def test_a_file_that_is_yet_to_be_made(smollm2, cards, tmp_path):
     assert reckoned.tensors["size_bytes"].equals(made.tensors["size_bytes"])
     assert reckoned.bits_per_weight == pytest.approx(made.bits_per_weight)
     assert reckoned.size_bytes == pytest.approx(made.size_bytes, rel=1e-3)
-    assert reckoned.name.endswith("as F16") and file.name != reckoned.name
+    assert reckoned.called.endswith("as F16") and file.called != reckoned.called
     assert file.bits_per_weight < 6  # stays as it is
     assert as_type(file, "IQ3_XXS").size_bytes < as_type(file, "Q4_K_S").size_bytes
     with pytest.raises(OptionError, match="no type"):
@@ -615,7 +615,7 @@ def test_what_goes_to_a_gpu_is_not_mapped(machine, monkeypatch, tmp_path, count,
     machine(count)
     seen = {}
 
-    def popen(command, log, env, folder):
+    def popen(command, log, env):
         seen.update(env, command=command)
         raise OSError(2, "not here")
 

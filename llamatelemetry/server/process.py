@@ -106,22 +106,23 @@ class ServerProcess:
             # It answers with its model's name, in JSON, which is UTF-8
             if shown(model_path) != str(model_path):
                 options.setdefault("alias", shown(model_path.stem))
-            folder = Folder()
-            self.log = folder.path / "llama-server.log"
             started = time.monotonic()
             batch = max(BATCH, int(server_kwargs.get("batch_size") or 0))
             gpu = gpu_layers != 0 and bool(devices.list_gpus())
             if gpu and gpu_layers in (None, -1):  # as capture/runtime.py loads it
                 variables |= {"LLAMA_ARG_LOAD_MODE": "none"}
-            parts = split_parts(model_path)
-            self._limit = patience(parts, batch, ctx_size or batch, gpu)
+            self._limit = patience(split_parts(model_path), batch, ctx_size or batch, gpu)
+            folder = Folder()
+            self.log = folder.path / "llama-server.log"
             try:
                 with open(self.log, "wb") as log:
                     logs.check_room(log)
                     command = [binary, *flags(options)]
                     self._guard, self.pid = guard.popen(command, log, env=variables)
-            except OSError as error:
+            except BaseException as error:
                 folder.remove()
+                if not isinstance(error, OSError):
+                    raise
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise logs.no_room(folder.path.parent) from error
                 raise ServerError(
