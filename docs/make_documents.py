@@ -229,14 +229,16 @@ def _collect():
     ]
     ratios = ", ".join(f"{row['ratio']:.2f} x" for row in stored) or NOT_MEASURED
     counts = ", ".join(f"{row['texts']:,}" for row in stored) or "100, 1,000, 5,000"
-    grows = _value("collect", "slope", "here_mib_per_1000_texts", "{:.2f} MiB")
-    worker = _value("collect", "slope", "worker_mib_per_1000_texts", "{:.2f} MiB")
+    slope = _row("collect", "slope")
+    grows = slope and "{:.2f} MiB, in the capture worker {:.2f} MiB".format(
+        *(slope[f"{whose}_mib_per_1000_texts"] for whose in ("here", "worker"))
+    )
     return [
         (text.format(counts) + ", against the plain decode", "at most 1.25 x", ratios),
         (
             "Memory that 1,000 texts more take there",
             "flat",
-            f"{grows}, in the capture worker {worker}",
+            grows or NOT_MEASURED,
         ),
     ]
 
