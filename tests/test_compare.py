@@ -311,6 +311,12 @@ def test_what_is_not_there_is_refused(tmp_path):
         load_text(tmp_path / "none.txt")
 
 
+def forget_kept():
+    """Remove the logits that comparisons of this process have kept."""
+    for path in scratch().glob("kept-*.logits"):
+        path.unlink()
+
+
 @pytest.mark.parametrize("n_ctx", [64, 200, 520])
 def test_one_model_at_a_time_gives_the_same(n_ctx, tmp_path, monkeypatch, smollm2):
     """Where two models find no room together, the reference's logits are kept in scratch."""
@@ -328,7 +334,7 @@ def test_one_model_at_a_time_gives_the_same(n_ctx, tmp_path, monkeypatch, smollm
     assert [placing.apart for placing in found] == [False]
     apart = [one._replace(apart=True) for one in found]
     monkeypatch.setattr(jobs, "placed", lambda *_: apart)
-    kept.forget()
+    forget_kept()
     with pytest.warns(UserWarning, match="cut"):
         alone = compare_quantizations(source, [*made, cut], **settings)
     pd.testing.assert_frame_equal(together, alone)
@@ -338,7 +344,7 @@ def test_one_model_at_a_time_gives_the_same(n_ctx, tmp_path, monkeypatch, smollm
 
 def test_a_reference_is_computed_once_for_a_text(tmp_path, monkeypatch, smollm2):
     """Its logits are kept: what lies there is read, unless the file is another by now."""
-    kept.forget()
+    forget_kept()
     source = tiny_model("llama", tmp_path, vocabulary=GGUFFile(smollm2), n_layer=1, n_ctx=1024)
     small = quantize(source, tmp_path / "Q4_0.gguf", "Q4_0", progress=False)
     settings = dict(text=load_text()[:6000], n_ctx=64, max_windows=3, progress=False)
@@ -361,7 +367,7 @@ def test_a_reference_is_computed_once_for_a_text(tmp_path, monkeypatch, smollm2)
     compare_quantizations(source, [small], **settings)
     (last,) = scratch().glob("kept-*.logits")
     assert last.stat().st_size == 4 * 3 * 30 * GGUFFile(source).n_vocab
-    kept.forget()
+    forget_kept()
     monkeypatch.setattr(kept, "LARGEST", 1000)
     compare_quantizations(source, [small], **settings)
     assert not list(scratch().glob("kept-*"))

@@ -1,12 +1,10 @@
 """A reference's logits over a text, kept in scratch: the next comparison with it on the same text
 reads them instead of computing the reference again."""
 
-import contextlib
 import hashlib
-import os
 from typing import Any
 
-from ..errors import LlamaTelemetryError, OutputError
+from ..errors import LlamaTelemetryError
 from ..files.gguf import GGUFFile
 from ..files.outputs import split_parts
 from ..files.places import free_bytes
@@ -40,10 +38,3 @@ def place(job: dict[str, Any], rows: int, where: dict[str, Any]) -> str | None:
     while others and need + sum(one.stat().st_size for one in others) > ROOM:
         others.pop().unlink()
     return str(path)
-
-
-def forget() -> None:
-    """Remove all that is kept."""
-    with contextlib.suppress(OutputError):
-        for path in scratch().glob(_NAME.format("*")):
-            os.unlink(path)

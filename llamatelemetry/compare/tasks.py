@@ -265,13 +265,12 @@ def check(tasks: Sequence[Task] | TaskSet) -> TaskSet:
         whole(f"answer of task {number}", task.answer, error=CompareError)
         for text in (task.context, *task.choices, task.after):
             writable(text, CompareError)
-        right = task.choices[task.answer] if 0 <= task.answer < len(task.choices) else ""
-        if task.choices.count(right) != 1 or not all(task.choices):
+        if len(task.choices) < 2 or not 0 <= task.answer < len(task.choices):
+            raise CompareError(f"Task {number} has fewer than two choices, or no right one: {task}")
+        if task.choices.count(task.choices[task.answer]) != 1 or not all(task.choices):
             raise CompareError(
                 f"Task {number} has no right choice that is told apart from all others: {task}"
             )
-        if len(task.choices) < 2 or not 0 <= task.answer < len(task.choices):
-            raise CompareError(f"Task {number} has fewer than two choices, or no right one: {task}")
         if tasks.kind == WINOGRANDE and len(task.choices) != 2:
             raise CompareError(f"Task {number} of a Winogrande set has not two choices: {task}")
     if not tasks.tasks:
