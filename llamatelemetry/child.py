@@ -70,9 +70,10 @@ class Child:
         if not self.alive:
             raise self._crashed()
         try:
-            self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-            self.process.stdin.flush()
             with Watch(self.pid, self.kill, self._limit) as watch:
+                # One that is stopped takes no more than its pipe holds
+                self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+                self.process.stdin.flush()
                 while line := self.process.stdout.readline():
                     watch.beat()
                     answer = json.loads(line)

@@ -21,10 +21,12 @@ def popen(command, log, *, env=None, grace=3.0):
     """Start `command` under a guard; returns (guard's Popen, process id of the command).
 
     log: an open file for its stdout and stderr. Raises OSError if the command cannot be
-    executed."""
+    executed, or if the guard stalls before it has said so (liveness.Watch)."""
     from .imports import uninterrupted
+    from .liveness import Watch
 
     given, guard = map(str, (os.getpid(), grace, *command)), None
+    stalled: list[str] = []
     try:
         with uninterrupted():
             # A Ctrl-C meant for the notebook's cell is not meant for it
@@ -36,7 +38,8 @@ def popen(command, log, *, env=None, grace=3.0):
                 env=env,
                 start_new_session=True,
             )
-            line = guard.stdout.readline().split()
+            with Watch(guard.pid, lambda why: (stalled.append(why), guard.kill())):
+                line = guard.stdout.readline().split()
     except BaseException:
         if guard:  # nobody has it: the kernel then kills the command
             guard.kill()
@@ -46,7 +49,8 @@ def popen(command, log, *, env=None, grace=3.0):
     if len(line) != 2 or line[0] != b"pid":
         guard.stdin.close()
         guard.wait()
-        raise OSError(int(line[1]) if len(line) == 2 else 0, f"cannot execute {command[0]}")
+        why = f": its guard {stalled[0]}" if stalled else ""
+        raise OSError(int(line[1]) if len(line) == 2 else 0, f"cannot execute {command[0]}{why}")
     return guard, int(line[1])
 
 
@@ -104,13 +108,16 @@ def _main(parent, grace, command):
     if error:
         os.write(1, b"errno " + error + b"\n")
         return 127
+    # Before the parent hears of the command: a log that is a pipe then ends when the command does,
+    # also where a signal stops this process at its next step
+    said, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     try:
-        os.write(1, b"pid %d\n" % child)
+        os.write(said, b"pid %d\n" % child)
     except BrokenPipeError:
         pass  # the parent is gone: below
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)  # so that a log that is a pipe ends when the command does
+    os.close(said)
 
     asked = None  # when a polite stop was asked for
     while True:

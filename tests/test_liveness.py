@@ -16,6 +16,7 @@ from llamatelemetry import (
     ModelLoadError,
     ServerError,
     WorkerCrashedError,
+    child,
     liveness,
     quantize,
 )
@@ -130,6 +131,34 @@ def test_a_tool_that_says_something_now_and_then_is_let_be():
     assert run.run_tool(["/bin/sh", "-c", script], "try", limit=1.0).split() == list("12345")
 
 
+def test_a_guard_holds_no_log_when_it_is_heard_of(monkeypatch, tmp_path):
+    """Where it did for a moment longer, one stopped in that moment was waited for without end."""
+    slow = tmp_path / "slow.py"
+    slow.write_text(f"""
+import os, runpy, time
+write = os.write
+os.write = lambda *given: (write(*given), time.sleep(1))
+runpy.run_path({run.guard.__file__!r}, run_name="__main__")
+""")
+    monkeypatch.setattr(run.guard, "__file__", str(slow))
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as output:
+        with os.fdopen(write, "wb") as log:
+            process, _ = run.guard.popen(["/bin/sleep", "0.1"], log)
+        held = {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (1, 2)}
+        assert held == {os.devnull} and output.read() == b""
+        run.guard.stop(process)
+
+
+def test_a_guard_that_is_stopped_before_it_says_anything(monkeypatch, tmp_path):
+    stops = tmp_path / "python"
+    stops.write_text("#!/bin/sh\nkill -STOP $$\n")
+    stops.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stops))
+    with pytest.raises(QuantizeError, match="its guard is stopped by a signal"):
+        run.run_tool(["/bin/sh", "-c", "exec sleep 60"], "try")
+
+
 def test_a_guard_that_is_stopped_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(run, "GUARD_S", 1)
 
@@ -217,6 +246,15 @@ def test_a_worker_that_loops_or_is_stopped(tmp_path):
         with pytest.raises(WorkerCrashedError, match="stopped by a signal"):
             engine.capture(IDS)
         assert len(engine.capture(IDS).tokens) == len(IDS)
+
+
+@pytest.mark.parametrize("letters", [1, 10**6])  # a pipe holds 65,536
+def test_a_child_that_is_stopped_is_found_out_however_long_its_command_is(letters):
+    env = dict(os.environ)
+    with child.Child("llamatelemetry.capture.worker", "A worker", env) as one:
+        os.kill(one.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerCrashedError, match="stopped by a signal"):
+            one.call("tokenize", text="a" * letters)
 
 
 @pytest.mark.slow
