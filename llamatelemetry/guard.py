@@ -25,8 +25,7 @@ def popen(command, log, *, env=None, grace=3.0):
     from .imports import uninterrupted
     from .liveness import Watch
 
-    given, guard = map(str, (os.getpid(), grace, *command)), None
-    stalled: list[str] = []
+    given, guard, stalled = map(str, (os.getpid(), grace, *command)), None, []
     try:
         with uninterrupted():
             # A Ctrl-C meant for the notebook's cell is not meant for it
@@ -38,20 +37,19 @@ def popen(command, log, *, env=None, grace=3.0):
                 env=env,
                 start_new_session=True,
             )
-            with Watch(guard.pid, lambda why: (stalled.append(why), guard.kill())):
-                line = guard.stdout.readline().split()
+            with Watch(guard.pid, lambda why: (stalled.append(f": its guard {why}"), guard.kill())):
+                said, _, number = guard.stdout.readline().partition(b" ")
     except BaseException:
         if guard:  # nobody has it: the kernel then kills the command
             guard.kill()
             guard.wait()
         raise
     guard.stdout.close()
-    if len(line) != 2 or line[0] != b"pid":
+    if said != b"pid":
         guard.stdin.close()
         guard.wait()
-        why = f": its guard {stalled[0]}" if stalled else ""
-        raise OSError(int(line[1]) if len(line) == 2 else 0, f"cannot execute {command[0]}{why}")
-    return guard, int(line[1])
+        raise OSError(int(number or 0), f"cannot execute {command[0]}{''.join(stalled)}")
+    return guard, int(number)
 
 
 def stop(guard, timeout=10.0):

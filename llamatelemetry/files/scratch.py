@@ -19,6 +19,7 @@ from .places import free_bytes, temp_dir
 ANNOUNCED = 10**9  # bytes: a larger file is announced
 _PREFIX = "llamatelemetry-scratch-"
 _AFTER = """
+exec >/dev/null 2>&1
 while read -r _; do :; done
 for half in "$0"/.*.partial; do [ -L "$half" ] && rm -rf "$(readlink "$half")"; done
 rm -rf "$0"; sleep 1; rm -rf "$0"  # others of that process may have been writing still
@@ -77,8 +78,7 @@ class Folder:
         self.path = Path(place or tempfile.gettempdir(), _PREFIX + name)
         self.owner, self.users = os.getpid(), 0
         after = ["/bin/sh", "-c", _AFTER, str(self.path)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._after = subprocess.Popen(after, stdin=_lifeline[0], start_new_session=True, **quiet)
+        self._after = subprocess.Popen(after, stdin=_lifeline[0], start_new_session=True)
         try:
             self.path.mkdir(0o700)
         except BaseException:
