@@ -12,7 +12,7 @@ from sklearn.manifold import trustworthiness
 from sklearn.metrics import adjusted_rand_score
 
 from llamatelemetry import maths
-from llamatelemetry.backend import base, get_backend
+from llamatelemetry.backend import get_backend, nearest
 from llamatelemetry.backend.gpu import GpuBackend, _import_cugraph
 from llamatelemetry.backend.layout import layout, pack_discs
 from llamatelemetry.errors import GpuError
@@ -108,7 +108,7 @@ def test_rows_of_zeros_are_far_from_every_row_that_is_not(backend):
 def test_neighbors_do_not_depend_on_the_block(backend, monkeypatch):
     x, _ = planted()
     whole = backend.neighbors(x, 4)
-    monkeypatch.setattr(base, "_BLOCK", 7 * 13 * 33)  # 7 rows at a time
+    monkeypatch.setattr(nearest, "_BLOCK", 7 * 13 * 33)  # 7 rows at a time
     for a, b in zip(whole, backend.neighbors(x, 4)):
         np.testing.assert_array_equal(a, b)
 
@@ -445,13 +445,13 @@ def test_neighbours_do_not_depend_on_blocks(monkeypatch, metric):
     x = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32) + 30 * (metric[0] == "e")
     x[[3, 9]] = 0
     whole = cpu.neighbors(x, 5, metric)
-    monkeypatch.setattr(base, "_BLOCK", 700)
-    monkeypatch.setattr(base, "_QUERIES", 7)
+    monkeypatch.setattr(nearest, "_BLOCK", 700)
+    monkeypatch.setattr(nearest, "_QUERIES", 7)
     monkeypatch.setattr(maths, "BLOCK", 11)
     apart = np.flatnonzero(x.any(axis=1))  # all are equally far from a row of zeros
     for one, other in zip(whole, cpu.neighbors(x, 5, metric)):
         np.testing.assert_array_equal(one[apart], other[apart])
-    rows = base._unit_rows(np, x) if metric == "cosine" else x
+    rows = nearest.unit_rows(np, x) if metric == "cosine" else x
     squared = ((rows[:, None].astype(float) - rows[None]) ** 2).sum(axis=2)
     np.fill_diagonal(squared, np.inf)
     expected = np.argsort(squared, axis=1, kind="stable")[:, :5]

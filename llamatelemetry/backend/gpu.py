@@ -10,7 +10,8 @@ import numpy as np
 from ..errors import GpuError
 from ..maths import blocks
 from . import layout
-from .base import CpuBackend, _unit_rows, version
+from .base import CpuBackend, version
+from .nearest import unit_rows
 
 RAPIDS = ("cupy", "cudf", "cuml")
 CUGRAPH_FROM = 1000  # nodes of a component
@@ -139,7 +140,7 @@ class GpuBackend(CpuBackend):
         x = self.to_device(x)
         if metric == "cosine" and not x.any(axis=1).all():
             # cuML divides rows of zeros by their length; umap-learn puts them at 1 from the others
-            x = _unit_rows(self.xp, x)
+            x = unit_rows(self.xp, x)
         model = UMAP(
             n_components=n_components,
             n_neighbors=n_neighbors,
