@@ -2,19 +2,25 @@
 
 import json
 import os
+import secrets
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from damage import Watched
 from models import tiny_model
+from processes import alive, gone
 from soak import __main__ as soak
 from soak import asked, cycles, phases, spells
-from soak.scene import Verdict, play
+from soak.scene import Verdict, can_mount, play
 
 TESTS = os.path.dirname(__file__)
 
@@ -376,24 +382,137 @@ def test_a_template_that_harms_later_is_bounded(tmp_path, llama_server, name):
 # The command
 
 
+class Ended:
+    """In the place of an Apart."""
+
+    asked, open = [], 0
+
+    def __init__(self, part, arguments):
+        self.part, self.times = part, 2
+        Ended.asked.append((part, arguments))
+        Ended.open += 1
+
+    def over(self):
+        assert Ended.open <= soak.LANES
+        self.times -= 1
+        return not self.times
+
+    def found(self):
+        whole = {"rows": [{"what": "all", "count": 3}], "findings": 0, "seconds": 1}
+        cut, planted = {"rows": None}, {"findings": 1}
+        return {"requests": whole | cut, "cycles": whole | planted, "phases": None}.get(
+            self.part, whole
+        )
+
+    def close(self):
+        Ended.open -= 1
+
+
 def test_a_part_that_was_whole_is_stored_beside_the_others(tmp_path, monkeypatch, capsys):
-    def fake(name):
-        def run(given):
-            if name == "soak.cycles":
-                given.find("planted", "--parts cycles")
-            return None if name == "soak.asked" else [{"what": "all", "count": 3}]
-
-        return SimpleNamespace(run=run)
-
-    monkeypatch.setattr(soak.importlib, "import_module", fake)
+    monkeypatch.setattr(Ended, "asked", [])
     results = tmp_path / "soak.json"
-    given = ["--results", str(results)]
-    assert soak.main([*given, "--parts", "requests", "templates"]) == 0
-    assert soak.main([*given, "--parts", "cycles"]) == 1
-    assert soak.main([*given, "--parts", "files", "--count", "1"]) == 0  # stores nothing
+
+    def run(*given):
+        return soak.main(["--results", str(results), *given], Ended)
+
+    assert run("--parts", "requests", "templates") == 0
+    assert run("--parts", "cycles") == 1
+    assert run("--parts", "files", "--count", "1") == 0  # stores nothing
     rows = json.loads(results.read_text())["rows"]
     assert [(row["part"], row["findings"]) for row in rows] == [("cycles", 1), ("templates", 0)]
-    assert soak.main([*given, "--parts", "cycles", "--resume"]) == 0
+    Ended.asked.clear()
+    assert run("--minutes", "30", "--resume") == 1  # phases
+    assert [part for part, _ in Ended.asked] == ["phases", "requests", "files"]
+    minutes = [float(given[given.index("--minutes", 4) + 1]) for _, given in Ended.asked]
+    assert all(29 < each <= 30 for each in minutes) and not Ended.open
     said = capsys.readouterr().out
-    assert "FINDING (cycles): planted\n  again: --parts cycles" in said
-    assert "requests was not whole" in said
+    assert "requests was not whole" in said and "FINDING (phases): it ended in the middle" in said
+
+
+LIVES = """
+import os, subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from soak import apart
+def run(given):
+    (Path(os.environ["TMPDIR"]) / "half").touch()
+    Path("/dev/shm/half-{token}").touch()
+    subprocess.Popen(["sleep", "{token}"], start_new_session=True)
+    print("there", flush=True)
+    {then}
+from soak import cycles
+cycles.run = run
+from soak.__main__ import main
+sys.exit(main(["--parts", "cycles", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["itself", "interrupt", "term", "kill", "its part is killed"])
+def test_nothing_is_left_of_a_soak_however_it_ends(tmp_path, end):
+    token = f"{secrets.randbelow(10**8)}.5"
+    script = tmp_path / "soak.py"
+    then = "return None" if end == "itself" else "time.sleep(60)"
+    script.write_text(LIVES.format(tests=TESTS, token=token, then=then))
+    # The part's process runs the same script, in the place of the folder tests/soak
+    start = f"import sys\nsys.path.insert(0, {TESTS!r})\nfrom soak import apart\n"
+    start += f"apart.HERE = {str(script)!r}\nsys.argv[0] = {str(script)!r}\n"
+    (first := tmp_path / "first.py").write_text(start + f"exec(open({str(script)!r}).read())")
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.path.dirname(TESTS)}
+    env["PYTHONUNBUFFERED"] = "1"
+    results = ["--results", str(tmp_path / "soak.json")]
+    process = subprocess.Popen(
+        [sys.executable, str(first), *results], env=env, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "there\n"
+        if end == "its part is killed":
+            (part,) = (each for each in alike("--said") if str(script) in each.cmdline())
+            part.kill()
+        elif end != "itself":
+            ends = {"interrupt": signal.SIGINT, "term": signal.SIGTERM, "kill": signal.SIGKILL}
+            process.send_signal(ends[end])
+        said, _ = process.communicate(timeout=60)
+        code = {"itself": 0, "interrupt": 130, "term": 143, "kill": -9}.get(end, 1)
+        assert process.returncode == code, said
+    finally:
+        process.kill()
+    deadline = time.monotonic() + 10
+    while (alike(token) or list(tmp_path.glob("soak-*"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alike(token) and not list(tmp_path.glob("soak-*"))
+    assert not can_mount() or not Path(f"/dev/shm/half-{token}").exists()
+
+
+def alike(word):
+    """Processes with this word in their command."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if word in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+@pytest.mark.slow
+def test_an_actor_ends_with_its_director(tmp_path):
+    (folder := tmp_path / "scene").mkdir()
+    script = actor(tmp_path, "time.sleep(99)", "print('{}', flush=True)")
+    code = (
+        f"import sys\nsys.path.insert(0, {TESTS!r})\nfrom pathlib import Path\n"
+        "from soak.scene import Play\n"
+        f"stage = Play('expand', 'm', Path({str(folder)!r}), None, actor={str(script)!r})\n"
+        "stage.answer(60), stage.tell('go'), stage.answer(60)\n"
+        "print(stage.process.pid, flush=True)\nsys.stdin.read()\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.path.dirname(TESTS)}
+    director = subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdin=-1, stdout=-1, text=True
+    )
+    with director:
+        pid = int(director.stdout.readline())
+        assert alive(pid)
+        director.kill()
+    assert gone(pid, 10)

@@ -1,11 +1,14 @@
-"""`make soak`: the long part of the tests. Each finding is printed at once with how to repeat it; a
-part that was whole is stored in tests/benchmarks/results/soak.json, the others stay as they were.
+"""`make soak`: the long part of the tests, two parts at a time, each in a process of its own. Each
+finding is printed at once with how to repeat it; a part that was whole is stored at once in
+tests/benchmarks/results/soak.json, the others stay as they were. Ctrl-C leaves nothing running, and
+--resume goes on from there.
 
     python tests/soak [--parts files phases ...] [--minutes 60] [--seed 0] [--resume]"""
 
 import argparse
 import importlib
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,14 +16,17 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[0] = str(TESTS)
 sys.path[1:1] = [str(TESTS / "benchmarks"), str(TESTS.parent)]
-# {part: (its module, its share of the time)}
+# {part: its module}, the order in which they are stored
 PARTS = {
-    "files": ("damaged", 0.25),
-    "phases": ("phases", 0.45),
-    "requests": ("asked", 0.1),
-    "cycles": ("cycles", 0.1),
-    "templates": ("spells", 0.1),
+    "files": "damaged",
+    "phases": "phases",
+    "requests": "asked",
+    "cycles": "cycles",
+    "templates": "spells",
 }
+# The longest first. No part's counts are times: one that waits for another is not another result.
+FIRST = ("phases", "requests", "files", "templates", "cycles")
+LANES = 2
 
 
 class Soak:
@@ -65,12 +71,64 @@ def merged(rows, part, new):
     return sorted(kept, key=lambda row: list(PARTS).index(row["part"]))
 
 
-def main(arguments=None):
-    from common import RESULTS, report
+def alone(part, options):
+    """What one part finds, in this process: its rows (None where it was not whole), how many
+    findings, the seconds that it took."""
+    soak = Soak(part, options, 60 * options.minutes)
+    rows = importlib.import_module(f"soak.{PARTS[part]}").run(soak)
+    seconds = round(time.monotonic() - soak.started)
+    return {"rows": rows, "findings": len(soak.findings), "seconds": seconds}
 
+
+def keep(part, found, options):
+    """Say and store what a part found. Returns how many findings it has, one where it ended before
+    it could tell."""
+    from common import report
+
+    if found is None:
+        print(f"FINDING ({part}): it ended in the middle\n  again: --parts {part}", flush=True)
+        return 1
+    seconds, findings, rows = found["seconds"], found["findings"], found["rows"]
+    if rows is None:
+        print(f"{part} was not whole after {seconds} s: not stored (--minutes)", flush=True)
+    elif not (options.count or options.phases or options.faults):
+        rows[0] |= {"findings": findings, "seconds": seconds, "seed": options.seed}
+        report("soak", merged(stored(options.results), part, rows), options.results)
+    print(f"{part}: {findings} findings in {seconds} s", flush=True)
+    return findings
+
+
+def beside(parts, options, arguments, run):
+    """How many findings some parts have, LANES of them beside one another. run(part, arguments): an
+    Apart."""
+    waiting, running, findings = [part for part in FIRST if part in parts], [], 0
+    started = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and len(running) < LANES:
+                left = options.minutes - (time.monotonic() - started) / 60
+                running.append(run(waiting.pop(0), [*arguments, "--minutes", f"{left:.3f}"]))
+            for one in [one for one in running if one.over()]:
+                found = one.found()
+                running.remove(one)
+                one.close()
+                findings += keep(one.part, found, options)
+            time.sleep(0.2)
+    finally:
+        for one in running:
+            one.close()
+    return findings
+
+
+def main(arguments=None, run=None):
+    from common import RESULTS
+
+    from soak.apart import Apart, ends_with_the_soak
+
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=60, help="for all parts of a whole soak")
+    parser.add_argument("--minutes", type=float, default=60, help="for all parts together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--count", type=int, help="fewer, in the part's own measure; stores nothing"
@@ -80,23 +138,21 @@ def main(arguments=None):
     parser.add_argument("--kept", type=Path, default=Path("outputs/soak"), help="of damaged files")
     parser.add_argument("--resume", action="store_true", help="go on where a soak was cut")
     parser.add_argument("--results", type=Path, default=RESULTS / "soak.json")
+    parser.add_argument("--said", type=Path, help=argparse.SUPPRESS)  # in a part's own process
     options = parser.parse_args(arguments)
-    found = 0
-    for part in options.parts:
-        name, share = PARTS[part]
-        if options.resume and any(row["part"] == part for row in stored(options.results)):
-            continue
-        soak = Soak(part, options, 60 * options.minutes * share)
-        rows = importlib.import_module(f"soak.{name}").run(soak)
-        found += len(soak.findings)
-        seconds = round(time.monotonic() - soak.started)
-        if rows is None:
-            print(f"{part} was not whole after {seconds} s: not stored (--minutes)", flush=True)
-        elif not (options.count or options.phases or options.faults):
-            rows[0] |= {"findings": len(soak.findings), "seconds": seconds, "seed": options.seed}
-            report("soak", merged(stored(options.results), part, rows), options.results)
-        print(f"{part}: {len(soak.findings)} findings in {seconds} s", flush=True)
-    return int(found > 0)
+    if options.said:
+        ends_with_the_soak()
+        found = alone(*options.parts, options)
+        options.said.write_text(json.dumps(found))
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    there = {row["part"] for row in stored(options.results)} if options.resume else set()
+    parts = [part for part in options.parts if part not in there]
+    try:
+        return int(beside(parts, options, arguments, run or Apart) > 0)
+    except KeyboardInterrupt:
+        print("stopped: --resume goes on from here", flush=True)
+        return 130
 
 
 if __name__ == "__main__":

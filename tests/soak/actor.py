@@ -172,6 +172,7 @@ def listen(todo, temp):
             print(json.dumps({"fork": pid}), flush=True)
         else:
             todo.put(command)
+    os._exit(1)  # its director is gone
 
 
 def main(phase, model, folder):

@@ -8,10 +8,12 @@ import psutil
 
 
 class Marked:
-    """Processes that carry a mark in their environment: whoever started them, or adopted them."""
+    """Processes that carry a mark in their environment: whoever started them, or adopted them.
 
-    def __init__(self):
-        self.mark = f"SOAK_MARK={secrets.token_hex(8)}"
+    name: the variable's; value: of a mark that is there already."""
+
+    def __init__(self, name="SOAK_MARK", value=None):
+        self.mark = f"{name}={value or secrets.token_hex(8)}"
 
     @property
     def environment(self):
