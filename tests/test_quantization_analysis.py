@@ -451,8 +451,20 @@ def test_costs_join_the_losses():
     assert table["seconds_per_token"].tolist() == [0.25, 0.125]
     assert decision.megabytes(table[["size_bytes"]])["size_MB"].tolist() == [5, 5]
     budgets, limits = decision.steps(table)
-    assert (budgets, limits) == ([2e6 + 1, 7e6], [0.01, 0.3])
+    assert (budgets, limits) == ([2e6 + 1, 7e6], [0.02, 0.3])
     assert decision.decide(table, budgets, [0.02, 1]).values.tolist() == [["a", "a"], ["a", "a"]]
+
+
+@pytest.mark.parametrize(
+    "kld, limit",
+    [(0.0133, 0.02), (0.3, 0.3), (1.3, 2), (9.3, 10), (0.0097, 0.01), (-2e-9, 0), (0, 0)],
+)
+def test_every_file_is_within_a_limit_of_its_own(kld, limit):
+    """0.0133 became "at most 0.01", and no memory was enough for that file."""
+    table = pd.DataFrame({"memory_bytes": [7e6], "kld_mean": [kld]}, index=["a"])
+    budgets, limits = decision.steps(table)
+    assert limits == pytest.approx([limit], abs=2e-9) and limits[0] >= kld
+    assert decision.decide(table, budgets, limits).values.tolist() == [["a"]]
 
 
 def test_worst_tokens_stand_in_their_own_window():

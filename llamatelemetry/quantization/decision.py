@@ -100,10 +100,15 @@ def pareto(table: pd.DataFrame, cost: str, loss: str = "kld_mean") -> pd.Series:
 def steps(
     table: pd.DataFrame, need: str = "memory_bytes", loss: str = "kld_mean"
 ) -> tuple[list[float], list[float]]:
-    """Where a decision can turn: the memory that each file needs, and a round number of nats above
-    each file's divergence."""
-    above = {float(f"{value * 1.1:.1g}") for value in table[loss]}
-    return sorted(np.ceil(table[need])), sorted(above)
+    """Where a decision can turn: the memory that each file needs, and for each file's divergence
+    the least number of one digit that is no less."""
+    return sorted(np.ceil(table[need])), sorted(set(map(_round_above, table[loss])))
+
+
+def _round_above(value):
+    near = float(f"{value:.0e}")
+    digit = 10.0 ** np.floor(np.log10(abs(value) or 1.0))
+    return near if near >= value else float(f"{near + digit:.0e}")
 
 
 def decide(
