@@ -48,6 +48,30 @@ def test_what_does_not_pair_is_refused():
         paired([1, 2], [1])
     with pytest.raises(CompareError, match="no number"):
         paired([1, np.nan], [1, 2])
+    tokens = three_files(0.02)
+    elsewhere = tokens.assign(id=tokens["id"].where(tokens["candidate"] != "b", 8))
+    shorter = tokens.drop(tokens.query("candidate == 'b' and window == 1").index)
+    for others in (elsewhere, shorter):
+        with pytest.raises(CompareError, match="other texts or windows"):
+            better(others)
+
+
+@pytest.mark.parametrize("windows", [2, 3, 4, 10])
+def test_a_few_windows_promise_no_more_than_they_hold(windows):
+    """Of two files that are alike one in twenty is called closer: a bootstrap of two windows said
+    so of one in two."""
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(windows)
+    apart = rng.normal(0, 1, (300, windows))
+    found = [paired(one, np.zeros(windows)) for one in apart]
+    assert np.mean([one.verdict != "cannot be told" for one in found]) < 0.09
+    interval = stats.ttest_1samp(apart[0], 0).confidence_interval(0.95)
+    assert found[0][1:3] == pytest.approx(interval)
+    # A longer window counts for more, as it does in the mean
+    labels = np.repeat(np.arange(windows), np.arange(windows) + 5)
+    long = paired(apart[0][labels], np.zeros(len(labels)), labels)
+    assert long.low < long.difference < long.high
+    assert long.difference == pytest.approx(apart[0][labels].mean())
 
 
 def three_files(noise, seed=0):
@@ -55,7 +79,7 @@ def three_files(noise, seed=0):
     tokens."""
     rng = np.random.default_rng(seed)
     hard = rng.exponential(0.1, 512)
-    where = {"window": np.repeat([0, 1], 256), "position": np.tile(np.arange(256, 512), 2)}
+    where = {"window": np.repeat([0, 1], 256), "position": np.tile(np.arange(256, 512), 2), "id": 7}
     files = {"a": 0.0, "b": 0.01, "c": 0.0}
     tables = [
         pd.DataFrame(where | {"candidate": name, "kld": hard + more + rng.normal(0, noise, 512)})
@@ -95,6 +119,7 @@ def test_no_block_is_a_remainder(scored, blocks):
     """A window's tokens are shared out evenly over its blocks."""
     stats = pytest.importorskip("scipy.stats")
     where = {"window": np.repeat([0, 1, 2], scored), "position": np.tile(np.arange(scored), 3)}
+    where["id"] = 7
     step = np.floor(np.arange(scored) * blocks / scored)
     kld = 1 + np.tile(step % 2, 3) + where["window"]
     tokens = [pd.DataFrame(where | {"candidate": n, "kld": k}) for n, k in (("a", kld), ("b", 0))]

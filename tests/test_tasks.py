@@ -153,6 +153,11 @@ def test_flips_by_hand():
     assert row["mcnemar"] == pytest.approx(2 * stats.binom.cdf(1, 4, 0.5))
     assert row["verdict"] == "cannot be told"
     assert choices.flips(base, base)["mcnemar"] == 1
+    for flipped, verdict in ((4, "cannot be told"), (5, "cannot be told"), (6, "less")):
+        lost = [False] * flipped + [True] * (30 - flipped)
+        one = pd.DataFrame({"right": lost, "chosen": 0})
+        row = choices.flips(one, one.assign(right=True))
+        assert row["high"] < 0 and row["verdict"] == verdict  # p: 1/8, 1/16, 1/32
     for share, n in ((0.75, 20), (1.0, 3), (0.0, 5)):
         theirs = stats.binomtest(round(share * n), n).proportion_ci(method="wilson")
         assert choices.wilson(share, n) == pytest.approx(theirs)

@@ -64,7 +64,8 @@ def compare_tasks(
     and against the reference: right_to_wrong, wrong_to_right and changed (shares of the tasks;
     changed: another choice, right or not), difference of accuracy with a paired 95% interval (low,
     high: paired.paired), mcnemar (exact p of McNemar 1947: that flips go both ways alike) and
-    verdict ("less", "more" accurate or "cannot be told"). A candidate that cannot be read has its
+    verdict ("less" or "more" accurate where the interval leaves out 0 and p is below 0.05, else
+    "cannot be told"). A candidate that cannot be read has its
     reason in `error` and NaN elsewhere. Raises ModelLoadError for such a reference, CompareError
     for tasks that are none."""
     whole("gpu_layers", gpu_layers, -1, error=CompareError, none=True)
@@ -231,7 +232,9 @@ def flips(own: pd.DataFrame, base: pd.DataFrame, seed: int = 0) -> dict:
     found = paired(right, before, seed=seed)
     p = binomtest(lost, lost + won).pvalue if lost + won else 1.0
     changed = float((own["chosen"].to_numpy() != base["chosen"].to_numpy()).mean())
-    values = lost / len(own), won / len(own), changed, *found[:3], float(p), found.verdict
+    # Four flips one way are resampled to an interval without 0, and are one case of eight
+    verdict = found.verdict if p < 0.05 else "cannot be told"
+    values = lost / len(own), won / len(own), changed, *found[:3], float(p), verdict
     return dict(zip(COLUMNS, values))
 
 

@@ -38,7 +38,7 @@ def tasks(table: pd.DataFrame) -> str:
             for (which, name), row in told.iterrows()
         ]
         apart = f"told apart from the reference: {listed(names)}"
-    return f"By paired intervals {apart}; {changed}."
+    return f"By paired intervals and McNemar's test {apart}; {changed}."
 
 
 @sentence
