@@ -343,6 +343,7 @@ def _machine(stored):
     facts = stored["hardware"]
     cores = f", {facts['cores']} cores" if "cores" in facts else ""
     gpu = "" if facts.get("gpu", "none") == "none" else f", {facts['gpu']}"
+    gpu = re.sub(r", (?=\d+\.\d+)", ", driver ", gpu)
     return f"{facts.get('cpu', '')}{cores}{gpu}, {facts.get('date', '')}"
 
 
@@ -461,14 +462,17 @@ def scale():
         return "Not measured yet: `tests/benchmarks/bench_scale.py` on a GPU host."
     rows = {row["what"]: row for row in stored["rows"]}
     models = list(dict.fromkeys(what.partition(", ")[2] for what in rows))
-    head = " | ".join(f"{model}: time, first figure, memory, GPUs, scratch" for model in models)
-    lines = [f"| notebook | {head} |", "|---" * (len(models) + 1) + "|"]
+    said = {"8b": "8B shape", "1b": "1B shape", "smollm2": "SmolLM2"}
+    head = " | ".join(said.get(model, model) for model in models)
+    key = "A cell: time, time to the first figure, memory, memory of each GPU, scratch."
+    key += " `-`: not measured, because other work ran on that GPU."
+    lines = [key, "", f"| notebook | {head} |", "|---" * (len(models) + 1) + "|"]
     for number in sorted({what[:2] for what in rows}):
         cells = [_scale_cell(rows.get(f"{number}, {model}")) for model in models]
         lines.append(f"| {number} | {' | '.join(cells)} |")
     cores = stored["rows"][0]["cores"]
     where = f"{_machine(stored)}; {cores} of its cores, 14,913 MiB left on each GPU."
-    shapes = " and ".join(model for model in models if model in ("1b", "8b"))
+    shapes = " and ".join(said[model] for model in models if model in ("1b", "8b"))
     made = f" {shapes}: random weights in the shape of Llama 3." if shapes else ""
     return "\n".join([*lines, "", where + made])
 
