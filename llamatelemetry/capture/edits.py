@@ -96,17 +96,19 @@ def ablate_head(layer: Some, head: Maybe, mode: str = "zero") -> Edit:
     """Remove heads' outputs before the output projection: zero them, or (mode="mean") put their
     mean over positions.
 
-    layer, head: one, several, or a slice. The mean is taken over all positions of the same text in
-    a run without edits.
-    """
+    layer, head: one, several, or a slice; head: None for all. The mean is taken over all positions
+    of the same text in a run without edits. Raises CaptureError for another mode, and at the
+    capture for a layer or head that the model has not."""
     if mode not in ("zero", "mean"):
         raise CaptureError(f'mode is "zero" or "mean", not {mode!r}.')
     return Edit("attn_heads", layer, head, mean=mode == "mean")
 
 
 def ablate_layer(layer: Some, part: str = "both") -> list[Edit]:
-    """Remove what layers' attention, FFN or both add to the residual stream. Returns a list of
-    edits."""
+    """Remove what layers' attention, FFN or both add to the residual stream.
+
+    layer: one, several, or a slice; part: "attention", "ffn" or "both". Returns a list of edits.
+    Raises CaptureError for another part, and at the capture for a layer without it."""
     stages = {"attention": ["attn_out"], "ffn": ["ffn_out"], "both": ["attn_out", "ffn_out"]}
     if part not in stages:
         raise CaptureError(f'part is "attention", "ffn" or "both", not {part!r}.')
@@ -124,8 +126,9 @@ def scale(
     """Multiply a stage by a factor; `head`, `positions` (queries) and `keys` (of scores and
     attention) restrict it.
 
-    For k and v, `head` is the key's head: several query heads may share it.
-    """
+    stage: one with values per layer that `edits` can change, such as "hidden", "attn_out" or "q".
+    For k and v, `head` is the key's head: several query heads may share it. Raises CaptureError for
+    a factor that is no finite number and for a stage that cannot be edited."""
     factor = finite("factor", factor, error=CaptureError)
     return Edit(stage, layer, head, positions, keys, factor)
 
@@ -193,7 +196,8 @@ def patch(
 
     source: a Capture that holds the stage, or an array (token, embd), or (head, token, feature) for
     stages by head. positions: token positions to replace, the same in both runs; None for all (the
-    texts must be equally long). Of several layers of a Capture, a list of edits, one per layer."""
+    texts must be equally long). Of several layers of a Capture, a list of edits, one per layer.
+    Raises CaptureError for a source that has not the stage, or not all queries of it."""
     _check_editable(stage)
     layers = _some("layer", layer)
     if isinstance(source, np.ndarray):

@@ -66,7 +66,7 @@ def group_costs(
 ) -> Costs:
     """What every group of tensors (attention q, k, v and output, FFN gate, up and down, embedding
     and output) costs at each type: the mean KLD from the reference of a file in which that group
-    alone has it and everything else is Q8_0, less that of the file that is all Q8_0.
+    alone has it and everything else is Q8_0, less that of the file that is all Q8_0 (nats).
 
     base: the reference's Q8_0 file; None makes one. folder: where files are made (over 1 GB:
     scratch), one GiB or one file at a time, and removed.
@@ -159,8 +159,9 @@ def recommend(size_bytes: float, costs: Costs) -> Recommendation:
     """The mixture of least divergence in a file of at most so many bytes: an exact integer program
     over the measured costs of each group at each type, which are taken to add up.
 
-    costs: of group_costs. Whether they add up, and whether the mixture is better than others of its
-    size, says `verify`. Raises QuantizeError for a size below the smallest mixture."""
+    costs: of group_costs. `make` writes the file; whether the costs add up in it and whether it is
+    better than others of its size, compare_quantizations and `verdicts` say. Raises
+    QuantizeError for a size below the smallest mixture."""
     finite("size_bytes", size_bytes, 1, error=QuantizeError)
     return _recommendation(least(costs.table, size_bytes - _rest(costs)), costs)
 
