@@ -92,7 +92,7 @@ def gains(table: pd.DataFrame) -> str:
     if table.empty or not len(table.columns):
         return "There are no massive dimensions whose gain could be compared."
     values, dims = table.to_numpy(), counted(len(table.columns), "dimension")
-    turned = "turns them down" if np.median(values) < 1 else "does not turn them down"
+    turned = "turns such values down" if np.median(values) < 1 else "does not turn such values down"
     return f"""In the {dims} with massive activations ({listed(table.columns)}) the gain of the attention norm is
         {np.median(values):.2g} times the layer's median, in the median over layers: the norm {turned}."""
 
@@ -124,8 +124,8 @@ def attribution(table: pd.DataFrame, pieces: Sequence) -> str:
     most, least = (blocks.loc[at] for at in (blocks["value"].idxmax(), blocks["value"].idxmin()))
     parts = listed(f"{sums[name]:+.2f} from {name}" for name in ("attention", "ffn", "embedding"))
     return f"""{quoted(pieces[0])} leads {quoted(pieces[1])} by {table.attrs["total"]:.2f} in logit (captured:
-        {table.attrs["captured"]:.2f}): {parts}. {most["component"]} of layer {most["layer"]} adds most
-        ({most["value"]:+.2f}), {least["component"]} of layer {least["layer"]} least ({least["value"]:+.2f})."""
+        {table.attrs["captured"]:.2f}): {parts}. Most is added by {most["component"]} of layer {most["layer"]}
+        ({most["value"]:+.2f}), least by {least["component"]} of layer {least["layer"]} ({least["value"]:+.2f})."""
 
 
 @sentence

@@ -95,7 +95,7 @@ def cuts(cuts: xr.Dataset, pieces: Sequence) -> str:
     lost = change[group, key]
     fact = (
         f"The answer's lead of {cuts.attrs['lead']:+.2f} nats loses most, {-lost:.2f}, without the "
-        f"edges of {where} to {at} {quoted(pieces[at])}."
+        f"edges to {at} {quoted(pieces[at])} in {where}."
         if lost < 0
         else "No edge's cut lowers the answer's lead."
     )
