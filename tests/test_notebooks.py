@@ -1,13 +1,17 @@
 """Every notebook as it goes into git: no outputs, valid, short cells, one setup cell for all."""
 
+import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from llamatelemetry.kaggle.cells import setup_cell
 from llamatelemetry.kaggle.rules import notebook_problems
+from llamatelemetry.views.light import without
 
 nbformat = pytest.importorskip("nbformat")
 CHECKOUT = Path(__file__).parents[1]
@@ -148,3 +152,42 @@ def test_outputs_that_do_not_come_are_no_full_disk(tmp_path, monkeypatch):
     assert said.startswith(f"mute.ipynb, In [2] ({mute}): its code has ended, and its outputs did")
     assert "within 1 s" in said and "Run it again" in said and "room" not in said
     assert (tmp_path / "out" / "mute.html").is_file()
+
+
+def test_an_import_goes_without_a_package_that_others_can_miss(tmp_path, monkeypatch):
+    (tmp_path / "grammars_of_iris.py").write_text("READ = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    with without("grammars_of_iris"), pytest.raises(ImportError):
+        importlib.import_module("grammars_of_iris")
+    assert importlib.import_module("grammars_of_iris").READ  # afterwards it is there
+    with without("grammars_of_iris"):  # what is loaded stays
+        assert importlib.import_module("grammars_of_iris").READ
+    monkeypatch.delitem(sys.modules, "grammars_of_iris")
+
+
+def test_figures_are_set_up_without_grammars_of_iris():
+    lines = "import sys; from llamatelemetry.views import light, theme; theme.setup()"
+    lines += "; assert 'nbformat' in sys.modules; print(light.IRIS in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+@pytest.mark.slow
+def test_a_notebook_is_written_when_it_has_ended_well_or_not(tmp_path, monkeypatch):
+    """papermill writes it before and after each cell, all figures in it."""
+    from papermill import engines
+
+    from llamatelemetry import NotebookError
+    from llamatelemetry.tools import notebooks
+
+    writes, write = [], engines.write_ipynb
+    monkeypatch.setattr(engines, "write_ipynb", lambda *given: writes.append(write(*given)))
+    sources = ["print('kept')", "import os", "2", "os.kill(os.getpid(), 9)", "3"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "a.ipynb")
+    with pytest.raises(NotebookError, match=r"In \[4\] \(os.kill.*the kernel died"):
+        notebooks.run_notebook(tmp_path / "a.ipynb", tmp_path / "out", progress=False)
+    assert len(writes) == 2  # before the first cell, and at the end
+    first, *_ = nbformat.read(tmp_path / "out" / "a.ipynb", 4).cells
+    assert first.outputs[0].text == "kept\n"

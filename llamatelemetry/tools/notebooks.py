@@ -17,6 +17,7 @@ from ..files.scratch import ScratchFile
 from ..liveness import Watch
 from ..secrecy import redact
 from ..views import text
+from ..views.light import IRIS, without
 from .export import export_html, keep
 from .parameter_types import fit
 
@@ -71,7 +72,8 @@ def run_notebook(
 
 
 def _execute(path, growing, parameters, out, progress):
-    import papermill
+    with without(IRIS):
+        import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
 
@@ -82,6 +84,7 @@ def _execute(path, growing, parameters, out, progress):
             path,
             growing,
             parameters=parameters,
+            engine_name=_saved_once(),
             kernel_name="python3",
             language="python",
             cwd=out,
@@ -124,6 +127,24 @@ def _no_room(path, folder, trouble):
         f"{path.name}: its results could not be written to {folder}: {trouble}. Make room there, or "
         "choose another folder."
     )
+
+
+def _saved_once():
+    """The name of papermill's usual engine, but that it writes the notebook when it has ended, well
+    or not, and not before and after each cell: a quarter of a minute of figures written anew."""
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class Once(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **options):
+            nb_man.save = lambda **_: None
+            try:
+                super().execute_managed_notebook(nb_man, kernel_name, **options)
+            finally:
+                del nb_man.save
+
+    papermill_engines.register("once", Once)
+    return "once"
 
 
 def _watched_kernel(stalled):

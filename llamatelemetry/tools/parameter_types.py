@@ -22,6 +22,7 @@ from ..errors import LlamaTelemetryError, ParameterError, brief
 from ..files.models import from_here
 from ..files.outputs import path_of
 from ..files.registry import TYPES
+from ..views.light import IRIS, without
 
 FILES = ("MODEL", "REFERENCE_MODEL", "OTHER_MODEL", "QUANTIZATIONS")  # names and files of models
 _NAMES = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)}
@@ -77,7 +78,8 @@ def fit(
 
 def parameters_cell(path: str | os.PathLike) -> str:
     """The source of the cell tagged `parameters`, "" where a notebook has none."""
-    import nbformat
+    with without(IRIS):
+        import nbformat
 
     cells = nbformat.read(path, as_version=4).cells
     return next(

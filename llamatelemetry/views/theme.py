@@ -15,6 +15,7 @@ from plotly.colors import sequential
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
+from .light import IRIS, without
 from .text import (  # noqa: F401
     isolated,
     plotly,
@@ -192,7 +193,8 @@ def setup() -> None:
     """Make this theme Plotly's default and put Plotly's script into this notebook, once, so that
     every figure shows in a saved copy without a kernel and without a network."""
     pio.templates.default = "llamatelemetry"
-    pio.renderers["llamatelemetry"] = OfflineRenderer()
+    with without(IRIS):
+        pio.renderers["llamatelemetry"] = OfflineRenderer()
     pio.renderers.default = "llamatelemetry"
     try:
         from IPython import get_ipython
