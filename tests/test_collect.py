@@ -11,10 +11,13 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from models import IDS, tiny_encoder, tiny_model
+from models import FAMILIES, IDS, tiny_encoder, tiny_model
 
 from llamatelemetry import CaptureError, CollectError, InferenceEngine, open_states
-from llamatelemetry.collecting import run
+from llamatelemetry.capture.runs import Runs
+from llamatelemetry.capture.runtime import Runtime
+from llamatelemetry.collecting import many, run
+from llamatelemetry.collecting.many import layout
 from llamatelemetry.collecting.session import CollectSession
 from llamatelemetry.collecting.texts import blocks, rows
 
@@ -62,6 +65,50 @@ def test_collected_states_are_those_of_single_captures(tmp_path, kind, pool):
                 else:
                     got, expected = array[:, number], reduced(expected, pool)
                 np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+LATE = "ffn_norm attn_out ffn_out ffn_act router experts expert_weights hidden final_norm logits"
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "gemma3", "phi3", "falcon", "gpt2", "bloom", "qwen2moe", "gpt-oss", "lfm2"]
+)
+def test_last_tokens_of_the_last_layer_are_those_of_single_captures(tmp_path, kind):
+    """It goes on with them alone: also the numbers of experts, which are a view, and sums of what
+    is computed before and after that."""
+    texts = [*TEXTS, IDS + IDS + IDS[:9], IDS[:4]]
+    near = 1e-3 if FAMILIES[kind].get("gelu") else 1e-4  # ggml's GELU is a table of 16 bits
+    with CollectSession(
+        tiny_model(kind, tmp_path), threads=1, n_ubatch=32, cache_type="f32"
+    ) as session:
+        there = session.stages()["there"]
+        stages = [stage for stage in LATE.split() if there[stage]]
+        _, _, found = session.collect(texts, stages)
+        for number, ids in enumerate(texts):
+            for stage, array in found.items():
+                expected = single(session, ids, stage)[:, -1]
+                np.testing.assert_allclose(array[:, number], expected, rtol=1e-4, atol=near)
+
+
+@pytest.mark.parametrize("pool, outputs", [("last", [3, 1, 1]), ("mean", [25, 32, 28])])
+def test_no_more_rows_of_logits_are_asked_for_than_needed(tmp_path, monkeypatch, pool, outputs):
+    """Each is as wide as the vocabulary. Three texts in a batch, and one that is longer."""
+    import llama_cpp
+
+    runs, asked = Runs(Runtime(str(tiny_model("llama", tmp_path)), n_ubatch=32), "llama"), []
+    layout(runs, ["hidden"], None)  # the graph is known, and whether it reads texts whole
+    assert not runs.runtime.reads_whole
+    decode = llama_cpp.llama_decode
+
+    def count(context, batch):
+        asked.append(sum(batch.logits[at] for at in range(batch.n_tokens)))
+        return decode(context, batch)
+
+    monkeypatch.setattr(llama_cpp, "llama_decode", count)
+    texts = [IDS[:9], IDS[:7], IDS[5:14], IDS + IDS + IDS[:4]]
+    many.collect(runs, texts, ["hidden"], None, pool, bytearray, lambda done: None)
+    runs.runtime.close()
+    assert asked == outputs
 
 
 def test_the_first_text_may_be_longer_than_a_batch(tmp_path):
@@ -317,7 +364,10 @@ def test_blocks_are_bounded():
 KILLED = """
 import sys
 from llamatelemetry import InferenceEngine
-from llamatelemetry.collecting import run
+from llamatelemetry.capture.runs import Runs
+from llamatelemetry.capture.runtime import Runtime
+from llamatelemetry.collecting import many, run
+from llamatelemetry.collecting.many import layout
 from llamatelemetry.collecting.session import CollectSession
 run.TEXTS = 8
 texts = [f"{n} the cat sat on the mat {n}" for n in range(400)]

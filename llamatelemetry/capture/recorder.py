@@ -25,7 +25,9 @@ class Recorder:
         self._before = {}  # node index -> [(taps, action)]
         self._scratch = Scratch(), Scratch()
         self._number, self._past, self._count = -1, 0, 0
-        self.ends, self._last, self._ended = False, None, False  # whether it ends the computation
+        # ends: the computation ends after the last action; some: the last layer may have gone on
+        # with some of the tokens, whose rows are all there are
+        self.ends, self.some, self._last, self._ended = False, False, None, False
 
     def on(self, tap, action):
         """Call action(values, past) when the tap's node is computed; it returns whether it changed
@@ -68,13 +70,12 @@ class Recorder:
             raise PlanMismatch
 
     def _apply(self, address, taps, action):
-        found = [self._look(address, tap, scratch) for tap, scratch in zip(taps, self._scratch)]
-        (values, where, tensor, offset), *others = found
+        (values, where, tensor, at), *others = map(self._look, [address] * 2, taps, self._scratch)
         changed = action(values, *(other and other[0] for other in others), self._past)
         if not isinstance(values, np.ndarray):
             self.ggml.device.synchronize()
         elif changed and not self.ggml.on_host(tensor.buffer):
-            self.ggml.write(where, self._scratch[0].last, offset)
+            self.ggml.write(where, self._scratch[0].last, at)
 
     def _look(self, address, tap, scratch):
         """(values, address, Tensor, offset in bytes) of what a tap looks at; None for no tap."""
@@ -89,13 +90,14 @@ class Recorder:
         layout = None
         if tap.view is not None:
             offset, ne, nb = tap.view
-            ne = tuple(self._count if dim == tap.token_dim else size for dim, size in enumerate(ne))
-            layout = offset, ne, nb
+            count = tensor.ne[1] if self.some and tap.token_dim == 1 else self._count
+            ne = (count if dim == tap.token_dim else size for dim, size in enumerate(ne))
+            layout = offset, tuple(ne), nb
         values = self.ggml.array(address, layout, scratch)
         if tap.grid:
             values = values.reshape(values.shape[-1 - tap.grid :])
         elif tap.view is None:
-            values = values.reshape((self._count, *tap.shape))
+            values = values.reshape((-1 if self.some else self._count, *tap.shape))
         return values, address, tensor, layout[0] if layout else 0
 
 

@@ -73,7 +73,8 @@ class Runs:
         """Decode tokens in an empty context; setup(recorder, plan) adds the actions.
 
         past: so many of them are in the context from the run before; only the others are decoded.
-        how: all_logits=True. on_logits(logits, past): after each chunk, (n_outputs, n_vocab).
+        how: all_logits=True; else each text's last. on_logits(logits, past): after each chunk,
+        (n_outputs, n_vocab).
         sampler: its `next(logits row)` gives the following token or None; each is decoded alone.
         lengths: of several texts that follow one another, together at most one batch. restart():
         forget what a run gave that has to be done again because its graph was not the planned one.

@@ -19,7 +19,7 @@ from .graph import Graph
 from .tokenizer import token_ids, token_piece
 from .variants import Variant
 
-MIN_CTX, SEQUENCES = 512, 256  # the latter: all that llama.cpp takes in one batch
+MIN_CTX, SEQUENCES = 512, 64
 WARNING, ERROR = 3, 4  # enum ggml_log_level; 1 is debug
 # llama.cpp calls it until the process ends: it must outlive every Runtime.
 _KEPT: list[Callable] = []
@@ -235,8 +235,8 @@ class Runtime:
 
     def decode(self, tokens, past=0, first=0, observe=None, lengths=()):
         """Decode tokens, (n,) or (sequence, n), at most one batch, after `past` others of each
-        sequence; positions from `first` on give logits, and the last one. lengths: of sequences
-        that follow one another in (n,). observe(address, ask) sees every graph node."""
+        sequence; positions from `first` on give logits, and each sequence's last one. lengths: of
+        sequences that follow one another in (n,). observe(address, ask) sees every graph node."""
         self.steps += 1
         rows = np.atleast_2d(tokens)
         lengths = lengths or [rows.shape[1]] * len(rows)
@@ -247,7 +247,7 @@ class Runtime:
             for i, ((sequence, place), token) in enumerate(zip(places, rows.ravel().tolist())):
                 batch.token[i], batch.pos[i] = token, past + place
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-                batch.logits[i] = past + place >= first or i == rows.size - 1
+                batch.logits[i] = past + place >= first or place + 1 == lengths[sequence]
             self._observe, self._failure = observe, None
             run = self.api.llama_encode if self.has_encoder else self.api.llama_decode
             status = run(self.context, batch)

@@ -106,6 +106,7 @@ def collect(runs, texts, stages, layers, pool, arena, tell):
 
         def setup(recorder, plan):
             recorder.ends = True  # what comes after the last stage is not computed
+            recorder.some = pool == "last"
             for stage, array in arrays.items():
                 rounded = cache[stage] if STAGES[stage].cached else None
                 for target, layer in zip(array, parts[stage]["layers"] or [None]):
@@ -115,7 +116,8 @@ def collect(runs, texts, stages, layers, pool, arena, tell):
                     for tap in taps:
                         recorder.on(tap, action)
 
-        runs.run(list(chain(*some)), setup, all_logits=late, lengths=several(sizes))
+        every = late and pool != "last"  # else of the last token of each text
+        runs.run(list(chain(*some)), setup, all_logits=every, lengths=several(sizes))
         tell(batch.stop)
     return parts
 
@@ -138,6 +140,8 @@ class Rows:
         self._sum, self._seen = 0, 0
 
     def __call__(self, values, past):
+        if self.pool == "last":
+            values = self._ends(values)
         if self.taps > 1:
             self._sum, self._seen = self._sum + values, self._seen + 1
             if self._seen < self.taps:
@@ -160,14 +164,22 @@ class Rows:
         else:
             self.device.to_host(place, values)
 
+    def _ends(self, values):
+        """Of each text's last token; of a text that is read in parts, of each part's, the last of
+        which stays. The last layer may have gone on with no others."""
+        if len(self.lengths) == 1:
+            return values[-1:]
+        if len(values) == len(self.lengths):
+            return values
+        return values[np.cumsum(self.lengths) - 1]
+
     def _reduced(self, values, past):
         """The rows that these tokens, after `past` others of one text, give, and their values."""
         count = len(values)
         if self.pool is None:
             return self.target[past : past + count], values
         if self.pool == "last":
-            ends = np.cumsum(self.lengths) - 1 - past  # of a long text, in its last part
-            return (self.target if ends[-1] < count else self.target[:0]), values[ends % count]
+            return self.target, values
         many = len(self.lengths) > 1
         starts = np.cumsum([0, *self.lengths[:-1]]) if many else np.zeros(1, int)
         if self.pool == "max":

@@ -4,7 +4,7 @@ over the number of texts.
     python tests/benchmarks/bench_collect.py [--model NAME] [--texts 100 1000 5000] [--repeat 3]
 
 Plain decodes and collections alternate, so that a change of the machine's speed meets both. The
-plain decode is asked for the logits of every token, or of the last one of each batch: states of
+plain decode is asked for the logits of every token, or of the last one of each text: states of
 every token need the former's graph, but end before the logits. Memory: the largest of the worker,
 and of this process, beyond what each had when one block of texts was done (USS: what only it has);
 its slope over the number of texts is what "flat" means. Each count in processes of its own."""
