@@ -179,11 +179,15 @@ def test_every_file_comes_with_every_cache(tmp_path):
     assert 1e-5 <= found.floor < 1e-3 and alone.noise is None and alone.floor == 1e-5
 
     narrow = tiny_model("llama", tmp_path, seed=1)  # heads of 16, and a block is 32 numbers
-    with pytest.warns(UserWarning, match="q8_0 with block size 32"):
+    says = "a q8_0 cache holds blocks of 32 numbers, and tiny llama has keys of 16 per head"
+    with pytest.warns(UserWarning, match=says):
         found = compare_quantizations(narrow, narrow, cache_types=kinds, **settings)
     assert pd.isna(found["error"].iloc[0]) and found["kld_max"].iloc[0] == 0
-    assert "K cache type q8_0 with block size 32" in found["error"].iloc[1]
+    assert found["error"].iloc[1] == says and found.attempts[found.index[1]] == 0
     assert np.isnan(found["kld_mean"].iloc[1]) and found["token_bytes"].iloc[1] > 0
+    with pytest.raises(ModelLoadError, match="a q4_0 cache .* has values of 16 per head") as error:
+        compare_quantizations(narrow, narrow, cache_types=["f16/q4_0"], **settings)
+    assert "memory" not in str(error.value)
 
 
 def test_noise_is_measured_where_it_can_be(tmp_path, monkeypatch):

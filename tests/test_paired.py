@@ -100,6 +100,25 @@ def test_of_two_files_one_is_better_or_it_cannot_be_told():
     assert one["low"].isna().all() and (one["better"] == "cannot be told").all()
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+@pytest.mark.parametrize("scored, told", [(32, False), (256, True)])
+def test_a_text_that_repeats_itself_is_read_once(scored, told, noise):
+    """Every window the same, but for the order of sums: as often as it comes, it is no more
+    evidence, and of one block there is no interval at all."""
+    once = three_files(0.02).query(f"window == 0 and position < {256 + scored}")
+    rng = np.random.default_rng(1)
+    copies = [
+        once.assign(window=n, kld=once["kld"] + rng.normal(0, noise, len(once))) for n in range(9)
+    ]
+    alone, found = better(once), better(pd.concat(copies, ignore_index=True))
+    pd.testing.assert_frame_equal(found, alone, rtol=1e-4, atol=1e-6)
+    assert found["low"].notna().all() == found["high"].notna().all() == told
+    assert told or (found["better"] == "cannot be told").all()
+    ab = pd.concat(copies).pivot(index=["window", "position"], columns="candidate", values="kld")
+    two = paired(ab["a"], ab["b"], ab.index.get_level_values("window"))
+    assert np.isnan(two.low) and np.isnan(two.high) and two.verdict == "cannot be told"
+
+
 def test_the_interval_between_files_is_scipys_and_holds_what_it_promises():
     stats = pytest.importorskip("scipy.stats")
     tokens = three_files(0.05)

@@ -336,7 +336,7 @@ def test_smaller_caches_are_measured_or_it_is_said_why_not(tmp_path):
             )
         assert len(found) == pairs and found["kld_mean"].iloc[0] == 0
         assert bool(found.attrs["why"]) == (width == 16)
-    assert "block size 32" in found.attrs["why"]
+    assert "blocks of 32 numbers" in found.attrs["why"]
     steps, turns = cache.crossover(found), cache.turning(found)
     assert "No smaller cache could" in say.cache(steps, turns, 64, found.attrs["why"])
 

@@ -133,6 +133,11 @@ def compare_quantizations(
         for name, path in named.items()
         for pair in kinds
     ]
+    none = {row.key: why for row in rows if (why := ways.no_cache(row.way.path, row.pair))}
+    if len(none) == len(rows):
+        raise ModelLoadError(
+            f"No candidate has such a cache: {'; '.join(dict.fromkeys(none.values()))}."
+        )
     other = _noise(reference, gpu_layers, n_ctx) if noise else []
     job = {
         "reference": str(reference),
@@ -145,12 +150,13 @@ def compare_quantizations(
         "ways": {row.key: row.way for row in (*rows, *other) if row.key != row.way.path},
     }
     job["beside"] = ways.beside_bytes(n_ctx, [row.way for row in (*rows, *other)])
-    unique = [row.key for row in (*rows, *other)]
+    unique = [row.key for row in (*rows, *other) if row.key not in none]
     if client is None:
         found = measure_all(job | {"candidates": unique}, progress)
         attempts = {key: f["attempts"] for key, f in found.items()}
     else:
         found, attempts = distributed(client, job, unique, retries, progress)
+    found |= {key: {"error": why, "kind": "load"} for key, why in none.items()}
     result = _result(found, attempts, rows, seed, memory_ctx or n_ctx)
     if noise:
         object.__setattr__(result, "noise", _table(found, other, seed)[0])
@@ -279,7 +285,7 @@ def _result(found, attempts, rows, seed, n_ctx):
     facts = [_facts(row, n_ctx) for row in rows]
     result = Comparison(pd.DataFrame(facts, index=table.index).join(table))
     object.__setattr__(result, "tokens", tokens)
-    object.__setattr__(result, "attempts", {row.name: attempts[row.key] for row in rows})
+    object.__setattr__(result, "attempts", {row.name: attempts.get(row.key, 0) for row in rows})
     object.__setattr__(result, "noise", None)
     return result
 

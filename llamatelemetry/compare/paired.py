@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from ..errors import CompareError
 from ..imports import uninterrupted
 from ..maths import middle
+from .quality import SAME, alike
 
 RESAMPLES = 2000
 FEW = 30  # blocks: below, what is drawn from them varies less than another text would
@@ -18,8 +19,8 @@ BLOCK = 32  # scored tokens in a row that count as one observation
 
 
 class Paired(NamedTuple):
-    """difference: mean of a - b; low, high: its 95% interval (NaN for one block); verdict: "less",
-    "more" (a than b) or "cannot be told"."""
+    """difference: mean of a - b; low, high: its 95% interval (NaN for one block, or blocks that are
+    all the same); verdict: "less", "more" (a than b) or "cannot be told"."""
 
     difference: float
     low: float
@@ -48,7 +49,7 @@ def paired(
     _, block = np.unique(labels, return_inverse=True)
     sums, counts = np.bincount(block, values), np.bincount(block)  # (block,)
     difference = float(values.mean())
-    if len(counts) < 2:
+    if len(counts) < 2 or blocks is not None and alike(sums / counts):
         return Paired(difference, np.nan, np.nan, "cannot be told")
     low, high = (_students if len(counts) < FEW else _drawn)(sums, counts, seed)
     verdict = "less" if high < 0 else "more" if low > 0 else "cannot be told"
@@ -81,7 +82,9 @@ def better(tokens: pd.DataFrame, floor: float = 0.0, block: int = BLOCK) -> pd.D
     row, all of one window, are one observation, and the interval is Student's of their means (a
     bootstrap's is too narrow for a dozen). floor: Comparison.floor. better: "yes" or "no" where the
     interval is on one side of 0, "equal" where the difference is no more than the floor, else
-    "cannot be told". Raises CompareError for files that were measured on other texts or windows."""
+    "cannot be told". A window that is the copy of another is no further observation: of a text that
+    is one block again and again, low and high are NaN. Raises CompareError for files that were
+    measured on other texts or windows."""
     with uninterrupted():
         from scipy import stats
 
@@ -92,18 +95,27 @@ def better(tokens: pd.DataFrame, floor: float = 0.0, block: int = BLOCK) -> pd.D
             "These files were measured on other texts or windows, and their tokens do not pair: compare "
             "them with one text, n_ctx and max_windows."
         )
-    windows = wide.groupby("window")
+    some = wide.drop(index=_copies(wide.groupby("window").mean()), level="window")
+    windows = some.groupby("window")
     sizes = windows[wide.columns[0]].transform("size")
     parts = np.maximum(1, np.round(sizes / block))
-    means = wide.groupby(["window", np.floor(windows.cumcount() * parts / sizes)]).mean()
+    means = some.groupby(["window", np.floor(windows.cumcount() * parts / sizes)]).mean()
     rows = {}
     for a, b in combinations(tokens["candidate"].unique(), 2):
         apart = (means[a] - means[b]).to_numpy()  # (block,)
         low = high = np.nan
-        if len(apart) > 1:
+        if len(apart) > 1 and not alike(apart):
             low, high = stats.ttest_1samp(apart, 0).confidence_interval(0.95)
         difference = float((wide[a] - wide[b]).mean())
         verdict = "yes" if high < 0 else "no" if low > 0 else "cannot be told"
         rows[a, b] = (difference, low, high, "equal" if abs(difference) <= floor else verdict)
     index = pd.MultiIndex.from_tuples(list(rows), names=["a", "b"]) if rows else None
     return pd.DataFrame(rows.values(), index, ["difference", "low", "high", "better"])
+
+
+def _copies(means):
+    """Windows that have the means of an earlier one, in every column."""
+    values = means.to_numpy()  # (window, candidate)
+    apart = np.abs(values[:, None] - values)  # (window, window, candidate)
+    same = (apart <= SAME * np.abs(values)).all(axis=2)
+    return means.index[np.tril(same, -1).any(axis=1)]

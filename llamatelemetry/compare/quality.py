@@ -20,6 +20,7 @@ ROWS = 8  # tokens at a time: their temporaries stay in the cores' caches
 # Nats. A mean divergence below this cannot be told from 0: logits are 32-bit floats, whose sums are
 # off by about 1e-6.
 NOISE = 1e-5
+SAME = 1e-6  # of a number: what the order of a sum of 32-bit floats changes
 PERCENTILES = {
     "max": 1.0,
     "p999": 0.999,
@@ -155,7 +156,7 @@ def summarize(tokens: "pd.DataFrame", seed: int = 0, resamples: int = 1000) -> d
 
     Means carry their standard error as *_err over tokens, as llama-perplexity prints it; tokens of
     one window are not independent, so *_low and *_high give a 95% interval from resampling whole
-    windows (Efron 1979; NaN for one)."""
+    windows (Efron 1979; NaN for one, and for windows that are all the same)."""
     nll, nll_base = -tokens["logprob"].to_numpy(), -tokens["logprob_base"].to_numpy()
     n = len(tokens)
     (mean, err), (mean_base, err_base) = mean_and_error(nll), mean_and_error(nll_base)
@@ -186,6 +187,13 @@ def summarize(tokens: "pd.DataFrame", seed: int = 0, resamples: int = 1000) -> d
     }
 
 
+def alike(means: np.ndarray) -> bool:
+    """Whether windows or blocks have all the same mean, and that is not 0: copies of one text,
+    which do not say how another one would do. Sums of floats in another order are the same."""
+    size = np.abs(means).max()
+    return bool(0 < size and np.ptp(means) <= SAME * size)
+
+
 def _quantile(values, q):
     return float(np.quantile(np.asarray(values, dtype=np.float64), q))
 
@@ -196,7 +204,7 @@ def _intervals(tokens, seed, resamples):
     # Windows are of equal length: their means count alike.
     means = windows[["kld", "log_ratio", "same_top"]].mean().to_numpy(dtype=np.float64)
     ends = np.full((2, len(names)), np.nan)
-    if len(means) > 1:
+    if len(means) > 1 and not alike(means[:, 0]):
         draws = np.random.default_rng(seed).integers(len(means), size=(resamples, len(means)))
         ends = middle(means[draws].mean(axis=1))
         ends[:, 1] = np.exp(ends[:, 1])

@@ -66,6 +66,19 @@ def with_cache(path: str, pair: Pair) -> Way:
     return Way(path, kinds if pair != PLAIN else {})
 
 
+def no_cache(path: str | Path, pair: Pair) -> str | None:
+    """Why llama.cpp makes no cache of these types for a file: a type's block does not divide the
+    head size. None where it does, or where llama.cpp has to say what is wrong with the file."""
+    try:
+        file = GGUFFile(path)
+    except LlamaTelemetryError:
+        return None
+    for what, kind, size in zip(("keys", "values"), pair, (file.head_dim, file.head_dim_v)):
+        if size % (block := TYPES[kind].block):
+            return f"a {kind} cache holds blocks of {block} numbers, and {file.name} has {what} of {size} per head"
+    return None
+
+
 def cache_bytes(file: GGUFFile, n_tokens: int, pair: Pair = PLAIN) -> int:
     """Bytes of the cache of one text of n_tokens, as llama.cpp makes it: in steps of 256 tokens,
     layers with a sliding window no longer than that and a batch."""

@@ -26,6 +26,9 @@ def ladder(table: pd.DataFrame, *, floor: float | None = None, title: str) -> go
     for name, row in drawn.iterrows():
         kld, ends = row["kld_mean"], (row["kld_mean_low"], row["kld_mean_high"])
         low, high = (kld if np.isnan(end) else end for end in ends)
+        by_window = "no interval: one window, or copies of one"
+        if np.isfinite(ends).all():
+            by_window = f"95% by window: {low:.5g} to {high:.5g}"
         figure.add_scatter(
             x=[row["bits_per_weight"]],
             y=[max(kld, 1e-9)],
@@ -37,7 +40,7 @@ def ladder(table: pd.DataFrame, *, floor: float | None = None, title: str) -> go
             showlegend=False,
             error_y=dict(array=[high - kld], arrayminus=[kld - low], type="data"),
             hovertemplate=f"{plotly(name)}<br>%{{x:.3f}} bits per weight<br>KLD %{{y:.5g}} nats"
-            f"<br>95% by window: {low:.5g} to {high:.5g}<extra></extra>",
+            f"<br>{by_window}<extra></extra>",
         )
     low, high = drawn["bits_per_weight"].min(), drawn["bits_per_weight"].max()
     step = (high - low or 1) / 20
