@@ -80,7 +80,7 @@ def depth_profile(table: pd.DataFrame, *, title: str) -> go.Figure:
     """Entropy and distance of all heads by layer, a panel each; the line is the mean. table:
     attention.patterns.head_table."""
     panels = {
-        "entropy_normalised": "normalised entropy (0 to 1)",
+        "entropy_normalised": "normalized entropy (0 to 1)",
         "distance": "mean distance (tokens)",
     }
     figure = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.1)

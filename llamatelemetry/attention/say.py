@@ -34,7 +34,7 @@ def depth_profile(table: pd.DataFrame) -> str:
     low, high = (f"{spread[i]:.2f} (layer {i})" for i in (spread.idxmin(), spread.idxmax()))
     said = f"is {low} in the only layer" if len(spread) == 1 else f"runs from {low} to {high}"
     return (
-        f"The mean normalised entropy of a layer {said}. The longest mean look back is {table['distance'][far]:.1f} "
+        f"The mean normalized entropy of a layer {said}. The longest mean look back is {table['distance'][far]:.1f} "
         f"tokens, of layer {table['layer'][far]}, head {table['head'][far]}."
     )
 

@@ -55,6 +55,7 @@ function draw() {
       .map(t => el('td', {}, t)),
     el('td', {}, strip(row('v', l, kv, i).map(x => x * mine.weights[i]), limit, 'weight × v'))));
   const later = DATA.tokens.length - T - 1;
+  const turned = T === 0 || qPre.some((x, i) => Math.abs(x - q[i]) > 1e-5 * largest(q));
   const header = ['key', 'q·k', 'captured', 'scaled', 'mask', 'softmax', 'captured', 'weight × v'];
   const bars = lengths.map((x, i) => el('div', {class: 'bar', title: `head ${i}: ${number(x)}`},
     el('div', {style: `height:${60 * x / Math.max(...lengths)}px`, class: i === h ? 'on' : ''}), i));
@@ -73,7 +74,8 @@ function draw() {
       say('q'), vector(qPre, 'q before RoPE'), say('k'), vector(kPre, 'k before RoPE'), say('v'),
       vector(row('v', l, kv, T), 'v')),
     step('RoPE: position turns pairs of dimensions', `(${q.length})`,
-      say(`q before and after; length ${number(length(qPre), 5)} and ${number(length(q), 5)}.`),
+      say(`q before and after; length ${number(length(qPre), 5)} and ${number(length(q), 5)}.`
+        + (turned ? '' : ' They are the same: this layer turns nothing by position.')),
       vector(qPre, 'q before'), vector(q, 'q after'),
       say(`k before, and after as attention reads it; length ${number(length(kPre), 5)} and ${number(length(k), 5)}.`),
       vector(kPre, 'k before'), vector(k, 'k after')),
@@ -96,7 +98,7 @@ function draw() {
         + `W_O differ from it by ${number(100 * DATA.projection_difference[l], 3)}% (relative, L2): ${DATA.kernels[l]}.`),
       vector(added, 'attn_out')),
     step('Residual stream after attention', `(${stream.length})`,
-      say(`Length ${number(length(add(stream, added)))}; the feed-forward block reads this.`),
+      say(`Length ${number(length(add(stream, added)))}; what the feed-forward block reads, unless both blocks read what enters the layer.`),
       vector(add(stream, added), 'residual')));
   $('layer').value = state.layer;
   [...$('heads').querySelectorAll('button')].forEach((b, i) => b.classList.toggle('on', i === h));

@@ -229,7 +229,7 @@ def knock_out(layer: Some, head: Maybe = None, query: Maybe = None, key: Maybe =
     """Cut attention edges: the queries no longer see the keys in these heads (Geva et al. 2023).
 
     The scores of every pair of `query` and `key` become minus infinity before the softmax, so that
-    the rest of each row is renormalised (and its attention sink, where the model has one). Each is
+    the rest of each row is renormalized (and its attention sink, where the model has one). Each is
     one position, several, or a slice; None for all. Pairs that the model's own mask hides are no
     edges. Raises CaptureError at the capture where none of the pairs is an edge, and where a row
     would have no key left."""

@@ -37,7 +37,7 @@ class Gpu:
 
 
 def _nvml():
-    """The initialised pynvml module, or None where there is no driver. Tests put a recorded one
+    """The initialized pynvml module, or None where there is no driver. Tests put a recorded one
     here."""
     try:
         import pynvml
@@ -167,10 +167,10 @@ def plan(tensor_split: str | Sequence[float] | None = None) -> Plan:
 
 
 def _cuda_uuids():
-    """UUIDs of the GPUs that CUDA shows to this process if something has already initialised it
+    """UUIDs of the GPUs that CUDA shows to this process if something has already initialized it
     here, else None.
 
-    Asks without initialising: until cuInit was called, the driver answers
+    Asks without initializing: until cuInit was called, the driver answers
     CUDA_ERROR_NOT_INITIALIZED to everything."""
     import ctypes
 

@@ -59,7 +59,7 @@ def dashboard(
     data["positions"] = shown.tolist()
     about = (
         "Map: layer across, head down; click, or arrow keys. Scores: means over the set of texts, "
-        "bars 95 % intervals, the mark the highest shuffled score. Matrices: query down, key across, "
+        "bars 95% intervals, the mark the highest shuffled score. Matrices: query down, key across, "
         f"one text of {len(pieces):,} tokens{said_ends(len(pieces), shown)}, each with its own scale, "
         f"{precision}."
     )

@@ -211,7 +211,7 @@ def head_or_edge(
     head with kl and loss_change (nats per token) of each, `_head` and `_edge`, and weight, the mean
     weight of the edges that are cut.
 
-    Without its strongest edge a head still gives what its other keys have, renormalised; without
+    Without its strongest edge a head still gives what its other keys have, renormalized; without
     its output, nothing."""
     variants: dict[Any, list[Edit]] = {}
     for layer, head in heads:
