@@ -2,6 +2,7 @@
 degradation that was planted."""
 
 import itertools
+import os
 import subprocess
 
 import gguf
@@ -21,8 +22,9 @@ from llamatelemetry.convert.choice import (
     tensor_types,
     type_file,
 )
-from llamatelemetry.errors import QuantizeError
+from llamatelemetry.errors import CompareError, QuantizeError
 from llamatelemetry.files.gguf import GGUFFile
+from llamatelemetry.files.outputs import folder_of
 from llamatelemetry.files.programs import tool
 
 TEXT = "The dog saw the cat and the cat saw the dog. A bird sang in the old tree by the river. " * 9
@@ -133,6 +135,34 @@ def measured(request, tmp_path_factory):
         source, folder, TEXT, types=["Q3_K", "Q4_K"], n_ctx=64, seconds=600, progress=False
     )
     return request.param, source, folder, costs
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, CompareError])
+def test_files_of_one_group_go_however_their_comparison_ends(fault, tmp_path, monkeypatch):
+    source, calls = tiny_model("llama", tmp_path, n_layer=1), []
+
+    def compared(reference, candidates, **_):
+        calls.append([path.is_file() for path in candidates.values()])
+        if len(calls) > 1:
+            raise fault("in the middle")
+        return pd.DataFrame({"kld_mean": [0.1]})
+
+    monkeypatch.setattr(mixture, "compare_quantizations", compared)
+    with pytest.raises(fault, match="in the middle"):
+        mixture.group_costs(source, tmp_path, TEXT, types=["Q4_0"], seconds=600, progress=False)
+    assert len(calls[1]) > 3 and all(calls[1])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {source.name, f"{source.stem}-Q8_0.gguf"}
+
+
+def test_the_base_of_another_model_of_that_name_is_made_anew(tmp_path):
+    first, second = (
+        tiny_model("llama", folder_of(tmp_path / name), n_layer=layers)
+        for name, layers in (("one", 1), ("two", 2))
+    )
+    os.utime(second, (0, 0))  # older than the other one's base
+    made = [mixture._base(GGUFFile(path), tmp_path, False) for path in (first, second)]
+    assert made[0] == made[1] and GGUFFile(made[0]).n_layer == 2
 
 
 @pytest.mark.slow

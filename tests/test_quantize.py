@@ -25,6 +25,7 @@ from llamatelemetry.convert.quantize import fallbacks, quantizations, quantize
 from llamatelemetry.convert.together import reference_for
 from llamatelemetry.errors import QuantizeError
 from llamatelemetry.files import types
+from llamatelemetry.files.outputs import folder_of
 from llamatelemetry.files.programs import tool
 
 KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
@@ -268,6 +269,25 @@ def test_the_reference_is_the_file_itself_or_its_stand_in(tmp_path):
     made = stand_in.path.stat().st_mtime_ns
     assert reference_for(quantized, tmp_path, seed=3).path.stat().st_mtime_ns == made
     assert reference_for(stand_in, tmp_path) is stand_in
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_a_stand_in_of_another_file_of_that_name_is_not_used(newer, tmp_path):
+    """A model that was written anew, and one of another folder that is older than the stand-in."""
+    path = tmp_path / "in.gguf"
+    write(path, ["Q4_0", "Q8_0"])
+    first = reference_for(GGUFFile(path), tmp_path).path
+    before = first.read_bytes()
+    if newer:
+        other = write(path, ["Q8_0", "Q8_0"])
+        later = first.stat().st_mtime_ns + 10**6
+        os.utime(other, ns=(later, later))
+    else:
+        other = write(folder_of(tmp_path / "other") / path.name, ["Q8_0"], width=96)
+        os.utime(other, (0, 0))
+    again = reference_for(GGUFFile(other), tmp_path).path
+    alone = reference_for(GGUFFile(other), folder_of(tmp_path / "alone")).path
+    assert again == first and again.read_bytes() == alone.read_bytes() != before
 
 
 def test_a_missing_tool_is_explained(monkeypatch):

@@ -114,8 +114,13 @@ def stand_in(
 
         return add
 
-    note = f"{open_model(src).name} + uniform noise of one quantization step (seed {seed}), not the original"
-    return _rewrite(src, dst, type, noisy, {"general.name": note}, progress, beside)
+    called = {"general.name": stand_in_name(open_model(src), seed)}
+    return _rewrite(src, dst, type, noisy, called, progress, beside)
+
+
+def stand_in_name(file: GGUFFile, seed: int) -> str:
+    """What a stand-in of a file calls itself."""
+    return f"{file.name} + uniform noise of one quantization step (seed {seed}), not the original"
 
 
 def _check_float(what, type):

@@ -3,6 +3,7 @@ measured, and the mixture chosen, made and measured again on another text."""
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from ..gpus.cores import physical_cores
 from .choice import BASE, TYPES, at_random, block, least, options, tensor_types
 from .expand import open_model, output
 from .mixing import mix
-from .quantize import quantize
+from .quantize import made_from, quantize
 from .reckoning import FLOW, PER_CORE, SLOWEST, speed
 
 GROUPS = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down embedding".split()
@@ -98,10 +99,15 @@ def group_costs(
     unmeasured = table.index[table["type"] != BASE]
     parts = -(-len(unmeasured) // _together(base.stat().st_size))
     for some in np.array_split(unmeasured, parts) if parts else ():
-        made = {str(n): _alone(table.loc[n], base, source.path, folder, f"group-{n}") for n in some}
-        found = compare_quantizations(source.path, made, **settings)
-        for path in made.values():
-            path.unlink()
+        made: dict[str, Path] = {}
+        try:
+            for n in some:
+                made[str(n)] = _place(base, folder, n)
+                mix(base, source.path, made[str(n)], tensor_types(table.loc[[n]]), progress=False)
+            found = compare_quantizations(source.path, made, **settings)
+        finally:
+            for path in made.values():
+                path.unlink(missing_ok=True)
         table.loc[some, "kld"] = found["kld_mean"].to_numpy()
     table = table[np.isfinite(table["kld"])]  # without those that llama.cpp could not compare
     own = float(plain["kld_mean"].iloc[0])
@@ -122,8 +128,9 @@ def _time_for(need, seconds):
 
 
 def _base(source, folder, progress):
-    path = output(f"{source.path.stem}-{BASE}.gguf", _size(source), folder, lambda _: True)
-    if not path.is_file() or path.stat().st_mtime < source.path.stat().st_mtime:
+    there = partial(made_from, inputs=[source.path])
+    path = output(f"{source.path.stem}-{BASE}.gguf", _size(source), folder, there)
+    if not there(path):
         quantize(source.path, path, BASE, progress=progress)
     return path
 
@@ -134,10 +141,9 @@ def _size(source):
     return as_type(source, BASE).size_bytes
 
 
-def _alone(row, base, source, folder, name):
-    """A file that is `base` but for one row of options."""
-    path = output(f"{name}.gguf", base.stat().st_size, folder)
-    return mix(base, source, path, tensor_types(pd.DataFrame([row])), progress=False)
+def _place(base, folder, number):
+    """Where the file lies that is `base` but for one row of options."""
+    return output(f"group-{number}.gguf", base.stat().st_size, folder)
 
 
 def _together(size):

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -156,12 +156,12 @@ def quantizations(
     is a path or a registry name and taken as it is."""
     from ..files.models import resolve_model
 
-    paths, inputs = [], [reference] + [imatrix] * (imatrix is not None)
+    paths, inputs = [], [reference] if imatrix is None else [reference, imatrix]
     for name in wanted:
         if str(name).upper() not in TYPES:
             paths.append(Path(resolve_model(name)))
             continue
-        there = partial(_made_from, inputs=inputs)
+        there = partial(made_from, inputs=inputs)
         path = place_of(name, GGUFFile(reference), folder, imatrix, there)
         if not there(path):
             quantize(reference, path, str(name), imatrix=imatrix, progress=progress)
@@ -190,20 +190,21 @@ def with_origin(paths: Mapping[str, Path], origin: str | Path) -> dict[str, Path
     return once({**paths, name: origin})
 
 
-def _made_from(path, inputs):
-    """Whether a quantization is newer than what it is made from, and of the same model: metadata
-    and shapes."""
+def made_from(path: Path, inputs: Sequence[str | Path], called: str | None = None) -> bool:
+    """Whether a file is no older than what it is made from, and of the same model as the first of
+    `inputs`: metadata, but for the name of a stand-in (`called`), and shapes."""
     newest = max(Path(given).stat().st_mtime for given in inputs)
     if not path.is_file() or path.samefile(inputs[0]) or path.stat().st_mtime < newest:
         return False
     own = r"general\.(file_type|quantization_version)|quantize\..*|split\..*"  # what llama-quantize writes
 
-    def identity(file):
+    def identity(file, **changes):
         kept = {key: value for key, value in file.metadata.items() if not re.fullmatch(own, key)}
-        return repr(kept), file.tensors["shape"].to_dict()
+        return repr(sorted((kept | changes).items())), file.tensors["shape"].to_dict()
 
+    changes = {"general.name": called} if called else {}
     try:
-        return identity(GGUFFile(path)) == identity(GGUFFile(inputs[0]))
+        return identity(GGUFFile(path)) == identity(GGUFFile(inputs[0]), **changes)
     except ModelLoadError:
         return False  # half a file of a process that was killed
 

@@ -1,6 +1,7 @@
 """A stand-in and its quantizations, made in one pass over the file that they come from."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from gguf import GGMLQuantizationType, LlamaFileType
@@ -9,16 +10,16 @@ from ..files.gguf import GGUFFile
 from ..files.registry import TYPES
 from ..files.types import TensorType, engine_library, tensor_type
 from ..gpus.fit import as_type
-from .expand import FLOATS, output, quantized_types, reference_type, stand_in
-from .quantize import dry_run, place_of, targets, wants_imatrix
+from .expand import FLOATS, output, quantized_types, reference_type, stand_in, stand_in_name
+from .quantize import dry_run, made_from, place_of, targets, wants_imatrix
 
 
 def reference_for(
     file: GGUFFile, folder: str | Path, seed: int = 0, types: Iterable[str | Path] = ()
 ) -> GGUFFile:
     """What quantizations of a model are compared with: the file itself where its matrices are
-    floats, else its stand-in of reference_type, made unless it is there: into `folder`, or into
-    scratch where it is over 1 GB (`expand.output`).
+    floats, else its stand-in of reference_type, made unless it is there (one of another file of
+    that name is not it): into `folder`, or into scratch where it is over 1 GB (`expand.output`).
 
     types: what quantizations() will be asked for. Those that need no importance matrix are made of
     the stand-in while its weights are at hand, by the engine's own code, and lie where
@@ -28,8 +29,9 @@ def reference_for(
         return file
     kind = reference_type(file)
     size, name = as_type(file, kind).size_bytes, f"{file.path.stem}-noise-{seed}-{kind}.gguf"
-    path = output(name, size, folder, there=lambda path: True)
-    if not path.is_file():
+    there = partial(made_from, inputs=[file.path], called=stand_in_name(file, seed))
+    path = output(name, size, folder, there)
+    if not there(path):
         planned = ((each, _plan(file, str(each), kind)) for each in types)
         beside = [(place_of(each, file, folder), *plan) for each, plan in planned if plan]
         stand_in(file.path, path, seed, True, kind, beside)
