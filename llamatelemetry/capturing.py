@@ -84,18 +84,21 @@ class Capturing(Serving):
         generate: int = 0,
         temperature: float = 0.0,
         seed: int = 0,
+        positions: Mapping[str, int | Sequence[int]] | None = None,
     ) -> Capture:
         """Run the model over a text (or token ids) and return its tensors, a Capture of the named
         stages.
 
         text: tokenized with the model's special tokens. stages: see `stages()`. layers: only these
         layers of stages that have layers. queries: only these query positions of attention, scores
-        and mask (attention_mean, the mean over heads, always has all). edits: changes made while it
-        runs (ablate_head, ablate_layer, scale, add, patch, knock_out). generate: decode this many
-        more tokens one by one (fewer when the model ends its text), greedily at temperature 0, else
-        drawn with the seed; every stage then covers prompt and generated tokens, the former up to
-        the Capture's n_prompt. Raises CaptureError for what cannot be done, WorkerCrashedError when
-        llama.cpp ended."""
+        and mask (attention_mean, the mean over heads, has all). positions: {stage: only these token
+        or query positions}, for any stage: the logits of a long text's last token are as many times
+        smaller than all as it has tokens. edits: changes made while it runs (ablate_head,
+        ablate_layer, scale, add, patch, knock_out). generate: decode this many more tokens one by
+        one (fewer when the model ends its text), greedily at temperature 0, else drawn with the
+        seed; every stage then covers prompt and generated tokens, the former up to the Capture's
+        n_prompt. Raises CaptureError for what cannot be done, WorkerCrashedError when llama.cpp
+        ended."""
         return self._call(
             "capture",
             text,
@@ -106,6 +109,7 @@ class Capturing(Serving):
             generate=generate,
             temperature=temperature,
             seed=seed,
+            positions=positions,
         )
 
     def collect(

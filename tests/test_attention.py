@@ -341,10 +341,12 @@ def test_findings_say_what_the_numbers_say():
     sentence = said(say.sinks(table))
     assert sentence.startswith("3 of 4 heads (75%)") and "in 1 of 2 layers" in sentence
     assert "2.0 tokens, of layer 1, head 0" in said(say.depth_profile(table))
-    raw, moved = maps([to_first(3), uniform(3)]), maps([identity(3), 0 * identity(3)])
-    assert said(say.norm_weighted(raw, moved, 0, 1)) == (
-        "The first token gets 42% of this head's weight and none of the length that it moves; over all heads 71% "
-        "of the weight and 0% of the length."
+    raw = maps([to_first(3), uniform(3)], [identity(3), uniform(3)])
+    lengths = np.array([[[2.0, 1, 1], [0, 0, 0]], [[2, 1, 1], [2, 1, 1]]])
+    moves = xr.DataArray(lengths, dims=("layer", "head", "key"), coords={"layer": [0, 1]})
+    assert said(say.norm_weighted(raw, moves, 0, 1)) == (
+        "The first token gets 42% of this head's weight and none of the length that it moves; over all heads 46% "
+        "of the weight and 53% of the length."
     )
     table = compare.compare_heads(a, a[::-1])
     assert "largest difference of a single weight is 1.0000" in said(say.changes(table, "a", "b"))

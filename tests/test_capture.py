@@ -597,3 +597,64 @@ def test_a_model_for_a_gpu_is_read_and_not_mapped(tmp_path):
         told[how] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (mapped, logits), (read, same) = (told[how].split() for how in ("map", "read"))
     assert int(mapped) > 0 == int(read) and logits == same
+
+
+PLACES = {
+    "attention": [2, 20],
+    "attention_mean": [0, 21],
+    "hidden": [5],
+    "q": [1, 2, 3],
+    "logits": [len(IDS) - 1],
+}
+
+
+@pytest.mark.parametrize("n_ubatch", [512, 9])
+def test_positions_of_a_stage_are_those_of_the_whole(tmp_path, n_ubatch):
+    """Also where the text runs in pieces, and some pieces have none of them."""
+    stages = (*PLACES, "scores", "ffn_out")
+    with CaptureSession(tiny_model("gemma2", tmp_path), threads=1, n_ubatch=n_ubatch) as one:
+        whole = one.capture(IDS, stages=stages)
+        asked = PLACES | {"logits": len(IDS) - 1}
+        part = one.capture(IDS, stages=stages, queries=[7], positions=asked)
+    for stage in stages:
+        place = "query" if "query" in part[stage].dims else "token"
+        wanted = {"scores": [7], "ffn_out": range(len(IDS))} | PLACES
+        assert part[stage][f"{place}_position"].values.tolist() == list(wanted[stage])
+        same = whole[stage].isel({place: list(wanted[stage])})
+        np.testing.assert_array_equal(part[stage].values, same.values, err_msg=stage)
+    part.save(tmp_path / "part.safetensors")
+    again = Capture.load(tmp_path / "part.safetensors")
+    for stage in stages:
+        assert again[stage].identical(part[stage].assign_attrs(again[stage].attrs)), stage
+
+
+def test_positions_of_generated_tokens(session):
+    cap = session.capture(
+        IDS[:6], ("hidden", "logits"), generate=3, positions={"logits": range(5, 9)}
+    )
+    n = len(cap.tokens)
+    assert cap.logits["token_position"].values.tolist() == list(range(5, n)) and n > 6
+    assert cap.hidden.sizes["token"] == n
+    assert cap.logits.values[:-1].argmax(-1).tolist() == cap.tokens["id"].tolist()[6:]
+
+
+@pytest.mark.parametrize(
+    "positions, message",
+    [
+        ({"logits": [99]}, "token position 99 is out of range: the text has"),
+        ({"hidden": [-1]}, "token position -1"),
+        ({"q": [1]}, r"\{captured stage: positions\}"),
+        ([1], r"\{captured stage: positions\}"),
+        ({"logits": []}, "at least one"),
+        ({"logits": ["x"]}, "whole numbers"),
+    ],
+)
+def test_positions_that_are_none(session, positions, message):
+    with pytest.raises(CaptureError, match=message):
+        session.capture(IDS, ("hidden", "logits"), positions=positions)
+
+
+def test_patch_from_some_positions_only(session):
+    part = session.capture(IDS, stages="hidden", positions={"hidden": [2, 4]})
+    with pytest.raises(CaptureError, match="only some queries or positions of 'hidden'"):
+        patch("hidden", 1, part)

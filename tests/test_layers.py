@@ -397,6 +397,22 @@ def test_graph_has_a_node_per_layer_and_token():
         arrows.groupby("dst")["src"].first()["1:3"] == "0:2"
     )  # the strongest key but the first and itself
     assert "12 nodes" in say.graph(nodes, edges)
+    last = attention[:, 2:].assign_coords(query_position=("query", [2, 3]))
+    fewer = capture_of({"hidden": hidden, "attention_mean": last}, tokens=tokens)
+    pd.testing.assert_frame_equal(graph.stream_graph(fewer, data, ["x", "y"])[1], edges)
+
+
+@pytest.mark.parametrize("written", [0, 1, 5])
+def test_what_is_captured_of_a_long_text_is_what_is_drawn_of_it(written, capsys):
+    """Also where the text ends before `generate` tokens are written."""
+    stages = ("hidden", "logits", "attention_mean")
+    assert graph.needed(stages, 2, 20, 5) == {} and not capsys.readouterr().out
+    wanted = graph.needed(stages, 2, 20, 5, most=30)
+    assert set(wanted) == {"logits", "attention_mean"}
+    assert set(graph.needed(stages[:2], 2, 20, 5, most=30)) == {"logits"}
+    assert "The last 10 of the prompt's 20 tokens" in capsys.readouterr().out
+    run = capture_of({"hidden": stage(np.ones((3, 20 + written, 2)))}, tokens=None, n_prompt=20)
+    assert set(graph.drawn(run, most=30)) <= set(wanted["logits"])
 
 
 @pytest.fixture

@@ -257,6 +257,13 @@ def test_a_lens_of_some_positions_is_those_of_all():
     assert some["position"].values.tolist() == [0, 4, 5]
     for key in whole:
         assert some[key].values == pytest.approx(whole[key].values[:, [0, 4, 5]], rel=1e-5)
+    # What the model puts first, of logits of these positions alone
+    best, at = logits.argmax(-1), {"token_position": ("token", [0, 4, 5])}
+    few = xr.DataArray(logits[[0, 4, 5]], dims=("token", "vocab"), coords=at)
+    read = lens(head, hidden, None, few, positions=[0, 4, 5])
+    assert read.identical(lens(head, hidden, best, logits, positions=[0, 4, 5]))
+    with pytest.raises(CaptureError, match="no logits of position 3"):
+        lens(head, hidden, best, few, positions=[3, 4])
 
 
 def test_a_lens_that_would_take_too_long_reads_the_last_tokens_and_says_so(capsys, monkeypatch):
@@ -288,6 +295,9 @@ def test_lens_of_every_family_is_the_models_own(architecture, tmp_path):
         cap = engine.capture(models.IDS, stages=STAGES)
         head = unembedding(engine.model, cap)
         assert logit_error(head, cap)["ratio"].max() < 1
+        few = engine.capture(models.IDS, STAGES, positions={"logits": len(models.IDS) - 1})
+        assert unembedding(engine.model, few).scale == head.scale
+        assert logit_error(head, few, [-1]).equals(logit_error(head, cap, [-1]))
         best = cap.logits.values.argmax(-1)
         data = lens(head, cap.hidden, best, cap.logits)
         assert (data["rank"].values[-1] == 0).all() and data["kl"].values[-1].max() < 1e-4

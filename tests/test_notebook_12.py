@@ -58,7 +58,7 @@ def test_the_edge_to_the_name_carries_the_answer(run):
 
 
 @pytest.mark.slow
-def test_a_long_prompt_ends_in_bounded_pages(tmp_path, smollm2):
+def test_a_long_prompt_ends_in_bounded_pages(tmp_path, smollm2, engine):
     prompt = load_text(None)[:3000]
     parameters = {"MODEL": str(smollm2), "PROMPT": prompt, "OUTPUT_DIR": str(tmp_path / "out")}
     executed = run_notebook(NOTEBOOK, tmp_path, parameters, progress=False)
@@ -67,6 +67,16 @@ def test_a_long_prompt_ends_in_bounded_pages(tmp_path, smollm2):
     saved = Capture.load(tmp_path / "out" / "prompt.safetensors")
     assert saved["attention"].sizes["query"] < saved["attention"].sizes["key"] > 600
     assert saved["attention_mean"].sizes["query"] == saved["attention"].sizes["key"]
+    assert saved.scores.sizes["query"] == 16 and "while writing for the last 16" in said
+    assert saved.logits["token_position"].values.tolist() == [len(saved.tokens) - 1]
+    assert "where only the last token's are read, only those are captured" in said
+    ids, queries = saved.tokens["id"].tolist(), saved.scores["query_position"].values
+    whole = engine.capture(ids, ("scores", "logits"), queries=queries)
+    np.testing.assert_allclose(saved.scores, whole.scores, atol=1e-3)
+    np.testing.assert_allclose(saved.logits[0], whole.logits[-1], atol=1e-3)
+    assert pd.read_parquet(tmp_path / "out" / "steps.parquet")["agrees"].all()
+    written = Capture.load(tmp_path / "out" / "generated.safetensors")
+    assert written.attention.sizes["query"] == 16 + written.tokens["generated"].sum()
     for page in (tmp_path / "out").glob("*.html"):
         assert page.stat().st_size < 5_000_000, page.name
 

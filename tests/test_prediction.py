@@ -230,7 +230,7 @@ ATTENTION = [
     lambda a: flow.token_nodes(a, "abc", None),
     lambda a: attention_compare.compare_heads(a, a),
     lambda a: say.token_map(a[1, 1], "abc"),
-    lambda a: output.first_shares(a, a),
+    lambda a: output.first_shares(a, a.isel(query=0)),
     lambda a: inside.attention_divergence(a, a),
     lambda a: similarity.divergence_sums(a, [0, 1, 2]),
     lambda a: semantic.semantic_scores(a, [0, 1, 2], [1, 2, 3], np.eye(3)),

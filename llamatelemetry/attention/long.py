@@ -8,6 +8,7 @@ from ..files.gguf import GGUFFile
 from .patterns import SINK_THRESHOLD
 
 MAPS_BYTES = 5e8  # of attention and scores together, all layers and heads
+AGAIN = 16  # queries whose maps are looked at a second time: recomputed, captured while writing
 
 
 def captured_queries(model: GGUFFile, n_token: int, max_bytes: float = MAPS_BYTES) -> list | None:
@@ -23,11 +24,18 @@ def said(model: GGUFFile, n_token: int, queries: list | None) -> str:
     whole = 4 * model.n_layer * model.n_head * n_token**2 / 1e9
     if queries is None:
         return f"Attention of every query is captured whole ({whole:.2g} GB)."
+    few = len(repeated(queries))
     return (
         f"Attention of all {n_token:,} queries would take {whole:.1f} GB: the maps of all heads are "
-        f"captured for the last {len(queries)} queries, the mean over heads for every query, and "
-        "the statistics of heads are summed over every query while the model runs."
+        f"captured for the last {len(queries)} queries, q·k and the maps while writing for the last "
+        f"{few}, the mean over heads for every query, and the statistics of heads are summed over "
+        "every query while the model runs."
     )
+
+
+def repeated(queries: list) -> list:
+    """The last AGAIN of chosen queries."""
+    return queries[-AGAIN:]
 
 
 def head_table(statistics: xr.Dataset) -> pd.DataFrame:

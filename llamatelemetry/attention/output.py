@@ -45,12 +45,18 @@ def moved_shares(weighted: xr.DataArray) -> xr.DataArray:
     return (weighted / weighted.sum("key")).fillna(0)
 
 
-def first_shares(attention: xr.DataArray, weighted: xr.DataArray) -> tuple[float, float]:
+def first_shares(attention: xr.DataArray, norms: xr.DataArray) -> tuple[float, float]:
     """The first token's share of what later tokens attend to: of the weight, and of the moved
-    length (nan where no head moves anything). Both (..., query, key)."""
+    length (nan where no head moves anything).
+
+    attention: (..., query, key); norms: (..., key), of value_norms. Layer by layer: norm-weighted
+    maps of all heads are as large as the maps."""
     later = query_positions(attention) > 0
-    raw, moved = measured(attention)[..., later, 0], np.asarray(weighted)
-    shares = ratio(moved[..., 0], moved.sum(-1))[..., later]  # NaN where a head moves nothing
+    raw, layered = measured(attention)[..., later, 0], "layer" in attention.dims
+    pairs = zip(attention, norms) if layered else [(attention, norms)]
+    moved = (norm_weighted(*pair).values for pair in pairs)
+    # NaN where a head moves nothing
+    shares = np.stack([ratio(one[..., 0], one.sum(-1))[..., later] for one in moved])
     known = shares[np.isfinite(shares)]
     return float(raw.mean(dtype=np.float64)), float(known.mean()) if known.size else float("nan")
 

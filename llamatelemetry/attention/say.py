@@ -51,10 +51,11 @@ def sinks(table: pd.DataFrame) -> str:
 
 
 @sentence
-def norm_weighted(attention: xr.DataArray, weighted: xr.DataArray, layer: int, head: int) -> str:
-    """Raw against norm-weighted attention of one head and of all: (layer, head, query, key)."""
-    one = first_shares(attention.sel(layer=layer, head=head), weighted.sel(layer=layer, head=head))
-    (raw, moved), (all_raw, all_moved) = one, first_shares(attention, weighted)
+def norm_weighted(attention: xr.DataArray, norms: xr.DataArray, layer: int, head: int) -> str:
+    """Raw against norm-weighted attention of one head and of all. attention: (layer, head, query,
+    key); norms: (layer, head, key)."""
+    one = first_shares(attention.sel(layer=layer, head=head), norms.sel(layer=layer, head=head))
+    (raw, moved), (all_raw, all_moved) = one, first_shares(attention, norms)
     return (
         f"The first token gets {raw:.0%} of this head's weight and {some(moved, '{:.0%}', 'none')} of the length that "
         f"it moves; over all heads {all_raw:.0%} of the weight and {some(all_moved, '{:.0%}', 'none')} of the length."

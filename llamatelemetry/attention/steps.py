@@ -83,13 +83,16 @@ def layer_facts(captured: Capture, gguf: GGUFFile, layer: int) -> Softmax:
 def check_steps(captured: Capture, gguf: GGUFFile, layer: int) -> pd.DataFrame:
     """Every step of a layer's attention, recomputed from the captured input of that step alone.
 
-    captured: a Capture of the whole prompt with STAGES; scores and attention may be of some rows.
+    captured: a Capture of the whole prompt with STAGES; scores and attention may be of some rows:
+    those of scores are recomputed, and attention has them.
     Returns a DataFrame, one row per step: step, inputs, shape, max_difference, relative_difference
     (L2), kind (the rounding that applies), tolerance, agrees. Nothing is raised: the caller
     asserts."""
     at = {stage: np.asarray(captured[stage].sel(layer=layer)) for stage in STAGES}
     at["embedding"] = np.asarray(captured["hidden"].sel(layer=0))
-    rows = patterns.query_positions(captured["attention"])
+    rows = patterns.query_positions(captured["scores"])
+    there = np.isin(patterns.query_positions(captured["attention"]), rows)
+    at["attention"] = at["attention"][:, there]
     at["rows"], at["attn_heads of rows"] = rows, at["attn_heads"][:, rows]
     at["cache"] = captured.layers.loc[layer].reindex(["key_type", "key_turn"]).fillna(0)
     gpu, facts = captured.model.gpu, layer_facts(captured, gguf, layer)

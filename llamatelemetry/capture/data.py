@@ -38,7 +38,7 @@ class Capture:
     def __init__(
         self, parts: Mapping[str, Part], tokens: Tokens, model: Mapping, layers: Sequence[Mapping]
     ) -> None:
-        """parts: {stage: (array, layer numbers or None, query positions or None)}; tokens: (ids,
+        """parts: {stage: (array, layer numbers or None, positions or None)}; tokens: (ids,
         pieces, generated); layers: a list of dicts. Labelled when first looked at: a capture of 700
         MB takes less time than its labels."""
         self._parts = parts
@@ -151,7 +151,7 @@ def _saved_array(file, n_tokens, name, layers, queries):
         raise ValueError(f"{name!r:.80} is no stage with its layers")
     sizes = dict.fromkeys(("token", "query", "key"), n_tokens)
     sizes |= {} if layers is None else {"layer": len(layers)}
-    sizes |= {} if queries is None else {"query": len(queries)}
+    sizes |= {} if queries is None else {STAGES[name].place: len(queries)}
     array, dims = file.get_tensor(name), STAGES[name].all_dims
     expected = tuple(sizes.get(dim, size) for dim, size in zip(dims, array.shape))
     right = array.dtype in (np.float32, np.int32) and all(
@@ -171,7 +171,7 @@ def token_table(ids, pieces, generated):
 
 def label(stage, array, layers, pieces, queries=None):
     """A DataArray with the stage's dims: `layer` numbers, pieces on token, query and key, their
-    positions beside."""
+    positions beside. queries: the positions that it holds, None: all."""
     with uninterrupted():
         import xarray as xr
 
@@ -181,7 +181,7 @@ def label(stage, array, layers, pieces, queries=None):
     labels[:] = pieces
     for dim in dims:
         if dim in ("token", "query", "key"):
-            some = dim == "query" and queries is not None
+            some = dim == STAGES[stage].place and queries is not None
             chosen = np.asarray(queries) if some else np.arange(len(pieces))
             coords[dim] = (dim, labels[chosen])
             coords[f"{dim}_position"] = (dim, chosen)

@@ -210,9 +210,9 @@ def patch(
     chosen = layers if isinstance(layers, tuple) else [one for one in there if one in where(layers)]
     if missing := [one for one in chosen if one not in there] or not chosen and [layer]:
         raise CaptureError(f"the source capture does not hold {stage!r} of layer {missing[0]}.")
-    if "query" in source[stage].dims and source[stage].sizes["query"] != source[stage].sizes["key"]:
+    if source[stage].sizes[STAGES[stage].place] != len(source.tokens):
         raise CaptureError(
-            "the source capture holds only some queries: capture it without queries= to patch from it."
+            f"the source capture holds only some queries or positions of {stage!r}: capture all of them."
         )
     made = [
         Edit(stage, one, head, positions, keys, 0.0, _plain(source[stage].sel(layer=one).values))

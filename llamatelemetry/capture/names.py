@@ -12,7 +12,7 @@ class Stage:
     leaves layer l. late: computed after attention, where the last layer goes on only with the
     positions whose logits were asked for. cached: kept in the KV cache, in whose number format
     attention sees it. masked: what the mask hides may be anything, also no number. mean: over the
-    heads, so small that it has every query also where `queries` are chosen."""
+    heads, so small that it has every query also where `queries` are chosen for the others."""
 
     dims: tuple
     per_layer: bool = True
@@ -28,6 +28,11 @@ class Stage:
     def grid(self):
         """Whether its values are a grid of positions, (..., query, key)."""
         return "key" in self.dims
+
+    @property
+    def place(self):
+        """Which of its dims is the position in the text, of which some can be chosen."""
+        return "query" if self.grid else "token"
 
     @property
     def by_head(self):

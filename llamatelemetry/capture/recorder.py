@@ -110,57 +110,46 @@ def on_host(values):
 class Copy:
     """Copies one stage of one layer into its place in a capture. Several taps of a stage add up.
 
-    target: (token, ...) or (..., query, key), the whole text; first: this tap is written, the
-    others are added; queries: {position: row} or None for all; rounded: the cache's number format,
-    in which attention sees keys and values; device: for CuPy's values."""
+    target: (token, ...) or (..., query, key), of the whole text or of `positions`, which are in
+    order; first: this tap is written, the others are added; rounded: the cache's number format, in
+    which attention sees keys and values; device: for CuPy's values."""
 
     target: np.ndarray
     stage: str
     first: bool
-    queries: dict | None = None
+    positions: list | None = None
     rounded: np.dtype | None = None
     device: object = None
 
     def __call__(self, values, past):
-        if STAGES[self.stage].grid:
-            return self._grid(values, past)
-        place = self.target[past : past + len(values)]
-        place = place[(slice(None), *(slice(size) for size in values.shape[1:]))]
+        grid = STAGES[self.stage].grid
+        axis = values.ndim - 2 if grid else 0
+        rows = slice(past, past + values.shape[axis])
+        if self.positions is not None:
+            rows = slice(*np.searchsorted(self.positions, (past, rows.stop)))
+            if rows.start == rows.stop:
+                return
+            here = [position - past for position in self.positions[rows]]
+            values = on_host(values[(slice(None),) * axis + (here,)])
+        if grid:
+            if values.ndim > self.target.ndim:
+                values = on_host(values.mean(0))  # over the heads
+            place = self.target[(*map(slice, values.shape[:-2]), rows)]
+            n_key = min(values.shape[-1], place.shape[-1])
+            place[..., n_key:] = 0  # keys that came after these queries' part of the text
+            place, values = place[..., :n_key], values[..., :n_key]
+        else:
+            place = self.target[(rows, *map(slice, values.shape[1:]))]
         if self.rounded:
             values = values.astype(self.rounded)
-        if self.first:
-            self._store(place, values)
-        else:
+        if not self.first:
             if self.device:
                 self.device.drain()  # what is added to must have arrived
             place += on_host(values)
-
-    def _store(self, place, values):
-        if isinstance(values, np.ndarray):
+        elif isinstance(values, np.ndarray):
             place[...] = values
         else:
             self.device.to_host(place, values)
-
-    def _grid(self, values, past):
-        if values.ndim > self.target.ndim:
-            values = on_host(values.mean(0))  # over the heads
-        n_query = values.shape[-2]
-        n_key = min(values.shape[-1], self.target.shape[-1])
-        heads = (slice(len(values)),) if values.ndim == 3 else ()
-        if self.queries is None:
-            place = self.target[(*heads, slice(past, past + n_query))]
-            self._store(place[..., :n_key], values[..., :n_key])
-            place[..., n_key:] = 0  # keys that came after these queries' part of the text
-            return
-        here = [
-            (row, position - past)
-            for position, row in self.queries.items()
-            if 0 <= position - past < n_query
-        ]
-        if here:
-            rows, chosen = map(list, zip(*here))
-            self.target[(*heads, rows, slice(n_key))] = on_host(values[..., chosen, :n_key])
-            self.target[(*heads, rows, slice(n_key, None))] = 0
 
 
 @dataclass

@@ -265,16 +265,16 @@ class Runs:
             self.run(tokens, setup, all_logits=False, restart=sums.clear)
         return {layer: (total / len(tokens)).astype(np.float32) for layer, total in sums.items()}
 
-    def capture(self, tokens, stages, arena, *, layers=None, queries=None, edits=(), sampler=None):
+    def capture(self, tokens, stages, arena, positions, *, layers=None, edits=(), sampler=None):
         """Copy stages of a run into an arena. Returns (tokens, {stage: {layers, offset, shape,
         dtype}}, layer facts).
 
-        arena(n_bytes) gives a buffer, which may hold what an earlier capture left there.
+        arena(n_bytes) gives a buffer, which may hold what an earlier capture left there. positions:
+        {stage: those that are copied, in order}, of a stage that is not there all.
         """
         means, plan = self.means(tokens, edits), self.plan(tokens)
         total = len(tokens) + (sampler.limit if sampler else 0)
-        rows = None if queries is None else {position: row for row, position in enumerate(queries)}
-        layout, n_bytes = self._layout(plan, stages, layers, total, rows)
+        layout, n_bytes = self._layout(plan, stages, layers, total, positions)
         memory, arrays = arena(n_bytes), {}
         for stage, part in layout.items():
             array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
@@ -291,7 +291,7 @@ class Runs:
             self.apply(recorder, plan, edits, total, means)
             for stage, array in arrays.items():
                 rounded = cache[stage] if STAGES[stage].cached else None
-                chosen = None if STAGES[stage].mean else rows
+                chosen = positions.get(stage)
                 for target, layer in zip(array, layout[stage]["layers"]):
                     if not STAGES[stage].grid and target.ndim == 3:
                         target = target.swapaxes(0, 1)  # (token, head, feature), as in the graph
@@ -302,18 +302,15 @@ class Runs:
         tokens = self.run(tokens, setup, all_logits=needs_all, sampler=sampler)
         return tokens, layout, layer_facts
 
-    def _layout(self, plan, stages, layers, total, rows):
+    def _layout(self, plan, stages, layers, total, positions):
         """({stage: where its array lies in an arena}, bytes of the arena)."""
         layout, n_bytes = {}, 0
         for stage in stages:
             facts, kept = STAGES[stage], self.layers_of(plan, stage, layers)
             shapes = [self.taps(plan, stage, layer)[0].shape for layer in kept]
             widths = tuple(max(sizes) for sizes in zip(*shapes))
-            if facts.grid:
-                n_query = total if rows is None or facts.mean else len(rows)
-                shape = (*widths, n_query, total)
-            else:
-                shape = (*widths[:-1], total, widths[-1])
+            count = len(positions.get(stage, range(total)))
+            shape = (*widths, count, total) if facts.grid else (*widths[:-1], count, widths[-1])
             shape = (len(kept), *shape) if facts.per_layer else shape
             layout[stage] = {
                 "layers": kept,

@@ -129,20 +129,22 @@ class CaptureSession:
         generate=0,
         temperature=0.0,
         seed=0,
+        positions=None,
     ):
         """As InferenceEngine.capture."""
+        stages = named_stages(stages)
         request = {
             "prompt": prompt(text_or_ids),
-            "stages": named_stages(stages),
+            "stages": stages,
             "layers": chosen("layers", layers),
-            "queries": chosen("queries", queries),
+            "positions": by_stage(stages, chosen("queries", queries), positions),
             "generate": whole("generate", generate, 0, error=CaptureError),
             "temperature": finite("temperature", temperature, 0, error=CaptureError),
             "seed": whole("seed", seed, 0, error=CaptureError),
         }
         answer, memory = self.into_arena("capture", edits=self._pack(edits), **request)
         self._say_two_starts(text_or_ids, answer["tokens"])
-        return self._captured(answer, memory, request["queries"])
+        return self._captured(answer, memory, request["positions"])
 
     def into_arena(self, command, hear=None, **request):
         """The worker's answer to a command that fills an arena, and the arena's memory."""
@@ -156,15 +158,15 @@ class CaptureSession:
         weakref.finalize(memory, self._release, self._free, arena)
         return answer, memory
 
-    def _captured(self, answer, memory, queries):
+    def _captured(self, answer, memory, positions):
         """The Capture in an arena's memory, without the positions kept free for tokens that were
         not generated because the text ended."""
         ids, n, parts = answer["tokens"], len(answer["tokens"]), {}
-        there = None if queries is None else [query for query in queries if query < n]
+        positions = {name: [one for one in some if one < n] for name, some in positions.items()}
         for name, part in answer["layout"].items():
-            stage = STAGES[name]
-            chosen = there if stage.grid and not stage.mean else None
-            sizes = {"token": n, "key": n, "query": n if chosen is None else len(chosen)}
+            stage, chosen = STAGES[name], positions.get(name)
+            count = n if chosen is None else len(chosen)
+            sizes = dict.fromkeys(("token", "query", "key"), n) | {stage.place: count}
             array = np.ndarray(part["shape"], part["dtype"], memory, part["offset"])
             array = array[tuple(slice(sizes.get(dim)) for dim in stage.all_dims)]
             parts[name] = (array, part["layers"] if stage.per_layer else None, chosen)
@@ -175,10 +177,9 @@ class CaptureSession:
     def score(self, text_or_ids, edits=()):
         """As InferenceEngine.score."""
         answer = self._ask("score", text_or_ids, edits=self._pack(edits))
-        ids, table = answer["tokens"], answer["table"]
+        ids, table = answer["tokens"], pd.DataFrame(answer["table"]).drop(columns="kl")
         tokens = token_table(ids, self._pieces(ids), False).iloc[1:].drop(columns="generated")
-        columns = {name: values for name, values in table.items() if name != "kl"}
-        return pd.concat([tokens.reset_index(drop=True), pd.DataFrame(columns)], axis=1)
+        return pd.concat([tokens.reset_index(drop=True), table], axis=1)
 
     def sweep(self, text_or_ids, variants, progress=True):
         """As InferenceEngine.sweep."""
@@ -314,8 +315,18 @@ def named_stages(stages):
     return stages
 
 
+def by_stage(stages, queries, positions):
+    """{stage: sorted positions} of the stages of which only some are wanted."""
+    some = {} if positions is None else positions
+    if not isinstance(some, dict) or not some.keys() <= set(stages):
+        raise CaptureError(f"positions are {{captured stage: positions}}, not {some!r:.200}.")
+    maps = [name for name in stages if STAGES[name].grid and not STAGES[name].mean]
+    found = dict.fromkeys(maps, queries) | {name: chosen(name, some[name]) for name in some}
+    return {name: values for name, values in found.items() if values is not None}
+
+
 def chosen(name, values):
-    """A sorted list of layers or query positions without repetitions, or None for all."""
+    """A sorted list of layers or positions without repetitions, or None for all."""
     if values is None:
         return None
     values = np.atleast_1d(values)

@@ -13,6 +13,7 @@ from ..errors import CaptureError, NotFiniteError
 from .device import open_device
 from .edits import unpack
 from .measures import HeadStatistics, predict, score, sweep
+from .names import STAGES
 from .runs import Runs
 
 
@@ -77,13 +78,14 @@ class Worker:
         self.runtime.check_length(len(tokens))
         return tokens
 
-    def capture(self, prompt, path, stages, layers, queries, edits, generate, temperature, seed):
+    def capture(self, prompt, path, stages, layers, positions, edits, generate, temperature, seed):
         tokens = self.tokens(prompt)
         n_prompt = len(tokens)
-        for position in queries or ():
+        for stage, position in [(name, one) for name in positions for one in positions[name]]:
             if not 0 <= position < n_prompt + generate:
                 raise CaptureError(
-                    f"query position {position} is out of range: the text has {n_prompt} tokens."
+                    f"{STAGES[stage].place} position {position} is out of range: the text has "
+                    f"{n_prompt} tokens."
                 )
         sampler = Sampler(generate, temperature, seed, self.runtime.is_end) if generate else None
 
@@ -91,8 +93,8 @@ class Worker:
             tokens,
             stages,
             lambda n_bytes: self._arena(path, max(n_bytes, 1)),
+            positions,
             layers=layers,
-            queries=queries,
             edits=unpack(edits),
             sampler=sampler,
         )

@@ -1,4 +1,5 @@
-"""What of a sweep over layers a stated time allows, reckoned before it is begun."""
+"""What of a sweep over layers a stated time allows, and of logits a stated memory, reckoned
+before it is begun."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -6,9 +7,27 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..files.gguf import GGUFFile
+
 SWEEP_SECONDS = 120.0  # that the ablations of all layers may take together
 FEW = 48  # tokens that are read whatever they take; beyond, tokens give way before layers do
+LOGITS_BYTES = 1e8  # of every token, where only the last one's are read
 Edits = TypeVar("Edits")
+
+
+def last_logits(
+    model: GGUFFile, n_token: int, max_bytes: float = LOGITS_BYTES
+) -> dict[str, list[int]]:
+    """positions= of engine.capture for logits of which the last token's are read: {}, all, while
+    they take at most max_bytes, else the last position, which is printed."""
+    whole = 4 * n_token * model.n_vocab
+    if whole <= max_bytes:
+        return {}
+    print(
+        f"Logits of all {n_token:,} tokens would take {whole / 1e9:.1f} GB: where only the last "
+        "token's are read, only those are captured."
+    )
+    return {"logits": [n_token - 1]}
 
 
 def sweepable(

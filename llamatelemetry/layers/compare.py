@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from ..capture.data import Capture
 from ..capture.finite import measured
 from ..maths import blocks, entropy, log_softmax, ratio
-from .lens import settled
+from .lens import logits_at, settled
 
 # Logits. Whoever has the file and the capture knows better: twice lens.logit_error's tolerance.
 NOISE = 0.05
@@ -167,12 +167,12 @@ def generation_table(captured: Capture, lens_data: xr.Dataset) -> pd.DataFrame:
     probability that the model gave it, entropy (nats) of the model's output, settled (layer from
     which on the lens names the output's best token), lens_entropy (nats, mean over layers).
 
-    captured: a Capture with logits, of generate=; lens_data: lens.lens of those positions, at
+    captured: a Capture with logits, of generate=; lens_data: lens.lens; both of those positions, at
     least."""
     new = captured.tokens.iloc[captured.n_prompt :]
     before = new.index.to_numpy() - 1
     at = np.searchsorted(lens_data["position"].values, before)
-    logp = log_softmax(measured(captured["logits"])[before])
+    logp = log_softmax(logits_at(captured["logits"], before))
     return pd.DataFrame(
         {
             "position": new.index,

@@ -22,6 +22,23 @@ def drawn(captured: Capture, most: int = MOST) -> np.ndarray:
     return np.arange(min(_first(n_layer, n_token, most), captured.n_prompt - 1), n_token)
 
 
+def needed(
+    stages: Sequence[str], n_layer: int, n_prompt: int, generate: int, most: int = MOST
+) -> dict[str, list[int]]:
+    """positions= of engine.capture for a text that goes on after a prompt: of its logits and mean
+    attention those from the first on that may be `drawn`, which is printed; {} where that is all.
+    stages: what is captured; n_layer: of the model; generate: tokens, at most."""
+    first = min(_first(n_layer + 1, n_prompt, most), n_prompt - 1)
+    if first == 0:
+        return {}
+    print(
+        f"The last {n_prompt - first} of the prompt's {n_prompt:,} tokens, and what is written after "
+        "them, are drawn: logits and mean attention are captured from there on."
+    )
+    wanted = list(range(first, n_prompt + generate))
+    return {stage: wanted for stage in ("logits", "attention_mean") if stage in stages}
+
+
 def _first(n_layer, n_token, most):
     return max(0, n_token - max(2, most // n_layer))
 
@@ -83,15 +100,16 @@ def stream_graph(
 
 
 def _attention_edges(attention, per_query, least, first):
-    rows = []
+    rows, known = [], "query_position" in attention.coords
+    queries = attention["query_position"].values if known else np.arange(attention.sizes["query"])
     for a, layer in enumerate(attention["layer"].values):
         mean = measured(attention.isel(layer=a))  # (query, key), over heads
         low = max(1, first)
-        for query in range(low + 1, len(mean)):
-            keys = low + np.argsort(-mean[query, low:query], kind="stable")[:per_query]
+        for query, row in zip(queries[queries > low], mean[queries > low]):
+            keys = low + np.argsort(-row[low:query], kind="stable")[:per_query]
             rows += [
-                (f"{layer}:{key}", f"{layer + 1}:{query}", float(mean[query, key]), "attention")
+                (f"{layer}:{key}", f"{layer + 1}:{query}", float(row[key]), "attention")
                 for key in keys
-                if mean[query, key] >= least
+                if row[key] >= least
             ]
     return rows

@@ -76,7 +76,8 @@ class Unembedding:
 def unembedding(gguf: GGUFFile, captured: Capture) -> Unembedding:
     """The Unembedding of a file, checked against what the runtime computed.
 
-    captured: a Capture with hidden, final_norm and logits of one run of that file. A constant
+    captured: a Capture with hidden, final_norm and logits (of some positions, at least) of one run
+    of that file. A constant
     factor after the norm, and how the file's logit_scale is applied (some architectures multiply,
     some divide), are decided by what reproduces the capture. CaptureError where nothing does: the
     lens would then show another model's answer."""
@@ -95,7 +96,27 @@ def unembedding(gguf: GGUFFile, captured: Capture) -> Unembedding:
     factor = 1.0 if abs(factor - 1) < 1e-3 else factor
     bias = gain_and_bias(gguf, "output")[1]
     head = Unembedding(gguf, norm, factor, 1.0, gguf.final_logit_softcap, bias)
-    return _with_scale(head, final, measured(captured["logits"]))
+    logits = captured["logits"]
+    return _with_scale(head, final[positions_of(logits)], measured(logits))
+
+
+def positions_of(logits: xr.DataArray) -> np.ndarray:
+    """Position in the text of every row of captured logits, (token,): all, or those that were
+    captured."""
+    known = "token_position" in getattr(logits, "coords", ())
+    return logits["token_position"].values if known else np.arange(len(logits))
+
+
+def logits_at(logits: xr.DataArray, positions: ArrayLike) -> np.ndarray:
+    """Rows of captured logits by their positions in the text, (position, vocab). CaptureError where
+    one of them was not captured."""
+    there, asked = positions_of(logits), np.asarray(positions)
+    if len(missing := np.setdiff1d(asked, there)):
+        raise CaptureError(
+            f"the capture has no logits of position {missing[0]}: name it in its positions=."
+        )
+    rows = np.searchsorted(there, asked)
+    return measured(logits) if len(rows) == len(there) else measured(logits)[rows]
 
 
 def _with_scale(head, final, logits):
@@ -122,11 +143,14 @@ def logit_error(
 
     error: the largest difference of a logit; tolerance: what the runtime's rounding can do to that
     logit; ratio: the largest error / tolerance over the vocabulary, above 1 where the lens is not
-    the model's. See `rounding`. positions: default at most 8, evenly over the text."""
+    the model's. See `rounding`. positions: default at most 8, evenly over those whose logits were
+    captured."""
     state = measured(captured["hidden"].isel(layer=-1), np.float64)
     if positions is None:
-        positions = np.unique(np.linspace(0, len(state) - 1, 8).astype(int))
-    x, logits = head.normalize(state[positions]), measured(captured["logits"])[positions]
+        there = positions_of(captured["logits"])
+        positions = there[np.unique(np.linspace(0, len(there) - 1, 8).astype(int))]
+    x = head.normalize(state[positions])
+    logits = logits_at(captured["logits"], np.arange(len(state))[positions])
     kind = head.gguf.tensors.loc[head.gguf.output_name, "type"]
     gpu, largest = captured.model.gpu, np.abs(logits).max()
     worst, error, allowed = (np.zeros(len(positions)) for _ in range(3))
@@ -147,23 +171,29 @@ def logit_error(
 def lens(
     head: Unembedding,
     hidden: xr.DataArray,
-    targets: ArrayLike,
-    final_logits: ArrayLike | None = None,
+    targets: ArrayLike | None,
+    final_logits: xr.DataArray | None = None,
     k: int = 5,
     positions: ArrayLike | None = None,
     progress: bool = False,
 ) -> xr.Dataset:
     """The logit lens at every layer and token, or at the tokens of some positions.
 
-    hidden: (layer, token, embd); targets: (token,) ids, one per position; final_logits: (token,
-    vocab), captured. Returns a Dataset of (layer, token): probability, rank (0 is best) and logit
-    of the target, entropy (nats), kl: KL(model's output || lens) in nats (with final_logits;
-    Belrose et al. 2023); (layer, token, top): top ids and top_probability of the k best; coordinate
-    position."""
+    hidden: (layer, token, embd); targets: (token,) ids, one per position, None: what final_logits
+    put first; final_logits: (token, vocab), captured, of the positions that are read at least.
+    Returns a Dataset of (layer, token): probability, rank (0 is best) and logit of the target,
+    entropy (nats), kl: KL(model's output || lens) in nats (with final_logits; Belrose et al. 2023);
+    (layer, token, top): top ids and top_probability of the k best; coordinate position."""
     from tqdm.auto import tqdm
 
     read = np.arange(hidden.shape[1]) if positions is None else np.asarray(positions)
-    targets = np.broadcast_to(np.asarray(targets, dtype=np.int64), hidden.shape[1])[read]
+    final = None if final_logits is None else logits_at(final_logits, read)  # (token, vocab)
+    if targets is not None:
+        targets = np.broadcast_to(np.asarray(targets, dtype=np.int64), hidden.shape[1])[read]
+    elif final is not None:
+        targets = final.argmax(-1)
+    else:
+        raise ValueError("the lens takes targets, or final_logits whose best they are")
     hidden = hidden if positions is None else hidden[:, read]
     layers, tokens, _ = hidden.shape
     x = np.concatenate([head.normalize(one).astype(np.float32) for one in hidden])  # (row, embd)
@@ -174,10 +204,8 @@ def lens(
     own = _products(head, x, unique)[np.arange(len(x)), np.tile(where, layers)]
     state = _Sums(len(x), k)
     cross, minus_entropy = np.zeros(len(x)), None
-    if final_logits is not None:
+    if final is not None:
         minus_entropy = np.zeros(tokens)
-        final = measured(final_logits)
-        final = final if positions is None else final[read]  # (token, vocab)
         total = _log_sum_exp(final)
     blocks = head.gguf.iter_rows(head.gguf.output_name, size)
     shown = dict(desc="logit lens", unit="block", disable=not progress, leave=False)
@@ -185,7 +213,7 @@ def lens(
         ids = slice(start, start + len(weights))
         logits = head.finish(x @ weights.T, ids).astype(np.float32)
         state.add(logits, start, own, everyone)
-        if minus_entropy is not None:
+        if final is not None and minus_entropy is not None:
             model = (final[:, ids] - total).astype(np.float32)
             p = np.exp(model)
             cross += np.einsum("lts,ts->lt", logits.reshape(layers, tokens, -1), p).ravel()

@@ -139,5 +139,6 @@ class Asker:
         ids = self._tokens[1]
         queries = range(max(0, len(ids) - MOST), len(ids))
         where = dict(layers=question.layer, queries=queries, edits=edits)
-        capture = self.engine.capture(ids, ("attention", "logits"), **where)
+        positions = {"logits": len(ids) - 1}
+        capture = self.engine.capture(ids, ("attention", "logits"), positions=positions, **where)
         return capture, time.perf_counter() - started
