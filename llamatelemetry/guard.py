@@ -3,8 +3,9 @@
 A child that is told of its parent's death by the kernel (PR_SET_PDEATHSIG) is told of the death of
 the *thread* that made it, and a notebook's threads come and go. So this file runs as a process of
 its own between the two: it has one thread, holds the read end of a pipe whose other end only the
-parent has, and kills the command when that pipe closes. If this process itself is killed, the
-kernel kills the command, because here the thread rule does no harm.
+parent has, and kills the command, with what that has started, when that pipe closes or the command
+ends. If this process itself is killed, the kernel kills the command, because here the thread rule
+does no harm.
 
 It is started as a plain script (`python -I -S guard.py PARENT GRACE COMMAND...`), so it
 imports nothing of the package. PARENT is the id of the process that it dies with, which may be gone
@@ -39,16 +40,14 @@ def popen(command, log, *, env=None, grace=3.0):
             )
             with Watch(guard.pid, lambda why: (stalled.append(f": its guard {why}"), guard.kill())):
                 said, _, number = guard.stdout.readline().partition(b" ")
+        if said != b"pid":
+            raise OSError(int(number or 0), f"cannot execute {command[0]}{''.join(stalled)}")
     except BaseException:
         if guard:  # nobody has it: the kernel then kills the command
             guard.kill()
             guard.wait()
         raise
     guard.stdout.close()
-    if said != b"pid":
-        guard.stdin.close()
-        guard.wait()
-        raise OSError(int(number or 0), f"cannot execute {command[0]}{''.join(stalled)}")
     return guard, int(number)
 
 
@@ -93,7 +92,7 @@ def _main(parent, grace, command):
     if child == 0:
         try:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setpgid(0, 0)  # a command may be a script, whose own command ends with it
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(2, 1)
             if os.getppid() == me:
@@ -119,9 +118,9 @@ def _main(parent, grace, command):
 
     asked = None  # when a polite stop was asked for
     while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            os.killpg(child, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             return code if code >= 0 else 128 - code
         readable, _, _ = select.select([woken] if asked else [0, woken], [], [], 0.5)
         if woken in readable:
@@ -132,13 +131,13 @@ def _main(parent, grace, command):
             gone = gone or not os.read(0, 1)
             if not gone:
                 asked = time.monotonic()
-                os.kill(child, signal.SIGTERM)
+                os.killpg(child, signal.SIGTERM)
         if gone:
-            os.kill(child, signal.SIGKILL)
+            os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return 0
         if asked and time.monotonic() - asked > grace:
-            os.kill(child, signal.SIGKILL)
+            os.killpg(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":

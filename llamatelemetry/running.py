@@ -2,7 +2,9 @@
 
 import os
 import re
+import select
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -12,7 +14,7 @@ from .imports import uninterrupted
 from .liveness import LOOP, Watch
 from .options import environment
 
-GUARD_S = 10  # seconds after a tool's end in which its guard says how it ended
+GUARD_S = 10  # seconds after a tool's end in which its guard says how it ended, or it lets go
 
 
 def run_tool(
@@ -48,7 +50,7 @@ def run_tool(
 
     def end(why):
         stalled.append(why)
-        process.kill()  # the kernel then kills the tool
+        guard.stop(process, GUARD_S)
 
     try:
         with uninterrupted():  # takes longer than all else: the tool is on its way by now
@@ -81,9 +83,12 @@ def run_tool(
         ) from None
     finally:
         if process.returncode is None:
-            process.kill()
-            process.wait()
-            output.read()  # to its end, which is the tool's: then it writes no more
+            guard.stop(process, GUARD_S)
+            # To its output's end, which is the tool's: then it writes no more
+            deadline = time.monotonic() + GUARD_S
+            while time.monotonic() < deadline:
+                if select.select([output], [], [], 0.1)[0] and not output.read1(4096):
+                    break
         output.close()
     words = "\n".join(tail)
     if code:

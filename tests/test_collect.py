@@ -20,6 +20,7 @@ from llamatelemetry.collecting import many, run
 from llamatelemetry.collecting.many import layout
 from llamatelemetry.collecting.session import CollectSession
 from llamatelemetry.collecting.texts import blocks, rows
+from llamatelemetry.errors import CompareError
 
 pytest.importorskip("pyarrow", reason="llamatelemetry[analysis] is not installed")
 
@@ -396,6 +397,45 @@ def test_a_killed_run_goes_on_with_the_same_values(tmp_path):
     assert found.attrs["complete"] and os.stat(where / "block-000001.arrow").st_mtime_ns == kept
     np.testing.assert_array_equal(found.hidden.values, whole.hidden.values)
     assert found.drop_attrs().identical(whole.drop_attrs())
+
+
+@pytest.mark.slow  # a cluster of processes
+def test_a_cluster_without_workers_is_not_waited_for(tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    from llamatelemetry import compare_quantizations
+    from llamatelemetry.backend import cluster as clusters
+
+    monkeypatch.setattr(clusters, "ALONE", 2)
+    monkeypatch.setattr(clusters, "LOOK", 0.5)
+    path = tiny_model("llama", tmp_path)
+    with clusters.local_cluster(1) as cluster, distributed.Client(cluster) as client:
+        client.wait_for_workers(1, timeout=60)
+        client.retire_workers()
+        with InferenceEngine() as engine:
+            engine.load_model(path, ctx_size=256, auto_start=False, silent=True)
+            with pytest.raises(CollectError, match="no worker for 2 s"):
+                engine.collect(WORDS, where=tmp_path / "s", client=client, progress=False)
+        with pytest.raises(CompareError, match="no worker for 2 s"):
+            compare_quantizations(path, [path], text="a b " * 99, n_ctx=32, client=client)
+        assert client.submit(int, 3, pure=False).status == "pending"
+
+
+@pytest.mark.slow
+def test_an_answer_of_a_cluster_is_its_own(monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    from llamatelemetry.backend import cluster as clusters
+
+    monkeypatch.setattr(clusters, "ALONE", 1)
+    monkeypatch.setattr(clusters, "LOOK", 0.5)
+
+    def late():
+        time.sleep(3)
+        raise TimeoutError("of the task")
+
+    with clusters.local_cluster(1) as cluster, distributed.Client(cluster) as client:
+        with pytest.raises(TimeoutError, match="of the task"):
+            clusters.answer(client, client.submit(late, pure=False), CollectError)
+        assert clusters.answer(client, client.submit(int, 3, pure=False), CollectError) == 3
 
 
 @pytest.mark.slow  # a cluster of processes

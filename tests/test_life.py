@@ -1,6 +1,7 @@
 """The life of processes: none is left by what is dropped, replaced or called from several
 threads."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -9,14 +10,16 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 from models import IDS, tiny_model
 from processes import alive, gone
 
 from llamatelemetry import InferenceEngine, LlamaTelemetryError, ServerManager, guard, templates
 from llamatelemetry.child import Child
-from llamatelemetry.errors import TemplateError
+from llamatelemetry.errors import QuantizeError, TemplateError
 from llamatelemetry.liveness import stopped
+from llamatelemetry.running import run_tool
 
 
 @pytest.fixture
@@ -256,8 +259,6 @@ def test_an_interrupt_while_a_guard_starts_leaves_no_command(tmp_path, monkeypat
 
 
 def test_a_tool_is_gone_when_its_run_is_interrupted():
-    from llamatelemetry.running import run_tool
-
     pids = []
 
     def seen(pid):
@@ -267,6 +268,53 @@ def test_a_tool_is_gone_when_its_run_is_interrupted():
     with pytest.raises(KeyboardInterrupt):
         run_tool(["/bin/sh", "-c", "while :; do :; done"], "try", seen=seen)
     assert gone(pids[0])
+
+
+WRAPPER = "#!/bin/sh\nsleep 600 &\necho $!\nwait\n"  # its own command goes on where it is ended
+
+
+@pytest.mark.parametrize("end", ["interrupt", "stall", "itself"])
+def test_what_a_tool_has_started_goes_with_it(end, tmp_path, monkeypatch):
+    """It would hold the tool's log, to whose end a run is waited for, and write on."""
+    wrapper = tmp_path / "llama-quantize"
+    wrapper.write_text(WRAPPER if end != "itself" else WRAPPER.replace("wait", "exit 0"))
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("OF_TEST", str(tmp_path))
+    monkeypatch.setattr("llamatelemetry.liveness.SILENT", 2)
+
+    def seen(pid):
+        time.sleep(0.5)
+        if end == "interrupt":
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    expected = {"interrupt": KeyboardInterrupt, "stall": QuantizeError}.get(end)
+    with pytest.raises(expected) if expected else contextlib.nullcontext():
+        run_tool([str(wrapper)], "try", seen=seen)
+    assert time.monotonic() - started < 30 and not sleeping(wrapper.parent)
+
+
+def test_a_server_that_a_script_starts_goes_with_its_engine(standing, model, monkeypatch):
+    standing.write_text(WRAPPER)
+    monkeypatch.setenv("OF_TEST", str(standing.parent))
+    with InferenceEngine() as engine:
+        engine.load_model(model, silent=True)
+        deadline = time.monotonic() + 10
+        while not sleeping(standing.parent) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert sleeping(standing.parent)
+    assert not sleeping(standing.parent)
+
+
+def sleeping(folder):
+    """Processes `sleep 600` of this test, told by a variable."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            mine = process.environ().get("OF_TEST") == str(folder)
+            if mine and process.cmdline() == ["sleep", "600"] and process.status() != "zombie":
+                found.append(process.pid)
+    return found
 
 
 def test_a_cell_that_shows_the_engine_keeps_none_when_it_runs_again():

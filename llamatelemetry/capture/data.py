@@ -104,7 +104,7 @@ class Capture:
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)
         path = path_of(path, CaptureError)
-        with written(path, error=CaptureError) as temporary, open(temporary, "wb") as file:
+        with written(path, need=end, error=CaptureError) as half, open(half, "wb") as file:
             file.write(struct.pack("<Q", len(head)) + head)
             for array, _, _ in self._parts.values():  # safetensors' own writer copies all of them
                 file.write(np.ascontiguousarray(array).data)

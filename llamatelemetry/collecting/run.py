@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..backend.cluster import answer
 from ..capture.session import chosen, named_stages
 from ..errors import CaptureError, CollectError, shown
 from ..files.gguf import GGUFFile
@@ -214,17 +215,17 @@ class Cluster:
         )
 
     def describe(self, stages, layers):
-        return self._submit("describe", stages, layers).result()
+        return answer(self._client, self._submit("describe", stages, layers), CollectError)
 
     def ask(self, some, request, bar):
         future = self._submit("collect", [row["text"] for row in some], **request)
 
-        def answer():
-            found = future.result()
+        def given():
+            found = answer(self._client, future, CollectError)
             bar.update(len(some))
             return found
 
-        return answer
+        return given
 
 
 _sessions: dict[str, CollectSession] = {}  # of a cluster's worker

@@ -8,8 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from .. import logs
+from ..backend.cluster import answer
 from ..child import Child
-from ..errors import CaptureError, LlamaTelemetryError, ModelLoadError, WorkerCrashedError
+from ..errors import (
+    CaptureError,
+    CompareError,
+    LlamaTelemetryError,
+    ModelLoadError,
+    WorkerCrashedError,
+)
 from ..files.outputs import split_parts
 from ..gpus.cores import physical_cores
 from ..gpus.devices import inference_environment, list_gpus
@@ -177,7 +184,7 @@ def distributed(client, job, keys, retries, progress):
     with tqdm(desc="compare", unit="candidate", total=len(keys), disable=not progress) as meter:
         for share, future in zip(shares, futures):
             try:
-                found |= future.result()
+                found |= answer(client, future, CompareError)
             except LlamaTelemetryError:
                 raise
             except Exception as error:  # a worker that died too often, the scheduler's own trouble

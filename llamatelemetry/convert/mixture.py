@@ -17,6 +17,7 @@ from ..compare.texts import load_text
 from ..errors import QuantizeError
 from ..files.gguf import GGUFFile
 from ..files.outputs import path_of
+from ..files.scratch import ScratchFile
 from ..gpus.cores import physical_cores
 from .choice import BASE, TYPES, at_random, block, least, options, tensor_types
 from .expand import open_model, output
@@ -69,8 +70,8 @@ def group_costs(
     and output) costs at each type: the mean KLD from the reference of a file in which that group
     alone has it and everything else is Q8_0, less that of the file that is all Q8_0 (nats).
 
-    base: the reference's Q8_0 file; None makes one. folder: where files are made (over 1 GB:
-    scratch), one GiB or one file at a time, and removed.
+    base: the reference's Q8_0 file; None makes one in `folder` (over 1 GB: in scratch). The files
+    with one group apart lie in scratch, one GiB or one file at a time, and are removed.
     text: as for compare_quantizations; what is recommended is to be measured on another. seconds:
     how long it may take; the time is reckoned from the first comparison, and types that would go
     beyond it are left out, the last first. Raises QuantizeError where not even one type is left,
@@ -99,15 +100,16 @@ def group_costs(
     unmeasured = table.index[table["type"] != BASE]
     parts = -(-len(unmeasured) // _together(base.stat().st_size))
     for some in np.array_split(unmeasured, parts) if parts else ():
-        made: dict[str, Path] = {}
+        made = {str(n): ScratchFile(f"group-{n}.gguf", base.stat().st_size) for n in some}
         try:
-            for n in some:
-                made[str(n)] = _place(base, folder, n)
-                mix(base, source.path, made[str(n)], tensor_types(table.loc[[n]]), progress=False)
-            found = compare_quantizations(source.path, made, **settings)
+            for n, file in zip(some, made.values()):
+                types = tensor_types(table.loc[[n]])
+                mix(base, source.path, file.path, types, progress=False)
+            paths = {name: file.path for name, file in made.items()}
+            found = compare_quantizations(source.path, paths, **settings)
         finally:
-            for path in made.values():
-                path.unlink(missing_ok=True)
+            for file in made.values():
+                file.remove()
         table.loc[some, "kld"] = found["kld_mean"].to_numpy()
     table = table[np.isfinite(table["kld"])]  # without those that llama.cpp could not compare
     own = float(plain["kld_mean"].iloc[0])
@@ -139,11 +141,6 @@ def _size(source):
     from ..gpus.fit import as_type
 
     return as_type(source, BASE).size_bytes
-
-
-def _place(base, folder, number):
-    """Where the file lies that is `base` but for one row of options."""
-    return output(f"group-{number}.gguf", base.stat().st_size, folder)
 
 
 def _together(size):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import time
 import zipfile
 
@@ -10,6 +9,7 @@ from ..errors import LlamaTelemetryError
 from ..files.places import working_dir
 from ..files.programs import find_server
 from ..gpus import devices
+from ..running import run_tool
 from ..tools import build, needs, recipes
 from .install import attached_wheels, install_missing
 
@@ -183,12 +183,10 @@ def _rank(manifest, capability):
 def _engine_line(where):
     engine = build.installed()
     archs = ", ".join(f"{arch / 10}" for arch in _archs(engine))
-    said = subprocess.run([find_server(), "--version"], capture_output=True, text=True)
-    if said.returncode:
-        raise LlamaTelemetryError(
-            f"llama-server does not run here: {(said.stderr or said.stdout).strip()[-400:]} "
-            f"{_NO_ENGINE}"
-        )
+    try:
+        run_tool([find_server(), "--version"], "ask llama-server for its version")
+    except LlamaTelemetryError as error:
+        raise LlamaTelemetryError(f"llama-server does not run here: {error} {_NO_ENGINE}") from None
     kind = f"CUDA for compute capability {archs}" if archs else "CPU"
     if archs and not devices.visible_gpus():
         kind += ", on the CPU (no GPU here)"

@@ -143,7 +143,8 @@ class ControlVector:
                 f"or leaves its layer 0): save at(slice({FIRST}, None))."
             )
         path = path_of(path, CaptureError)
-        with written(path, model=True, error=CaptureError) as temporary:
+        need = self.vectors.nbytes
+        with written(path, need=need, model=True, error=CaptureError) as temporary:
             writer = gguf.GGUFWriter(str(temporary), ARCHITECTURE)
             writer.add_string(f"{ARCHITECTURE}.model_hint", self.hint)
             writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(self.layers))

@@ -2,13 +2,13 @@
 
 import platform
 import shutil
-import subprocess
 import sys
 from typing import NamedTuple
 
 from .. import __version__
 from ..errors import LlamaTelemetryError, shown
 from ..files.programs import find_program, find_server
+from ..running import run_tool
 from ..secrecy import redact
 from . import build, recipes
 from .pip import installed_version
@@ -89,16 +89,12 @@ def _server():
         yield _missing("llama-server", str(error).partition(":")[0])
         return
     try:
-        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        said = run_tool([str(path), "--version"], "ask llama-server for its version")
+    except LlamaTelemetryError as error:
         yield _missing("llama-server", f"{path} does not run: {error}")
         return
-    lines = (said.stdout + said.stderr).strip().splitlines()
-    if said.returncode:
-        yield _missing("llama-server", f"{path} ends with {said.returncode}: {lines[-1:]}")
-    else:
-        version = next((line for line in lines if "version" in line), "")
-        yield _ok("llama-server", f"{version.removeprefix('version: ')} ({path})")
+    version = next((line for line in said.splitlines() if "version" in line), "")
+    yield _ok("llama-server", f"{version.removeprefix('version: ')} ({path})")
 
 
 def _tools():
