@@ -647,6 +647,18 @@ def test_a_long_window_needs_no_more_logits_than_a_short_one(tmp_path):
     assert peak[16384] - peak[512] < 200 * 2**20
 
 
+def test_a_character_can_be_four_tokens(monkeypatch):
+    """Logits of 400 tokens were taken for those of 100: too little for what is kept of them."""
+    seen = []
+    monkeypatch.setattr(jobs, "placed", lambda *options: [placing.Placing(["a"])])
+    monkeypatch.setattr(kept, "place", lambda job, rows, where: seen.append(rows))
+    monkeypatch.setattr(jobs, "measure", lambda *_: {})
+    job = {"reference": "a", "candidates": ["a"], "ways": {}, "gpu_layers": 0, "beside": 0}
+    for text, limit in (("\U00013000" * 100, None), ("\U00013000" * 100, 3), ("a" * 40, None)):
+        jobs.measure_all(job | {"text": text, "n_ctx": 8, "max_windows": limit})
+    assert seen == [50 * 4, 3 * 4, 5 * 4]
+
+
 def test_half_of_the_kept_logits_goes_with_the_process_that_wrote_it(tmp_path, monkeypatch):
     """Whatever ended that: the next comparison has another name where the file was changed."""
     path = tmp_path / "kept-x.logits"

@@ -31,7 +31,8 @@ def measure_all(job, progress=False):
     """`measure` for as many candidates at a time as fit into memory beside the reference
     (placing.placed), all ways of a file together."""
     found, files = {}, by_file(job["candidates"], job["ways"])
-    windows = len(job["text"]) // job["n_ctx"]  # at most: a token is a character
+    # At most: a token is a byte, of which a character has up to four, and some stand around it
+    windows = (len(job["text"].encode()) + 3) // job["n_ctx"]
     windows = min(windows, job["max_windows"] or windows)
     rows = windows * (job["n_ctx"] - job["n_ctx"] // 2)
     options = job["gpu_layers"], job["beside"], rows
