@@ -22,6 +22,7 @@ from llamatelemetry.convert.choice import (
     tensor_types,
     type_file,
 )
+from llamatelemetry.convert.mixing import mix
 from llamatelemetry.errors import CompareError, QuantizeError
 from llamatelemetry.files.gguf import GGUFFile
 from llamatelemetry.files.outputs import folder_of
@@ -104,9 +105,8 @@ def test_what_a_group_can_be():
     rows = options(frame, ["Q4_K", "Q6_K", "Q5_0", "Q4_K"])
     both = rows[rows["group"] == "embedding, output"]
     assert both["type"].tolist() == ["Q4_K", "Q6_K", "Q5_0", "Q8_0"]
-    assert both["bytes"].tolist() == [
-        2 * 100 * 256 * bits // 8 // 16 for bits in (72, 105, 88, 136)
-    ]
+    # Of a file: Q6_K's 21,000 bytes are filled up to a multiple of 32
+    assert both["bytes"].tolist() == [2 * size for size in (14_400, 21_024, 17_600, 27_200)]
     narrow = rows[rows["group"] == "attn_q"]  # 96 wide: Q5_0 for Q4_K, Q8_0 for Q6_K
     assert narrow["inside"].tolist() == ["Q5_0", "Q8_0"]
     assert fitting("Q3_K", 512) == "Q3_K" and fitting("Q3_K", 96) == "Q4_0"
@@ -135,6 +135,24 @@ def measured(request, tmp_path_factory):
         source, folder, TEXT, types=["Q3_K", "Q4_K"], n_ctx=64, seconds=600, progress=False
     )
     return request.param, source, folder, costs
+
+
+def test_a_mixture_of_odd_matrices_is_no_larger_than_it_says(tmp_path):
+    """What GGUF fills up between tensors was not counted: 24 bytes for each of these."""
+    path = tmp_path / "odd.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight"):
+        writer.add_tensor(name, np.random.default_rng(0).normal(size=(100, 256)).astype("f4"))
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    base = mix(path, path, tmp_path / "base.gguf", {"": "Q8_0"}, progress=False)
+    rows = options(GGUFFile(base).tensors, ["Q6_K"]).assign(kld=0.1, cost=0.0)
+    rows["cost"] = rows["type"].map({"Q6_K": 0.1, "Q8_0": 0.0})
+    costs = mixture.Costs(rows, base, 0.1, 0.0, {})
+    chosen = mixture.recommend(mixture.smallest(costs), costs)
+    made = mixture.make(chosen, costs, path, tmp_path / "made.gguf")
+    assert made.stat().st_size == chosen.size_bytes == mixture.smallest(costs)
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, CompareError])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pandas as pd
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGUF_DEFAULT_ALIGNMENT as ALIGNED
 
 from ..errors import QuantizeError
 from ..imports import uninterrupted
@@ -61,8 +62,9 @@ def options(tensors: pd.DataFrame, types: Iterable[str] = TYPES) -> pd.DataFrame
 
 
 def _bytes(n, kind):
+    """Of a tensor in a file, where the next one begins at a multiple of GGUF's alignment."""
     weights, size = block(kind)
-    return int(n) // weights * size
+    return -(-(int(n) // weights * size) // ALIGNED) * ALIGNED
 
 
 def least(costs: pd.DataFrame, budget: float) -> pd.DataFrame:
