@@ -331,9 +331,12 @@ def test_smaller_caches_are_measured_or_it_is_said_why_not(tmp_path):
         full = compare_quantizations(model, {"m": model}, **text, max_windows=1, progress=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the candidate is left out
-            found = cache.with_smaller(
-                full, model, {"m": model}, ["q8_0/q8_0"], **text, max_windows=1
-            )
+            ask = dict(**text, max_windows=1)
+            # A full cache is a row already
+            asked = ["f16/f16", "q8_0/q8_0"]
+            found = cache.with_smaller(full, model, {"m": model}, asked, **ask)
+            alone = cache.with_smaller(full, model, {"m": model}, asked[:1], **ask)
+        assert list(alone.index) == ["m"] and cache.crossover(alone)["smaller_cache"].isna().all()
         assert len(found) == pairs and found["kld_mean"].iloc[0] == 0
         assert bool(found.attrs["why"]) == (width == 16)
     assert "blocks of 32 numbers" in found.attrs["why"]
@@ -415,6 +418,18 @@ def test_recommendation_is_per_byte():
     }
     assert {chosen[name] for name in table.index if ".0." in name or ".2." in name} == {"Q8_0"}
     assert {chosen[name] for name in table.index if ".1." in name} == {"Q4_K"}
+
+
+def test_experts_and_latent_attention_are_parts_like_others():
+    names = ["attn_kv_a_mqa", "attn_kv_b", "ffn_down_exps", "ffn_up_shexp", "ffn_gate_inp"]
+    table = tensors(**{f"blk.0.{name}.weight": ("Q4_K", (64, 64), 4.5) for name in names})
+    costs = pd.DataFrame(
+        [("attn_out", 0, 0.2), ("ffn_out", 0, 0.3)], columns=["part", "layer", "cost"]
+    )
+    best = decision.recommend(costs, table)
+    assert best["bytes_added"].tolist() == [2 * 64 * 64 * 4 // 8] * 2
+    kept = [table.index[table.index.str.fullmatch(pattern)] for pattern in best["pattern"]]
+    assert [len(own) for own in kept] == [2, 2] and "blk.0.ffn_gate_inp.weight" not in kept[0]
 
 
 def test_pareto_and_decision():

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 
 from ..compare.comparison import compare_quantizations
-from ..compare.ways import Pair, cache_bytes
+from ..compare.ways import PLAIN as FULL
+from ..compare.ways import Pair, cache_bytes, pairs
 from ..errors import ModelLoadError, WorkerCrashedError
 from ..files.gguf import GGUFFile
 
-FULL = ("f16", "f16")
 LONGEST = 32_768  # tokens of context that memory is reckoned for, unless the reader says
 
 
@@ -39,15 +39,20 @@ def with_smaller(
     seed: int = 0,
 ) -> pd.DataFrame:
     """A Comparison's rows with a full cache, and the candidates' with smaller ones, measured now on
-    the same windows. attrs["why"]: why there are none, where llama.cpp has none of these caches for
-    this model; else ""."""
+    the same windows; a full one among cache_types is there already. attrs["why"]: why there are
+    none, where llama.cpp has none of these caches for this model; else ""."""
+    wanted = [pair for pair in pairs(cache_types) if pair != FULL]
+    if not wanted:
+        joined = pd.DataFrame(table)
+        joined.attrs["why"] = ""
+        return joined
     try:
         found = compare_quantizations(
             reference,
             candidates,
             text,
             n_ctx,
-            cache_types=cache_types,
+            cache_types=wanted,
             max_windows=max_windows,
             seed=seed,
         )

@@ -10,7 +10,10 @@ from ..compare.quality import NOISE
 from .tracing import PARTS
 
 # Tensors behind each part, as a regular expression for `--tensor-type`.
-TENSORS = {"attn_out": r"attn_(q|k|v|qkv|output)", "ffn_out": r"ffn_(up|gate|down)"}
+TENSORS = {
+    "attn_out": r"attn_(q|k|v|qkv|output|gate|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)",
+    "ffn_out": r"ffn_(up|gate|down|gate_up)(_exps|_shexp|_chexps)?",
+}
 
 
 def recommend(
