@@ -45,7 +45,7 @@ def check_cell(number):
             isinstance(node, ast.ImportFrom | ast.Import)
             and "cuda" not in said
             or "parameters." in said
-            or said.startswith("words = ")
+            or said.startswith(("words = ", "cases = "))
         ):
             found.append(node)
     place = max(i for i, node in enumerate(found) if "parameters.check(" in ast.unparse(node))
@@ -71,12 +71,13 @@ def tiny(tmp_path_factory):
 def run_check(tiny, tmp_path, monkeypatch):
     """run_check(number, NAME=value): the notebook's check with its own defaults but for what is
     given."""
-    from llamatelemetry.embeddings import vectors
+    from llamatelemetry.embeddings import context, lists, vectors
 
+    # The tiny vocabulary has no words
     words = pd.DataFrame({"word": [f"w{i}" for i in range(60)]})
-    monkeypatch.setattr(
-        vectors, "word_table", lambda *_, **__: words
-    )  # the tiny vocabulary has no words
+    monkeypatch.setattr(vectors, "word_table", lambda *_, **__: words)
+    cases = pd.DataFrame({"word": list(lists.SENSES)})
+    monkeypatch.setattr(context, "occurrences", lambda *_: cases)
     if not has_quantizer():
         from llamatelemetry.convert import quantize
 

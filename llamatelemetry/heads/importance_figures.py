@@ -59,7 +59,7 @@ def relations(relations: pd.DataFrame, target: str, *, title: str) -> go.Figure:
         error_x=dict(type="data", symmetric=False, color="#808080", **sides),
         hovertemplate="%{y}<br>Spearman %{x:.3f}<extra></extra>",
     )
-    x = f"Spearman correlation with {target} over heads (bar: 95% interval)"
+    x = f"Spearman correlation with {target} over heads (whisker: 95%)"
     figure = finished(go.Figure(bars), title, x, "measure", height=26 * len(part) + 150)
     return figure.update_xaxes(range=[-1, 1]).update_yaxes(title_standoff=16)
 
