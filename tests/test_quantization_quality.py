@@ -96,10 +96,26 @@ def test_summary_of_known_numbers():
     assert row["same_top"] == 0.75 and row["same_top_err"] == pytest.approx(
         np.sqrt(0.75 * 0.25 / (n - 1))
     )
-    # two windows with means 0.95 and 2.95: resampled means are 0.95, 1.95 or 2.95
-    assert (row["kld_mean_low"], row["kld_mean_high"]) == pytest.approx((0.95, 2.95))
+    # two windows with means 0.95 and 2.95: 12.7 standard errors of 1, and no divergence is below 0
+    assert (row["kld_mean_low"], row["kld_mean_high"]) == pytest.approx(
+        (0, 1.95 + 12.706), rel=1e-4
+    )
     assert summarize(tokens[tokens["window"] == 0])["n_windows"] == 1
     assert np.isnan(summarize(tokens[tokens["window"] == 0])["kld_mean_low"])
+
+
+@pytest.mark.parametrize("windows", [3, 10, 40])
+def test_an_interval_by_windows_holds_what_it_promises(windows):
+    """Resampling three windows gave intervals that held the mean in three cases of four."""
+    rng, held = np.random.default_rng(0), []
+    for _ in range(200):
+        kld = 1 + rng.normal(0, 0.1, windows).repeat(2)
+        tokens = pd.DataFrame({"window": np.arange(windows).repeat(2), "kld": kld, "dp": 0.0})
+        tokens = tokens.assign(logprob=-1.0, logprob_base=-1.0, same_top=True)
+        row = summarize(tokens, resamples=300)
+        held.append(row["kld_mean_low"] <= 1 <= row["kld_mean_high"])
+        assert row["same_top_high"] == row["ppl_ratio_low"] == 1
+    assert 0.9 <= np.mean(held) <= 0.99
 
 
 @pytest.mark.parametrize(

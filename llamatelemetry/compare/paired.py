@@ -11,10 +11,9 @@ from numpy.typing import ArrayLike
 from ..errors import CompareError
 from ..imports import uninterrupted
 from ..maths import middle
-from .quality import SAME, alike
+from .quality import FEW, SAME, alike, students
 
 RESAMPLES = 2000
-FEW = 30  # blocks: below, what is drawn from them varies less than another text would
 BLOCK = 32  # scored tokens in a row that count as one observation
 
 
@@ -51,21 +50,12 @@ def paired(
     difference = float(values.mean())
     if len(counts) < 2 or blocks is not None and alike(sums / counts):
         return Paired(difference, np.nan, np.nan, "cannot be told")
-    low, high = (_students if len(counts) < FEW else _drawn)(sums, counts, seed)
+    few = len(counts) < FEW
+    low, high = students(sums, counts) if few else _drawn(sums, counts, seed)
     verdict = "less" if high < 0 else "more" if low > 0 else "cannot be told"
     if abs(difference) <= floor:
         verdict = "cannot be told"
     return Paired(difference, float(low), float(high), verdict)
-
-
-def _students(sums, counts, _):
-    with uninterrupted():
-        from scipy.special import stdtrit
-
-    n, mean = len(counts), sums.sum() / counts.sum()
-    apart = sums - mean * counts  # of each block, weighed by its items
-    error = np.sqrt(n / (n - 1) * (apart @ apart)) / counts.sum()
-    return mean + error * stdtrit(n - 1, [0.025, 0.975])
 
 
 def _drawn(sums, counts, seed):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..capture.finite import measured
+from ..imports import uninterrupted
 from ..maths import middle
 
 if TYPE_CHECKING:  # workers import this, and pandas takes them a third of a second
@@ -20,6 +21,7 @@ ROWS = 8  # tokens at a time: their temporaries stay in the cores' caches
 # Nats. A mean divergence below this cannot be told from 0: logits are 32-bit floats, whose sums are
 # off by about 1e-6.
 NOISE = 1e-5
+FEW = 30  # blocks: below, what is drawn from them varies less than another text would
 SAME = 1e-6  # of a number: what the order of a sum of 32-bit floats changes
 PERCENTILES = {
     "max": 1.0,
@@ -155,8 +157,9 @@ def summarize(tokens: "pd.DataFrame", seed: int = 0, resamples: int = 1000) -> d
     dp, same_top, ...
 
     Means carry their standard error as *_err over tokens, as llama-perplexity prints it; tokens of
-    one window are not independent, so *_low and *_high give a 95% interval from resampling whole
-    windows (Efron 1979; NaN for one, and for windows that are all the same)."""
+    one window are not independent, so *_low and *_high give a 95% interval by whole windows:
+    Student's of fewer than FEW, else from resampling them (Efron 1979); NaN for one, and for
+    windows that are all the same."""
     nll, nll_base = -tokens["logprob"].to_numpy(), -tokens["logprob_base"].to_numpy()
     n = len(tokens)
     (mean, err), (mean_base, err_base) = mean_and_error(nll), mean_and_error(nll_base)
@@ -194,6 +197,18 @@ def alike(means: np.ndarray) -> bool:
     return bool(0 < size and np.ptp(means) <= SAME * size)
 
 
+def students(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The ends of the 95% interval of a mean by blocks, Student's: (2, ...). sums: (block, ...) of
+    each block's items; counts: (block,) of them."""
+    with uninterrupted():
+        from scipy.special import stdtrit
+
+    n, mean = len(counts), sums.sum(axis=0) / counts.sum()
+    apart = sums - np.multiply.outer(counts, mean)  # of each block, weighed by its items
+    error = np.sqrt(n / (n - 1) * (apart * apart).sum(axis=0)) / counts.sum()
+    return mean + np.multiply.outer(stdtrit(n - 1, [0.025, 0.975]), error)
+
+
 def _quantile(values, q):
     return float(np.quantile(np.asarray(values, dtype=np.float64), q))
 
@@ -204,10 +219,16 @@ def _intervals(tokens, seed, resamples):
     # Windows are of equal length: their means count alike.
     means = windows[["kld", "log_ratio", "same_top"]].mean().to_numpy(dtype=np.float64)
     ends = np.full((2, len(names)), np.nan)
-    if len(means) > 1 and not alike(means[:, 0]):
+    if len(means) < 2 or alike(means[:, 0]):
+        pass  # nothing says how another text would do
+    elif len(means) < FEW:
+        ends = students(means, np.ones(len(means)))
+        ends[0, 0] = max(ends[0, 0], min(0.0, means[:, 0].mean()))  # no divergence is below 0
+        ends[:, 2] = ends[:, 2].clip(0, 1)
+    else:
         draws = np.random.default_rng(seed).integers(len(means), size=(resamples, len(means)))
         ends = middle(means[draws].mean(axis=1))
-        ends[:, 1] = np.exp(ends[:, 1])
+    ends[:, 1] = np.exp(ends[:, 1])
     return {
         f"{name}_{end}": value
         for end, values in zip(("low", "high"), ends)
