@@ -25,7 +25,7 @@ from llamatelemetry import (
     ModelNotFoundError,
     WorkerCrashedError,
 )
-from llamatelemetry.compare import comparison, jobs, kept, placing, ways
+from llamatelemetry.compare import bench, comparison, jobs, kept, placing, ways
 from llamatelemetry.compare.comparison import CompareError, compare_quantizations
 from llamatelemetry.compare.paired import better
 from llamatelemetry.compare.texts import TEXT, load_text
@@ -645,6 +645,22 @@ def test_a_long_window_needs_no_more_logits_than_a_short_one(tmp_path):
             thread.join()
         assert found["n_tokens"].iloc[0] == n_ctx // 2 - 1 and found["kld_mean"].iloc[0] > 1e-5
     assert peak[16384] - peak[512] < 200 * 2**20
+
+
+@pytest.mark.parametrize(
+    "gpus, seen, largest",
+    [(1, [np.nan, 5.0, 9.0, np.nan], 9), (1, [np.nan] * 2, np.nan), (0, [0.0], 0), (0, [], 0)],
+)
+def test_the_memory_of_a_gpu_is_the_largest_that_was_told(gpus, seen, largest, monkeypatch):
+    """A process that still ends has left its GPU: the last look forgot all before."""
+    alive, told = iter([7] * len(seen) + [0]), iter(seen)
+    monkeypatch.setattr(bench, "list_gpus", lambda: [None] * gpus)
+    monkeypatch.setattr(bench, "_largest", lambda pid: next(alive))
+    monkeypatch.setattr(bench, "_gpu_bytes", lambda pid: next(told))
+    memory = bench._Memory()
+    memory._look(1)
+    assert memory.gpu == pytest.approx(largest, nan_ok=True)
+    assert memory.resident == (7 if seen else 0)
 
 
 def test_a_character_can_be_four_tokens(monkeypatch):

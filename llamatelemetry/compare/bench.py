@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..errors import ModelLoadError, QuantizeError, shown
@@ -17,7 +18,7 @@ from ..files.gguf import GGUFFile
 from ..files.outputs import labels, once, split_parts
 from ..files.programs import tool
 from ..gpus.cores import physical_cores
-from ..gpus.devices import inference_environment, plan, visible_gpus
+from ..gpus.devices import inference_environment, list_gpus, plan, visible_gpus
 from ..liveness import patience
 from ..running import run_tool
 from .placing import split_for
@@ -137,7 +138,8 @@ def _on_gpu(layers):
 class _Memory:
     """Largest resident set and GPU memory of a process until it ends, in bytes."""
 
-    resident = gpu = 0
+    def __init__(self):
+        self.resident, self.gpu = 0, float("nan") if list_gpus() else 0.0
 
     def watch(self, pid):
         """Look at it from now on, in a thread of its own."""
@@ -147,8 +149,8 @@ class _Memory:
         wait = 0.002  # of a small model all is over in a moment
         while resident := _largest(pid):
             self.resident = max(resident, self.resident)
-            # In this order: once NaN is the answer, it stays
-            self.gpu = max(_gpu_bytes(pid), self.gpu)
+            # NaN is of a moment before or after it is on a GPU, or of a driver that never says
+            self.gpu = float(np.fmax(self.gpu, _gpu_bytes(pid)))
             time.sleep(wait)
             wait = min(1.5 * wait, 0.05)
 
@@ -165,7 +167,6 @@ def _largest(pid):
 def _gpu_bytes(pid):
     """Bytes on GPUs as NVML reports them: 0 without a GPU, NaN where the driver keeps it to
     itself."""
-    from ..gpus.devices import list_gpus
     from ..gpus.placement import placement
 
     memory = placement({"bench": pid})["memory_mib"] if list_gpus() else pd.Series(0.0)
