@@ -84,6 +84,12 @@ PLANTED = {
     ),
     "a file": ("return 'right'", "(tmp / 'left').write_text('x')", "file", "left"),
     "half an output": ("return 'right'", "(scene.folder / 'F16.gguf').touch()", "half", "F16"),
+    "half a block": (
+        "return 'right'",
+        "(block := scene.folder / 's' / 'block-000000.arrow').parent.mkdir(); block.touch()",
+        "half",
+        "s",
+    ),
     "a hidden half": ("return 'right'", "(scene.folder / '.a.partial').touch()", "file", "partial"),
     "a folder": (
         "return 'right'",
@@ -164,7 +170,7 @@ def test_the_next_call_is_heard(tmp_path, again, said):
 
 def test_every_fault_is_in_every_phase_that_it_can_strike():
     found = phases.pairs()
-    assert len(set(found)) == len(found) > 90 and len({phase for phase, _ in found}) == 12
+    assert len(set(found)) == len(found) > 90 and len({phase for phase, _ in found}) == 14
     assert ("expand", "kill") not in found and ("infer", "guard") in found
 
 
@@ -354,6 +360,8 @@ def test_loading_and_closing_leaves_nothing(tmp_path, llama_server):
         ("load", ["kill"]),
         ("stream", ["overwritten", "interrupt"]),
         ("capture running", ["stop", "full"]),
+        ("collect", ["full", "parent"]),
+        ("cut edges", ["interrupt"]),
         ("quantize", ["overwritten", "fork"]),
     ],
 )

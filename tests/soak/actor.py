@@ -89,6 +89,21 @@ def statistics(scene):
     return digest(*(found[name].values for name in found))
 
 
+def collecting(scene):
+    texts = [f"{number}: {TEXT * 4}" for number in range(12)]
+    return digest(scene.engine.collect(texts, where=scene.out("states"), progress=False).hidden)
+
+
+def cutting(scene):
+    from llamatelemetry.steering import knockout
+
+    captured = scene.engine.capture(TEXT, "attention")
+    groups = knockout.layer_groups(captured.attention, 3)
+    ids, answers = captured.tokens["id"].tolist(), [260, 253]
+    found = knockout.cut(scene.engine, ids, captured.attention, answers, groups, progress=False)
+    return digest(found["change"], found["kl"])
+
+
 def quantizing(scene):
     from llamatelemetry import quantize
 
@@ -137,6 +152,8 @@ PHASES = {
     "capture start": (lambda scene: scene.load(auto_start=False), capture_start),
     "capture running": (lambda scene: (scene.load(auto_start=False), capture_start(scene)), None),
     "head statistics": (lambda scene: scene.load(auto_start=False), statistics),
+    "collect": (lambda scene: scene.load(auto_start=False), collecting),
+    "cut edges": (lambda scene: scene.load(auto_start=False), cutting),
     "quantize": (None, quantizing),
     "expand": (None, expanding),
     "imatrix": (None, weighing),

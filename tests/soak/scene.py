@@ -31,6 +31,8 @@ WORKS = {
     "capture start": WORKER,
     "capture running": WORKER,
     "head statistics": WORKER,
+    "collect": WORKER,
+    "cut edges": WORKER,
     "quantize": "llama-quantize",
     "expand": None,
     "imatrix": "llama-imatrix",
@@ -297,12 +299,26 @@ def _files(verdict, stage, right):
     mark = f"llamatelemetry-scratch-{stage.process.pid}-"
     for place in (Path("/dev/shm"), stage.folder / "tmp"):
         left += place.glob(f"{mark}*")
-    left += (stage.folder / "out").glob(".*")
+    left += (stage.folder / "out").rglob(".*")
     if left:
         verdict.find("file", sorted(map(str, left))[:5])
         for path in left:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     for path in (stage.folder / "out").glob("[!.]*"):
         # The call's digest is that of its file, but for an importance matrix, which names its text
-        if verdict.phase != "imatrix" and right and digest(path) != right:
+        if path.is_dir():
+            whole = _collected(path)
+        else:
+            whole = verdict.phase == "imatrix" or not right or digest(path) == right
+        if not whole:
             verdict.find("half", path.name)
+
+
+def _collected(folder):
+    """Whether all that lies in a store of states can be read."""
+    from llamatelemetry import CollectError, open_states
+
+    try:
+        return not any(folder.iterdir()) or open_states(folder).sizes["text"] > 0
+    except CollectError:
+        return False
