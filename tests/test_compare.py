@@ -25,7 +25,7 @@ from llamatelemetry import (
     ModelNotFoundError,
     WorkerCrashedError,
 )
-from llamatelemetry.compare import bench, comparison, jobs, kept, placing, ways
+from llamatelemetry.compare import bench, comparison, jobs, kept, placing, ways, worker
 from llamatelemetry.compare.comparison import CompareError, compare_quantizations
 from llamatelemetry.compare.paired import better
 from llamatelemetry.compare.texts import TEXT, load_text
@@ -344,6 +344,27 @@ def test_one_model_at_a_time_gives_the_same(n_ctx, tmp_path, monkeypatch, smollm
     pd.testing.assert_frame_equal(together, alone)
     pd.testing.assert_frame_equal(together.tokens, alone.tokens)
     assert together["kld_mean"]["Q8_0"] > 0
+
+
+def test_a_reference_whose_logits_are_there_is_asked_for_its_words_alone(tmp_path, smollm2):
+    source = str(tiny_model("llama", tmp_path, vocabulary=GGUFFile(smollm2), n_layer=1))
+    whole, words = worker.Runtime(source, threads=1), worker.Vocabulary(source)
+    assert worker.identity(words) == worker.identity(whole) and words.name == whole.name
+    assert worker.opening(words) == worker.opening(whole)
+    both = [worker.token_ids(one, "Call me Ishmael.").tolist() for one in (words, whole)]
+    assert both[0] == both[1] and words.piece(both[0][0]) == whole.piece(both[0][0])
+    words.close(), whole.close()
+
+
+def test_a_candidate_that_sees_what_follows_is_found_among_files_alike(tmp_path, smollm2):
+    """Its graph is looked at, where that of a file that says the same as the reference is not."""
+    settings = dict(vocabulary=GGUFFile(smollm2), n_layer=1, n_ctx=1024)
+    source = tiny_model("llama", tmp_path, **settings)
+    ahead = tiny_model("llama", tmp_path, seed=1, keys={"attention.causal": False}, **settings)
+    ask = dict(text=load_text()[:2000], n_ctx=64, max_windows=1, progress=False)
+    for _ in range(2):  # with the reference's logits kept, too
+        with pytest.raises(CompareError, match="Not a quantization.*both directions"):
+            compare_quantizations(source, [ahead], **ask)
 
 
 def test_a_reference_is_computed_once_for_a_text(tmp_path, monkeypatch, smollm2):

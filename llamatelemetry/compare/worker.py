@@ -2,12 +2,14 @@
 window, each a capture's Runtime. Logits never leave it: they are read where llama.cpp put them."""
 
 import copy
+import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
 
+from ..capture.prediction import Prediction
 from ..capture.runtime import ERROR, WARNING, Runtime, log_levels
 from ..child import serve
 from ..errors import CompareError, ModelLoadError, NotFiniteError
@@ -51,6 +53,24 @@ def why_not(model):
     return model.predicts.why_not(model.name)
 
 
+class Vocabulary(Runtime):
+    """What is asked of a reference whose logits are kept: its tokens and its name, without the
+    weights."""
+
+    def __init__(self, path):
+        import llama_cpp
+
+        self.path, self.api, self.context, self.steps = path, llama_cpp, None, 0
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
+            raise ModelLoadError(f"llama.cpp cannot load {path}.")
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
+
+
 def token_ids(model, text, special=False):
     """(n,) ids of a text. special: special tokens that are written out in it are those tokens."""
     return np.array(model.tokenize(text, parse_special=special), dtype=np.int32)
@@ -63,9 +83,12 @@ def opening(model):
 
 
 def identity(model):
-    """Architecture and vocabulary: two files can be compared where these are equal."""
-    text = model.api.llama_vocab_get_text
-    return model.architecture, [text(model.vocab, i) for i in range(model.n_vocab)]
+    """Architecture and vocabulary: two files can be compared where these are equal. And whether its
+    attention is causal, as far as the file says: where that is equal, too, they predict alike."""
+    text, said = model.api.llama_vocab_get_text, ctypes.create_string_buffer(16)
+    causal = f"{model.architecture}.attention.causal".encode()
+    model.api.llama_model_meta_val_str(model.model, causal, said, len(said))
+    return model.architecture, [text(model.vocab, i) for i in range(model.n_vocab)], said.value
 
 
 def window_logits(model, tokens, start, first):
@@ -84,20 +107,22 @@ def windows(tokens, n_ctx, limit=None):
 
 class Kept:
     """A reference's logits over all windows, in a file, made unless it is there: the model can go
-    before a candidate comes. Read in the order in which they were made, as a Runtime makes them."""
+    before a candidate comes. Read in the order in which they were made, as a Runtime makes them.
+    file: the one at `path`, open, where it is there."""
 
-    def __init__(self, model, texts, path, tell):
+    def __init__(self, model, texts, path, tell, file=None):
         self.n_vocab = model.n_vocab
-        if not os.path.exists(path):
-            with open(f"{path}.part", "wb") as file:
+        if file is None:
+            with open(f"{path}.part", "wb") as made:
                 for _, some, start in _steps(texts):
                     if start == 0:
                         model.clear()
                     given, first = _given(some, start, opening(model)), texts.shape[1] // 2
-                    window_logits(model, given, start, first).tofile(file)
+                    window_logits(model, given, start, first).tofile(made)
                     tell(len(some) if start + STEP >= texts.shape[1] else 0)
             os.replace(f"{path}.part", path)
-        self._file = open(path, "rb")  # it is read to its end, also where its name goes meanwhile
+            file = open(path, "rb")
+        self._file = file  # it is read to its end, also where its name goes meanwhile
         self.rewind()
 
     def rewind(self):
@@ -224,9 +249,13 @@ class Worker:
         CompareError for the reference and the text, OutputError where its logits find no room."""
         size = (n_ctx, max(1, STEP // n_ctx))
         threads, layers = settings["threads"], settings["gpu_layers"]
-        base = open_model(reference, *size, threads, layers, split)
-        if why := why_not(base):
-            raise CompareError(f"Nothing can be compared with this reference: {why}")
+        groups, made = _by_file(candidates, ways), _there(kept)
+        if made and reference not in groups:
+            base = Vocabulary(reference)
+        else:
+            base = open_model(reference, *size, threads, layers, split)
+            if why := why_not(base):
+                raise CompareError(f"Nothing can be compared with this reference: {why}")
         ids, what, bos = token_ids(base, text, special), identity(base), opening(base)
         texts = windows(ids, n_ctx, max_windows)
         if not len(texts):
@@ -235,8 +264,7 @@ class Worker:
                 "smaller n_ctx."
             )
         pieces = {int(token): base.piece(int(token)).hex() for token in np.unique(texts)}
-        groups = list(_by_file(candidates, ways).values())
-        passes = (len(groups) if apart else 1) + (not os.path.exists(kept) if kept else apart)
+        passes = (len(groups) if apart else 1) + (not made if kept else apart)
         done, of = 0, len(texts) * passes
 
         def tell(count):
@@ -245,13 +273,13 @@ class Worker:
             self.tell(windows=done, of=of)
 
         files = {}
-        groups = groups if apart else [sum(groups, [])]
+        groups = list(groups.values()) if apart else [sum(groups.values(), [])]
         rows = len(texts) * (n_ctx - n_ctx // 2) if apart else 0
         runtime, room = base, ScratchFile("reference.logits", 4 * rows * base.n_vocab)
         with nullcontext(kept) if kept else room as file:
             try:
                 if apart or kept:
-                    base = Kept(runtime, texts, file, tell)
+                    base = Kept(runtime, texts, file, tell, made)
                     runtime.close() if apart else runtime.close_context()
                 for group in groups:
                     loaded = {} if apart else {(reference, layers): runtime}
@@ -273,6 +301,14 @@ class Worker:
                 why = f"Nothing can be compared with this reference: {error}"
                 raise CompareError(why) from None
         return {"files": files, "pieces": pieces}
+
+
+def _there(path):
+    """A file, open, or None where there is none."""
+    try:
+        return open(path, "rb") if path else None
+    except FileNotFoundError:
+        return None
 
 
 def _by_file(candidates, ways):
@@ -301,8 +337,10 @@ class Opened:
             if where not in self.loaded:
                 options = dict(threads=self.threads, tensor_split=self.split)
                 self.loaded[where] = Runtime(path, gpu_layers=where[1], **options)
-            model = self.loaded[where]
-            if not (why := _other(identity(model), self.wanted) or why_not(model)):
+            model, mine = self.loaded[where], identity(self.loaded[where])
+            if mine == self.wanted:  # the reference predicts, and this one has its graph
+                model.predicts = Prediction(logits=True, ahead=False)
+            if not (why := _other(mine, self.wanted) or why_not(model)):
                 return ready(again(model, key, some), *self.size, **changes)
         except ModelLoadError as error:
             return self.tell(failed=key, why=str(error), kind="load")
