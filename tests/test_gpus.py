@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 import pytest
@@ -305,7 +305,7 @@ class File:
     sliding_window: int | None = None
     bits_per_weight: float = 8.5
     output_name: str = "output.weight"
-    metadata: dict = None
+    metadata: dict = field(default_factory=dict)
     weights: int = 64_000_000
 
     @property
@@ -336,6 +336,16 @@ def test_kv_cache():
     assert sliding_layers(gemma) == [True] * 5 + [False] + [True] * 4
     assert kv_bytes(gemma, 4096) == (9 * 1024 + 4096) * per_token // 10
     assert kv_bytes(gemma, 4096, swa_full=True) == 4096 * per_token
+    # Every fourth layer has keys and values, the others a state: 2 of 10
+    hybrid = File(architecture="qwen3next", metadata={"qwen3next.full_attention_interval": 4})
+    assert kv_bytes(hybrid, 4096) == 2 * 4096 * per_token // 10
+    told = {"minimax-01.attention.recurrent_layers": [True] * 7 + [False] * 3}
+    assert (
+        kv_bytes(File(architecture="minimax-01", metadata=told), 4096) == 3 * 4096 * per_token // 10
+    )
+    # Latent attention has no cache of values
+    latent = File(architecture="deepseek2", metadata={"deepseek2.attention.key_length_mla": 192})
+    assert kv_bytes(latent, 4096) == 4096 * per_token // 2
 
 
 @pytest.mark.parametrize(

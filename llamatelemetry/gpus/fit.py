@@ -67,15 +67,17 @@ def kv_bytes(
     """Bytes of the key and value cache for n_parallel requests of ctx_size tokens, at 16 bit or
     with bytes_k and bytes_v per number (compare.ways.cache_bytes)."""
 
-    def pad(n):
-        return -(-n // 256) * 256
-
-    cells = pad(ctx_size)
-    window = cells if swa_full else min(cells, pad((gguf.sliding_window or 0) + n_ubatch))
+    cells, window = (-(-n // 256) * 256 for n in (ctx_size, (gguf.sliding_window or 0) + n_ubatch))
+    window = cells if swa_full else min(cells, window)
+    told = {name.partition(".")[2]: value for name, value in gguf.metadata.items()}
+    # Recurrent layers keep a state of one size, and latent attention reads values out of keys
+    every, layers = told.get("full_attention_interval") or 1, range(1, gguf.n_layer + 1)
+    states = told.get("attention.recurrent_layers") or [layer % every for layer in layers]
+    values = bytes_v * gguf.head_dim_v * ("attention.key_length_mla" not in told)
+    per_head = bytes_k * gguf.head_dim + values
     heads = getattr(gguf, "n_kv_head_per_layer", [gguf.n_kv_head] * gguf.n_layer)
-    per_head = bytes_k * gguf.head_dim + bytes_v * gguf.head_dim_v
-    cached = zip(heads, sliding_layers(gguf))
-    rows = sum(n_kv * (window if slides else cells) for n_kv, slides in cached)
+    cached = zip(heads, sliding_layers(gguf), states)
+    rows = sum(n_kv * (window if slides else cells) for n_kv, slides, state in cached if not state)
     return int(n_parallel * per_head * rows)
 
 
@@ -243,9 +245,8 @@ def fit(
 
 
 def mend(ways):
-    if ways:
-        return f"What would fit: {'; '.join(ways)}."
-    return "Nothing smaller of this model would: choose a smaller one."
+    told = f"What would fit: {'; '.join(ways)}."
+    return told if ways else "Nothing smaller of this model would: choose a smaller one."
 
 
 def ways_out(asked, fits):
@@ -255,8 +256,7 @@ def ways_out(asked, fits):
         shorter //= 2
     if shorter >= 256:
         yield f"a context of {shorter:,} tokens (ctx_size={shorter})"
-    alone = replace(asked, server=False)
-    if asked.server and asked.capture and fits(alone):
+    if asked.server and asked.capture and fits(alone := replace(asked, server=False)):
         yield f"captures without the server, {alone.total() / MIB:,.0f} MiB (auto_start=False)"
     here = asked.gguf.bits_per_weight
     for name, bits in SMALLER.items():
