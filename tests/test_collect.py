@@ -256,6 +256,14 @@ def test_texts_from_wherever_they_are(tiny, tmp_path):
         ([{"label": "x"}], "Text 0 has no 'text'"),
         ([{"text": "a", "hidden": 1}], "another name"),
         ([{"text": "a", "x": 1}, {"text": "b"}], "Text 1 has columns"),
+        ([{"text": "a", "n_tokens": 1}], "'n_tokens' would be taken"),
+        ([{"text": "a", "embd": 1}], "'embd' would be taken"),
+        ({"text": ["a", "b"], "label": [0, 1]}, "DataFrame .*not dict"),
+        (None, "not NoneType"),
+        (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "two columns 'text'"),
+        ([{"text": "a", "x": 1}, {"text": "b", "x": "one"}], "'x' cannot be stored"),
+        ([{"text": "a", "x": 2**70}], "'x' cannot be stored"),
+        ([{"text": "a", "x": "\ud83d"}], "'x' cannot be stored"),
     ],
 )
 def test_what_is_no_text_is_named(tiny, tmp_path, texts, says):
@@ -265,6 +273,65 @@ def test_what_is_no_text_is_named(tiny, tmp_path, texts, says):
         list(rows(["a", "b"], ["x"]))
     with pytest.raises(CollectError, match="labels"):
         list(rows(["a"], ["x", "y"]))
+    for wrong in ("xy", 3):
+        with pytest.raises(CollectError, match="labels=.* a list"):
+            list(rows(["a", "b"], wrong))
+    with pytest.raises(CollectError, match="a column 'label'"):
+        list(rows([{"text": "a", "label": 1}], [2]))
+
+
+@pytest.mark.parametrize(
+    "name, holds, says",
+    [
+        ("t.csv", "text,label\na,1\n", "read line by line"),
+        ("t.json", '[\n{"text": "a"}\n]', "line 1: .*one value in every line"),
+        ("t.jsonl", "[" * 100_000, "line 1"),
+        ("t.JSONL", '{"text": "a"}', None),
+        ("t.ndjson", '{"text": "a"}', None),
+    ],
+)
+def test_what_a_files_name_says_of_its_lines(tmp_path, name, holds, says):
+    (tmp_path / name).write_text(holds)
+    if says is None:
+        assert list(rows(tmp_path / name)) == [{"text": "a"}]
+        return
+    with pytest.raises(CollectError, match=says):
+        list(rows(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "labels, fit",
+    [
+        ([float("nan"), 1.0, 2, 3.5], True),
+        ([None, None, "a", "b"], True),
+        ([pd.NA, "a", "b", "c"], True),
+        ([pd.NaT, *[pd.Timestamp("2020-01-01")] * 3], True),
+        ([(1, 2), (3,), (), (4,)], True),
+        (np.eye(4), True),
+        ([{"a": 1}, {"b": 2}, {"a": 3}, {}], True),
+        ([1, 2, "a", "b"], False),
+        ([True, False, 1, 2], False),
+    ],
+)
+def test_labels_of_all_types_go_on_or_are_refused_before_they_are_computed(
+    tiny, tmp_path, monkeypatch, labels, fit
+):
+    """Two texts to a block: what is missing, and of another type, may be in a later one."""
+    monkeypatch.setattr(run, "TEXTS", 2)
+    asked, keep = [], run.Local.ask
+    monkeypatch.setattr(run.Local, "ask", lambda *a: asked.append(a[1]) or keep(*a))
+    given = lambda: tiny.collect(WORDS[:4], where=tmp_path, labels=labels, progress=False)  # noqa: E731
+    if not fit:
+        with pytest.raises(CollectError, match="another type than before.*label"):
+            given()
+        assert len(asked) == 1 and list(open_states(tmp_path).text.values) == WORDS[:2]
+        return
+    first = given()
+    assert list(pd.isna(first.label.values)) == [
+        np.ndim(one) == 0 and pd.isna(one) for one in labels
+    ]
+    asked.clear()
+    assert list(map(str, given().label.values)) == list(map(str, first.label.values)) and not asked
 
 
 def test_a_start_token_that_is_written_out_is_said(tiny, tmp_path):
@@ -317,6 +384,18 @@ def test_a_store_of_something_else_is_refused(tiny, tmp_path):
         open_states(where)
     with pytest.raises(CollectError, match="no collected states"):
         open_states(tmp_path / "nowhere")
+
+
+def test_two_runs_do_not_share_a_store(tiny, tmp_path):
+    """Each would take the other's blocks for its own."""
+
+    def texts():
+        yield "one"
+        with pytest.raises(CollectError, match="Another run collects into"):
+            tiny.collect(["two"], where=tmp_path, progress=False)
+
+    assert list(tiny.collect(texts(), where=tmp_path, progress=False).text.values) == ["one"]
+    tiny.collect(["one"], where=tmp_path, progress=False)  # let go
 
 
 def test_what_is_there_is_not_computed_again(tiny, tmp_path, monkeypatch):

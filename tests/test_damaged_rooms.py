@@ -47,12 +47,12 @@ def states(folder, change=lambda facts: None):
     layout = {"hidden": {"layers": [0, 1], "shape": [4], "dtype": "float32"}}
     facts = {"request": {"stages": ["hidden"]}, "digest": "x", "variant": "y", "pool": "mean"}
     facts |= {"model": {"name": "m", "file": "f"}, "layout": layout}
-    made = store.make(folder)
-    for number in range(2):
-        rows = [{"text": "a b", "label": 1}, {"text": "c", "label": 2}]
-        arrays = {"hidden": np.ones((2, 2, 4), np.float32)}
-        given = [[1, 2], [3]], [["a", " b"], ["c"]], [False, False], arrays, facts
-        made.write(number, rows, *given, number == 1)
+    rows = [{"text": "a b", "label": 1}, {"text": "c", "label": 2}]
+    arrays = {"hidden": np.ones((2, 2, 4), np.float32)}
+    given = [[1, 2], [3]], [["a", " b"], ["c"]], [False, False], arrays, facts
+    with store.make(folder) as made:
+        for number in range(2):
+            made.write(number, rows, *given, number == 1)
 
 
 def look(folder):

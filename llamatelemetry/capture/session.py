@@ -305,7 +305,7 @@ class CaptureSession:
 
 def named_stages(stages):
     """The stages of a request, each once; CaptureError where one is unknown, or there is none."""
-    stages = [stages] if isinstance(stages, str) else () if stages is None else stages
+    stages = [stages] if isinstance(stages, str) or not hasattr(stages, "__iter__") else stages
     stages = tuple(dict.fromkeys(stages))
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:

@@ -3,6 +3,7 @@ here or by the workers of a cluster."""
 
 import atexit
 import os
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -56,33 +57,44 @@ def collect(
     stages = named_stages(stages)
     check(stages, pool)
     request = {"stages": list(stages), "layers": chosen("layers", layers), "pool": pool}
-    store = make(_place(where))
     computed = Local(call) if client is None else Cluster(client, model, session)
-    facts = _facts(store, model, session, request | {"too_long": too_long}, computed)
-    most, size = _sizes(facts)
+    some = rows(texts, labels)
+    with make(_place(where)) as store:
+        facts = _facts(store, model, session, request | {"too_long": too_long}, computed)
+        bar = tqdm(
+            desc="texts", unit="text", total=count(texts), disable=not progress, mininterval=0.5
+        )
+        with computed, bar:
+            number = _collect(store, model, some, facts, computed, bar)
+        if number < len(store.paths):
+            raise CollectError(_other(store, "holds more texts than were given"))
+        if not number:
+            raise CollectError("No texts were given.")
+        return open_states(store.folder)
+
+
+def _collect(store, model, texts, facts, computed, bar):
+    """Blocks of texts into the store; returns how many there are."""
     pending: deque[tuple] = deque()
+    request = dict(facts["request"])
+    request["cut"] = request.pop("too_long") == "cut"
     number = -1
-    bar = tqdm(desc="texts", unit="text", total=count(texts), disable=not progress, mininterval=0.5)
-    with computed, bar:
-        for number, (some, last) in enumerate(blocks(rows(texts, labels), most, size)):
-            if _there(store, number, some):
-                bar.update(len(some))
-                continue
-            asked = request | {"cut": too_long == "cut"}
-            pending.append((number, some, last, computed.ask(some, asked, bar)))
-            while len(pending) >= computed.ahead:
-                _keep(store, model, facts, bar, *pending.popleft())
-        while pending:
+    for number, (some, last) in enumerate(blocks(texts, *_sizes(facts))):
+        if _there(store, number, some):
+            bar.update(len(some))
+            continue
+        pending.append((number, some, last, computed.ask(some, request, bar)))
+        while len(pending) >= computed.ahead:
             _keep(store, model, facts, bar, *pending.popleft())
-    if number + 1 < len(store.paths):
-        raise CollectError(_other(store, "holds more texts than were given"))
-    if number < 0:
-        raise CollectError("No texts were given.")
-    return open_states(store.folder)
+    while pending:
+        _keep(store, model, facts, bar, *pending.popleft())
+    return number + 1
 
 
 def _place(where):
     if where is not None:
+        if not str(where):
+            raise CollectError("where='' is no folder: None is one in scratch, '.' this one.")
         return where
     number = sum(1 for _ in scratch().glob("states-*"))
     return scratch() / f"states-{number}"
@@ -131,24 +143,22 @@ def _there(store: Store, number, given):
     """Whether a block is stored; CollectError where its texts are others. Texts that were added
     after the last one belong to a block that is made again."""
     if number >= len(store.paths):
+        store.check(given)
         return False
-    stored = store.rows(number)
-    for at, (one, other) in enumerate(zip(stored, given)):
-        if one != _storable(other):
-            raise CollectError(
-                _other(store, f"has another text, or label, at {at} of its block {number}")
-            )
-    if len(stored) > len(given):
+    if not store.same(number, given):
+        wrong = lambda at: not store.same(number, given[: at + 1])  # noqa: E731
+        at = bisect_left(range(len(given)), True, key=wrong)
+        raise CollectError(
+            _other(store, f"has another text, or label, at {at} of its block {number}")
+        )
+    stored = len(store.rows(number))
+    if stored > len(given):
         raise CollectError(_other(store, "holds more texts than were given"))
-    if len(stored) < len(given) and number + 1 < len(store.paths):
-        raise CollectError(_other(store, f"has fewer texts in its block {number}"))
-    return len(stored) == len(given)
-
-
-def _storable(row):
-    """A row as the store gives it back: NumPy's numbers are Python's, NaN is None."""
-    plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in row.items()}
-    return {n: None if isinstance(v, float) and v != v else v for n, v in plain.items()}
+    if stored < len(given):
+        if number + 1 < len(store.paths):
+            raise CollectError(_other(store, f"has fewer texts in its block {number}"))
+        store.check(given)
+    return stored == len(given)
 
 
 def _keep(store, model, facts, bar, number, some, last, answer):
@@ -196,6 +206,8 @@ class Cluster:
     """The workers of a cluster: blocks are shared out, each worker has a session of its own."""
 
     def __init__(self, client, model, session):
+        if not hasattr(client, "nthreads"):
+            raise CollectError(f"client is a dask.distributed Client, not {client!r:.80}.")
         hosts = [address.rpartition(":")[0] for address in client.nthreads()] or ["none yet"]
         here = max(map(hosts.count, hosts))
         keep = {name: v for name, v in session.items() if name not in ("env", "tensor_split")}

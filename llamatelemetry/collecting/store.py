@@ -5,10 +5,13 @@ row per text) and maps its files into memory, as is done here. A column is one l
 whoever reads a layer reads nothing else. xarray opens it lazily, as an array of its backends' kind.
 A block appears by being renamed when it is whole: after any interruption the others are good."""
 
+import fcntl
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +62,7 @@ class Store:
                 f"{shown(missing)} is missing among the blocks after it: remove those, or take another folder."
             )
         self.facts: dict[str, Any] = read_facts(self.paths[0]) if self.paths else {}
+        self._kinds: Any = None  # of the user's columns, in all blocks
 
     def _path(self, number):
         return self.folder / f"block-{number:06d}.arrow"
@@ -72,6 +76,48 @@ class Store:
         for at in facts["ids"]:  # given as token ids
             found[at]["text"] = table["tokens"][at].as_py()
         return found
+
+    def same(self, number: int, rows: list[dict[str, Any]]) -> bool:
+        """Whether a block begins with these rows, or these with it."""
+        stored = self.rows(number)[: len(rows)]
+        rows = rows[: len(stored)]
+        if rows[0].keys() != stored[0].keys():
+            return False
+        schema = block(self.paths[number]).schema
+        try:
+            found = {
+                name: [row[name] for row in rows]
+                if name == "text"
+                else given_column(
+                    name, [row[name] for row in rows], schema.field(name).type
+                ).to_pylist()
+                for name in rows[0]
+            }
+        except CollectError:  # no values of this type
+            return False
+        return all(values == [row[name] for row in stored] for name, values in found.items())
+
+    def check(self, rows: list[dict[str, Any]]) -> None:
+        """CollectError, with its name, for a column of new rows that cannot be stored, or is of
+        another type than in the blocks before."""
+        with uninterrupted():
+            import pyarrow as pa
+
+        names = [name for name in rows[0] if name != "text"]
+        if self._kinds is None:
+            parts = [block(path) for path in self.paths]
+            there = [[name for name in names if name in part.column_names] for part in parts]
+            schemas = [part.select(some).schema for part, some in zip(parts, there)]
+            self._kinds = [schema.remove_metadata() for schema in schemas]
+        kinds = [(name, given_column(name, [row[name] for row in rows]).type) for name in names]
+        try:
+            schemas = [*self._kinds, pa.schema(kinds)]
+            self._kinds = [pa.unify_schemas(schemas, promote_options="permissive")]
+        except pa.ArrowException as error:
+            raise CollectError(
+                f"A column has another type than before: {error!s:.200}. Give its values one type "
+                "(str(...))."
+            ) from error
 
     def write(
         self,
@@ -96,10 +142,7 @@ class Store:
             if name == "text":
                 for at in ids:
                     values[at] = b"".join(raw[at]).decode("utf-8", "replace")
-            try:
-                columns[name] = pa.array(values, from_pandas=True)
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise CollectError(f"Column {name!r} cannot be stored: {error}") from error
+            columns[name] = given_column(name, values)
         columns["tokens"] = pa.array(tokens, pa.list_(pa.int32()))
         columns["pieces"] = pa.array(raw, pa.list_(pa.binary()))
         columns["cut"] = pa.array(cut)
@@ -125,9 +168,37 @@ class Store:
             self.paths.append(path)
 
 
-def make(folder: str | os.PathLike) -> Store:
-    """The Store in a folder, which is made where it is not there."""
-    return Store(folder_of(folder, CollectError))
+def given_column(name: str, values: list, kind: Any = None) -> Any:
+    """Values as a column of a store, what is missing as null; CollectError where they are none."""
+    import pyarrow as pa
+
+    plain = [value.tolist() if isinstance(value, np.ndarray) else value for value in values]
+    try:
+        return pa.array(plain, kind, from_pandas=True)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise CollectError(
+            f"Column {name!r} cannot be stored: {error!s:.200}. Give its values one type (str(...))."
+        ) from error
+
+
+@contextmanager
+def make(folder: str | os.PathLike) -> Iterator[Store]:
+    """The Store in a folder, which is made where it is not there, for this run alone: two would
+    take each other's blocks for their own. CollectError where another one has it."""
+    path = folder_of(folder, CollectError)
+    held = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CollectError(
+                f"Another run collects into {shown(path)} now: wait for its end, or give another folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield Store(path)
+    finally:
+        os.close(held)
 
 
 def column_name(stage, layer):
