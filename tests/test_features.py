@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import xarray as xr
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from scipy.stats import pearsonr
 
 from llamatelemetry import Features
@@ -120,6 +120,13 @@ DAMAGE = {
     "hook": dict(metadata={}),
     "k is 'all'": dict(architecture="topk", k="all"),
     "is standard|b_enc|activation": dict(activation_fn="gelu"),
+    "k is None": dict(activation_fn="topk"),
+    "k is True": dict(architecture="topk", k=True),
+    "k is 5.0": dict(architecture="topk", k=5.0),
+    "d_in is 99, and W_enc is": dict(d_in=99),
+    "d_sae is 99, and W_enc is": dict(d_sae=99),
+    "apply_b_dec_to_input is 'false'": dict(apply_b_dec_to_input="false"),
+    "one attention head .3.": dict(metadata={"hook_name": "attn.hook_z", "hook_head_index": 3}),
 }
 
 
@@ -128,6 +135,15 @@ def test_what_cannot_be_read_is_said(match, tmp_path):
     folder = folder_of("standard", tmp_path)
     config(folder, **DAMAGE[match])
     with pytest.raises(FeatureError, match=match):
+        Features.load(folder)
+
+
+def test_several_layers_at_once_are_refused_by_name(tmp_path):
+    folder = folder_of("standard", tmp_path)
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights |= {name: np.stack([weights[name]] * 2) for name in ("W_enc", "W_dec")}
+    save_file(weights, folder / "sae_weights.safetensors")
+    with pytest.raises(FeatureError, match="crosscoder or reads several layers"):
         Features.load(folder)
 
 

@@ -12,18 +12,17 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from ..capture.finite import MISSING
 from ..capture.names import STAGES
 from ..errors import CollectError, shown
 from ..files.outputs import folder_of, path_of, split_parts, written
 from ..imports import uninterrupted
+from .lazy import make_lazy
 from .many import POOLS
 from .texts import OURS
 
@@ -308,7 +307,8 @@ def open_states(where: str | os.PathLike) -> "xr.Dataset":
             if widths.setdefault(dim, size) != size:
                 dims[number] = f"{dim}_{stage}"
         per_layer = part["layers"] is not None
-        array = make_lazy(store.paths, starts, stage, part, layers if per_layer else None)
+        read = partial(_column, store.paths, stage)
+        array = make_lazy(read, starts, part, layers if per_layer else None)
         dims = [along, *(["layer"] if per_layer else []), *dims]
         variables[stage] = xr.Variable(dims, indexing.LazilyIndexedArray(array))
     if layers:
@@ -379,46 +379,9 @@ def _plain(column: pd.Series):
     return column.to_numpy() if column.dtype.kind in "biufM" else _objects(list(column))
 
 
-def make_lazy(paths: list[Path], starts: np.ndarray, stage: str, part: dict, layers) -> Any:
-    """One stage of all blocks as xarray's backends give an array: it reads what is asked for."""
-    with uninterrupted():
-        from xarray.backends import BackendArray
-        from xarray.core import indexing
-
-    class Blocks(BackendArray):
-        dtype = np.dtype(part["dtype"])
-        shape = (int(starts[-1]), *([len(layers)] if layers is not None else []), *part["shape"])
-
-        def __getitem__(self, key):
-            outer = indexing.IndexingSupport.OUTER
-            return indexing.explicit_indexing_adapter(key, self.shape, outer, self.read)
-
-        def read(self, key):
-            numbers = np.atleast_1d(np.arange(self.shape[0])[key[0]])
-            axes = 1 if layers is None else 2
-            wanted = [None] if layers is None else np.atleast_1d(np.array(layers)[key[1]])
-            empty = MISSING if self.dtype.kind == "f" else -1
-            out = np.full((len(numbers), len(wanted), *part["shape"]), empty, self.dtype)
-            at = np.searchsorted(starts, numbers, "right") - 1
-            for number in np.unique(at):
-                rows = at == number
-                inside = numbers[rows] - starts[number]
-                for place, layer in enumerate(wanted):
-                    if layer is None or layer in part["layers"]:
-                        values = column_values(paths[number], column_name(stage, layer))
-                        out[rows, place] = values.reshape(-1, *part["shape"])[inside]
-            for axis, some in enumerate(key[axes:], 2):
-                out = out[(*[slice(None)] * axis, np.atleast_1d(np.arange(out.shape[axis])[some]))]
-            single = [np.ndim(some) == 0 and not isinstance(some, slice) for some in key]
-            single = [single[0], layers is None or single[1], *single[axes:]]
-            return out[tuple(0 if one else slice(None) for one in single)]
-
-    return Blocks()
-
-
-def column_values(path, name):
-    """A column's numbers, one after another, where they lie in the file."""
-    column = block(path)[name].combine_chunks()
+def _column(paths, stage, number, layer):
+    """A column's numbers in a block, one after another, where they lie in the file."""
+    column = block(paths[number])[column_name(stage, layer)].combine_chunks()
     while hasattr(column, "values"):
         column = column.values
     return column.to_numpy()

@@ -128,11 +128,22 @@ def _sae_lens(place, config_path, weights_path):
         raise FeatureError(
             f"{shown(place)} uses the activation {activation!r:.50}, which is not read."
         )
-    if k and kind == "standard":
+    if (k or activation != "relu") and kind == "standard":
         kind = "topk"
+    if about.get("hook_head_index") is not None:
+        raise FeatureError(
+            f"{shown(place)} reads one attention head ({about['hook_head_index']!r:.50}), which no hook here is."
+        )
+    centre = config.get("apply_b_dec_to_input", "transcoder" not in kind)
+    if centre not in (True, False, None):
+        raise FeatureError(f"{shown(place)}: apply_b_dec_to_input is {centre!r:.50}.")
     if normalize is True:  # as version 2 wrote it
         normalize = "expected_average_only_in"
     weights = _safetensors(weights_path)
+    for name, axis in (("d_in", 0), ("d_sae", 1)):
+        said, shape = config.get(name), np.shape(weights.get("W_enc", 0))
+        if said is not None and len(shape) == 2 and said != shape[axis]:
+            raise FeatureError(f"{shown(place)}: {name} is {said!r:.50}, and W_enc is {shape}.")
     factor = weights.pop("scaling_factor", None)
     if factor is not None and not np.allclose(factor, 1):
         raise FeatureError(
@@ -148,7 +159,7 @@ def _sae_lens(place, config_path, weights_path):
         hook_out=about.get("hf_hook_name_out") or about.get("hook_name_out"),
         model=about.get("model_name"),
         k=k,
-        centre=bool(config.get("apply_b_dec_to_input", "transcoder" not in kind)),
+        centre=bool(centre),
         normalize=normalize or "none",
     )
     return facts, weights
@@ -240,6 +251,11 @@ def _check(place, facts, weights):
                 else ""
             )
         )
+    if deep := [name for name, array in weights.items() if array.ndim > 2]:
+        raise FeatureError(
+            f"{shown(place)} is a crosscoder or reads several layers ({deep[0]} is {weights[deep[0]].shape}), "
+            "which is not read."
+        )
     n_in, n_features = np.shape(weights.get("W_enc", 0)) or (0, 0)
     n_out = np.shape(weights.get("W_dec", 0))[-1:] or (0,)
     expected = {"W_enc": (n_in, n_features), "W_dec": (n_features, *n_out), "b_dec": n_out}
@@ -253,7 +269,8 @@ def _check(place, facts, weights):
             )
         if not np.isfinite(weights[name]).all():
             raise FeatureError(f"{shown(place)}: {name} holds NaN or infinity. Fetch it again.")
-    if facts.kind == "topk" and facts.k not in range(1, n_features + 1):
+    counted = type(facts.k) is int and 1 <= facts.k <= n_features
+    if facts.kind == "topk" and not counted:
         raise FeatureError(f"{shown(place)}: k is {facts.k!r:.50} of {n_features} features.")
     if "transcoder" not in facts.kind and n_out != (n_in,):
         raise FeatureError(f"{shown(place)}: reads {n_in} values and writes {n_out[0]}.")
