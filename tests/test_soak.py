@@ -360,8 +360,7 @@ def test_loading_and_closing_leaves_nothing(tmp_path, llama_server):
         ("load", ["kill"]),
         ("stream", ["overwritten", "interrupt"]),
         ("capture running", ["stop", "full"]),
-        ("collect", ["full", "parent"]),
-        ("cut edges", ["interrupt"]),
+        ("collect", ["full"]),
         ("quantize", ["overwritten", "fork"]),
     ],
 )
