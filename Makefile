@@ -32,7 +32,7 @@ test: $(VENV)/.test $(VENV)/.engine $(VENV)/.model $(VENV)/.test-models
 fast: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
 	@$(BIN)/python -m pytest $(BESIDE) -m "not slow and not gpu"
 
-# One part: make soak SOAK="--parts cycles"
+# One part: make soak SOAK="--parts cycles". Where it was cut (Ctrl-C leaves nothing running): make soak SOAK=--resume
 soak: $(VENV)/.test $(VENV)/.engine $(VENV)/.model
 	@$(BIN)/python tests/soak $(SOAK)
 

@@ -420,17 +420,20 @@ def test_a_part_that_was_whole_is_stored_beside_the_others(tmp_path, monkeypatch
     results = tmp_path / "soak.json"
 
     def run(*given):
-        return soak.main(["--results", str(results), *given], Ended)
+        kept = ["--kept", str(tmp_path / "kept")]
+        return soak.main(["--results", str(results), *kept, *given], Ended)
 
+    assert run("--parts", "files") == 0  # of a former soak
     assert run("--parts", "requests", "templates") == 0
-    assert run("--parts", "cycles") == 1
-    assert run("--parts", "files", "--count", "1") == 0  # stores nothing
+    assert run("--parts", "cycles", "--resume") == 1
+    assert run("--parts", "files", "--count", "1", "--resume") == 0  # stores nothing
     rows = json.loads(results.read_text())["rows"]
-    assert [(row["part"], row["findings"]) for row in rows] == [("cycles", 1), ("templates", 0)]
+    found = {row["part"]: row["findings"] for row in rows}
+    assert found == {"files": 0, "cycles": 1, "templates": 0}
     Ended.asked.clear()
     assert run("--minutes", "30", "--resume") == 1  # phases
     assert [part for part, _ in Ended.asked] == ["phases", "requests", "files"]
-    minutes = [float(given[given.index("--minutes", 4) + 1]) for _, given in Ended.asked]
+    minutes = [float(given[-1]) for _, given in Ended.asked]
     assert all(29 < each <= 30 for each in minutes) and not Ended.open
     said = capsys.readouterr().out
     assert "requests was not whole" in said and "FINDING (phases): it ended in the middle" in said
@@ -467,7 +470,7 @@ def test_nothing_is_left_of_a_soak_however_it_ends(tmp_path, end):
     (first := tmp_path / "first.py").write_text(start + f"exec(open({str(script)!r}).read())")
     env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.path.dirname(TESTS)}
     env["PYTHONUNBUFFERED"] = "1"
-    results = ["--results", str(tmp_path / "soak.json")]
+    results = ["--results", str(tmp_path / "soak.json"), "--kept", str(tmp_path / "kept")]
     process = subprocess.Popen(
         [sys.executable, str(first), *results], env=env, stdout=subprocess.PIPE, text=True
     )

@@ -27,6 +27,7 @@ PARTS = {
 # The longest first. No part's counts are times: one that waits for another is not another result.
 FIRST = ("phases", "requests", "files", "templates", "cycles")
 LANES = 2
+DONE = "parts.txt"  # of those stored since a soak began, for one that goes on
 
 
 class Soak:
@@ -94,6 +95,8 @@ def keep(part, found, options):
     elif not (options.count or options.phases or options.faults):
         rows[0] |= {"findings": findings, "seconds": seconds, "seed": options.seed}
         report("soak", merged(stored(options.results), part, rows), options.results)
+        with open(options.kept / DONE, "a") as file:
+            file.write(part + "\n")
     print(f"{part}: {findings} findings in {seconds} s", flush=True)
     return findings
 
@@ -146,7 +149,11 @@ def main(arguments=None, run=None):
         options.said.write_text(json.dumps(found))
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    there = {row["part"] for row in stored(options.results)} if options.resume else set()
+    options.kept.mkdir(parents=True, exist_ok=True)
+    if not options.resume:
+        (options.kept / DONE).unlink(missing_ok=True)
+    (done := options.kept / DONE).touch()
+    there = done.read_text().split()
     parts = [part for part in options.parts if part not in there]
     try:
         return int(beside(parts, options, arguments, run or Apart) > 0)
