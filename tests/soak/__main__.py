@@ -144,10 +144,10 @@ def main(arguments=None, run=None):
     parser.add_argument("--said", type=Path, help=argparse.SUPPRESS)  # in a part's own process
     options = parser.parse_args(arguments)
     if options.said:
-        ends_with_the_soak()
-        found = alone(*options.parts, options)
-        options.said.write_text(json.dumps(found))
-        return 0
+        watching, half = ends_with_the_soak(), options.said.with_suffix(".half")
+        half.write_text(json.dumps(alone(*options.parts, options)))
+        half.rename(options.said)
+        return watching.join()  # until it is heard: then it is ended
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.kept.mkdir(parents=True, exist_ok=True)
     if not options.resume:

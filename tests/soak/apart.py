@@ -38,8 +38,8 @@ class Apart:
         )
 
     def over(self):
-        """Whether it has ended."""
-        return self.process.poll() is not None
+        """Whether it has said what it found, or ended without."""
+        return self._said.is_file() or self.process.poll() is not None
 
     def found(self):
         """What it found (see __main__.alone); None where it ended before it said so."""
@@ -56,7 +56,8 @@ class Apart:
 
 
 def ends_with_the_soak():
-    """In a part: where stdin ends, the soak was killed, and so is all that is of this part."""
+    """In a part: a thread that ends it, all that it has started and its folder, where stdin ends:
+    then the soak was killed."""
     name, folder = os.environ[NAME], os.environ["TMPDIR"]
 
     def watch():
@@ -66,4 +67,5 @@ def ends_with_the_soak():
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    (thread := threading.Thread(target=watch, daemon=True)).start()
+    return thread
