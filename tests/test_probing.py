@@ -171,7 +171,20 @@ def test_what_the_commonest_label_gives_is_no_finding(planted):
 
 def test_what_cannot_be_probed_is_refused(planted):
     states, labels, groups = planted
-    for wrong in (dict(folds=2.5), dict(folds=1), dict(shuffles=-1), dict(strength=0)):
+    for wrong in (None, states.values, states.to_dataset(name="hidden")):
+        with pytest.raises(ProbeError, match="States are a DataArray"):
+            probes.by_layer(wrong, labels, groups)
+    with pytest.raises(ProbeError, match="name: states"):
+        probes.across([states], labels, groups)
+    with pytest.raises(ProbeError, match="not of one model"):
+        probes.across({"a": states, "b": states[..., :2]}, labels, groups)
+    for wrong in (
+        dict(folds=2.5),
+        dict(folds=1),
+        dict(shuffles=-1),
+        dict(strength=0),
+        dict(seed=-1),
+    ):
         with pytest.raises(ProbeError, match=next(iter(wrong))):
             probes.by_layer(states, labels, groups, **wrong)
     with pytest.raises(ProbeError, match="group of text 7 is missing"):

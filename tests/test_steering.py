@@ -21,7 +21,7 @@ from llamatelemetry import (
     direction,
     knock_out,
 )
-from llamatelemetry.errors import NotFiniteError
+from llamatelemetry.errors import LlamaTelemetryError, NotFiniteError
 from llamatelemetry.maths import log_softmax
 from llamatelemetry.steering import dose, figures, knockout, say
 
@@ -570,3 +570,24 @@ def test_a_dose_of_nothing_is_refused(engine):
     ):
         with pytest.raises(CaptureError, match="not 0|is empty|finite"):
             run()
+    for run in (
+        lambda: dose.dose(engine, 5, ["The cat"], [5]),
+        lambda: dose.dose(engine, vector, ["The cat"], [5], n_random=-1),
+        lambda: dose.dose(engine, vector, ["The cat"], [5], seed=-1),
+        lambda: vector.random("x"),
+        lambda: vector.cosine(5),
+    ):
+        with pytest.raises(CaptureError, match="ControlVector|n_random=-1|seed="):
+            run()
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [((5,), "no name of a file"), ([("x.gguf", float("nan"))], "nan: it is a number")],
+)
+def test_no_control_vector_is_named_by_load_model(tmp_path, monkeypatch, given, says):
+    monkeypatch.chdir(tmp_path)
+    vector().save("x.gguf")
+    path = tiny_model("llama", tmp_path)
+    with InferenceEngine() as engine, pytest.raises(LlamaTelemetryError, match=says):
+        engine.load_model(path, auto_start=False, silent=True, control_vectors=given)

@@ -153,13 +153,14 @@ def add(
     CaptureError here for what is no vector, at the capture for one that is not as wide as the
     model."""
     _check_editable(stage)
+    strength = finite("strength", strength, error=CaptureError)
     try:
-        values = np.ascontiguousarray(vector, np.float32)
+        with np.errstate(over="ignore"):
+            values = np.float32(strength) * np.asarray(vector).astype("f4", casting="same_kind")
     except (TypeError, ValueError):
         raise CaptureError(f"a vector is an array of numbers, not {vector!r:.80}.") from None
-    values = values.reshape(np.shape(vector))  # a number stays one
     if not np.isfinite(values).all():
-        raise CaptureError("the vector holds a value that is no finite number.")
+        raise CaptureError("strength * vector holds a value that is no finite 32-bit number.")
     least = 0 if STAGES[stage].grid else 1
     if (
         not least <= values.ndim <= len(STAGES[stage].dims)
@@ -169,8 +170,7 @@ def add(
         raise CaptureError(
             f"what is added to {stage!r} is {_shapes(stage)}; this has shape {values.shape}."
         )
-    strength = finite("strength", strength, error=CaptureError)
-    return Edit(stage, layer, head, positions, keys, 1.0, np.float32(strength) * values)
+    return Edit(stage, layer, head, positions, keys, 1.0, values)
 
 
 def _shapes(stage):

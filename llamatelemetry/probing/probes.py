@@ -85,6 +85,8 @@ def across(
     reads; lost, the reference's accuracy minus the file's own, with lost_low and lost_high (paired,
     bootstrap over groups). Arguments and errors as `by_layer`."""
     finite("strength", strength, 1e-12, error=ProbeError)
+    if not isinstance(states, Mapping):
+        raise ProbeError(f"States of files are {{name: states}}, not {type(states).__name__}.")
     names, parts = list(states), list(states.values())
     if not parts:
         raise ProbeError("There are no states: give those of one file at least, {name: states}.")
@@ -93,6 +95,10 @@ def across(
         task.check(part)
         if list(part.layer.values) != list(parts[0].layer.values):
             raise ProbeError("The files' states are not of the same layers.")
+        if dict(part.sizes) != dict(parts[0].sizes):
+            raise ProbeError(
+                f"The files' states are {dict(parts[0].sizes)} and {dict(part.sizes)}: they are not of one model."
+            )
     rows = []
     for layer, values in _layers(parts[0], progress):
         others = [_values(part.sel(layer=layer)) for part in parts[1:]]
@@ -114,7 +120,11 @@ def _layers(states, progress):
 
 
 def _texts(states):
-    """The texts that states are of, where they say so: None else."""
+    """The texts that states are of, where they say so: None else. ProbeError for no states."""
+    if type(states).__name__ != "DataArray":
+        raise ProbeError(
+            f"States are a DataArray (text, layer, embd), not {type(states).__name__}: collect(...).hidden."
+        )
     return states["text"].values if "text" in states.coords else None
 
 
@@ -138,6 +148,7 @@ class Task:
             from sklearn.model_selection import StratifiedGroupKFold
 
         whole("folds", folds, 2, error=ProbeError)
+        seed = whole("seed", seed, 0, error=ProbeError)
         self.codes, self.names = _coded("labels", labels, sort=True)
         n = len(self.codes)
         texts = texts if texts is not None and len(texts) == n else np.arange(n)

@@ -136,7 +136,7 @@ def _shared(name, value, variant):
 
 def _number(name, value, kind):
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or not np.isfinite(float(value)):
             raise ValueError
         return kind(value)
     except (TypeError, ValueError):
@@ -147,7 +147,7 @@ def _items(value):
     """One value, a list of them, or llama-server's own list with commas."""
     if isinstance(value, str) and not Path(value).is_file():
         return [item for item in value.split(",") if item]
-    return [value] if isinstance(value, (str, Path)) or _is_pair(value) else list(value)
+    return list(value) if isinstance(value, (list, tuple)) and not _is_pair(value) else [value]
 
 
 def _is_pair(value):

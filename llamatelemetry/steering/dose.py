@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import pandas as pd
 
-from ..arguments import prompt
+from ..arguments import prompt, whole
 from ..capture.edits import Edit, Maybe
 from ..errors import CaptureError
 from ..maths import middle
@@ -75,6 +75,10 @@ def variants(
 ) -> dict[tuple[str, int, float], list[Edit]]:
     """{(direction, seed, strength): edits} for engine.predict and engine.sweep: "found", seed -1,
     and "random", n_random of the same length; without strength 0, which is no edit."""
+    if not isinstance(vector, ControlVector):
+        raise CaptureError(f"a dose is of a ControlVector, not {vector!r:.80}.")
+    whole("n_random", n_random, 0, error=CaptureError)
+    seed = whole("seed", seed, 0, error=CaptureError)
     made = {-1: vector} | {
         seed + number: vector.random(seed + number) for number in range(n_random)
     }
@@ -111,6 +115,7 @@ def dose(
     log-odds of `more`; probability is that of `more`; kl (nats) how far the whole prediction moved.
     Strength 0, without an edit, is a row of the found direction. One run per row; prompts are read
     once for positions that start late. Raises CaptureError."""
+    edits = variants(vector, strengths, layers, positions, n_random, seed)
     vector.check_fits(engine._loaded())
     shared, wanted, other = answers(engine, more, less)
     if isinstance(prompts, str) or not len(prompts):
@@ -119,7 +124,7 @@ def dose(
         raise CaptureError(
             f"strengths={list(strengths)!r:.80}: give one that is not 0, which is no edit."
         )
-    edits, tables = variants(vector, strengths, layers, positions, n_random, seed), []
+    tables = []
     for number, given in enumerate(prompts):
         ids = prompt(given)
         if isinstance(ids, str):

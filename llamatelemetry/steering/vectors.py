@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import xarray as xr
 
+from ..arguments import whole
 from ..capture.edits import Edit, Maybe, Some, add
 from ..capture.variants import control_vector
 from ..errors import CaptureError
@@ -84,6 +85,7 @@ class ControlVector:
     def random(self, seed: int = 0) -> "ControlVector":
         """Random directions of the same lengths, from a seeded normal distribution: what a
         direction must do more than."""
+        seed = whole("seed", seed, 0, error=CaptureError)
         drawn = np.random.default_rng(seed).standard_normal(self.vectors.shape)
         drawn *= (self.norms / np.linalg.norm(drawn, axis=1)).values[:, None]
         about = self.about | {"method": f"random, seed {seed}"}
@@ -92,6 +94,8 @@ class ControlVector:
 
     def cosine(self, other: "ControlVector") -> xr.DataArray:
         """(layer): cosine with another vector's directions, of the layers that both have."""
+        if not isinstance(other, ControlVector):
+            raise CaptureError(f"a cosine is with another ControlVector, not {other!r:.80}.")
         self._check_width(other.vectors.sizes["embd"], "the other control vector")
         mine, others = xr.align(self.vectors, other.vectors, join="inner")
         products = (mine.astype(float) * others.astype(float)).sum("embd")
