@@ -96,6 +96,19 @@ def test_what_a_model_wrote_itself(tiny):
         chats.written_by(tiny, [])
 
 
+@pytest.mark.slow
+def test_no_more_is_written_than_is_read(tiny):
+    def wrote(**options):
+        ask = dict(prompts=2, n_tokens=4) | options
+        return chats.texts(tiny, "One.", **ask)["written by the reference"]
+
+    one, both = wrote(prompts=1), wrote()
+    with chats._serving(tiny, None) as engine:
+        length, whole = (chats._length(engine, text) for text in (one, both))
+    assert one != both and length < whole
+    assert [wrote(enough=count) for count in (1, length, length + 1)] == [one, one, both]
+
+
 def comparison(values):
     """{name: KLD of (window, token)} as a Comparison."""
     tokens = pd.concat(

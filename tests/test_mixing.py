@@ -1,5 +1,7 @@
 """Mixtures from what is there: the same tensors, to the byte, as llama-quantize would make."""
 
+import threading
+
 import gguf
 import numpy as np
 import pandas as pd
@@ -7,6 +9,7 @@ import pytest
 from models import tiny_model
 
 from llamatelemetry import quantize
+from llamatelemetry.convert import writing
 from llamatelemetry.convert.chunks import chunk
 from llamatelemetry.convert.expand import make_reference
 from llamatelemetry.convert.mixing import mix
@@ -147,3 +150,12 @@ def test_what_several_quantizations_have_alike_is_made_once(tmp_path, monkeypatc
     made = pd.DataFrame(calls, columns=["type", "weights"]).groupby("type")["weights"].sum()
     assert made.to_dict() == alike.to_dict()
     assert both.groupby("type")["n_elements"].sum()["Q6_K"] > made["Q6_K"] > 0
+
+
+def test_threads_do_not_wait_for_one_another_over_a_layer_of_copies(monkeypatch):
+    """A layer has about nine tensors: two of them that take long are nine jobs apart."""
+    monkeypatch.setattr(writing, "physical_cores", lambda: 2)
+    both = threading.Barrier(2, timeout=10)
+    slow = lambda: both.wait() >= 0
+    jobs = [("slow", slow), *[("copied", lambda: True)] * 9, ("slow", slow)]
+    assert list(writing._in_order(jobs)) == [(name, True) for name, _ in jobs]

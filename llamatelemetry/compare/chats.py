@@ -65,10 +65,13 @@ def written_by(
         return _written(engine, _asked(engine) if given is None else given, n_tokens, seed)
 
 
-def _written(engine, prompts, n_tokens, seed):
+def _written(engine, prompts, n_tokens, seed, enough=None):
+    """enough: tokens of the whole text beyond which no more is asked for."""
     drawn = dict(max_tokens=n_tokens, temperature=1.0, top_p=1.0, top_k=0)
     parts = []
     for number, prompt in enumerate(prompts):
+        if parts and enough and _length(engine, "".join(parts)) >= enough:
+            break
         own = drawn | {"seed": seed + number}
         if isinstance(prompt, str):
             answer = engine.infer(writable(prompt, CompareError), **own).text
@@ -80,6 +83,13 @@ def _written(engine, prompts, n_tokens, seed):
     if not parts:
         raise CompareError("There are no prompts: give at least one.")
     return Special("".join(parts))
+
+
+def _length(engine, text):
+    """Tokens of a text as a comparison reads it, special tokens parsed."""
+    asked = {"content": text, "add_special": True, "parse_special": True}
+    with engine._serving() as server:
+        return len(server.post("/tokenize", asked)["tokens"])
 
 
 def _asked(engine):
@@ -100,16 +110,24 @@ def talk(text: str, turns: int = 40) -> list[Conversation]:
 
 
 def texts(
-    model: str | Path, text: str, prompts: int = 4, n_tokens: int = 40, seed: int = 0
+    model: str | Path,
+    text: str,
+    prompts: int = 4,
+    n_tokens: int = 40,
+    seed: int = 0,
+    enough: int | None = None,
 ) -> dict[str, str]:
     """Texts of other kinds to compare on beside `text`: {"as a chat": talk of it in the model's
     template, "written by the reference": its answers to so many of PROMPTS}. Without the first
-    where the model has no template, or the text fewer than two paragraphs."""
+    where the model has no template, or the text fewer than two paragraphs.
+
+    n_tokens: of an answer, at most; enough: tokens of all together (those that are read) with which
+    no further answer is asked for; None: all of them are."""
     talks, found = talk(text), {}
     with _serving(model, None) as engine:
         if talks and _has_template(engine):
             found["as a chat"] = _rendered(engine, talks)
-        written = _written(engine, _asked(engine)[:prompts], n_tokens, seed)
+        written = _written(engine, _asked(engine)[:prompts], n_tokens, seed, enough)
     return found | {"written by the reference": written}
 
 

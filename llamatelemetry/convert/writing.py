@@ -19,7 +19,9 @@ from ..gpus.cores import physical_cores
 from ..reading import Rows
 
 JOB = 1 << 20  # weights that a thread has before it takes others: a tenth of a second of k-quants
-AHEAD = 2  # jobs per thread that are done or under way before the oldest is written
+# Jobs per thread that are done or under way before the oldest is written. Between two tensors that
+# are quantized anew lie others of their layer, copied in no time: with two, one thread did it all.
+AHEAD = 16
 SLACK = 64 << 20  # metadata, tokenizer and padding, in bytes
 
 
