@@ -97,16 +97,20 @@ def test_what_a_model_wrote_itself(tiny):
 
 
 @pytest.mark.slow
-def test_no_more_is_written_than_is_read(tiny):
-    def wrote(**options):
-        ask = dict(prompts=2, n_tokens=4) | options
-        return chats.texts(tiny, "One.", **ask)["written by the reference"]
+def test_a_text_is_no_longer_than_what_is_read_of_it(tiny):
+    text = "One.\n\nTwo.\n\nThree.\n\nFour."
 
-    one, both = wrote(prompts=1), wrote()
+    def texts(**options):
+        return chats.texts(tiny, text, **dict(prompts=2, n_tokens=4) | options)
+
+    whole, least = texts(), texts(enough=1)
     with chats._serving(tiny, None) as engine:
-        length, whole = (chats._length(engine, text) for text in (one, both))
-    assert one != both and length < whole
-    assert [wrote(enough=count) for count in (1, length, length + 1)] == [one, one, both]
+        for name, first in least.items():
+            assert whole[name].startswith(first) and first.count("<|im_start|>user") == 1
+            length = chats._length(engine, first)
+            assert length < chats._length(engine, whole[name])
+            assert texts(enough=length)[name] == first
+            assert texts(enough=length + 1)[name] == whole[name]
 
 
 def comparison(values):

@@ -159,3 +159,34 @@ def test_threads_do_not_wait_for_one_another_over_a_layer_of_copies(monkeypatch)
     slow = lambda: both.wait() >= 0
     jobs = [("slow", slow), *[("copied", lambda: True)] * 9, ("slow", slow)]
     assert list(writing._in_order(jobs)) == [(name, True) for name, _ in jobs]
+
+
+@pytest.mark.parametrize(
+    "kind, values",
+    [
+        ("STRING", ["", "a", "ä€😀", b"\xff\xfe"]),
+        ("UINT8", [0, 255]),
+        ("INT8", [-128, 127]),
+        ("UINT16", [65535]),
+        ("INT16", [-32768, 1]),
+        ("UINT32", [2**32 - 1]),
+        ("INT32", [-(2**31)]),
+        ("FLOAT32", [1.5, float("nan"), 3.4e38]),
+        ("BOOL", [True, False]),
+        ("UINT64", [2**64 - 1]),
+        ("INT64", [-(2**63)]),
+        ("FLOAT64", [1e300]),
+    ],
+)
+def test_arrays_of_metadata_are_packed_as_by_gguf(tmp_path, kind, values):
+    made = []
+    for writer in (writing.Writer, gguf.GGUFWriter):
+        one = writer(tmp_path / "one.gguf", "llama")
+        array, inner = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType[kind]
+        one.add_key_value("some.values", values, array, sub_type=inner)
+        one.add_key_value("one.value", values[0], inner)
+        one.write_header_to_file()
+        one.write_kv_data_to_file()
+        one.close()
+        made.append((tmp_path / "one.gguf").read_bytes())
+    assert made[0] == made[1]

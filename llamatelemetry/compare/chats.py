@@ -66,11 +66,10 @@ def written_by(
 
 
 def _written(engine, prompts, n_tokens, seed, enough=None):
-    """enough: tokens of the whole text beyond which no more is asked for."""
     drawn = dict(max_tokens=n_tokens, temperature=1.0, top_p=1.0, top_k=0)
     parts = []
     for number, prompt in enumerate(prompts):
-        if parts and enough and _length(engine, "".join(parts)) >= enough:
+        if _enough(engine, parts, enough):
             break
         own = drawn | {"seed": seed + number}
         if isinstance(prompt, str):
@@ -83,13 +82,6 @@ def _written(engine, prompts, n_tokens, seed, enough=None):
     if not parts:
         raise CompareError("There are no prompts: give at least one.")
     return Special("".join(parts))
-
-
-def _length(engine, text):
-    """Tokens of a text as a comparison reads it, special tokens parsed."""
-    asked = {"content": text, "add_special": True, "parse_special": True}
-    with engine._serving() as server:
-        return len(server.post("/tokenize", asked)["tokens"])
 
 
 def _asked(engine):
@@ -121,12 +113,12 @@ def texts(
     template, "written by the reference": its answers to so many of PROMPTS}. Without the first
     where the model has no template, or the text fewer than two paragraphs.
 
-    n_tokens: of an answer, at most; enough: tokens of all together (those that are read) with which
-    no further answer is asked for; None: all of them are."""
+    n_tokens: of an answer, at most; enough: tokens with which a text is long enough (those that are
+    read of it): nothing is added to it then; None: all that there is."""
     talks, found = talk(text), {}
     with _serving(model, None) as engine:
         if talks and _has_template(engine):
-            found["as a chat"] = _rendered(engine, talks)
+            found["as a chat"] = _rendered(engine, talks, enough)
         written = _written(engine, _asked(engine)[:prompts], n_tokens, seed, enough)
     return found | {"written by the reference": written}
 
@@ -150,8 +142,25 @@ def _serving(model, gpu_layers):
     )
 
 
-def _rendered(engine, conversations):
-    return Special("".join(engine.apply_template(one, answer=False) for one in conversations))
+def _rendered(engine, conversations, enough=None):
+    parts = []
+    for one in conversations:
+        if _enough(engine, parts, enough):
+            break
+        parts.append(engine.apply_template(one, answer=False))
+    return Special("".join(parts))
+
+
+def _enough(engine, parts, enough):
+    """Whether a text has so many tokens (None: never)."""
+    return bool(parts and enough) and _length(engine, "".join(parts)) >= enough
+
+
+def _length(engine, text):
+    """Tokens of a text as a comparison reads it, special tokens parsed."""
+    asked = {"content": text, "add_special": True, "parse_special": True}
+    with engine._serving() as server:
+        return len(server.post("/tokenize", asked)["tokens"])
 
 
 def _checked(conversation):

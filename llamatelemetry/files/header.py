@@ -26,7 +26,7 @@ MAX_TENSORS = 1 << 16
 MAX_DIMS = 4  # as llama.cpp
 _WINDOW = 1 << 20  # bytes read at a time
 # The kinds of single values, as struct and NumPy call them.
-_SCALARS = {
+SCALARS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
     GGUFValueType.UINT16: "H",
@@ -183,14 +183,14 @@ class Header:
         if kind == GGUFValueType.STRING:
             return self._string()
         if not isinstance(kind, tuple):
-            return self._unpack(_SCALARS[kind])[0]
+            return self._unpack(SCALARS[kind])[0]
         (count,), kind = self._unpack("Q"), kind[1]
         self._count(count)
         if kind == GGUFValueType.STRING:
             return self._strings(count)
         if kind == GGUFValueType.ARRAY:
             raise ValueError("arrays of arrays, which llama.cpp does not read")
-        dtype = np.dtype(f"<{_SCALARS[kind]}")
+        dtype = np.dtype(f"<{SCALARS[kind]}")
         at = self._take(count * dtype.itemsize)
         return np.frombuffer(self._window, dtype, count, at).tolist()
 
