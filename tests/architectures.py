@@ -124,7 +124,7 @@ def check(path):
         memory["bytes"] = np.zeros(n_bytes, np.uint8)
         return memory["bytes"]
 
-    _, layout, layers = runs.capture(tokens, stages, arena)
+    _, layout, layers = runs.capture(tokens, stages, arena, {})
     arrays = {
         stage: np.ndarray(part["shape"], part["dtype"], memory["bytes"], part["offset"])
         for stage, part in layout.items()
@@ -283,7 +283,7 @@ def _edits_work(runs, tokens, have):
         return memory["bytes"]
 
     def logits(*edits):
-        _, layout, _ = runs.capture(tokens, ["logits"], arena, edits=edits)
+        _, layout, _ = runs.capture(tokens, ["logits"], arena, {}, edits=edits)
         return np.ndarray(layout["logits"]["shape"], np.float32, memory["bytes"])
 
     base = logits()
