@@ -2,7 +2,6 @@
 window, each a capture's Runtime. Logits never leave it: they are read where llama.cpp put them."""
 
 import copy
-import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from ..child import serve
 from ..errors import CompareError, ModelLoadError, NotFiniteError
 from ..files.scratch import ScratchFile
 from .quality import ROWS, Reference
+from .vocabulary import Vocabulary, differs, identity, opening
 
 # Tokens that are decoded at once, llama.cpp's default physical batch: bounds the memory for logits.
 STEP = 512
@@ -53,42 +53,9 @@ def why_not(model):
     return model.predicts.why_not(model.name)
 
 
-class Vocabulary(Runtime):
-    """What is asked of a reference whose logits are kept: its tokens and its name, without the
-    weights."""
-
-    def __init__(self, path):
-        import llama_cpp
-
-        self.path, self.api, self.context, self.steps = path, llama_cpp, None, 0
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
-        params.vocab_only = True
-        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        if not self.model:
-            raise ModelLoadError(f"llama.cpp cannot load {path}.")
-        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
-        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
-
-
 def token_ids(model, text, special=False):
     """(n,) ids of a text. special: special tokens that are written out in it are those tokens."""
     return np.array(model.tokenize(text, parse_special=special), dtype=np.int32)
-
-
-def opening(model):
-    """The token that opens every window, or None where the model has none."""
-    has = model.api.llama_vocab_get_add_bos(model.vocab)
-    return model.api.llama_vocab_bos(model.vocab) if has else None
-
-
-def identity(model):
-    """Architecture and vocabulary: two files can be compared where these are equal. And whether its
-    attention is causal, as far as the file says: where that is equal, too, they predict alike."""
-    text, said = model.api.llama_vocab_get_text, ctypes.create_string_buffer(16)
-    causal = f"{model.architecture}.attention.causal".encode()
-    model.api.llama_model_meta_val_str(model.model, causal, said, len(said))
-    return model.architecture, [text(model.vocab, i) for i in range(model.n_vocab)], said.value
 
 
 def window_logits(model, tokens, start, first):
@@ -340,7 +307,7 @@ class Opened:
             model, mine = self.loaded[where], identity(self.loaded[where])
             if mine == self.wanted:  # the reference predicts, and this one has its graph
                 model.predicts = Prediction(logits=True, ahead=False)
-            if not (why := _other(mine, self.wanted) or why_not(model)):
+            if not (why := differs(mine, self.wanted) or why_not(model)):
                 return ready(again(model, key, some), *self.size, **changes)
         except ModelLoadError as error:
             return self.tell(failed=key, why=str(error), kind="load")
@@ -350,17 +317,6 @@ class Opened:
         """Free the weights; contexts are closed before."""
         for model in self.loaded.values():
             model.close()
-
-
-def _other(ours, reference):
-    """Why a model of one identity is no quantization of the other; None where it is."""
-    if ours[0] != reference[0]:
-        return f"its architecture is {ours[0]}, the reference's {reference[0]}"
-    if ours[1] != reference[1]:
-        differ = sum(a != b for a, b in zip(ours[1], reference[1]))
-        n = differ + abs(len(ours[1]) - len(reference[1]))
-        return f"its vocabulary differs from the reference's in {n} tokens"
-    return None
 
 
 if __name__ == "__main__":

@@ -66,21 +66,14 @@ class Worker:
         import llama_cpp
 
         from ..capture.runtime import log_levels
+        from ..compare.vocabulary import Vocabulary
 
         log_levels(llama_cpp, lambda level: level != 1)
-        llama_cpp.llama_backend_init()
-        options = llama_cpp.llama_model_default_params()
-        options.vocab_only = True
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), options)
-        if not model:
-            raise ModelLoadError(f"llama.cpp cannot load {path}.")
-        self.api, self.vocab = llama_cpp, llama_cpp.llama_model_get_vocab(model)
-        return llama_cpp.llama_vocab_bos(self.vocab)
+        self.model = Vocabulary(path)
+        return llama_cpp.llama_vocab_bos(self.model.vocab)
 
     def tokenize(self, text):
-        from ..capture.tokenizer import token_ids
-
-        return token_ids(self.api, self.vocab, text)
+        return self.model.tokenize(text)
 
 
 if __name__ == "__main__":
