@@ -9,7 +9,6 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ..errors import CompareError
-from ..imports import uninterrupted
 from ..maths import middle
 from .quality import FEW, SAME, alike, students
 
@@ -75,9 +74,6 @@ def better(tokens: pd.DataFrame, floor: float = 0.0, block: int = BLOCK) -> pd.D
     "cannot be told". A window that is the copy of another is no further observation: of a text that
     is one block again and again, low and high are NaN. Raises CompareError for files that were
     measured on other texts or windows."""
-    with uninterrupted():
-        from scipy import stats
-
     places = ["window", "position"]
     wide = tokens.pivot(index=places, columns="candidate", values="kld")
     if wide.isna().any(axis=None) or (tokens.groupby(places)["id"].nunique() > 1).any():
@@ -95,7 +91,7 @@ def better(tokens: pd.DataFrame, floor: float = 0.0, block: int = BLOCK) -> pd.D
         apart = (means[a] - means[b]).to_numpy()  # (block,)
         low = high = np.nan
         if len(apart) > 1 and not alike(apart):
-            low, high = stats.ttest_1samp(apart, 0).confidence_interval(0.95)
+            low, high = students(apart, np.ones(len(apart)))
         difference = float((wide[a] - wide[b]).mean())
         verdict = "yes" if high < 0 else "no" if low > 0 else "cannot be told"
         rows[a, b] = (difference, low, high, "equal" if abs(difference) <= floor else verdict)
