@@ -145,20 +145,20 @@ def _there(store: Store, number, given):
     if number >= len(store.paths):
         store.check(given)
         return False
-    if not store.same(number, given):
-        wrong = lambda at: not store.same(number, given[: at + 1])  # noqa: E731
+    stored = store.rows(number)
+    if not store.same(number, stored, given):
+        wrong = lambda at: not store.same(number, stored, given[: at + 1])  # noqa: E731
         at = bisect_left(range(len(given)), True, key=wrong)
         raise CollectError(
             _other(store, f"has another text, or label, at {at} of its block {number}")
         )
-    stored = len(store.rows(number))
-    if stored > len(given):
+    if len(stored) > len(given):
         raise CollectError(_other(store, "holds more texts than were given"))
-    if stored < len(given):
+    if len(stored) < len(given):
         if number + 1 < len(store.paths):
             raise CollectError(_other(store, f"has fewer texts in its block {number}"))
         store.check(given)
-    return stored == len(given)
+    return len(stored) == len(given)
 
 
 def _keep(store, model, facts, bar, number, some, last, answer):

@@ -76,25 +76,22 @@ class Store:
             found[at]["text"] = table["tokens"][at].as_py()
         return found
 
-    def same(self, number: int, rows: list[dict[str, Any]]) -> bool:
-        """Whether a block begins with these rows, or these with it."""
-        stored = self.rows(number)[: len(rows)]
-        rows = rows[: len(stored)]
+    def same(self, number: int, stored: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bool:
+        """Whether a block, whose rows are stored, begins with these rows, or these with it."""
+        stored, rows = stored[: len(rows)], rows[: len(stored)]
         if rows[0].keys() != stored[0].keys():
             return False
         schema = block(self.paths[number]).schema
         try:
-            found = {
-                name: [row[name] for row in rows]
-                if name == "text"
-                else given_column(
-                    name, [row[name] for row in rows], schema.field(name).type
-                ).to_pylist()
-                for name in rows[0]
-            }
+            for name in rows[0]:
+                values = [row[name] for row in rows]
+                if name != "text":
+                    values = given_column(name, values, schema.field(name).type).to_pylist()
+                if values != [row[name] for row in stored]:
+                    return False
         except CollectError:  # no values of this type
             return False
-        return all(values == [row[name] for row in stored] for name, values in found.items())
+        return True
 
     def check(self, rows: list[dict[str, Any]]) -> None:
         """CollectError, with its name, for a column of new rows that cannot be stored, or is of
