@@ -103,8 +103,8 @@ def group_costs(
         made = {str(n): ScratchFile(f"group-{n}.gguf", base.stat().st_size) for n in some}
         try:
             for n, file in zip(some, made.values()):
-                types = tensor_types(table.loc[[n]])
-                mix(base, source.path, file.path, types, progress=False)
+                alone = tensor_types(table.loc[[n]])
+                mix(base, source.path, file.path, alone, progress=False)
             paths = {name: file.path for name, file in made.items()}
             found = compare_quantizations(source.path, paths, **settings)
         finally:

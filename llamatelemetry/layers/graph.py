@@ -11,6 +11,7 @@ from ..capture.data import Capture
 from ..capture.finite import measured
 from ..files.vocabulary import named
 from ..views.text import token_text
+from .lens import positions_of
 
 MOST = 4000  # nodes
 
@@ -100,8 +101,7 @@ def stream_graph(
 
 
 def _attention_edges(attention, per_query, least, first):
-    rows, known = [], "query_position" in attention.coords
-    queries = attention["query_position"].values if known else np.arange(attention.sizes["query"])
+    rows, queries = [], positions_of(attention, "query")
     for a, layer in enumerate(attention["layer"].values):
         mean = measured(attention.isel(layer=a))  # (query, key), over heads
         low = max(1, first)

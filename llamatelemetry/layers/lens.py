@@ -100,11 +100,11 @@ def unembedding(gguf: GGUFFile, captured: Capture) -> Unembedding:
     return _with_scale(head, final[positions_of(logits)], measured(logits))
 
 
-def positions_of(logits: xr.DataArray) -> np.ndarray:
-    """Position in the text of every row of captured logits, (token,): all, or those that were
-    captured."""
-    known = "token_position" in getattr(logits, "coords", ())
-    return logits["token_position"].values if known else np.arange(len(logits))
+def positions_of(captured: xr.DataArray, dim: str = "token") -> np.ndarray:
+    """Position in the text of each token, or query, of a captured stage, int (dim,): all, or those
+    that were captured."""
+    known = f"{dim}_position" in getattr(captured, "coords", ())
+    return captured[f"{dim}_position"].values if known else np.arange(captured.shape[-2])
 
 
 def logits_at(logits: xr.DataArray, positions: ArrayLike) -> np.ndarray:

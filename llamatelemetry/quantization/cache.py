@@ -41,25 +41,22 @@ def with_smaller(
     """A Comparison's rows with a full cache, and the candidates' with smaller ones, measured now on
     the same windows; a full one among cache_types is there already. attrs["why"]: why there are
     none, where llama.cpp has none of these caches for this model; else ""."""
-    wanted = [pair for pair in pairs(cache_types) if pair != FULL]
-    if not wanted:
-        joined = pd.DataFrame(table)
-        joined.attrs["why"] = ""
-        return joined
+    wanted, rows, why = [pair for pair in pairs(cache_types) if pair != FULL], [table], ""
     try:
-        found = compare_quantizations(
-            reference,
-            candidates,
-            text,
-            n_ctx,
-            cache_types=wanted,
-            max_windows=max_windows,
-            seed=seed,
-        )
-        rows, why = [pd.DataFrame(table), pd.DataFrame(found)], ""
+        if wanted:
+            found = compare_quantizations(
+                reference,
+                candidates,
+                text,
+                n_ctx,
+                cache_types=wanted,
+                max_windows=max_windows,
+                seed=seed,
+            )
+            rows.append(found)
     except (ModelLoadError, WorkerCrashedError) as error:
-        rows, why = [pd.DataFrame(table)], str(error)
-    joined = pd.concat(rows)
+        why = str(error)
+    joined = pd.concat(map(pd.DataFrame, rows))
     joined.attrs["why"] = why
     return joined
 

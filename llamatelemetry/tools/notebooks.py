@@ -131,7 +131,7 @@ def _no_room(path, folder, trouble):
 
 def _saved_once():
     """The name of papermill's usual engine, but that it writes the notebook when it has ended, well
-    or not, and not before and after each cell: a quarter of a minute of figures written anew."""
+    or not, and not before and after each cell, which of figures took seconds."""
     from papermill.engines import NBClientEngine, papermill_engines
 
     class Once(NBClientEngine):
